@@ -1,0 +1,54 @@
+"""Build and parse resource names: ``deployments/{id}``, ``instances/{id}``, ``snapshots/{id}``, ``nodes/{id}``."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from dumont.errors import InvalidArgument
+
+LABEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def check_id(value: str, field: str) -> str:
+    """Return ``value`` if it is a lower-case RFC 1034 label.
+
+    Raises:
+        InvalidArgument: it is not; ``field`` is named.
+    """
+    if not LABEL.fullmatch(value):
+        raise InvalidArgument(
+            "INVALID_ID",
+            f"{field} must be 1 to 63 lower-case letters, digits and hyphens, beginning with a letter and not "
+            f"ending with a hyphen; got {value[:80]!r}",
+            field=field,
+            metadata={"value": value[:80]},
+        )
+    return value
+
+
+def build(collection: str, identifier: str) -> str:
+    """``build("deployments", "qa")`` is ``"deployments/qa"``."""
+    return f"{collection}/{identifier}"
+
+
+def parse(name: str, collection: str, field: str) -> str:
+    """The id in a resource name of ``collection``.
+
+    Raises:
+        InvalidArgument: the name is empty, malformed or of another collection; ``field`` is named.
+    """
+    prefix, _, identifier = name.partition("/")
+    if prefix != collection or not identifier:
+        raise InvalidArgument(
+            "INVALID_NAME",
+            f"{field} must look like {collection}/ID; got {name[:120]!r}",
+            field=field,
+            metadata={"value": name[:120]},
+        )
+    return check_id(identifier, field)
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id that sorts and reads well in logs: ``prefix-<12 hex digits>``."""
+    return f"{prefix}-{uuid.uuid4().hex[:12]}"
