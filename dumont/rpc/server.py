@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from dumont.errors import FailedPrecondition, InvalidArgument
@@ -142,7 +142,7 @@ def add_standard_services(server: grpc.aio.Server, service_full_names: Sequence[
         The health of them all, not serving yet.
     """
     servicer = Health(service_full_names)
-    health.health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     names = (*service_full_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return servicer
@@ -153,7 +153,7 @@ async def run_until_signalled(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then refuse new calls and let running ones end.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once, also while the caller cleans up after this returns.
 
     Args:
         server: started.
