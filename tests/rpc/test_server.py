@@ -413,8 +413,8 @@ async def test_health_and_reflection_cover_each_service_and_draining_shows() -> 
 
 async def test_a_signal_drains_and_a_second_one_exits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     # given a server with a call under way
-    exits: list[int] = []
-    monkeypatch.setattr(os, "_exit", exits.append)
+    exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(os, "_exit", exited.set_result)
     server = new_server("test.dumont")
     handlers = Handlers()
     server.add_generic_rpc_handlers((handlers.generic(),))
@@ -425,21 +425,22 @@ async def test_a_signal_drains_and_a_second_one_exits_at_once(monkeypatch: pytes
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_unary("/test.Raw/Unary")(b"wait", timeout=10)
         await handlers.entered.wait()
+        await health.set_all(True)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        assert (await watch.read()).status == SERVING
 
         # when it is told to end, then the call is left its time
         os.kill(os.getpid(), signal.SIGTERM)
-        while not health._gracefully_shutting_down:
-            await asyncio.sleep(0)
+        assert (await watch.read()).status == NOT_SERVING
         assert not running.done()
-        assert exits == []
+        assert not exited.done()
 
         # and told again, then it does not wait
         os.kill(os.getpid(), signal.SIGINT)
-        while not exits:
-            await asyncio.sleep(0)
-        assert exits == [130]
+        assert await asyncio.wait_for(exited, 10) == 130
 
         call.cancel()
+        watch.cancel()
         await asyncio.wait_for(running, 10)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().remove_signal_handler(number)
