@@ -9,18 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-CACHE = Path(
-    os.environ.get("DUMONT_CACHE")
-    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumont"
-)
-MODELS = Path(os.environ.get("DUMONT_MODELS_DIR") or CACHE / "models")
+from snapshotd.preflight import cache_directory, find_criu
+
+MODELS = Path(os.environ.get("DUMONT_MODELS_DIR") or cache_directory() / "models")
 
 
 def require(present: bool, missing: str) -> None:
@@ -50,18 +47,10 @@ def root() -> None:
 @pytest.fixture(scope="session")
 def criu(root: None) -> Path:
     """A CRIU >= 4.0 that works on this kernel: the system's, else the one scripts/setup installs."""
-    for candidate in (shutil.which("criu"), CACHE / "criu/bin/criu"):
-        if candidate and Path(candidate).exists() and _criu_works(Path(candidate)):
-            return Path(candidate)
-    require(False, "no CRIU >= 4.0 that passes `criu check`; run scripts/setup")
-    raise AssertionError("unreachable: require() raises")
-
-
-def _criu_works(binary: Path) -> bool:
-    version = subprocess.run([binary, "--version"], capture_output=True, text=True).stdout
-    major = version.partition("Version: ")[2].partition(".")[0]
-    works = subprocess.run([binary, "check"], capture_output=True).returncode == 0
-    return works and major.isdigit() and int(major) >= 4
+    found, findings = find_criu()
+    require(found is not None, "; ".join(finding.message for finding in findings))
+    assert found is not None
+    return found.binary
 
 
 @pytest.fixture(scope="session")
