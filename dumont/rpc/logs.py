@@ -1,0 +1,32 @@
+"""How both daemons log: one JSON object a line, or columns for a person."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import structlog
+
+
+def configure_logs(format: Literal["json", "console"], **fields: str) -> None:
+    """Send logs to standard error.
+
+    Args:
+        format: ``json`` for machines, ``console`` for a terminal.
+        fields: stand in every line.
+    """
+    renderer: structlog.types.Processor = (
+        structlog.processors.JSONRenderer() if format == "json" else structlog.dev.ConsoleRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=open(2, "w", buffering=1, closefd=False)),  # noqa: SIM115
+    )
+    structlog.contextvars.bind_contextvars(**fields)

@@ -1,0 +1,191 @@
+"""The SnapshotStore port over a directory of this node.
+
+``snapshots/<id>/`` holds the image files and, written last, ``manifest.json``; ``snapshots/.staged-<id>/``
+is a snapshot in the making, which no list shows and the next start of the daemon removes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import structlog
+from blake3 import blake3
+
+from dumont.errors import AlreadyExists, DataLoss, DumontError, NotFound
+from snapshotd import manifest as manifests
+from snapshotd.model import ImageFile, Manifest, Snapshot
+
+log = structlog.get_logger(__name__)
+
+STAGED = ".staged-"
+QUARANTINE = "quarantine"
+BLOCK = 4 << 20
+
+
+class DirectoryStore:
+    def __init__(self, root: Path, threads: int) -> None:
+        self.root = root
+        self.threads = threads
+        self._cache: dict[str, Snapshot] = {}
+
+    def open(self) -> None:
+        """Make the directory and remove what an earlier daemon left unfinished."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for leftover in self.root.glob(f"{STAGED}*"):
+            log.warning("unfinished snapshot removed", snapshot=leftover.name.removeprefix(STAGED))
+            shutil.rmtree(leftover)
+
+    async def stage(self, snapshot: str) -> Path:
+        if (self.root / snapshot).exists():
+            raise AlreadyExists(
+                "SNAPSHOT_EXISTS",
+                f"snapshots/{snapshot} exists; choose another id",
+                metadata={"snapshot": snapshot},
+            )
+        try:
+            self._staged(snapshot).mkdir(mode=0o700)
+        except FileExistsError:
+            raise AlreadyExists(
+                "SNAPSHOT_IN_PROGRESS", f"snapshots/{snapshot} is being made", metadata={"snapshot": snapshot}
+            ) from None
+        return self._staged(snapshot)
+
+    async def discard(self, snapshot: str) -> None:
+        await asyncio.to_thread(shutil.rmtree, self._staged(snapshot), ignore_errors=True)
+
+    async def digest(self, snapshot: str) -> list[ImageFile]:
+        return await digest_files(self._staged(snapshot), self.threads)
+
+    async def commit(self, manifest: Manifest) -> Snapshot:
+        return await asyncio.to_thread(self._commit, manifest)
+
+    async def get(self, snapshot: str) -> Snapshot:
+        # The files never change once they are there, so only their presence is asked again.
+        if snapshot not in self._cache or not (self.root / snapshot / manifests.NAME).exists():
+            self._cache.pop(snapshot, None)
+            self._cache[snapshot] = await asyncio.to_thread(self._read, snapshot)
+        return self._cache[snapshot]
+
+    async def list(self) -> list[Snapshot]:
+        found = []
+        for path in sorted(self.root.glob(f"*/{manifests.NAME}")):
+            try:
+                found.append(await self.get(path.parent.name))
+            except DumontError as error:
+                log.error(
+                    "snapshot cannot be read",
+                    snapshot=path.parent.name,
+                    reason=error.reason,
+                    error=error.message,
+                )
+        return found
+
+    async def verify(self, snapshot: Snapshot) -> None:
+        actual = {file.name: file for file in await digest_files(self.images(snapshot), self.threads)}
+        for file in snapshot.manifest.files:
+            found = actual.get(file.name)
+            if found != file:
+                what = (
+                    "is missing"
+                    if found is None
+                    else f"has {found.size} bytes"
+                    if found.size != file.size
+                    else "differs"
+                )
+                raise DataLoss(
+                    "IMAGE_DAMAGED",
+                    f"{file.name} of snapshots/{snapshot.manifest.id} {what}; {file.size} bytes with digest "
+                    f"{file.digest[:16]}… were written",
+                    metadata={"file": file.name, "snapshot": snapshot.manifest.id},
+                )
+
+    def images(self, snapshot: Snapshot) -> Path:
+        return self.root / snapshot.manifest.id
+
+    async def quarantine(self, snapshot: str, reason: str) -> None:
+        (self.root / snapshot / QUARANTINE).write_text(reason)
+        self._cache.pop(snapshot, None)
+
+    async def delete(self, snapshot: str) -> None:
+        path = self.root / snapshot
+        if not path.is_dir():
+            raise _unknown(snapshot)
+        self._cache.pop(snapshot, None)
+        # Renamed first, so that it is gone from every list before the first file is.
+        doomed = self._staged(f"{snapshot}.deleted")
+        path.rename(doomed)
+        await asyncio.to_thread(shutil.rmtree, doomed)
+
+    def _staged(self, snapshot: str) -> Path:
+        return self.root / f"{STAGED}{snapshot}"
+
+    def _commit(self, manifest: Manifest) -> Snapshot:
+        staged = self._staged(manifest.id)
+        for file in manifest.files:
+            _sync(staged / file.name)
+        data = manifests.encode(manifest)
+        (staged / manifests.NAME).write_bytes(data)
+        _sync(staged / manifests.NAME)
+        _sync(staged)
+        target = self.root / manifest.id
+        if target.exists():
+            raise AlreadyExists(
+                "SNAPSHOT_EXISTS", f"snapshots/{manifest.id} exists", metadata={"snapshot": manifest.id}
+            )
+        staged.rename(target)
+        _sync(self.root)
+        return Snapshot(manifest, manifests.digest(data))
+
+    def _read(self, snapshot: str) -> Snapshot:
+        folder = self.root / snapshot
+        try:
+            data = (folder / manifests.NAME).read_bytes()
+        except FileNotFoundError:
+            raise _unknown(snapshot) from None
+        manifest = manifests.decode(data)
+        if manifest.id != snapshot:
+            raise DataLoss(
+                "MANIFEST_DAMAGED",
+                f"the manifest of snapshots/{snapshot} is that of snapshots/{manifest.id}",
+                metadata={"snapshot": snapshot},
+            )
+        reason = ""
+        with contextlib.suppress(FileNotFoundError):
+            reason = (folder / QUARANTINE).read_text()
+        return Snapshot(manifest, manifests.digest(data), reason)
+
+
+async def digest_files(folder: Path, threads: int) -> list[ImageFile]:
+    """Size and BLAKE3 of every image file in ``folder``, by name; logs and statistics are none."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix == ".img")
+
+    def work() -> list[ImageFile]:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(_digest, paths))
+
+    return await asyncio.to_thread(work)
+
+
+def _digest(path: Path) -> ImageFile:
+    hasher = blake3(max_threads=blake3.AUTO) if path.stat().st_size > BLOCK else blake3()
+    hasher.update_mmap(path)
+    return ImageFile(path.name, path.stat().st_size, hasher.hexdigest())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unknown(snapshot: str) -> NotFound:
+    return NotFound(
+        "SNAPSHOT_NOT_FOUND", f"this node has no snapshots/{snapshot}", metadata={"snapshot": snapshot}
+    )

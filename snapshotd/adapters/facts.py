@@ -1,0 +1,41 @@
+"""The facts of this node that a snapshot is bound to."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from blake3 import blake3
+
+from snapshotd.compatibility import LAYOUT_VERSION
+
+
+def node_facts(criu_version: str) -> dict[str, str]:
+    """Fact names and values; the same names stand in every manifest."""
+    return {
+        "architecture": platform.machine(),
+        "cpu_features": cpu_features(Path("/proc/cpuinfo").read_text()),
+        "criu": criu_version,
+        "dumont": version("dumont"),
+        "image_layout": LAYOUT_VERSION,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "transformers")},
+    }
+
+
+def cpu_features(cpuinfo: str) -> str:
+    """A digest of the CPU's feature flags: libraries choose their code by them when they are loaded."""
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return blake3(" ".join(sorted(value.split())).encode()).hexdigest()[:16]
+    return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,197 @@
+"""The Models port: directories on this node, and the hub for what is not there yet."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import structlog
+from blake3 import blake3
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from snapshotd.model import Json, Model
+
+log = structlog.get_logger(__name__)
+
+ENGINES = ("causal_lm", "embedding")
+# What a model host reads; everything else on the hub (other formats, pictures) stays there.
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+HUB_TIMEOUT = 5.0
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class NodeModels:
+    """Models at ``<models>/<organisation>/<name>``, in the hub's cache beside them, or by path."""
+
+    def __init__(self, directory: Path, digests: Path) -> None:
+        """
+        Args:
+            directory: the node's models.
+            digests: a file that remembers the digests of weight files.
+        """
+        self.directory = directory
+        self.hub_cache = directory / "hub"
+        self.digests = digests
+        self._hashing = asyncio.Lock()
+
+    async def resolve(self, name: str, engine: str = "") -> Model:
+        if engine and engine not in ENGINES:
+            raise InvalidArgument(
+                "UNKNOWN_ENGINE",
+                f"engine must be one of {', '.join(ENGINES)}; got {engine[:40]!r}",
+                field="engine",
+                metadata={"engine": engine[:40]},
+            )
+        if not name:
+            raise InvalidArgument(
+                "MODEL_REQUIRED", "model must name a Hugging Face id or a directory", field="model"
+            )
+        found = await asyncio.to_thread(self._find, name)
+        if found is not None:
+            return await asyncio.to_thread(_describe, name, found, engine)
+        return await asyncio.to_thread(self._ask_hub, name, engine)
+
+    async def fetch(self, model: Model) -> Model:
+        if model.directory is not None:
+            return model
+        log.info("fetching model", model=model.name, bytes=model.weights_bytes)
+        try:
+            folder = await asyncio.to_thread(
+                snapshot_download, model.name, cache_dir=self.hub_cache, allow_patterns=list(WANTED)
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise Unavailable("MODEL_FETCH_FAILED", f"{model.name} could not be fetched: {error}") from error
+        return await asyncio.to_thread(_describe, model.name, Path(folder), model.engine)
+
+    async def weights_digest(self, model: Model) -> str:
+        async with self._hashing:
+            return await asyncio.to_thread(self._digest, model)
+
+    def _find(self, name: str) -> Path | None:
+        if name.startswith("/"):
+            path = Path(name)
+            if not path.is_dir():
+                raise _not_found(name, "it is not a directory on this node")
+            return path
+        if not HUB_ID.fullmatch(name) or ".." in name:
+            raise InvalidArgument(
+                "INVALID_MODEL",
+                "model must be a Hugging Face id like organisation/name or an absolute path; "
+                f"got {name[:120]!r}",
+                field="model",
+                metadata={"model": name[:120]},
+            )
+        if (self.directory / name).is_dir():
+            return self.directory / name
+        try:
+            return Path(snapshot_download(name, cache_dir=self.hub_cache, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError):
+            return None
+
+    def _ask_hub(self, name: str, engine: str) -> Model:
+        try:
+            info = HfApi().model_info(name, files_metadata=True, timeout=HUB_TIMEOUT)
+        except (RepositoryNotFoundError, HFValidationError):
+            raise _not_found(name, "neither this node nor the hub has it") from None
+        except Exception as error:
+            # Whatever keeps the hub from answering: no route, a refusal, a proxy's page.
+            raise _not_found(
+                name, f"this node does not have it and the hub gave no answer ({type(error).__name__})"
+            ) from error
+        config = info.config or {}
+        weights = [file for file in info.siblings or [] if file.rfilename.endswith(".safetensors")]
+        if not weights:
+            raise _invalid(name, "it has no safetensors weights")
+        return Model(
+            name, engine or _engine_of(config, False), None, (), sum(file.size or 0 for file in weights), 0
+        )
+
+    def _digest(self, model: Model) -> str:
+        identity = [
+            f"{path.resolve()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+            for path in model.weights
+            if (status := path.stat())
+        ]
+        key = blake3("\n".join(identity).encode()).hexdigest()
+        known: Json = json.loads(self.digests.read_text()) if self.digests.exists() else {}
+        if key not in known:
+            hasher = blake3()
+            for path in model.weights:
+                content = blake3(max_threads=blake3.AUTO).update_mmap(path)
+                hasher.update(f"{path.name} {content.hexdigest()}\n".encode())
+            known[key] = hasher.hexdigest()
+            scratch = self.digests.with_suffix(".new")
+            scratch.write_text(json.dumps(known))
+            scratch.replace(self.digests)
+        return str(known[key])
+
+
+def _describe(name: str, directory: Path, engine: str) -> Model:
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except FileNotFoundError:
+        raise _invalid(name, "config.json is missing") from None
+    except ValueError as error:
+        raise _invalid(name, f"config.json is not JSON: {error}") from None
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    weights = tuple(directory / file for file in files)
+    for path in weights:
+        _check_weights(name, path)
+    return Model(
+        name=name,
+        engine=engine or _engine_of(config, (directory / "modules.json").exists()),
+        directory=directory,
+        weights=weights,
+        weights_bytes=sum(path.stat().st_size for path in weights),
+        context_length=int(config.get("max_position_embeddings") or 0),
+    )
+
+
+def _check_weights(name: str, path: Path) -> None:
+    """Refuse a file that is missing, cut short or no safetensors file, from its header and length."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except FileNotFoundError:
+        raise _invalid(name, f"{path.name} is missing") from None
+    except SafetensorError as error:
+        raise _invalid(name, f"{path.name} is damaged or cut short: {error}") from None
+
+
+def _engine_of(config: Json, sentence_model: bool) -> str:
+    architectures = config.get("architectures") or [""]
+    if not sentence_model and str(architectures[0]).endswith("ForCausalLM"):
+        return "causal_lm"
+    return "embedding"
+
+
+def _not_found(name: str, why: str) -> NotFound:
+    return NotFound(
+        "MODEL_NOT_FOUND",
+        f"there is no model {name[:120]!r}: {why}; put it into the node's model directory or check its id",
+        field="model",
+        metadata={"model": name[:120]},
+    )
+
+
+def _invalid(name: str, why: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        "MODEL_INVALID",
+        f"the model {name[:120]!r} cannot be loaded: {why}",
+        field="model",
+        metadata={"model": name[:120]},
+    )

@@ -1,0 +1,88 @@
+"""Settings of snapshotd: flags, then ``DUMONT_SNAPSHOTD_*`` in the environment, then a TOML file."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from snapshotd.preflight import cache_directory
+
+CONFIG_VARIABLE = "DUMONT_SNAPSHOTD_CONFIG"
+
+
+class Settings(BaseSettings):
+    """Where snapshotd keeps things, whom it talks to, and how it runs model hosts."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DUMONT_SNAPSHOTD_",
+        cli_kebab_case=True,
+        cli_prog_name="dumont-snapshotd",
+        frozen=True,
+        extra="forbid",
+    )
+
+    state_dir: Path = Field(Path("/var/lib/dumont/snapshotd"), description="state; private to root")
+    listen: str = Field("127.0.0.1:7071", description="host:port or unix:path")
+    controller: str = Field("", description="controller to register with; empty: none")
+    advertise: str = Field(
+        "", description="endpoint that the controller reaches this node at; empty: as listened"
+    )
+    node_id: str = Field("", description="empty: the host's name and a number kept in the state directory")
+    models_dir: Path = Field(
+        default_factory=lambda: cache_directory() / "models", description="the node's models"
+    )
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="where models run; auto: a GPU if there is one"
+    )
+    threads: int = Field(
+        default_factory=lambda: os.cpu_count() or 1, ge=1, description="threads of store workers"
+    )
+    host_threads: int = Field(0, ge=0, description="compute threads of a model host; 0: one for each core")
+    max_queue: int = Field(64, ge=1, description="requests that one model host holds before it refuses more")
+    max_new_tokens: int = Field(4096, ge=1, description="largest max_new_tokens of a request")
+    heartbeat_seconds: float = Field(5.0, gt=0)
+    drain_seconds: float = Field(
+        30.0, ge=0, description="time for running calls at SIGTERM, and before a park"
+    )
+    metrics_listen: str = Field("", description="host:port of the Prometheus page; empty: none")
+    log_format: Literal["json", "console"] = "json"
+    failpoints: str = Field("", description="for rehearsing faults: step=error or step=exit, by comma")
+    stop_instances_on_exit: CliImplicitFlag[bool] = Field(
+        False, description="end all instances at exit, instead of leaving them to the next snapshotd"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = TomlConfigSettingsSource(settings_cls, toml_file=os.environ.get(CONFIG_VARIABLE))
+        return init_settings, env_settings, file
+
+
+def node_id(settings: Settings) -> str:
+    """The node's id: as configured, else made once and kept in the state directory."""
+    if settings.node_id:
+        return settings.node_id
+    path = settings.state_dir / "node_id"
+    if not path.exists():
+        host = "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname().lower()).strip(
+            "-"
+        )
+        path.write_text(f"node-{host[:40].rstrip('-') or 'local'}-{os.urandom(3).hex()}")
+    return path.read_text()

@@ -1,0 +1,112 @@
+"""Facts to protobuf messages. The only place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from dumont import names
+from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
+from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
+from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
+from snapshotd.model import Finding, Instance, Model, Phase, Snapshot, State
+
+STATES = {
+    State.STARTING: instances_pb2.Instance.STATE_STARTING,
+    State.RESTORING: instances_pb2.Instance.STATE_RESTORING,
+    State.SERVING: instances_pb2.Instance.STATE_SERVING,
+    State.CAPTURING: instances_pb2.Instance.STATE_CAPTURING,
+    State.PARKING: instances_pb2.Instance.STATE_PARKING,
+    State.PARKED: instances_pb2.Instance.STATE_PARKED,
+    State.RESUMING: instances_pb2.Instance.STATE_RESUMING,
+    State.STOPPING: instances_pb2.Instance.STATE_STOPPING,
+    State.FAILED: instances_pb2.Instance.STATE_FAILED,
+}
+PAGE_BYTES = 4096
+
+
+def instance(fact: Instance) -> instances_pb2.Instance:
+    return instances_pb2.Instance(
+        name=names.build("instances", fact.id),
+        deployment=fact.deployment,
+        model=fact.model,
+        engine=fact.engine,
+        state=STATES[fact.state],
+        pid=fact.pid if fact.state is not State.FAILED else 0,
+        snapshot=names.build("snapshots", fact.snapshot) if fact.snapshot else "",
+        create_time=timestamp(fact.create_time),
+        phases=phases(fact.phases),
+        failure_reason=fact.failure_reason,
+        failure_message=fact.failure_message,
+        memory_bytes=resident_bytes(fact.pid) if fact.state is not State.FAILED else 0,
+        device=fact.device,
+    )
+
+
+def snapshot(fact: Snapshot) -> snapshots_pb2.Snapshot:
+    manifest = fact.manifest
+    state = (
+        snapshots_pb2.Snapshot.STATE_QUARANTINED
+        if fact.quarantine_reason
+        else snapshots_pb2.Snapshot.STATE_ACTIVE
+    )
+    return snapshots_pb2.Snapshot(
+        name=names.build("snapshots", manifest.id),
+        deployment=manifest.deployment,
+        model=manifest.model,
+        engine=manifest.engine,
+        state=state,
+        create_time=timestamp(manifest.create_time),
+        size_bytes=fact.size,
+        source_pause_duration=duration(manifest.source_pause_seconds),
+        phases=phases(manifest.phases),
+        compatibility=manifest.compatibility,
+        files=[
+            snapshots_pb2.SnapshotFile(name=file.name, size_bytes=file.size, digest=file.digest)
+            for file in manifest.files
+        ],
+        manifest_digest=fact.digest,
+        quarantine_reason=fact.quarantine_reason,
+    )
+
+
+def model(fact: Model) -> nodes_pb2.Model:
+    return nodes_pb2.Model(
+        model=fact.name,
+        engine=fact.engine,
+        weights_size_bytes=fact.weights_bytes,
+        cached=fact.directory is not None,
+        context_length=fact.context_length,
+    )
+
+
+def findings(facts: Iterable[Finding]) -> list[nodes_pb2.Finding]:
+    return [nodes_pb2.Finding(check=fact.check, passed=fact.passed, message=fact.message) for fact in facts]
+
+
+def phases(facts: Iterable[Phase]) -> list[instances_pb2.Phase]:
+    return [instances_pb2.Phase(name=fact.name, duration=duration(fact.seconds)) for fact in facts]
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def timestamp(time: datetime) -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(time)
+    return message
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 when there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES if pid else 0
+    except (OSError, IndexError):
+        return 0

@@ -1,0 +1,43 @@
+"""Named places where a test, or an operator rehearsing a fault, makes the daemon fail.
+
+The names are those of the steps: ``capture.dump`` fails before the step runs, ``capture.dump.after``
+once it has run. ``DUMONT_FAILPOINTS="capture.dump=error,restore.wake.after=exit"`` sets them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from dumont.errors import Internal
+
+ACTIONS = ("error", "exit")
+
+
+class Failpoints:
+    """What to do at which name: ``error`` raises, ``exit`` ends the daemon at once, as a crash would."""
+
+    def __init__(self, actions: Mapping[str, str] | None = None) -> None:
+        self.actions = dict(actions or {})
+
+    @classmethod
+    def parse(cls, text: str) -> Failpoints:
+        """Read ``name=action,name=action``.
+
+        Raises:
+            ValueError: an action is unknown.
+        """
+        actions = dict(item.strip().split("=", 1) for item in text.split(",") if item.strip())
+        for name, action in actions.items():
+            if action not in ACTIONS:
+                raise ValueError(
+                    f"failpoint {name}: the action must be one of {', '.join(ACTIONS)}; got {action!r}"
+                )
+        return cls(actions)
+
+    def hit(self, name: str) -> None:
+        action = self.actions.get(name)
+        if action == "exit":
+            os._exit(70)
+        if action == "error":
+            raise Internal("FAILPOINT", f"failpoint {name}", metadata={"failpoint": name})

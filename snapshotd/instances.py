@@ -1,0 +1,340 @@
+"""The instances of this node: their records, their jobs, and who hears of changes.
+
+Requests come in here; the machine says whether they are legal and which job they begin; the executor
+runs the job; its end goes back into the machine. The record of every living instance is journaled in
+its directory, so that the next daemon takes the living ones over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+
+from dumont.errors import Aborted, AlreadyExists, DumontError, FailedPrecondition, NotFound
+from snapshotd import jobs
+from snapshotd.executor import Observer, Step, run_job
+from snapshotd.failpoints import Failpoints
+from snapshotd.jobs import Node
+from snapshotd.journal import Journal
+from snapshotd.machine import Event, Job, advance
+from snapshotd.model import Instance, Model, Phase, Snapshot, State
+from snapshotd.ports import Host
+
+log = structlog.get_logger(__name__)
+
+# How many failed instances are remembered for their reason.
+FAILED_KEPT = 64
+
+
+@dataclass
+class Record:
+    """An instance and what is alive of it."""
+
+    instance: Instance
+    host: Host | None = None
+    # The job under way; a stop cancels it.
+    job: asyncio.Task[object] | None = None
+    watch: asyncio.Task[None] | None = None
+    # What the model host says its load was made of.
+    load_parts: tuple[Phase, ...] = ()
+
+
+@dataclass(frozen=True)
+class Change:
+    """An instance as it is now, or the id of one that is gone."""
+
+    instance: Instance | None
+    removed: str = ""
+
+
+class Instances:
+    """Every instance of this node."""
+
+    def __init__(
+        self, node: Node, journal: Journal, observer: Callable[[str], Observer], failpoints: Failpoints
+    ) -> None:
+        """
+        Args:
+            observer: makes the observer of a job from the instance's id.
+        """
+        self.node = node
+        self.journal = journal
+        self.observer = observer
+        self.failpoints = failpoints
+        self.pinned: dict[str, int] = {}
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._listeners: set[asyncio.Queue[Change]] = set()
+
+    # What there is.
+
+    def get(self, instance: str) -> Instance:
+        return self._record(instance).instance
+
+    def all(self) -> list[Instance]:
+        return [record.instance for record in self._records.values()]
+
+    @contextlib.asynccontextmanager
+    async def changes(self) -> AsyncIterator[asyncio.Queue[Change]]:
+        """A queue that first holds every instance, then each change as it happens."""
+        queue: asyncio.Queue[Change] = asyncio.Queue()
+        for instance in self.all():
+            queue.put_nowait(Change(instance))
+        self._listeners.add(queue)
+        try:
+            yield queue
+        finally:
+            self._listeners.discard(queue)
+
+    # Requests. ``admit`` refuses or registers at once; the job then runs until the instance serves.
+
+    def admit(self, instance: Instance) -> None:
+        """Register a new instance.
+
+        Raises:
+            AlreadyExists: its id is in use; nothing changed.
+        """
+        existing = self._records.get(instance.id)
+        if existing is not None and existing.instance.state is not State.FAILED:
+            raise AlreadyExists(
+                "INSTANCE_EXISTS",
+                f"instances/{instance.id} exists and is {existing.instance.state.name}; choose another id",
+                field="instance_id",
+                metadata={"instance": instance.id},
+            )
+        self._records[instance.id] = Record(instance)
+        self._publish(self._records[instance.id])
+
+    async def start(self, instance: str, model: Model) -> Instance:
+        record = self._record(instance)
+        return await self._settle(record, "start", jobs.start(self.node, record, model))
+
+    async def restore(self, instance: str, snapshot: Snapshot) -> Instance:
+        record = self._record(instance)
+        with self._pin(snapshot.manifest.id):
+            return await self._settle(record, "restore", jobs.restore(self.node, record, snapshot))
+
+    async def capture(self, instance: str, snapshot: str) -> Snapshot:
+        record = self._record(instance)
+        self._move(record, Event.CAPTURE)
+        capture = jobs.Capture(self.node, record, snapshot)
+        await self._settle(record, "capture", capture.steps(), capture.phases)
+        if capture.result is None:
+            raise Aborted(
+                "CAPTURE_INCOMPLETE", f"the capture of instances/{instance} ended without a snapshot"
+            )
+        return capture.result
+
+    async def park(self, instance: str) -> Instance:
+        record = self._record(instance)
+        self._move(record, Event.PARK)
+        return await self._settle(record, "park", jobs.park(self.node, record))
+
+    async def resume(self, instance: str) -> Instance:
+        record = self._record(instance)
+        self._move(record, Event.RESUME)
+        return await self._settle(record, "resume", jobs.resume(self.node, record))
+
+    async def stop(self, instance: str) -> None:
+        """End an instance in whatever state; a job under way is cancelled and unwinds first."""
+        record = self._record(instance)
+        self._move(record, Event.STOP)
+        if record.job is not None:
+            record.job.cancel()
+            with contextlib.suppress(asyncio.CancelledError, DumontError):
+                await record.job
+        await self._settle(record, "stop", jobs.stop(self.node, record))
+
+    async def stop_all(self) -> None:
+        for instance in self.all():
+            with contextlib.suppress(DumontError):
+                await self.stop(instance.id)
+
+    async def delete_snapshot(self, snapshot: str) -> None:
+        """Delete a snapshot unless a restore reads it."""
+        if self.pinned.get(snapshot):
+            raise FailedPrecondition(
+                "SNAPSHOT_IN_USE",
+                f"snapshots/{snapshot} is being restored; delete it when that is done",
+                metadata={"snapshot": snapshot},
+            )
+        await self.node.store.delete(snapshot)
+
+    # Taking over from an earlier daemon.
+
+    async def take_over(self) -> None:
+        """Adopt the living instances of an earlier daemon and clean up after the others."""
+        hosts = {host.instance: host for host in await self.node.hosts.find()}
+        for instance in self.journal.read():
+            host = hosts.pop(instance.id, None)
+            record = Record(instance, host)
+            try:
+                if host is None or host.lost.is_set():
+                    raise Aborted("HOST_LOST", "its process ended while no snapshotd ran")
+                record.instance = await self._recover(instance, host)
+            except DumontError as error:
+                log.warning("instance not taken over", instance=instance.id, reason=error.reason)
+                await self._clean_up(record)
+                self.journal.forget(instance.id)
+                continue
+            self._records[instance.id] = record
+            self._watch(record, host)
+            self._publish(record)
+            log.info(
+                "instance taken over", instance=instance.id, pid=host.pid, state=record.instance.state.name
+            )
+        for host in hosts.values():
+            # Its journal entry was removed: it was being stopped.
+            await host.release()
+
+    async def _recover(self, instance: Instance, host: Host) -> Instance:
+        """Bring a found model host to a state that the table knows, or raise."""
+        if (await host.status())["frozen"]:
+            return replace(instance, pid=host.pid, state=State.PARKED)
+        status = await host.call("status", self.node.deadlines.serve)
+        state = status["state"]
+        if state == "DRAINING":
+            await host.call("accept", self.node.deadlines.serve)
+        elif state in ("QUIESCED", "AWAKE"):
+            if state == "QUIESCED":
+                await jobs.wake_host(self.node, instance.id, host)
+            await jobs.serve_host(self.node, instance.id, host)
+        elif state != "SERVING":
+            raise Aborted("START_INTERRUPTED", f"it was {state} when its snapshotd ended")
+        return replace(instance, pid=host.pid, state=State.SERVING)
+
+    async def detach(self) -> None:
+        """Let go of every instance; they run on for the next daemon."""
+        for record in self._records.values():
+            if record.watch is not None:
+                record.watch.cancel()
+
+    # How a job runs.
+
+    async def _settle(
+        self, record: Record, job: str, steps: Sequence[Step], phases: list[Phase] | None = None
+    ) -> Instance:
+        """Run a job and put its end into the machine."""
+        done: list[Phase] = [] if phases is None else phases
+        observer = self.observer(record.instance.id)
+        task = asyncio.create_task(
+            run_job(job, steps, self.node.clock, observer, self.failpoints, done),
+            name=f"{job} {record.instance.id}",
+        )
+        record.job = task
+        try:
+            await task
+        except asyncio.CancelledError:
+            error = Aborted("CANCELLED", f"the {job} of instances/{record.instance.id} was cancelled")
+            await self._fail(record, error)
+            raise error from None
+        except DumontError as error:
+            await self._fail(record, error)
+            raise
+        finally:
+            if record.job is task:
+                record.job = None
+        if job in ("start", "restore", "resume"):
+            record.instance = replace(record.instance, phases=_with_parts(done, record.load_parts))
+        self._move(record, Event.SUCCEEDED)
+        if record.watch is None and record.host is not None:
+            self._watch(record, record.host)
+        return record.instance
+
+    async def _fail(self, record: Record, error: DumontError) -> None:
+        if record.instance.state in (State.STOPPING, State.FAILED, State.GONE):
+            # A stop has taken over, or the process was lost: that event was the last word.
+            return
+        lost = record.host is None or record.host.lost.is_set()
+        await self._end(record, Event.LOST if lost else Event.FAILED, error.reason, error.message)
+
+    async def _end(self, record: Record, event: Event, reason: str, message: str) -> None:
+        job = self._move(record, event, reason, message)
+        if job is Job.CLEAN_UP:
+            await self._clean_up(record)
+
+    async def _clean_up(self, record: Record) -> None:
+        steps = jobs.stop(self.node, record)
+        await run_job(
+            "clean_up", steps, self.node.clock, self.observer(record.instance.id), self.failpoints, []
+        )
+
+    def _move(self, record: Record, event: Event, reason: str = "", message: str = "") -> Job | None:
+        """Take the machine's step, tell the journal and whoever listens, and say what must follow."""
+        step = advance(record.instance.state, event)
+        failed = step.state is State.FAILED
+        record.instance = replace(
+            record.instance,
+            state=step.state,
+            failure_reason=reason if failed else "",
+            failure_message=message if failed else "",
+        )
+        self._publish(record)
+        return step.job
+
+    def _watch(self, record: Record, host: Host) -> None:
+        record.watch = asyncio.create_task(
+            self._notice_loss(record, host), name=f"watch {record.instance.id}"
+        )
+
+    async def _notice_loss(self, record: Record, host: Host) -> None:
+        await host.lost.wait()
+        if record.job is not None or record.instance.state in (State.STOPPING, State.FAILED, State.GONE):
+            # The job under way fails by itself and says more about why.
+            return
+        await self._end(record, Event.LOST, "HOST_LOST", "its process ended by itself; its log may say why")
+
+    def _publish(self, record: Record) -> None:
+        instance = record.instance
+        change = Change(instance)
+        if instance.state is State.GONE:
+            self._records.pop(instance.id, None)
+            change = Change(None, instance.id)
+        elif instance.state is State.FAILED:
+            self._records.move_to_end(instance.id)
+            failed = [
+                other.instance.id for other in self._records.values() if other.instance.state is State.FAILED
+            ]
+            for oldest in failed[:-FAILED_KEPT]:
+                self._records.pop(oldest)
+        if instance.state in (State.GONE, State.FAILED):
+            self.journal.forget(instance.id)
+            if record.watch is not None and record.watch is not asyncio.current_task():
+                record.watch.cancel()
+            record.watch = None
+        else:
+            self.journal.write(instance)
+        for queue in self._listeners:
+            queue.put_nowait(change)
+
+    def _record(self, instance: str) -> Record:
+        try:
+            return self._records[instance]
+        except KeyError:
+            raise NotFound(
+                "INSTANCE_NOT_FOUND",
+                f"this node has no instances/{instance}",
+                metadata={"instance": instance},
+            ) from None
+
+    @contextlib.contextmanager
+    def _pin(self, snapshot: str) -> Iterator[None]:
+        self.pinned[snapshot] = self.pinned.get(snapshot, 0) + 1
+        try:
+            yield
+        finally:
+            self.pinned[snapshot] -= 1
+
+
+def _with_parts(phases: Sequence[Phase], parts: Sequence[Phase]) -> tuple[Phase, ...]:
+    """The phases of a job, with the model host's own parts of its load after the load."""
+    shown: list[Phase] = []
+    for phase in phases:
+        shown.append(phase)
+        if phase.name == "load":
+            shown.extend(parts)
+    return tuple(shown)

@@ -1,0 +1,45 @@
+"""The living instances on disk, one file each, so that the next daemon knows what it takes over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import structlog
+from pydantic import TypeAdapter, ValidationError
+
+from snapshotd.model import Instance
+
+log = structlog.get_logger(__name__)
+
+_ADAPTER = TypeAdapter(Instance)
+
+
+class Journal:
+    """Files ``<id>.json`` in one directory, each replaced as a whole."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def write(self, instance: Instance) -> None:
+        path = self._path(instance.id)
+        scratch = path.with_suffix(".new")
+        scratch.write_bytes(_ADAPTER.dump_json(instance))
+        # Not synced: it must survive this daemon, and with the machine the instances end too.
+        scratch.replace(path)
+
+    def forget(self, instance: str) -> None:
+        self._path(instance).unlink(missing_ok=True)
+
+    def read(self) -> list[Instance]:
+        """Every instance that was not forgotten; a file that cannot be read is removed."""
+        instances = []
+        for path in sorted(self.directory.glob("*.json")):
+            try:
+                instances.append(_ADAPTER.validate_json(path.read_bytes()))
+            except ValidationError:
+                log.warning("journal entry cannot be read", path=path.name)
+                path.unlink()
+        return instances
+
+    def _path(self, instance: str) -> Path:
+        return self.directory / f"{instance}.json"

@@ -1,0 +1,193 @@
+"""Wires snapshotd together and runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sys
+from contextlib import AsyncExitStack
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+from prometheus_client import start_http_server
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from dumont.errors import DumontError, FailedPrecondition
+from dumont.rpc import operations as rpc_operations
+from dumont.rpc.logs import configure_logs
+from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
+from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc, snapshot_service_pb2_grpc
+from snapshotd import preflight
+from snapshotd.adapters.clock import SystemClock
+from snapshotd.adapters.directory_store import DirectoryStore
+from snapshotd.adapters.facts import node_facts
+from snapshotd.adapters.models import NodeModels
+from snapshotd.adapters.registration import keep_registered
+from snapshotd.adapters.shims import ShimPool
+from snapshotd.config import Settings, node_id
+from snapshotd.failpoints import Failpoints
+from snapshotd.images.format import ImageFormat
+from snapshotd.instances import Instances
+from snapshotd.jobs import Deadlines, HostSettings, Node
+from snapshotd.journal import Journal
+from snapshotd.observer import Observers
+from snapshotd.service.inference import Inference
+from snapshotd.service.instances import InstanceServicer
+from snapshotd.service.node import NodeServicer
+from snapshotd.service.snapshots import SnapshotServicer
+
+log = structlog.get_logger(__name__)
+
+DOMAIN = "snapshotd.dumont"
+SERVICES = tuple(
+    f"dumont.snapshotd.v1.{name}" for name in ("InstanceService", "SnapshotService", "NodeService")
+)
+FOLDERS = ("instances", "journal", "shims")
+
+
+async def run(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Raises:
+        FailedPrecondition: this machine, the state directory or the address cannot be used.
+    """
+    criu, findings = preflight.find_criu()
+    findings = [*preflight.check_machine(), *findings]
+    problems = [finding.message for finding in findings if not finding.passed]
+    if criu is None or problems:
+        raise FailedPrecondition("MACHINE_UNFIT", "; ".join(problems))
+    async with AsyncExitStack() as stack:
+        lock = prepare_state(settings.state_dir)
+        stack.callback(os.close, lock)
+        store = DirectoryStore(settings.state_dir / "snapshots", settings.threads)
+        store.open()
+        hosts = ShimPool(settings.state_dir / "shims", criu.binary, criu.pycriu)
+        node = Node(
+            hosts=hosts,
+            store=store,
+            models=NodeModels(settings.models_dir, settings.state_dir / "weights.json"),
+            images=ImageFormat(criu.pycriu),
+            clock=SystemClock(),
+            settings=host_settings(settings),
+            facts=node_facts(criu.version),
+            directory=settings.state_dir,
+            threads=settings.threads,
+            deadlines=Deadlines(drain=settings.drain_seconds),
+        )
+        observers = Observers()
+        instances = Instances(
+            node, Journal(settings.state_dir / "journal"), observers, Failpoints.parse(settings.failpoints)
+        )
+        operations = rpc_operations.Operations(DOMAIN)
+        inference = Inference(instances)
+        node_servicer = NodeServicer(node, node_id(settings), findings)
+
+        server = new_server(DOMAIN, ServerLimits())
+        # First, so that it is found before the generated handlers of the same methods.
+        server.add_generic_rpc_handlers((inference.handler(),))
+        instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
+            InstanceServicer(instances, operations, observers), server
+        )
+        snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(SnapshotServicer(instances), server)
+        node_service_pb2_grpc.add_NodeServiceServicer_to_server(node_servicer, server)
+        operations.register(server)
+        health = add_standard_services(server, (*SERVICES, rpc_operations.SERVICE_NAME))
+        endpoint = bind(server, settings.listen)
+
+        stack.push_async_callback(hosts.close)
+        if settings.stop_instances_on_exit:
+            stack.push_async_callback(instances.stop_all)
+        stack.push_async_callback(instances.detach)
+        await instances.take_over()
+        hosts.prepare()
+        stack.push_async_callback(inference.close)
+        stack.push_async_callback(operations.close)
+        await server.start()
+        await health.set_all(True)
+        if settings.metrics_listen:
+            address, _, port = settings.metrics_listen.rpartition(":")
+            start_http_server(int(port), address)
+        log.info("snapshotd serves", endpoint=endpoint, node=node_servicer.node_id, criu=criu.version)
+        if settings.controller:
+            registration = asyncio.create_task(
+                keep_registered(
+                    settings.controller,
+                    settings.advertise or endpoint,
+                    node_servicer,
+                    settings.heartbeat_seconds,
+                )
+            )
+            stack.callback(registration.cancel)
+        await run_until_signalled(server, health, settings.drain_seconds)
+
+
+def prepare_state(directory: Path) -> int:
+    """Make the state directory, private to root, and lock it for this process.
+
+    Returns:
+        The descriptor that holds the lock.
+
+    Raises:
+        FailedPrecondition: another snapshotd has it, or it cannot be made.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+        for folder in FOLDERS:
+            (directory / folder).mkdir(mode=0o700, exist_ok=True)
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise FailedPrecondition(
+            "STATE_UNUSABLE", f"the state directory {directory} cannot be used: {error}"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise FailedPrecondition(
+            "STATE_IN_USE", f"another snapshotd uses {directory}; stop it or choose another --state-dir"
+        ) from None
+    return lock
+
+
+def host_settings(settings: Settings) -> HostSettings:
+    """How model hosts run here."""
+    environment = {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        # Few arenas: memory that was touched once is dumped and restored for ever.
+        "MALLOC_ARENA_MAX": "2",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if settings.host_threads:
+        environment["OMP_NUM_THREADS"] = str(settings.host_threads)
+    return HostSettings(
+        command=(sys.executable, "-m", "model_host"),
+        environment=environment,
+        device=settings.device,
+        max_queue=settings.max_queue,
+        max_new_tokens=settings.max_new_tokens,
+    )
+
+
+def main() -> None:
+    """The command ``dumont-snapshotd``."""
+    try:
+        settings = CliApp.run(Settings)
+        configure_logs(settings.log_format, version=version("dumont"))
+        asyncio.run(run(settings))
+    except ValidationError as error:
+        raise SystemExit(f"dumont-snapshotd: {error}") from None
+    except DumontError as error:
+        raise SystemExit(f"dumont-snapshotd: {error.message} ({error.reason})") from None
+    except ValueError as error:
+        raise SystemExit(f"dumont-snapshotd: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

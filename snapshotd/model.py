@@ -1,0 +1,150 @@
+"""The facts of a node: instances, snapshots and models. Frozen; nothing here does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+
+class State(Enum):
+    """Where an instance is in its life."""
+
+    STARTING = auto()
+    RESTORING = auto()
+    SERVING = auto()
+    CAPTURING = auto()
+    PARKING = auto()
+    PARKED = auto()
+    RESUMING = auto()
+    STOPPING = auto()
+    FAILED = auto()
+    GONE = auto()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named step and the seconds it took."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Canary:
+    """What a model host must answer again after a restore.
+
+    Attributes:
+        tokens: likeliest token at every position of one synthetic prompt.
+        logprob: log-probability of the last of them.
+    """
+
+    tokens: tuple[int, ...]
+    logprob: float
+
+    # Another GPU of the same model may round the last bits differently; a wrong weight moves it far more.
+    TOLERANCE = 0.05
+
+    def agrees(self, other: Canary) -> bool:
+        return self.tokens == other.tokens and abs(self.logprob - other.logprob) <= self.TOLERANCE
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One model host."""
+
+    id: str
+    deployment: str
+    model: str
+    engine: str
+    state: State
+    create_time: datetime
+    pid: int = 0
+    device: str = ""
+    snapshot: str = ""
+    phases: tuple[Phase, ...] = ()
+    failure_reason: str = ""
+    failure_message: str = ""
+    weights_digest: str = ""
+    canary: Canary | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that this node can load.
+
+    Attributes:
+        directory: where its files are; None while it must still be downloaded.
+        weights: its weight files.
+        context_length: tokens of prompt and answer together.
+    """
+
+    name: str
+    engine: str
+    directory: Path | None
+    weights: tuple[Path, ...]
+    weights_bytes: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One file of a snapshot."""
+
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a snapshot is: it exists when this is published.
+
+    Attributes:
+        compatibility: facts that must be equal where it is restored.
+        mounts: names of the external mounts that the image refers to.
+        pipes: inode of each pipe at capture, by role.
+    """
+
+    id: str
+    deployment: str
+    model: str
+    engine: str
+    device: str
+    create_time: datetime
+    source_pause_seconds: float
+    phases: tuple[Phase, ...]
+    canary: Canary
+    compatibility: Mapping[str, str]
+    mounts: tuple[str, ...]
+    pipes: Mapping[str, int]
+    files: tuple[ImageFile, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A manifest in a store, and whether it may be restored."""
+
+    manifest: Manifest
+    digest: str
+    quarantine_reason: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.manifest.files)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check of the machine and what came of it."""
+
+    check: str
+    passed: bool
+    message: str
+
+
+Json = dict[str, Any]

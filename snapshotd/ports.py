@@ -1,0 +1,135 @@
+"""What the jobs need of the world."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from snapshotd.model import ImageFile, Json, Manifest, Model, Snapshot
+
+
+class Clock(Protocol):
+    """Time, so that tests can move it."""
+
+    def now(self) -> datetime:
+        """The time of day, in UTC."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that only ever go forward."""
+        ...
+
+
+class Host(Protocol):
+    """A model host and the shim that holds it.
+
+    It begins empty. ``launch`` or ``restore`` gives it a process; ``release`` ends both and leaves
+    nothing. Between them ``call`` reaches the model host's life cycle (load, serve, drain, quiesce,
+    wake, canary), ``dump`` writes its image while it waits in quiescence, and ``freeze`` stops it
+    from running. Every method raises ``DumontError``: the model host's own refusal with its reason,
+    ``HOST_TIMEOUT`` when it gives no answer, ``HOST_LOST`` when its process or shim is gone.
+    """
+
+    instance: str
+    pid: int
+    lost: asyncio.Event
+
+    async def launch(
+        self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
+    ) -> None: ...
+
+    async def restore(
+        self,
+        instance: str,
+        directory: Path,
+        images: Path,
+        mounts: Sequence[str],
+        pipes: Mapping[str, int],
+        timeout: float,
+    ) -> None: ...
+
+    async def dump(self, images: Path, timeout: float) -> Json:
+        """Write the image; answers the ``mounts`` and ``pipes`` that a restore must be told."""
+        ...
+
+    async def call(self, command: str, timeout: float, **arguments: object) -> Json: ...
+
+    async def freeze(self) -> None: ...
+
+    async def thaw(self) -> None: ...
+
+    async def status(self) -> Json:
+        """The shim's own view: instance, pid, frozen, exit_status."""
+        ...
+
+    async def release(self) -> None: ...
+
+
+class Hosts(Protocol):
+    """The node's shims. One spare is kept started, because starting one takes longer than a restore may."""
+
+    async def take(self) -> Host:
+        """An empty host, ready at once if the spare is."""
+        ...
+
+    async def find(self) -> Sequence[Host]:
+        """The hosts that an earlier daemon left running, the empty ones released."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of all hosts without ending them; the spare ends."""
+        ...
+
+
+class SnapshotStore(Protocol):
+    """Snapshots of this node.
+
+    ``stage`` gives a directory that no list shows. ``commit`` makes its files durable, then the
+    manifest, and only with that does the snapshot exist. A snapshot is never changed afterwards,
+    only quarantined or deleted.
+    """
+
+    async def stage(self, snapshot: str) -> Path: ...
+
+    async def discard(self, snapshot: str) -> None:
+        """Remove a staged directory, if there is one."""
+        ...
+
+    async def digest(self, snapshot: str) -> list[ImageFile]:
+        """Name, size and digest of every image file that is staged."""
+        ...
+
+    async def commit(self, manifest: Manifest) -> Snapshot: ...
+
+    async def get(self, snapshot: str) -> Snapshot: ...
+
+    async def verify(self, snapshot: Snapshot) -> None:
+        """Read every file and compare; raises ``DataLoss`` naming the file that differs."""
+        ...
+
+    def images(self, snapshot: Snapshot) -> Path: ...
+
+    async def quarantine(self, snapshot: str, reason: str) -> None: ...
+
+    async def delete(self, snapshot: str) -> None: ...
+
+    async def list(self) -> list[Snapshot]: ...
+
+
+class Models(Protocol):
+    """Models that this node can load."""
+
+    async def resolve(self, name: str, engine: str = "") -> Model:
+        """Find a model and check that it can be loaded; ``directory`` is None if it must be fetched."""
+        ...
+
+    async def fetch(self, model: Model) -> Model:
+        """Download what is missing; the result has a directory."""
+        ...
+
+    async def weights_digest(self, model: Model) -> str:
+        """BLAKE3 over the names and bytes of the weight files; read again only when a file changed."""
+        ...

@@ -1,0 +1,160 @@
+"""What this machine can do, as named checks. ``python -m snapshotd.preflight [--json]`` prints them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from snapshotd.model import Finding
+
+OLDEST_CRIU = (4, 0)
+OLDEST_DRIVER = 570
+ARCHITECTURES = ("x86_64", "aarch64")
+
+
+@dataclass(frozen=True)
+class Criu:
+    """A CRIU that works here.
+
+    Attributes:
+        pycriu: directory to import pycriu from; None: it is on Python's path.
+    """
+
+    binary: Path
+    pycriu: Path | None
+    version: str
+
+
+def cache_directory() -> Path:
+    """Where scripts/setup puts what it fetches."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("DUMONT_CACHE") or Path(base) / "dumont")
+
+
+def find_criu() -> tuple[Criu | None, list[Finding]]:
+    """The first CRIU that is new enough and passes its own check, and what was found on the way.
+
+    Looked at in order: ``$DUMONT_CRIU``, ``criu`` on the PATH, the one that scripts/setup unpacked.
+    """
+    candidates = [Path(os.environ["DUMONT_CRIU"])] if os.environ.get("DUMONT_CRIU") else []
+    candidates += [Path(folder) / "criu" for folder in os.get_exec_path()]
+    candidates.append(cache_directory() / "criu" / "bin" / "criu")
+    problem = "there is no criu; run scripts/setup, or set DUMONT_CRIU to its path"
+    for binary in candidates:
+        if not binary.is_file():
+            continue
+        version = _criu_version(binary)
+        if version is None or tuple(map(int, version.split(".")[:2])) < OLDEST_CRIU:
+            problem = (
+                f"{binary} is CRIU {version or '?'}, and 4.0 is the oldest that works; run scripts/setup"
+            )
+            continue
+        pycriu = _find_pycriu(binary)
+        if pycriu is None:
+            problem = f"{binary} has no pycriu beside it; install python3-pycriu or run scripts/setup"
+            continue
+        checked = subprocess.run([binary, "check"], capture_output=True, text=True, timeout=30, check=False)
+        if checked.returncode != 0:
+            said = (checked.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+            problem = f"'{binary} check' fails, so this kernel or container cannot checkpoint: {said}"
+            continue
+        found = Criu(binary, pycriu if pycriu != Path() else None, version)
+        return found, [Finding("criu", True, f"CRIU {version} at {binary} passes its check")]
+    return None, [Finding("criu", False, problem)]
+
+
+def _criu_version(binary: Path) -> str | None:
+    try:
+        said = subprocess.run(
+            [binary, "--version"], capture_output=True, text=True, timeout=30, check=False
+        ).stdout
+    except OSError:
+        return None
+    found = re.search(r"Version: (\d+\.\d+(?:\.\d+)?)", said)
+    return found.group(1) if found else None
+
+
+def _find_pycriu(binary: Path) -> Path | None:
+    """The directory that holds pycriu; ``Path()`` when Python finds it by itself; None when it is nowhere."""
+    prefix = binary.resolve().parent.parent
+    if (prefix / "pycriu" / "__init__.py").exists():
+        return prefix
+    if importlib.util.find_spec("pycriu") is not None:
+        return Path()
+    distribution = Path("/usr/lib/python3/dist-packages")
+    return distribution if (distribution / "pycriu").is_dir() else None
+
+
+def check_machine() -> list[Finding]:
+    """Everything but CRIU."""
+    architecture = platform.machine()
+    return [
+        Finding(
+            "root",
+            os.geteuid() == 0,
+            "running as root"
+            if os.geteuid() == 0
+            else "not root; namespaces and CRIU need it, so run with sudo",
+        ),
+        Finding(
+            "architecture",
+            architecture in ARCHITECTURES,
+            f"{architecture}"
+            if architecture in ARCHITECTURES
+            else f"{architecture} is not one of {ARCHITECTURES}",
+        ),
+        _check_cgroup(),
+        _check_gpu(),
+    ]
+
+
+def _check_cgroup() -> Finding:
+    from snapshotd.shim.freezer import cgroup2_root
+
+    root = cgroup2_root()
+    if root is not None and os.access(root, os.W_OK):
+        return Finding("cgroup2", True, f"instances are parked by cgroup freeze at {root}")
+    return Finding("cgroup2", True, "no writable cgroup v2; instances are parked by SIGSTOP instead")
+
+
+def _check_gpu() -> Finding:
+    version = Path("/sys/module/nvidia/version")
+    if not version.exists():
+        return Finding("gpu", True, "no NVIDIA driver; models run on the CPU")
+    driver = version.read_text().strip()
+    new_enough = int(driver.split(".")[0]) >= OLDEST_DRIVER
+    return Finding(
+        "gpu",
+        new_enough,
+        f"NVIDIA driver {driver}"
+        + ("" if new_enough else f" cannot checkpoint; {OLDEST_DRIVER} is the oldest that can"),
+    )
+
+
+def findings() -> list[Finding]:
+    return [*check_machine(), *find_criu()[1]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check whether this machine can run snapshotd.")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    arguments = parser.parse_args()
+    found = findings()
+    if arguments.json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in found]) + "\n")
+    else:
+        for finding in found:
+            sys.stdout.write(f"{'ok  ' if finding.passed else 'MISS'} {finding.check}: {finding.message}\n")
+    raise SystemExit(0 if all(finding.passed for finding in found) else 1)
+
+
+if __name__ == "__main__":
+    main()

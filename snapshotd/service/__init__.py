@@ -1,0 +1,1 @@
+"""The gRPC servicers: each method parses, calls and converts."""

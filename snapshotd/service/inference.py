@@ -1,0 +1,134 @@
+"""Generate and Embed: bytes in, bytes out, to and from the instance's model host.
+
+A token frame is never decoded here; only the request's first field is read, to find the instance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from dumont import names
+from dumont.errors import FailedPrecondition, Unavailable
+from dumont.rpc.server import remaining
+from dumont.rpc.status import from_rpc_error
+from dumont.snapshotd.v1 import instance_service_pb2 as pb2
+from snapshotd.instances import Instances
+from snapshotd.model import Instance, State
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+BytesStream = grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
+BytesUnary = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+
+SERVICE = "dumont.snapshotd.v1.InstanceService"
+HOST_BytesStream = grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
+BytesUnary = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+
+SERVICE = "dumont.model_host.v1.ModelHostService"
+SOCKET_NAME = "host.sock"
+
+
+@dataclass
+class _Line:
+    """A connection to one model host process."""
+
+    pid: int
+    directory: int
+    channel: grpc.aio.Channel
+
+
+class Inference:
+    """Finds the model host of a request and keeps a channel to each."""
+
+    def __init__(self, instances: Instances) -> None:
+        self.instances = instances
+        self._lines: dict[str, _Line] = {}
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Takes precedence over the generated handlers of the same methods when it is added first."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Generate": grpc.unary_stream_rpc_method_handler(self.generate),
+                "Embed": grpc.unary_unary_rpc_method_handler(self.embed),
+            },
+        )
+
+    async def generate(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
+        channel = await self._channel(pb2.GenerateRequest.FromString(request).name)
+        method: BytesStream = channel.unary_stream(f"/{HOST_SERVICE}/Generate")
+        call = method(request, timeout=remaining(context))
+        try:
+            async for frame in call:
+                yield frame
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            # However the caller's stream ended: the model host must not compute for nobody.
+            call.cancel()
+
+    async def embed(self, request: bytes, context: Context) -> bytes:
+        channel = await self._channel(pb2.EmbedRequest.FromString(request).name)
+        try:
+            method: BytesUnary = channel.unary_unary(f"/{HOST_SERVICE}/Embed")
+            return await method(request, timeout=remaining(context))
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def close(self) -> None:
+        for instance in list(self._lines):
+            await self._drop(instance)
+
+    async def _channel(self, name: str) -> grpc.aio.Channel:
+        instance = self.instances.get(names.parse(name, "instances", "name"))
+        self._must_serve(instance)
+        line = self._lines.get(instance.id)
+        if line is None or line.pid != instance.pid:
+            await self._drop(instance.id)
+            line = self._lines[instance.id] = _connect(
+                instance, self.instances.node.instance_directory(instance.id)
+            )
+            await self._drop_gone()
+        return line.channel
+
+    async def _drop_gone(self) -> None:
+        alive = {instance.id for instance in self.instances.all()}
+        for instance in set(self._lines) - alive:
+            await self._drop(instance)
+
+    async def _drop(self, instance: str) -> None:
+        line = self._lines.pop(instance, None)
+        if line is not None:
+            await line.channel.close()
+            with contextlib.suppress(OSError):
+                os.close(line.directory)
+
+    def _must_serve(self, instance: Instance) -> None:
+        if instance.state is State.SERVING:
+            return
+        details = {"instance": instance.id, "state": instance.state.name}
+        if instance.state in (State.STARTING, State.RESTORING, State.CAPTURING, State.RESUMING):
+            raise Unavailable(
+                "INSTANCE_NOT_READY",
+                f"instances/{instance.id} is {instance.state.name}; try again when it serves",
+                metadata=details,
+                retry_after=0.2,
+            )
+        raise FailedPrecondition(
+            "INSTANCE_NOT_SERVING", f"instances/{instance.id} is {instance.state.name}", metadata=details
+        )
+
+
+def _connect(instance: Instance, directory: Path) -> _Line:
+    # By descriptor: a socket's path may have 107 bytes, and a state directory may be deep.
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    target = f"unix:/proc/self/fd/{descriptor}/{SOCKET_NAME}"
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+    return _Line(instance.pid, descriptor, grpc.aio.insecure_channel(target, options=options))

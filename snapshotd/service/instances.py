@@ -1,0 +1,171 @@
+"""``dumont.snapshotd.v1.InstanceService``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from google.longrunning import operations_pb2
+from google.protobuf.empty_pb2 import Empty
+
+from dumont import names
+from dumont.errors import NotFound
+from dumont.rpc.operations import Operations, Progress
+from dumont.snapshotd.v1 import instance_service_pb2 as pb2
+from dumont.snapshotd.v1 import instance_service_pb2_grpc as pb2_grpc
+from snapshotd import convert
+from snapshotd.instances import Instances
+from snapshotd.model import Instance, State
+from snapshotd.observer import Observers
+from snapshotd.service.logs import read_log
+from snapshotd.service.pages import page
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InstanceServicer(pb2_grpc.InstanceServiceServicer):
+    """Everything but Generate and Embed, which pass bytes and are served by ``service.inference``."""
+
+    def __init__(self, instances: Instances, operations: Operations, observers: Observers) -> None:
+        self.instances = instances
+        self.operations = operations
+        self.observers = observers
+        # The operation of each instance's start or restore, and the request that began it.
+        self._begun: dict[str, tuple[bytes, str]] = {}
+
+    async def StartInstance(
+        self, request: pb2.StartInstanceRequest, context: Context
+    ) -> operations_pb2.Operation:
+        instance = names.check_id(request.instance_id, "instance_id")
+        if (begun := self._same(instance, request)) is not None:
+            return begun
+        model = await self.instances.node.models.resolve(request.model, request.engine)
+        self.instances.admit(
+            self._new(instance, request.deployment, request.model, model.engine, State.STARTING, snapshot="")
+        )
+
+        async def work(progress: Progress) -> pb2.Instance:
+            with self._watched(instance, progress):
+                return convert.instance(await self.instances.start(instance, model))
+
+        return self._begin("start", instance, request, work)
+
+    async def RestoreInstance(
+        self, request: pb2.RestoreInstanceRequest, context: Context
+    ) -> operations_pb2.Operation:
+        instance = names.check_id(request.instance_id, "instance_id")
+        if (begun := self._same(instance, request)) is not None:
+            return begun
+        snapshot = await self.instances.node.store.get(names.parse(request.snapshot, "snapshots", "snapshot"))
+        manifest = snapshot.manifest
+        deployment = request.deployment or manifest.deployment
+        self.instances.admit(
+            self._new(instance, deployment, manifest.model, manifest.engine, State.RESTORING, manifest.id)
+        )
+
+        async def work(progress: Progress) -> pb2.Instance:
+            with self._watched(instance, progress):
+                return convert.instance(await self.instances.restore(instance, snapshot))
+
+        return self._begin("restore", instance, request, work)
+
+    async def CaptureInstance(
+        self, request: pb2.CaptureInstanceRequest, context: Context
+    ) -> operations_pb2.Operation:
+        instance = names.parse(request.name, "instances", "name")
+        snapshot = names.check_id(request.snapshot_id, "snapshot_id")
+        self.instances.get(instance)
+
+        async def work(progress: Progress) -> Any:
+            with self._watched(instance, progress):
+                return convert.snapshot(await self.instances.capture(instance, snapshot))
+
+        return self.operations.start("capture", work, pb2.OperationMetadata(instance=request.name))
+
+    async def ParkInstance(self, request: pb2.ParkInstanceRequest, context: Context) -> pb2.Instance:
+        return convert.instance(await self.instances.park(names.parse(request.name, "instances", "name")))
+
+    async def ResumeInstance(self, request: pb2.ResumeInstanceRequest, context: Context) -> pb2.Instance:
+        return convert.instance(await self.instances.resume(names.parse(request.name, "instances", "name")))
+
+    async def StopInstance(self, request: pb2.StopInstanceRequest, context: Context) -> Empty:
+        await self.instances.stop(names.parse(request.name, "instances", "name"))
+        return Empty()
+
+    async def GetInstance(self, request: pb2.GetInstanceRequest, context: Context) -> pb2.Instance:
+        return convert.instance(self.instances.get(names.parse(request.name, "instances", "name")))
+
+    async def ListInstances(
+        self, request: pb2.ListInstancesRequest, context: Context
+    ) -> pb2.ListInstancesResponse:
+        facts = sorted(self.instances.all(), key=lambda fact: fact.id)
+        shown, token = page(facts, request.page_size, request.page_token, lambda fact: fact.id)
+        return pb2.ListInstancesResponse(instances=map(convert.instance, shown), next_page_token=token)
+
+    async def WatchInstances(
+        self, request: pb2.WatchInstancesRequest, context: Context
+    ) -> AsyncIterator[pb2.WatchInstancesResponse]:
+        async with self.instances.changes() as changes:
+            known = changes.qsize()
+            while True:
+                if known == 0:
+                    yield pb2.WatchInstancesResponse(synchronized=Empty())
+                known -= 1
+                change = await changes.get()
+                if change.instance is None:
+                    yield pb2.WatchInstancesResponse(removed=names.build("instances", change.removed))
+                else:
+                    yield pb2.WatchInstancesResponse(instance=convert.instance(change.instance))
+
+    async def StreamInstanceLogs(
+        self, request: pb2.StreamInstanceLogsRequest, context: Context
+    ) -> AsyncIterator[pb2.StreamInstanceLogsResponse]:
+        instance = names.parse(request.name, "instances", "name")
+        self.instances.get(instance)
+        path = self.instances.node.instance_directory(instance) / "host.log"
+        async for data in read_log(path, request.tail_lines, request.follow):
+            yield pb2.StreamInstanceLogsResponse(data=data)
+
+    def _new(
+        self, instance: str, deployment: str, model: str, engine: str, state: State, snapshot: str
+    ) -> Instance:
+        now = self.instances.node.clock.now()
+        return Instance(instance, deployment, model, engine, state, now, snapshot=snapshot)
+
+    def _begin(self, prefix: str, instance: str, request: Any, work: Any) -> operations_pb2.Operation:
+        metadata = pb2.OperationMetadata(instance=names.build("instances", instance))
+        metadata.create_time.CopyFrom(convert.timestamp(self.instances.node.clock.now()))
+        operation = self.operations.start(prefix, work, metadata)
+        self._begun[instance] = (request.SerializeToString(deterministic=True), operation.name)
+        return operation
+
+    def _same(self, instance: str, request: Any) -> operations_pb2.Operation | None:
+        """The operation that this very request began before, if it is still known."""
+        content, name = self._begun.get(instance, (b"", ""))
+        if content != request.SerializeToString(deterministic=True):
+            return None
+        try:
+            self.instances.get(instance)
+            return self.operations.get(name)
+        except NotFound:
+            self._begun.pop(instance, None)
+            return None
+
+    def _watched(self, instance: str, progress: Progress) -> _Watched:
+        return _Watched(self.observers, instance, progress)
+
+
+class _Watched:
+    """While it is entered, the steps of an instance's job show as the stage of an operation."""
+
+    def __init__(self, observers: Observers, instance: str, progress: Progress) -> None:
+        self.observers = observers
+        self.instance = instance
+        self.progress = progress
+
+    def __enter__(self) -> None:
+        self.observers.stages[self.instance] = lambda stage: self.progress.update(stage=stage)
+
+    def __exit__(self, *_: object) -> None:
+        self.observers.stages.pop(self.instance, None)

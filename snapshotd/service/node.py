@@ -1,0 +1,44 @@
+"""``dumont.snapshotd.v1.NodeService``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import psutil
+
+from dumont import names
+from dumont.snapshotd.v1 import node_service_pb2 as pb2
+from dumont.snapshotd.v1 import node_service_pb2_grpc as pb2_grpc
+from snapshotd import convert
+from snapshotd.jobs import Node
+from snapshotd.model import Finding
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class NodeServicer(pb2_grpc.NodeServiceServicer):
+    def __init__(self, node: Node, node_id: str, findings: Sequence[Finding]) -> None:
+        self.node = node
+        self.node_id = node_id
+        self.findings = findings
+
+    async def GetNode(self, request: pb2.GetNodeRequest, context: Context) -> pb2.Node:
+        return self.describe()
+
+    async def ResolveModel(self, request: pb2.ResolveModelRequest, context: Context) -> pb2.Model:
+        return convert.model(await self.node.models.resolve(request.model, request.engine))
+
+    def describe(self) -> pb2.Node:
+        memory = psutil.virtual_memory()
+        return pb2.Node(
+            name=names.build("nodes", self.node_id),
+            version=self.node.facts["dumont"],
+            memory_total_bytes=memory.total,
+            memory_available_bytes=memory.available,
+            cpu_count=os.cpu_count() or 1,
+            findings=convert.findings(self.findings),
+            checkpoint_capable=all(finding.passed for finding in self.findings),
+        )

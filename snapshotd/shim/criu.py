@@ -1,0 +1,168 @@
+"""CRIU through pycriu: dump a model host, restore one.
+
+``criu swrk`` is started with ``subprocess`` and pycriu only speaks to it: pycriu's own way of
+starting CRIU forks by hand and waits without a deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snapshotd.shim import linux
+
+# Level 4 writes megabytes; level 2 says what went wrong.
+LOG_LEVEL = 2
+
+
+class CriuFailed(Exception):
+    """CRIU refused or broke off; the message ends with its last words."""
+
+
+class CriuTimeout(CriuFailed):
+    """CRIU did not finish in time and was killed."""
+
+
+@dataclass
+class Worker:
+    """One ``criu swrk`` waiting for its only request.
+
+    Start it ahead of time: loading CRIU then is not part of a restore.
+    """
+
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+
+    @classmethod
+    def start(cls, binary: Path, keep_fds: Sequence[int] = ()) -> Worker:
+        """Start CRIU; ``keep_fds`` are the descriptors a request may name, under the same numbers."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [str(binary), "swrk", str(theirs.fileno())],
+                pass_fds=[theirs.fileno(), *keep_fds],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        return cls(process, ours)
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of the node a model host's image is tied to, by name.
+
+    Attributes:
+        mounts: external mounts, name to path; at dump the path is the model host's, at restore
+            the node's.
+        pipes: inode of each pipe at capture, by role.
+    """
+
+    mounts: Mapping[str, Path]
+    pipes: Mapping[str, int]
+
+
+def dump(worker: Worker, pycriu: Any, pid: int, images: Path, layout: Layout, timeout: float) -> None:
+    """Write the tree of ``pid`` into the existing directory ``images``; the tree runs on.
+
+    Raises:
+        CriuFailed: nothing was kept and the tree runs on, unless CRIU had to be killed.
+    """
+    options = _options(pycriu, layout)
+    options.pid = pid
+    options.leave_running = True
+    _run(worker, pycriu, "dump", options, images, images, timeout)
+
+
+def restore(
+    worker: Worker,
+    pycriu: Any,
+    images: Path,
+    root: Path,
+    layout: Layout,
+    pipes: Mapping[str, int],
+    work: Path,
+    timeout: float,
+) -> int:
+    """Bring back the tree in ``images`` as a child of this process.
+
+    Args:
+        root: a bind mount of the node's root, which becomes the tree's root.
+        pipes: descriptors, open in the worker, that take the place of the captured pipes, by role.
+        work: where CRIU's log goes; not ``images``, which other restores read at the same time.
+
+    Returns:
+        The pid of the tree's root as this process sees it.
+
+    Raises:
+        CriuFailed: nothing of the tree is left.
+    """
+    options = _options(pycriu, layout)
+    options.root = str(root)
+    # A child of this process, not of CRIU, so that it can be waited for.
+    options.rst_sibling = True
+    for role, inode in layout.pipes.items():
+        options.inherit_fd.add(key=f"pipe:[{inode}]", fd=pipes[role])
+    return int(_run(worker, pycriu, "restore", options, images, work, timeout).pid)
+
+
+def _options(pycriu: Any, layout: Layout) -> Any:
+    options = pycriu.rpc.criu_opts()
+    for name, path in layout.mounts.items():
+        options.ext_mnt.add(key=name, val=str(path))
+    # The net namespace is made empty again, so there is nothing to lock; CRIU would run iptables.
+    options.empty_ns = linux.CLONE_NEWNET
+    options.network_lock = pycriu.rpc.SKIP
+    options.manage_cgroups_mode = pycriu.rpc.IGNORE
+    options.log_level = LOG_LEVEL
+    return options
+
+
+def _run(
+    worker: Worker, pycriu: Any, verb: str, options: Any, images: Path, work: Path, timeout: float
+) -> Any:
+    log = work / f"{verb}.log"
+    images_fd = os.open(images, os.O_RDONLY | os.O_DIRECTORY)
+    work_fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        options.images_dir_fd = images_fd
+        options.work_dir_fd = work_fd
+        options.log_file = log.name
+        client = pycriu.criu()
+        client.opts = options
+        client.use_fd(worker.connection.fileno())
+        # Set on the socket itself, because pycriu reads through a duplicate of the descriptor.
+        deadline = struct.pack("ll", int(timeout), int(timeout % 1 * 1_000_000))
+        worker.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, deadline)
+        return getattr(client, verb)()
+    except pycriu.CRIUExceptionExternal as error:
+        raise CriuFailed(f"criu {verb} failed: {last_words(log) or error}") from error
+    except pycriu.CRIUExceptionInternal as error:
+        raise CriuTimeout(
+            f"criu {verb} gave no answer within {timeout:.0f} s: {last_words(log) or error}"
+        ) from error
+    finally:
+        os.close(images_fd)
+        os.close(work_fd)
+        worker.close()
+
+
+def last_words(log: Path) -> str:
+    """The errors in a CRIU log, shortened; paths and pids in it are this node's own."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    errors = [line.partition("Error ")[2].strip() for line in lines if "Error" in line]
+    return "; ".join(errors[:3])[:600]

@@ -1,0 +1,66 @@
+"""Stop a model host from running without ending it: a cgroup v2 freeze, or SIGSTOP where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def cgroup2_root() -> Path | None:
+    """Where cgroup v2 is mounted, also beside v1; None if it is not."""
+    with Path("/proc/self/mountinfo").open() as lines:
+        for line in lines:
+            fields, _, details = line.partition(" - ")
+            if details.split()[0] == "cgroup2":
+                return Path(fields.split()[4])
+    return None
+
+
+@dataclass(frozen=True)
+class Freezer:
+    """Freezes one process tree.
+
+    Attributes:
+        group: the tree's own cgroup; None where cgroup v2 cannot be used.
+        pid: root of the tree, a child of this process, so the pid cannot have been reused.
+    """
+
+    group: Path | None
+    pid: int
+
+    @classmethod
+    def create(cls, name: str, pid: int) -> Freezer:
+        """Put ``pid`` into a cgroup of its own below ``dumont/``, if this machine lets us."""
+        root = cgroup2_root()
+        if root is None:
+            return cls(None, pid)
+        group = root / "dumont" / name
+        try:
+            group.mkdir(parents=True, exist_ok=True)
+            (group / "cgroup.procs").write_text(str(pid))
+        except OSError:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            return cls(None, pid)
+        return cls(group, pid)
+
+    def freeze(self) -> None:
+        if self.group is None:
+            os.kill(self.pid, signal.SIGSTOP)
+        else:
+            (self.group / "cgroup.freeze").write_text("1")
+
+    def thaw(self) -> None:
+        if self.group is None:
+            os.kill(self.pid, signal.SIGCONT)
+        else:
+            (self.group / "cgroup.freeze").write_text("0")
+
+    def remove(self) -> None:
+        """Remove the cgroup, once its processes are gone."""
+        if self.group is not None:
+            with contextlib.suppress(OSError):
+                self.group.rmdir()

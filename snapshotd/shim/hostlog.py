@@ -1,0 +1,27 @@
+"""What a model host prints, kept in two files of bounded size."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+LIMIT = 4 << 20
+
+
+class HostLog:
+    """Appends to ``path``; when that is full it becomes ``path.1`` and a new one begins."""
+
+    def __init__(self, path: Path, limit: int = LIMIT) -> None:
+        self.path = path
+        self.limit = limit
+        self.fd = self._open()
+
+    def write(self, data: bytes) -> None:
+        if os.fstat(self.fd).st_size + len(data) > self.limit:
+            os.close(self.fd)
+            self.path.rename(self.path.with_name(self.path.name + ".1"))
+            self.fd = self._open()
+        os.write(self.fd, data)
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -1,0 +1,347 @@
+"""The shim's process: ``python -m snapshotd.shim.main --socket NAME --criu PATH --pycriu DIR``.
+
+It prepares everything that a start or a restore would otherwise wait for (mount namespace, pipes,
+a waiting CRIU), then listens on its socket. Each message is one JSON object on a line:
+
+- ``{"id": 1, "do": "launch", ...}`` answered by ``{"id": 1, "ok": {...}}`` or ``{"id": 1, "error": ...}``;
+- ``do: host`` passes its ``message`` to the model host, whose answer comes back the same way;
+- ``{"event": "exited", "status": 9}`` when the model host ends.
+
+snapshotd may go and come back at any time; ``do: status`` tells a new one what is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from snapshotd.shim import criu, launcher, linux, mounts
+from snapshotd.shim.freezer import Freezer
+from snapshotd.shim.hostlog import HostLog
+
+Message = dict[str, Any]
+
+
+class Refused(Exception):
+    """The command does not fit what is here."""
+
+
+class Shim:
+    """One model host and the way to it."""
+
+    def __init__(self, scratch: Path, criu_binary: Path, pycriu: Any) -> None:
+        self.criu_binary = criu_binary
+        self.pycriu = pycriu
+        self.selector = selectors.DefaultSelector()
+        self.client: Line | None = None
+        self.host: Line | None = None
+        self.instance = ""
+        self.pid = 0
+        self.exit_status: int | None = None
+        self.frozen = False
+        self.freezer: Freezer | None = None
+        self.log: HostLog | None = None
+        self.released = False
+
+        self.externals = mounts.node_mounts()
+        self.root = scratch
+        self.pipes = launcher.Pipes.create()
+        self.inodes = self.pipes.inodes()
+        mounts.bind_root(self.root)
+        (self.root / mounts.INSTANCE_MOUNT.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        self.worker = criu.Worker.start(criu_binary, list(self.pipes.host_ends().values()))
+        self.commands: dict[str, Callable[[Message], Message]] = {
+            "launch": self.launch,
+            "restore": self.restore,
+            "dump": self.dump,
+            "freeze": self.freeze,
+            "thaw": self.thaw,
+            "kill": self.kill,
+            "status": self.status,
+            "release": self.release,
+        }
+
+    # Commands: each takes the message's fields and returns the fields of its answer.
+
+    def launch(self, message: Message) -> Message:
+        """Start the model host ``command`` in its namespaces."""
+        self._must_be_empty()
+        directory = Path(message["directory"])
+        self.pid = launcher.launch(
+            message["command"], message["environment"], self.pipes, self.root, directory, self.externals
+        )
+        self.worker.close()
+        self._adopt(message["instance"], directory)
+        return {"pid": self.pid}
+
+    def restore(self, message: Message) -> Message:
+        """Bring the model host back from ``images``; its pipes at capture are named in ``pipes``."""
+        self._must_be_empty()
+        directory = Path(message["directory"])
+        places = {name: Path(name) for name in self.externals} | {mounts.INSTANCE_MOUNT: directory}
+        unknown = set(message["mounts"]) - set(places)
+        if unknown:
+            raise Refused(
+                f"the image needs mounts that this node does not have: {', '.join(sorted(unknown))}"
+            )
+        layout = criu.Layout({name: places[name] for name in message["mounts"]}, message["pipes"])
+        self.pid = criu.restore(
+            self.worker,
+            self.pycriu,
+            Path(message["images"]),
+            self.root,
+            layout,
+            self.pipes.host_ends(),
+            directory,
+            message["timeout"],
+        )
+        self._adopt(message["instance"], directory)
+        return {"pid": self.pid}
+
+    def dump(self, message: Message) -> Message:
+        """Write the model host into ``images``; it runs on. Answers what a restore must be told."""
+        self._must_run()
+        names = {name: Path(name) for name in [*self.externals, mounts.INSTANCE_MOUNT]}
+        worker = criu.Worker.start(self.criu_binary)
+        layout = criu.Layout(names, self.inodes)
+        images = Path(message["images"])
+        criu.dump(worker, self.pycriu, self.pid, images, layout, message["timeout"])
+        return {"mounts": sorted(names), "pipes": self.inodes}
+
+    def freeze(self, message: Message) -> Message:
+        self._must_run().freeze()
+        self.frozen = True
+        return {}
+
+    def thaw(self, message: Message) -> Message:
+        self._must_run().thaw()
+        self.frozen = False
+        return {}
+
+    def kill(self, message: Message) -> Message:
+        """End the model host with everything in its pid namespace, and wait until it is gone."""
+        if self.pid and self.exit_status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            if self.freezer is not None and self.frozen:
+                self.freezer.thaw()
+            _, status = os.waitpid(self.pid, 0)
+            self._ended(status)
+        return {}
+
+    def status(self, message: Message) -> Message:
+        return {
+            "instance": self.instance,
+            "pid": self.pid,
+            "frozen": self.frozen,
+            "exit_status": self.exit_status,
+        }
+
+    def release(self, message: Message) -> Message:
+        """End the model host and this process."""
+        self.kill(message)
+        self.released = True
+        return {}
+
+    # Events.
+
+    def serve(self, listener: socket.socket) -> None:
+        """Run until released."""
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_write, False)
+        os.set_blocking(wake_read, False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(wake_write)
+        self.selector.register(listener, selectors.EVENT_READ, self._accept)
+        self.selector.register(wake_read, selectors.EVENT_READ, self._reap)
+        while not self.released:
+            for key, _ in self.selector.select():
+                key.data(key.fileobj)
+
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        if self.client is not None:
+            # The newest snapshotd owns the instance; an older one has lost its lock on the state.
+            self._disconnect()
+        self.client = Line(connection.detach())
+        self.selector.register(self.client.fd, selectors.EVENT_READ, self._from_client)
+
+    def _disconnect(self) -> None:
+        if self.client is not None:
+            self.selector.unregister(self.client.fd)
+            self.client.close()
+            self.client = None
+
+    def _from_client(self, fd: int) -> None:
+        assert self.client is not None
+        messages = self.client.receive()
+        if messages is None:
+            self._disconnect()
+            return
+        for message in messages:
+            self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        answer: Message = {"id": message.get("id")}
+        try:
+            if message["do"] == "host":
+                self._must_run()
+                os.write(self.pipes.to_host, json.dumps(message["message"] | answer).encode() + b"\n")
+                return
+            answer["ok"] = self.commands[message["do"]](message)
+        except Refused as error:
+            answer["error"] = {"reason": "SHIM_REFUSED", "message": str(error)}
+        except criu.CriuTimeout as error:
+            answer["error"] = {"reason": "CRIU_TIMEOUT", "message": str(error)}
+        except criu.CriuFailed as error:
+            answer["error"] = {"reason": "CRIU_FAILED", "message": str(error)}
+        except OSError as error:
+            answer["error"] = {"reason": "OS_ERROR", "message": str(error)}
+        self._send(answer)
+
+    def _from_host(self, fd: int) -> None:
+        assert self.host is not None
+        messages = self.host.receive()
+        if messages is None:
+            self.selector.unregister(fd)
+            return
+        for message in messages:
+            self._send(message)
+
+    def _from_log(self, fd: int) -> None:
+        data = os.read(fd, 65536)
+        if not data:
+            self.selector.unregister(fd)
+        elif self.log is not None:
+            self.log.write(data)
+
+    def _reap(self, fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(fd, 4096)
+        if self.pid and self.exit_status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._ended(status)
+
+    def _send(self, message: Message) -> None:
+        if self.client is not None:
+            try:
+                self.client.send(message)
+            except OSError:
+                self._disconnect()
+
+    def _adopt(self, instance: str, directory: Path) -> None:
+        self.instance = instance
+        self.freezer = Freezer.create(instance, self.pid)
+        self.pipes.close_host_ends()
+        self.log = HostLog(directory / "host.log")
+        self.host = Line(self.pipes.from_host)
+        self.selector.register(self.pipes.from_host, selectors.EVENT_READ, self._from_host)
+        self.selector.register(self.pipes.log, selectors.EVENT_READ, self._from_log)
+
+    def _ended(self, status: int) -> None:
+        self.exit_status = status
+        self.frozen = False
+        if self.freezer is not None:
+            self.freezer.remove()
+        self._send({"event": "exited", "status": status})
+
+    def _must_be_empty(self) -> None:
+        if self.pid:
+            raise Refused(f"this shim already holds {self.instance}")
+
+    def _must_run(self) -> Freezer:
+        if self.freezer is None or self.exit_status is not None:
+            raise Refused("no model host runs here")
+        return self.freezer
+
+
+class Line:
+    """JSON objects, one a line, over a descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.buffer = b""
+
+    def receive(self) -> list[Message] | None:
+        """The whole messages that have arrived; None at the end of file."""
+        try:
+            data = os.read(self.fd, 1 << 20)
+        except ConnectionError:
+            return None
+        if not data:
+            return None
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def send(self, message: Message) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        while data:
+            data = data[os.write(self.fd, data) :]
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def private_mounts() -> None:
+    """A mount namespace of our own: what we mount goes with us and is never seen on the node.
+
+    CRIU keeps what it finds out about the kernel in ``/run``, if that is a tmpfs; where it is not, every
+    CRIU start would find it out anew (50 ms here), so ``/run`` becomes one, shared by all shims.
+    """
+    linux.unshare(linux.CLONE_NEWNS)
+    linux.mount("none", "/", None, linux.MS_REC | linux.MS_SLAVE)
+    with Path("/proc/self/mountinfo").open() as lines:
+        tmpfs = {line.split()[4] for line in lines if " - tmpfs " in line}
+    cache = Path("/dev/shm/dumont-criu")
+    if "/run" not in tmpfs and "/dev/shm" in tmpfs:
+        cache.mkdir(mode=0o700, exist_ok=True)
+        if cache.stat().st_uid == os.getuid() and not cache.is_symlink():
+            linux.mount(str(cache), "/run", None, linux.MS_BIND)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--socket", type=Path, required=True, help="where to listen; made when everything is ready"
+    )
+    parser.add_argument("--criu", type=Path, required=True)
+    parser.add_argument("--pycriu", default="", help="directory to import pycriu from; empty: the usual path")
+    arguments = parser.parse_args()
+    if arguments.pycriu:
+        sys.path.insert(0, arguments.pycriu)
+    import pycriu
+
+    linux.become_subreaper()
+    private_mounts()
+    folder, name = arguments.socket.parent.resolve(), arguments.socket.name
+    scratch = folder / f"{name}.root"
+    scratch.mkdir(mode=0o700, exist_ok=True)
+    shim = Shim(scratch, arguments.criu, pycriu)
+    # Relative, because a socket's path may have 107 bytes and a state directory may be deep.
+    os.chdir(folder)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.umask(0o077)
+    # It gets its name once it listens, so that whoever sees the name can connect.
+    listener.bind(f".{name}")
+    listener.listen()
+    Path(f".{name}").rename(name)
+    try:
+        shim.serve(listener)
+    finally:
+        (folder / name).unlink(missing_ok=True)
+        linux.unmount(scratch)
+        scratch.rmdir()
+
+
+if __name__ == "__main__":
+    main()
