@@ -1,0 +1,1 @@
+"""The controller: deployments, start modes, routing and expiry. It never touches a process."""

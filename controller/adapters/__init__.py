@@ -1,0 +1,1 @@
+"""The controller's ports on real technology, and in memory."""

@@ -1,0 +1,341 @@
+"""The ports in memory: for tests, and to see what the real ones must do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field, replace
+
+from controller.model import (
+    Deployment,
+    InstanceState,
+    Intent,
+    Moment,
+    Node,
+    Phase,
+    Report,
+    ResolvedModel,
+    Snapshot,
+)
+from controller.ports import Change, Removed, Stored, Synchronized
+from dumont.errors import Aborted, AlreadyExists, DumontError, FailedPrecondition, NotFound, Unavailable
+
+
+class ManualClock:
+    """Stands still until ``advance``; sleepers wake in the order of their times."""
+
+    def __init__(self, wall: float = 1_700_000_000.0, steady: float = 1000.0) -> None:
+        self._now = Moment(wall, steady)
+        self._sleepers: list[tuple[float, asyncio.Event]] = []
+
+    def moment(self) -> Moment:
+        return self._now
+
+    async def sleep(self, seconds: float) -> None:
+        woken = asyncio.Event()
+        sleeper = (self._now.steady + seconds, woken)
+        self._sleepers.append(sleeper)
+        try:
+            await woken.wait()
+        finally:
+            if sleeper in self._sleepers:
+                self._sleepers.remove(sleeper)
+
+    def advance(self, seconds: float) -> None:
+        """Move both clocks on."""
+        self._now = Moment(self._now.wall + seconds, self._now.steady + seconds)
+        for sleeper in sorted(self._sleepers, key=lambda s: s[0]):
+            if sleeper[0] <= self._now.steady:
+                self._sleepers.remove(sleeper)
+                sleeper[1].set()
+
+
+class MemoryRegistry:
+    """A registry that survives a controller when it is handed to the next one."""
+
+    def __init__(self) -> None:
+        self._deployments: dict[str, Deployment] = {}
+        self._nodes: dict[str, Node] = {}
+        self._intents: dict[str, Intent] = {}
+        self._last_use: dict[str, float] = {}
+
+    async def load(self) -> Stored:
+        return Stored(
+            tuple(self._deployments.values()),
+            tuple(self._nodes.values()),
+            tuple(self._intents.values()),
+            dict(self._last_use),
+        )
+
+    async def create_deployment(self, deployment: Deployment) -> Deployment:
+        for known in self._deployments.values():
+            if deployment.request_id and known.request_id == deployment.request_id:
+                return known
+        if deployment.id in self._deployments:
+            raise AlreadyExists(
+                "DEPLOYMENT_EXISTS", f"deployments/{deployment.id} exists", field="deployment_id"
+            )
+        self._deployments[deployment.id] = deployment
+        return deployment
+
+    async def update_deployment(self, deployment: Deployment, etag: str) -> None:
+        known = self._deployments.get(deployment.id)
+        if known is None or known.etag != etag:
+            raise Aborted("ETAG_MISMATCH", f"deployments/{deployment.id} was changed meanwhile")
+        self._deployments[deployment.id] = deployment
+
+    async def delete_deployment(self, deployment: str) -> None:
+        self._deployments.pop(deployment, None)
+        self._last_use.pop(deployment, None)
+
+    async def save_last_use(self, times: Mapping[str, float]) -> None:
+        self._last_use.update({key: value for key, value in times.items() if key in self._deployments})
+
+    async def save_node(self, node: Node) -> None:
+        self._nodes[node.id] = node
+
+    async def save_intent(self, intent: Intent) -> None:
+        self._intents[intent.instance] = intent
+
+    async def drop_intent(self, instance: str) -> None:
+        self._intents.pop(instance, None)
+
+    async def close(self) -> None:
+        return None
+
+
+@dataclass
+class MemoryNode:
+    """One node's truth, which outlives controllers and lost connections."""
+
+    instances: dict[str, Report] = field(default_factory=dict)
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    watchers: list[asyncio.Queue[Change | DumontError]] = field(default_factory=list)
+    up: bool = True
+
+
+class MemoryNodes:
+    """Nodes whose every call is written down and may be made to fail or to wait.
+
+    ``calls`` holds (method, node, argument) in order. ``fail("restore", error)`` fails the next
+    restore before it does anything; ``hold("start")`` makes starts wait for the returned event.
+    """
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+        self.world: dict[str, MemoryNode] = {}
+        self.calls: list[tuple[str, str, str]] = []
+        self.cancelled: list[tuple[str, str, str]] = []
+        self.timeouts: list[float | None] = []
+        self.frames: list[bytes] = [b"\x12\x03\n\x01a", b"\x1a\x00"]
+        self.models: dict[str, str] = {}
+        self._faults: defaultdict[str, deque[DumontError]] = defaultdict(deque)
+        self._holds: dict[str, asyncio.Event] = {}
+
+    # Scripting
+
+    def add_node(self, node: str) -> MemoryNode:
+        return self.world.setdefault(node, MemoryNode())
+
+    def fail(self, method: str, *errors: DumontError) -> None:
+        """The next calls of ``method`` fail with these, one each."""
+        self._faults[method].extend(errors)
+
+    def hold(self, method: str) -> asyncio.Event:
+        """Calls of ``method`` wait, after they were written down, until the event is set."""
+        return self._holds.setdefault(method, asyncio.Event())
+
+    def named(self, method: str) -> list[tuple[str, str, str]]:
+        """The calls of ``method`` so far."""
+        return [call for call in self.calls if call[0] == method]
+
+    def tell(self, node: str, report: Report) -> None:
+        """An instance changed by itself."""
+        self.world[node].instances[report.id] = report
+        self._publish(node, report)
+
+    def lose(self, node: str, instance: str) -> None:
+        """An instance is gone without a word from us."""
+        self.world[node].instances.pop(instance, None)
+        self._publish(node, Removed(instance))
+
+    def cut(self, node: str) -> None:
+        """The node stops answering; what runs on it goes on."""
+        self.world[node].up = False
+        for queue in self.world[node].watchers:
+            queue.put_nowait(_silent(node))
+
+    def restore_contact(self, node: str) -> None:
+        self.world[node].up = True
+
+    # The port
+
+    async def connect(self, node: str, endpoint: str) -> None:
+        return None
+
+    async def disconnect(self, node: str) -> None:
+        return None
+
+    async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel:
+        await self._call("resolve_model", node, model)
+        return ResolvedModel(model, engine or self.models.get(model, "causal_lm"))
+
+    async def watch(self, node: str) -> AsyncGenerator[Change]:
+        known = self._reach(node)
+        queue: asyncio.Queue[Change | DumontError] = asyncio.Queue()
+        known.watchers.append(queue)
+        try:
+            for report in list(known.instances.values()):
+                yield report
+            yield Synchronized()
+            while True:
+                change = await queue.get()
+                if isinstance(change, DumontError):
+                    raise change
+                yield change
+        finally:
+            known.watchers.remove(queue)
+
+    async def get_instance(self, node: str, instance: str) -> Report:
+        await self._call("get_instance", node, instance)
+        return self._find(node, instance)
+
+    async def list_snapshots(self, node: str) -> list[Snapshot]:
+        await self._call("list_snapshots", node, "")
+        return list(self._reach(node).snapshots.values())
+
+    async def start(self, node: str, instance: str, deployment: str, model: str, engine: str) -> Report:
+        return await self._create("start", node, Report(instance, deployment, InstanceState.STARTING))
+
+    async def restore(self, node: str, instance: str, deployment: str, snapshot: str) -> Report:
+        report = Report(instance, deployment, InstanceState.STARTING, snapshot=snapshot)
+        if snapshot not in self.world[node].snapshots:
+            raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
+        return await self._create("restore", node, report)
+
+    async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
+        source = self._find(node, instance)
+        if source.served:
+            raise FailedPrecondition("INSTANCE_SERVED", "a prompt has entered it")
+        self.tell(node, replace(source, state=InstanceState.CAPTURING))
+        try:
+            await self._call("capture", node, instance)
+        finally:
+            if instance in self.world[node].instances:
+                self.tell(node, source)
+        made = Snapshot(snapshot, source.deployment, node, self._clock.moment().wall)
+        self.world[node].snapshots[snapshot] = made
+        return made
+
+    async def park(self, node: str, instance: str) -> Report:
+        await self._call("park", node, instance)
+        return self._move(node, instance, InstanceState.PARKED)
+
+    async def resume(self, node: str, instance: str) -> Report:
+        await self._call("resume", node, instance)
+        return self._move(node, instance, InstanceState.SERVING)
+
+    async def stop(self, node: str, instance: str) -> None:
+        await self._call("stop", node, instance)
+        self._find(node, instance)
+        self.lose(node, instance)
+
+    async def delete_snapshot(self, node: str, snapshot: str) -> None:
+        await self._call("delete_snapshot", node, snapshot)
+        if self.world[node].snapshots.pop(snapshot, None) is None:
+            raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
+
+    async def stream_logs(
+        self, node: str, instance: str, tail_lines: int, follow: bool
+    ) -> AsyncGenerator[bytes]:
+        await self._call("stream_logs", node, instance)
+        yield b"loaded\n"
+
+    async def generate(self, node: str, request: bytes, timeout: float | None) -> AsyncGenerator[bytes]:
+        call = ("generate", node, request.decode("latin-1"))
+        self.timeouts.append(timeout)
+        frames = iter(self.frames)
+        ended = False
+        try:
+            await self._call(*call)
+            for number, frame in enumerate(frames):
+                yield frame
+                await self._fault(f"frame {number}")
+            ended = True
+        except DumontError:
+            ended = True
+            raise
+        finally:
+            if not ended:
+                self.cancelled.append(call)
+
+    async def embed(self, node: str, request: bytes, timeout: float | None) -> bytes:
+        self.timeouts.append(timeout)
+        await self._call("embed", node, request.decode("latin-1"))
+        return b"".join(self.frames)
+
+    async def close(self) -> None:
+        return None
+
+    # Inside
+
+    async def _create(self, method: str, node: str, report: Report) -> Report:
+        known = self._reach(node)
+        if report.id not in known.instances:
+            self.tell(node, replace(report, create_time=self._clock.moment().wall))
+        try:
+            await self._call(method, node, report.snapshot or report.id)
+        except BaseException as error:
+            if getattr(error, "reason", "") != "NODE_UNAVAILABLE":
+                self.tell(node, replace(report, state=InstanceState.FAILED))
+            raise
+        phases = (Phase("load" if method == "start" else "restore", 0.0),)
+        serving = replace(known.instances[report.id], state=InstanceState.SERVING, phases=phases)
+        self.tell(node, serving)
+        return serving
+
+    async def _call(self, method: str, node: str, argument: str) -> None:
+        call = (method, node, argument)
+        self.calls.append(call)
+        self._reach(node)
+        if method in self._holds:
+            try:
+                await self._holds[method].wait()
+            except asyncio.CancelledError:
+                self.cancelled.append(call)
+                raise
+        await self._fault(method)
+        self._reach(node)
+
+    async def _fault(self, method: str) -> None:
+        await asyncio.sleep(0)
+        if method.startswith("frame") and method in self._holds:
+            await self._holds[method].wait()
+        if self._faults[method]:
+            raise self._faults[method].popleft()
+
+    def _reach(self, node: str) -> MemoryNode:
+        known = self.world.get(node)
+        if known is None or not known.up:
+            raise _silent(node)
+        return known
+
+    def _find(self, node: str, instance: str) -> Report:
+        known = self._reach(node).instances.get(instance)
+        if known is None:
+            raise NotFound("INSTANCE_NOT_FOUND", f"there is no instances/{instance}")
+        return known
+
+    def _move(self, node: str, instance: str, state: InstanceState) -> Report:
+        moved = replace(self._find(node, instance), state=state)
+        self.tell(node, moved)
+        return moved
+
+    def _publish(self, node: str, change: Change) -> None:
+        for queue in self.world[node].watchers:
+            queue.put_nowait(change)
+
+
+def _silent(node: str) -> Unavailable:
+    return Unavailable("NODE_UNAVAILABLE", f"nodes/{node} does not answer", retry_after=1.0)

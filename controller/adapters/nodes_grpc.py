@@ -1,0 +1,270 @@
+"""The ``Nodes`` port over snapshotd's API."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.protobuf.message import Message
+
+from controller import convert
+from controller.commands import NODE_UNAVAILABLE
+from controller.model import Report, ResolvedModel, Snapshot
+from controller.ports import Change, Removed, Synchronized
+from dumont.errors import DeadlineExceeded, DumontError, Internal, Unavailable
+from dumont.rpc.status import from_rpc_error, from_status
+from dumont.snapshotd.v1 import (
+    instance_service_pb2 as instances,
+)
+from dumont.snapshotd.v1 import (
+    instance_service_pb2_grpc,
+    node_service_pb2_grpc,
+    snapshot_service_pb2_grpc,
+)
+from dumont.snapshotd.v1 import (
+    node_service_pb2 as nodes,
+)
+from dumont.snapshotd.v1 import (
+    snapshot_service_pb2 as snapshots,
+)
+
+# Seconds. Short calls answer from the node's memory; the others freeze, thaw or end processes.
+SHORT = 10.0
+LONG = 120.0
+POLL = 30.0
+PAGE = 500
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A node that restarts is found again within a second, not after gRPC's usual two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A node that vanished without closing its connection is noticed.
+    ("grpc.keepalive_time_ms", 20000),
+    ("grpc.keepalive_timeout_ms", 10000),
+)
+SERVICE = "/dumont.snapshotd.v1.InstanceService/"
+
+M = TypeVar("M", bound=Message)
+
+log = structlog.get_logger()
+
+
+class _Link:
+    """A channel to one node and its stubs."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.channel = grpc.aio.insecure_channel(endpoint, options=OPTIONS)
+        self.instances: Any = instance_service_pb2_grpc.InstanceServiceStub(self.channel)
+        self.snapshots: Any = snapshot_service_pb2_grpc.SnapshotServiceStub(self.channel)
+        self.nodes: Any = node_service_pb2_grpc.NodeServiceStub(self.channel)
+        self.operations: Any = operations_pb2_grpc.OperationsStub(self.channel)
+        # Bytes in, bytes out: a token stream is not decoded on its way.
+        self.generate: Any = self.channel.unary_stream(SERVICE + "Generate")
+        self.embed: Any = self.channel.unary_unary(SERVICE + "Embed")
+        self.closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+        await self.channel.close()
+
+
+class GrpcNodes:
+    """One channel for each node, kept while its endpoint stays the same."""
+
+    def __init__(self) -> None:
+        self._links: dict[str, _Link] = {}
+
+    async def connect(self, node: str, endpoint: str) -> None:
+        known = self._links.get(node)
+        if known is not None and known.endpoint == endpoint:
+            return
+        self._links[node] = _Link(endpoint)
+        if known is not None:
+            await known.close()
+
+    async def disconnect(self, node: str) -> None:
+        link = self._links.pop(node, None)
+        if link is not None:
+            await link.close()
+
+    async def close(self) -> None:
+        for node in list(self._links):
+            await self.disconnect(node)
+
+    async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel:
+        request = nodes.ResolveModelRequest(model=model, engine=engine)
+        async with self._errors(node) as link:
+            found = await link.nodes.ResolveModel(request, timeout=LONG)
+        return ResolvedModel(found.model, found.engine)
+
+    async def watch(self, node: str) -> AsyncGenerator[Change]:
+        async with self._errors(node) as link:
+            call = link.instances.WatchInstances(instances.WatchInstancesRequest())
+            try:
+                async for response in call:
+                    kind = response.WhichOneof("change")
+                    if kind == "instance":
+                        yield convert.report(response.instance)
+                    elif kind == "removed":
+                        yield Removed(convert.last_segment(response.removed))
+                    elif kind == "synchronized":
+                        yield Synchronized()
+            finally:
+                call.cancel()
+            raise _silent(node, "it ended the watch")
+
+    async def get_instance(self, node: str, instance: str) -> Report:
+        request = instances.GetInstanceRequest(name=f"instances/{instance}")
+        async with self._errors(node) as link:
+            return convert.report(await link.instances.GetInstance(request, timeout=SHORT))
+
+    async def list_snapshots(self, node: str) -> list[Snapshot]:
+        found: list[Snapshot] = []
+        token = ""
+        while True:
+            request = snapshots.ListSnapshotsRequest(page_size=PAGE, page_token=token)
+            async with self._errors(node) as link:
+                page = await link.snapshots.ListSnapshots(request, timeout=SHORT)
+            found += [convert.snapshot(node, snapshot) for snapshot in page.snapshots]
+            token = page.next_page_token
+            if not token:
+                return found
+
+    async def start(self, node: str, instance: str, deployment: str, model: str, engine: str) -> Report:
+        request = instances.StartInstanceRequest(
+            instance_id=instance, deployment=f"deployments/{deployment}", model=model, engine=engine
+        )
+        async with self._errors(node) as link:
+            operation = await link.instances.StartInstance(request, timeout=LONG)
+            return convert.report(await self._outcome(link, operation, instances.Instance()))
+
+    async def restore(self, node: str, instance: str, deployment: str, snapshot: str) -> Report:
+        request = instances.RestoreInstanceRequest(
+            instance_id=instance, deployment=f"deployments/{deployment}", snapshot=f"snapshots/{snapshot}"
+        )
+        async with self._errors(node) as link:
+            operation = await link.instances.RestoreInstance(request, timeout=LONG)
+            return convert.report(await self._outcome(link, operation, instances.Instance()))
+
+    async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
+        request = instances.CaptureInstanceRequest(name=f"instances/{instance}", snapshot_id=snapshot)
+        async with self._errors(node) as link:
+            operation = await link.instances.CaptureInstance(request, timeout=LONG)
+            return convert.snapshot(node, await self._outcome(link, operation, snapshots.Snapshot()))
+
+    async def park(self, node: str, instance: str) -> Report:
+        request = instances.ParkInstanceRequest(name=f"instances/{instance}")
+        async with self._errors(node) as link:
+            return convert.report(await link.instances.ParkInstance(request, timeout=LONG))
+
+    async def resume(self, node: str, instance: str) -> Report:
+        request = instances.ResumeInstanceRequest(name=f"instances/{instance}")
+        async with self._errors(node) as link:
+            return convert.report(await link.instances.ResumeInstance(request, timeout=LONG))
+
+    async def stop(self, node: str, instance: str) -> None:
+        request = instances.StopInstanceRequest(name=f"instances/{instance}")
+        async with self._errors(node) as link:
+            await link.instances.StopInstance(request, timeout=LONG)
+
+    async def delete_snapshot(self, node: str, snapshot: str) -> None:
+        request = snapshots.DeleteSnapshotRequest(name=f"snapshots/{snapshot}")
+        async with self._errors(node) as link:
+            await link.snapshots.DeleteSnapshot(request, timeout=LONG)
+
+    async def stream_logs(
+        self, node: str, instance: str, tail_lines: int, follow: bool
+    ) -> AsyncGenerator[bytes]:
+        request = instances.StreamInstanceLogsRequest(
+            name=f"instances/{instance}", tail_lines=tail_lines, follow=follow
+        )
+        async with self._errors(node) as link:
+            call = link.instances.StreamInstanceLogs(request)
+            try:
+                async for response in call:
+                    yield response.data
+            finally:
+                call.cancel()
+
+    async def generate(self, node: str, request: bytes, timeout: float | None) -> AsyncGenerator[bytes]:
+        async with self._errors(node, callers_deadline=True) as link:
+            call = link.generate(request, timeout=timeout)
+            try:
+                async for frame in call:
+                    yield frame
+            finally:
+                call.cancel()
+
+    async def embed(self, node: str, request: bytes, timeout: float | None) -> bytes:
+        async with self._errors(node, callers_deadline=True) as link:
+            answer: bytes = await link.embed(request, timeout=timeout)
+            return answer
+
+    @asynccontextmanager
+    async def _errors(self, node: str, callers_deadline: bool = False) -> AsyncIterator[_Link]:
+        """Foreign errors stop here. One without details never came from snapshotd itself.
+
+        Args:
+            node: its id.
+            callers_deadline: the deadline was the caller's, not one of ours that a node failed to meet.
+        """
+        link = self._links.get(node)
+        if link is None:
+            raise _silent(node, "it is not connected")
+        try:
+            yield link
+        except grpc.aio.UsageError as error:
+            raise _silent(node, "its connection was closed") from error
+        except asyncio.CancelledError as error:
+            # Closing a channel looks to its calls as if they had been cancelled themselves.
+            task = asyncio.current_task()
+            if link.closed and not (task and task.cancelling()):
+                raise _silent(node, "its connection was closed") from error
+            raise
+        except grpc.RpcError as error:
+            told = from_rpc_error(error)
+            late = told.reason == DeadlineExceeded.code and not callers_deadline
+            if late or told.reason == Unavailable.code:
+                raise _silent(node, told.message) from error
+            raise told from error
+
+    async def _outcome(self, link: _Link, operation: operations_pb2.Operation, response: M) -> M:
+        """The operation's response, waited for by long polls; a cancelled wait cancels it on the node."""
+        request = operations_pb2.WaitOperationRequest(name=operation.name)
+        request.timeout.FromMilliseconds(int(POLL * 1000))
+        try:
+            while not operation.done:
+                operation = await link.operations.WaitOperation(request, timeout=POLL + SHORT)
+        except asyncio.CancelledError:
+            await self._cancel(link, operation.name)
+            raise
+        if operation.HasField("error"):
+            raise from_status(operation.error)
+        if not operation.response.Unpack(response):
+            raise Internal(
+                "UNEXPECTED_RESPONSE", f"{operation.name} answered with {operation.response.type_url}"
+            )
+        return response
+
+    async def _cancel(self, link: _Link, name: str) -> None:
+        request = operations_pb2.CancelOperationRequest(name=name)
+        try:
+            await link.operations.CancelOperation(request, timeout=SHORT)
+        except (grpc.RpcError, grpc.aio.UsageError) as error:
+            log.info("cancel_failed", operation=name, error=str(error))
+
+
+def _silent(node: str, why: str) -> DumontError:
+    return Unavailable(
+        NODE_UNAVAILABLE,
+        f"nodes/{node} does not answer: {why}",
+        metadata={"node": f"nodes/{node}"},
+        retry_after=1.0,
+    )

@@ -1,0 +1,276 @@
+"""The ``Registry`` port on SQL: SQLite by default, PostgreSQL by its URL."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from controller.model import Checkpoint, Deployment, Finding, Intent, Node, StartMode
+from controller.ports import Stored
+from dumont.errors import Aborted, AlreadyExists, Unavailable
+
+METADATA = sa.MetaData()
+DEPLOYMENTS = sa.Table(
+    "deployments",
+    METADATA,
+    sa.Column("id", sa.String(63), primary_key=True),
+    sa.Column("uid", sa.String(36), nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("engine", sa.String(63), nullable=False),
+    sa.Column("start_mode", sa.String(16), nullable=False),
+    sa.Column("checkpoint_enabled", sa.Boolean, nullable=False),
+    sa.Column("checkpoint_ttl", sa.Double),
+    sa.Column("idle_timeout", sa.Double),
+    sa.Column("park_timeout", sa.Double),
+    sa.Column("create_time", sa.Double, nullable=False),
+    sa.Column("update_time", sa.Double, nullable=False),
+    sa.Column("last_use_time", sa.Double),
+    sa.Column("etag", sa.String(32), nullable=False),
+    sa.Column("deleting", sa.Boolean, nullable=False),
+    sa.Column("request_id", sa.String(36), unique=True),
+)
+NODES = sa.Table(
+    "nodes",
+    METADATA,
+    sa.Column("id", sa.String(63), primary_key=True),
+    sa.Column("endpoint", sa.Text, nullable=False),
+    sa.Column("facts", sa.JSON, nullable=False),
+)
+INTENTS = sa.Table(
+    "intents",
+    METADATA,
+    sa.Column("instance", sa.String(63), primary_key=True),
+    sa.Column("deployment", sa.String(63), nullable=False),
+    sa.Column("node", sa.String(63), nullable=False),
+    sa.Column("snapshot", sa.String(63), nullable=False),
+    sa.Column("create_time", sa.Double, nullable=False),
+)
+
+
+class SqlRegistry:
+    """One transaction for each call. Made by ``open_registry``."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def load(self) -> Stored:
+        async with self._transaction() as connection:
+            deployments = (await connection.execute(sa.select(DEPLOYMENTS))).mappings().all()
+            nodes = (await connection.execute(sa.select(NODES))).mappings().all()
+            intents = (await connection.execute(sa.select(INTENTS))).mappings().all()
+        return Stored(
+            deployments=tuple(_deployment(row) for row in deployments),
+            nodes=tuple(_node(row) for row in nodes),
+            intents=tuple(Intent(**row) for row in intents),
+            last_use={
+                row["id"]: row["last_use_time"] for row in deployments if row["last_use_time"] is not None
+            },
+        )
+
+    async def create_deployment(self, deployment: Deployment) -> Deployment:
+        try:
+            async with self._transaction() as connection:
+                if deployment.request_id:
+                    same = sa.select(DEPLOYMENTS).where(DEPLOYMENTS.c.request_id == deployment.request_id)
+                    row = (await connection.execute(same)).mappings().first()
+                    if row is not None:
+                        return _deployment(row)
+                await connection.execute(sa.insert(DEPLOYMENTS).values(_row(deployment)))
+        except IntegrityError as error:
+            raise AlreadyExists(
+                "DEPLOYMENT_EXISTS",
+                f"deployments/{deployment.id} exists; choose another id, or update it",
+                field="deployment_id",
+                metadata={"deployment": f"deployments/{deployment.id}"},
+            ) from error
+        return deployment
+
+    async def update_deployment(self, deployment: Deployment, etag: str) -> None:
+        change = (
+            sa.update(DEPLOYMENTS)
+            .where(DEPLOYMENTS.c.id == deployment.id, DEPLOYMENTS.c.etag == etag)
+            .values(_row(deployment))
+        )
+        async with self._transaction() as connection:
+            if (await connection.execute(change)).rowcount == 0:
+                raise Aborted(
+                    "ETAG_MISMATCH",
+                    f"deployments/{deployment.id} was changed meanwhile; read it again and repeat the change",
+                    metadata={"deployment": f"deployments/{deployment.id}"},
+                )
+
+    async def delete_deployment(self, deployment: str) -> None:
+        async with self._transaction() as connection:
+            await connection.execute(sa.delete(DEPLOYMENTS).where(DEPLOYMENTS.c.id == deployment))
+
+    async def save_last_use(self, times: Mapping[str, float]) -> None:
+        change = (
+            sa.update(DEPLOYMENTS)
+            .where(DEPLOYMENTS.c.id == sa.bindparam("key"))
+            .values(last_use_time=sa.bindparam("time"))
+        )
+        async with self._transaction() as connection:
+            await connection.execute(change, [{"key": key, "time": time} for key, time in times.items()])
+
+    async def save_node(self, node: Node) -> None:
+        async with self._transaction() as connection:
+            await connection.execute(sa.delete(NODES).where(NODES.c.id == node.id))
+            await connection.execute(
+                sa.insert(NODES).values(id=node.id, endpoint=node.endpoint, facts=_facts(node))
+            )
+
+    async def save_intent(self, intent: Intent) -> None:
+        async with self._transaction() as connection:
+            await connection.execute(
+                sa.insert(INTENTS).values(
+                    instance=intent.instance,
+                    deployment=intent.deployment,
+                    node=intent.node,
+                    snapshot=intent.snapshot,
+                    create_time=intent.create_time,
+                )
+            )
+
+    async def drop_intent(self, instance: str) -> None:
+        async with self._transaction() as connection:
+            await connection.execute(sa.delete(INTENTS).where(INTENTS.c.instance == instance))
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+        with_errors = _errors()
+        async with with_errors, self._engine.begin() as connection:
+            yield connection
+
+
+async def open_registry(url: str) -> SqlRegistry:
+    """Connect, bring the schema up to date, and return the registry.
+
+    Args:
+        url: ``sqlite+aiosqlite:///PATH`` or ``postgresql+asyncpg://...``.
+
+    Raises:
+        Unavailable: DATABASE_UNAVAILABLE.
+    """
+    engine = create_async_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if engine.dialect.name == "sqlite":
+        _tune_sqlite(engine)
+    try:
+        async with _errors(), engine.begin() as connection:
+            await connection.run_sync(migrate)
+    except BaseException:
+        await engine.dispose()
+        raise
+    return SqlRegistry(engine)
+
+
+def migrate(connection: sa.Connection) -> None:
+    """Run the revisions that the database lacks."""
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _tune_sqlite(engine: AsyncEngine) -> None:
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    def connected(raw: Any, _: object) -> None:
+        # The driver's own BEGIN comes too late and only for writes, so transactions are ours to begin.
+        raw.isolation_level = None
+        cursor = raw.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @sa.event.listens_for(engine.sync_engine, "begin")
+    def begun(connection: sa.Connection) -> None:
+        # A transaction that reads first and writes later would fail at once when another one writes.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@asynccontextmanager
+async def _errors() -> AsyncIterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, OSError) as error:
+        raise _unavailable(error) from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise _unavailable(error) from error
+        raise
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    cause = getattr(error, "orig", None) or error
+    return Unavailable(
+        "DATABASE_UNAVAILABLE",
+        f"the controller's database cannot be used now ({type(cause).__name__}); try again, or see its log",
+        retry_after=1.0,
+    )
+
+
+def _row(deployment: Deployment) -> dict[str, Any]:
+    return {
+        "id": deployment.id,
+        "uid": deployment.uid,
+        "model": deployment.model,
+        "engine": deployment.engine,
+        "start_mode": deployment.start_mode.value,
+        "checkpoint_enabled": deployment.checkpoint.enabled,
+        "checkpoint_ttl": deployment.checkpoint.ttl,
+        "idle_timeout": deployment.idle_timeout,
+        "park_timeout": deployment.park_timeout,
+        "create_time": deployment.create_time,
+        "update_time": deployment.update_time,
+        "etag": deployment.etag,
+        "deleting": deployment.deleting,
+        "request_id": deployment.request_id or None,
+    }
+
+
+def _deployment(row: Mapping[Any, Any]) -> Deployment:
+    return Deployment(
+        id=row["id"],
+        uid=row["uid"],
+        model=row["model"],
+        engine=row["engine"],
+        start_mode=StartMode(row["start_mode"]),
+        checkpoint=Checkpoint(row["checkpoint_enabled"], row["checkpoint_ttl"]),
+        idle_timeout=row["idle_timeout"],
+        park_timeout=row["park_timeout"],
+        create_time=row["create_time"],
+        update_time=row["update_time"],
+        etag=row["etag"],
+        deleting=row["deleting"],
+        request_id=row["request_id"] or "",
+    )
+
+
+def _facts(node: Node) -> dict[str, Any]:
+    return {
+        "version": node.version,
+        "gpu_models": list(node.gpu_models),
+        "memory_total_bytes": node.memory_total_bytes,
+        "memory_available_bytes": node.memory_available_bytes,
+        "cpu_count": node.cpu_count,
+        "checkpoint_capable": node.checkpoint_capable,
+        "findings": [[f.check, f.passed, f.message] for f in node.findings],
+        "heartbeat_time": node.heartbeat_time,
+    }
+
+
+def _node(row: Mapping[Any, Any]) -> Node:
+    facts = dict(row["facts"])
+    facts["gpu_models"] = tuple(facts["gpu_models"])
+    facts["findings"] = tuple(Finding(*finding) for finding in facts["findings"])
+    return Node(id=row["id"], endpoint=row["endpoint"], **facts)

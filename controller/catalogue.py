@@ -1,0 +1,267 @@
+"""Deployments: checked, stored, then known. Read from memory, so that no request waits for the database."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from controller import policy
+from controller.inventory import Inventory
+from controller.model import Checkpoint, Deployment, StartMode
+from controller.ports import Clock, Nodes, Registry
+from dumont.errors import (
+    Aborted,
+    AlreadyExists,
+    DumontError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The settable fields of a deployment; None where the caller left one out."""
+
+    model: str
+    engine: str
+    start_mode: StartMode
+    checkpoint_enabled: bool | None = None
+    checkpoint_ttl: float | None = None
+    idle_timeout: float | None = None
+    park_timeout: float | None = None
+
+
+# Paths of an update mask and the draft's fields they replace.
+MUTABLE: Final[Mapping[str, tuple[str, ...]]] = {
+    "start_mode": ("start_mode",),
+    "checkpoint": ("checkpoint_enabled", "checkpoint_ttl"),
+    "checkpoint.enabled": ("checkpoint_enabled",),
+    "checkpoint.ttl": ("checkpoint_ttl",),
+    # Only one storage exists so far and the request was checked for it, so there is nothing to keep.
+    "checkpoint.storage": (),
+    "idle_timeout": ("idle_timeout",),
+    "park_timeout": ("park_timeout",),
+}
+IMMUTABLE: Final = frozenset({"model", "engine"})
+OUTPUT_ONLY: Final = frozenset(
+    {"name", "uid", "state", "state_message", "create_time", "update_time", "last_use_time", "etag"}
+)
+
+
+class Catalogue:
+    """Every deployment and when it was last used."""
+
+    def __init__(self, registry: Registry, nodes: Nodes, inventory: Inventory, clock: Clock) -> None:
+        self._registry = registry
+        self._nodes = nodes
+        self._inventory = inventory
+        self._clock = clock
+        self._unsaved: set[str] = set()
+        self.deployments: dict[str, Deployment] = {}
+        self.last_use: dict[str, float] = {}
+
+    def load(self, deployments: tuple[Deployment, ...], last_use: Mapping[str, float]) -> None:
+        """Take in what the registry holds, at start-up."""
+        self.deployments = {deployment.id: deployment for deployment in deployments}
+        self.last_use = dict(last_use)
+
+    def get(self, deployment: str) -> Deployment:
+        """Raises: NotFound."""
+        if deployment not in self.deployments:
+            raise NotFound(
+                "DEPLOYMENT_NOT_FOUND",
+                f"there is no deployments/{deployment}; create it first, or list what there is",
+                metadata={"deployment": f"deployments/{deployment}"},
+            )
+        return self.deployments[deployment]
+
+    def get_active(self, deployment: str) -> Deployment:
+        """One that is not being deleted.
+
+        Raises:
+            NotFound: there is none.
+            FailedPrecondition: DEPLOYMENT_DELETING.
+        """
+        found = self.get(deployment)
+        if found.deleting:
+            raise FailedPrecondition(
+                "DEPLOYMENT_DELETING",
+                f"deployments/{deployment} is being deleted; create another one",
+                metadata={"deployment": f"deployments/{deployment}"},
+            )
+        return found
+
+    async def create(self, identifier: str, draft: Draft, request_id: str) -> Deployment:
+        """Check, resolve the model on a node, store.
+
+        Raises:
+            AlreadyExists: the id is taken.
+            InvalidArgument: the settings contradict each other, or the model cannot be served.
+            NotFound, FailedPrecondition: what a node says of the model.
+            Unavailable: NO_NODE, no node can check the model.
+        """
+        checkpoint = _checkpoint(draft)
+        for known in self.deployments.values():
+            if request_id and known.request_id == request_id:
+                return known
+        if identifier in self.deployments:
+            raise AlreadyExists(
+                "DEPLOYMENT_EXISTS",
+                f"deployments/{identifier} exists; choose another id, or update it",
+                field="deployment_id",
+                metadata={"deployment": f"deployments/{identifier}"},
+            )
+        engine = await self._resolve(draft)
+        now = self._clock.moment().wall
+        deployment = Deployment(
+            id=identifier,
+            uid=str(uuid.uuid4()),
+            model=draft.model,
+            engine=engine,
+            start_mode=draft.start_mode,
+            checkpoint=checkpoint,
+            idle_timeout=draft.idle_timeout,
+            park_timeout=draft.park_timeout,
+            create_time=now,
+            update_time=now,
+            etag=uuid.uuid4().hex,
+            request_id=request_id,
+        )
+        stored = await self._registry.create_deployment(deployment)
+        self._keep(stored)
+        return stored
+
+    async def _resolve(self, draft: Draft) -> str:
+        node = policy.place(self._inventory.nodes)
+        try:
+            return (await self._nodes.resolve_model(node.id, draft.model, draft.engine)).engine
+        except (NotFound, FailedPrecondition, InvalidArgument) as error:
+            raise _at_field(error, "deployment.model") from error
+
+    async def update(self, identifier: str, draft: Draft, paths: frozenset[str], etag: str) -> Deployment:
+        """Replace the fields that ``paths`` name; an empty ``etag`` means whichever there is.
+
+        Raises:
+            NotFound: there is no such deployment.
+            InvalidArgument: UNKNOWN_FIELD, IMMUTABLE_FIELD or contradicting settings.
+            Aborted: ETAG_MISMATCH.
+        """
+        old = self.get_active(identifier)
+        fields = _changed_fields(old, draft, paths)
+        if etag and etag != old.etag:
+            raise Aborted(
+                "ETAG_MISMATCH",
+                f"deployments/{identifier} was changed since it was read; read it again and repeat",
+                field="deployment.etag",
+                metadata={"deployment": f"deployments/{identifier}"},
+            )
+        current = Draft(
+            model=old.model,
+            engine=old.engine,
+            start_mode=old.start_mode,
+            checkpoint_enabled=None,
+            checkpoint_ttl=old.checkpoint.ttl,
+            idle_timeout=old.idle_timeout,
+            park_timeout=old.park_timeout,
+        )
+        merged = replace(current, **{name: getattr(draft, name) for name in fields})
+        if "checkpoint_enabled" not in fields and "start_mode" not in fields:
+            merged = replace(merged, checkpoint_enabled=old.checkpoint.enabled)
+        new = replace(
+            old,
+            start_mode=merged.start_mode,
+            checkpoint=_checkpoint(merged),
+            idle_timeout=merged.idle_timeout,
+            park_timeout=merged.park_timeout,
+            update_time=self._clock.moment().wall,
+            etag=uuid.uuid4().hex,
+        )
+        await self._registry.update_deployment(new, old.etag)
+        self._keep(new)
+        return new
+
+    async def begin_delete(self, identifier: str) -> None:
+        """Mark it; the reconciler ends what it has and forgets it. Repeating it is fine."""
+        old = self.get(identifier)
+        if old.deleting:
+            return
+        new = replace(old, deleting=True, etag=uuid.uuid4().hex, update_time=self._clock.moment().wall)
+        await self._registry.update_deployment(new, old.etag)
+        self._keep(new)
+
+    async def forget(self, identifier: str) -> None:
+        """Nothing is left of it."""
+        await self._registry.delete_deployment(identifier)
+        self.deployments.pop(identifier, None)
+        self.last_use.pop(identifier, None)
+        self._unsaved.discard(identifier)
+        self._inventory.notify()
+
+    def used(self, identifier: str) -> None:
+        """It is in use now. Only memory is touched; ``save_last_use`` stores it soon."""
+        self.last_use[identifier] = self._clock.moment().wall
+        self._unsaved.add(identifier)
+
+    async def save_last_use(self) -> None:
+        """Store the times that changed since the last call."""
+        unsaved, self._unsaved = self._unsaved, set()
+        times = {key: self.last_use[key] for key in unsaved if key in self.last_use}
+        if not times:
+            return
+        try:
+            await self._registry.save_last_use(times)
+        except BaseException:
+            self._unsaved |= unsaved
+            raise
+
+    def _keep(self, deployment: Deployment) -> None:
+        self.deployments[deployment.id] = deployment
+        self._inventory.notify()
+
+
+def _checkpoint(draft: Draft) -> Checkpoint:
+    wanted = draft.start_mode is StartMode.CHECKPOINT
+    if wanted and draft.checkpoint_enabled is False:
+        raise InvalidArgument(
+            "CHECKPOINT_DISABLED",
+            "start mode checkpoint needs checkpointing; leave deployment.checkpoint.enabled unset, or choose "
+            "START_MODE_COLD or START_MODE_WARM",
+            field="deployment.checkpoint.enabled",
+        )
+    enabled = wanted if draft.checkpoint_enabled is None else draft.checkpoint_enabled
+    return Checkpoint(enabled=enabled, ttl=draft.checkpoint_ttl)
+
+
+def _changed_fields(old: Deployment, draft: Draft, paths: frozenset[str]) -> set[str]:
+    fields: set[str] = set()
+    for path in sorted(paths):
+        root = path.partition(".")[0]
+        if root in OUTPUT_ONLY:
+            continue
+        if path in IMMUTABLE:
+            if getattr(draft, path) != getattr(old, path):
+                raise InvalidArgument(
+                    "IMMUTABLE_FIELD",
+                    f"deployment.{path} cannot be changed; create another deployment",
+                    field=f"deployment.{path}",
+                    metadata={"path": path},
+                )
+            continue
+        if path not in MUTABLE:
+            raise InvalidArgument(
+                "UNKNOWN_FIELD",
+                f"update_mask names {path[:80]!r}, which is no field of a deployment that can be set",
+                field="update_mask",
+                metadata={"path": path[:80]},
+            )
+        fields.update(MUTABLE[path])
+    return fields
+
+
+def _at_field(error: DumontError, field: str) -> DumontError:
+    return type(error)(
+        error.reason, error.message, metadata=error.metadata, field=field, retry_after=error.retry_after
+    )

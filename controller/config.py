@@ -1,0 +1,99 @@
+"""Settings: flags, then ``DUMONT_CONTROLLER_*``, then a TOML file, then the defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from dumont.errors import InvalidArgument
+
+PREFIX = "DUMONT_CONTROLLER_"
+
+
+class Config(BaseSettings):
+    """The controller: deployments, start modes, routing and expiry."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="forbid", frozen=True, cli_kebab_case=True, cli_prog_name="dumont-controller"
+    )
+
+    config: Path | None = Field(default=None, description="TOML file with any of these settings")
+    listen: str = Field(default="127.0.0.1:7070", description="host:port or unix:path to serve on")
+    insecure: bool = Field(default=False, description="serve in plain text on addresses other machines reach")
+    database: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the state directory")
+    state_dir: Path = Field(
+        default=Path("~/.local/state/dumont/controller"),
+        description="directory for the controller's own files",
+    )
+    metrics_listen: str = Field(default="", description="host:port for Prometheus; empty: off")
+    heartbeat_interval: float = Field(
+        default=5.0, gt=0, le=3600, description="seconds between nodes' heartbeats"
+    )
+    max_new_tokens: int = Field(default=4096, gt=0, le=1_000_000, description="the most tokens of one answer")
+    drain_grace: float = Field(
+        default=30.0, ge=0, le=3600, description="seconds that running calls get at the end"
+    )
+    log_level: str = Field(
+        default="info", pattern="^(debug|info|warning|error)$", description="how much is logged"
+    )
+
+    @property
+    def database_url(self) -> str:
+        """The registry's URL."""
+        path = self.state_dir.expanduser() / "controller.db"
+        return self.database or f"sqlite+aiosqlite:///{path.absolute()}"
+
+
+def load(arguments: Sequence[str]) -> Config:
+    """Read the settings; ``arguments`` are the command line without the program's name.
+
+    Raises:
+        InvalidArgument: INVALID_CONFIG, a value or the file is wrong.
+        SystemExit: ``--help``, or an unknown flag.
+    """
+
+    class Sourced(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            flags: CliSettingsSource[Any] = CliSettingsSource(settings_cls, cli_parse_args=list(arguments))
+            file = _file(arguments)
+            sources: tuple[PydanticBaseSettingsSource, ...] = (flags, env_settings)
+            return (*sources, TomlConfigSettingsSource(settings_cls, file)) if file else sources
+
+    Sourced.__doc__ = Config.__doc__
+    try:
+        return Sourced()
+    except (ValueError, OSError) as error:
+        raise InvalidArgument("INVALID_CONFIG", f"the configuration is wrong: {error}") from error
+
+
+def _file(arguments: Sequence[str]) -> Path | None:
+    chosen = os.environ.get(f"{PREFIX}CONFIG", "")
+    for number, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--config":
+            chosen = value or (arguments[number + 1] if number + 1 < len(arguments) else "")
+    if not chosen:
+        return None
+    path = Path(chosen).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(2, "there is no such file", str(path))
+    return path

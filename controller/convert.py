@@ -1,0 +1,403 @@
+"""Protocol messages to facts and back. Bad input stops here, with the field named."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from controller.catalogue import Draft
+from controller.model import (
+    Deployment,
+    DeploymentState,
+    Finding,
+    Instance,
+    InstanceState,
+    Node,
+    NodeState,
+    Phase,
+    Report,
+    Snapshot,
+    SnapshotFile,
+    StartInfo,
+    StartMode,
+    Tier,
+)
+from dumont.controller.v1 import deployment_service_pb2 as deployments_pb
+from dumont.controller.v1 import inference_service_pb2 as inference_pb
+from dumont.controller.v1 import instance_service_pb2 as instances_pb
+from dumont.controller.v1 import node_service_pb2 as nodes_pb
+from dumont.controller.v1 import snapshot_service_pb2 as snapshots_pb
+from dumont.errors import FailedPrecondition, InvalidArgument
+from dumont.snapshotd.v1 import instance_service_pb2 as node_instances_pb
+from dumont.snapshotd.v1 import snapshot_service_pb2 as node_snapshots_pb
+
+TEN_YEARS: Final = 10 * 365 * 86400
+MODEL_LIMIT: Final = 1024
+MODES: Final = {
+    deployments_pb.START_MODE_COLD: StartMode.COLD,
+    deployments_pb.START_MODE_WARM: StartMode.WARM,
+    deployments_pb.START_MODE_CHECKPOINT: StartMode.CHECKPOINT,
+}
+MODES_BACK: Final = {mode: value for value, mode in MODES.items()}
+TIERS: Final = {
+    Tier.RESIDENT: inference_pb.TIER_RESIDENT,
+    Tier.PARKED: inference_pb.TIER_PARKED,
+    Tier.LOCAL: inference_pb.TIER_LOCAL,
+    Tier.COLD: inference_pb.TIER_COLD,
+}
+_NODE_STATES = node_instances_pb.Instance.State
+REPORTED: Final = {
+    _NODE_STATES.STATE_STARTING: InstanceState.STARTING,
+    _NODE_STATES.STATE_RESTORING: InstanceState.STARTING,
+    _NODE_STATES.STATE_SERVING: InstanceState.SERVING,
+    _NODE_STATES.STATE_CAPTURING: InstanceState.CAPTURING,
+    _NODE_STATES.STATE_PARKING: InstanceState.PARKING,
+    _NODE_STATES.STATE_PARKED: InstanceState.PARKED,
+    _NODE_STATES.STATE_RESUMING: InstanceState.RESUMING,
+    _NODE_STATES.STATE_STOPPING: InstanceState.STOPPING,
+    _NODE_STATES.STATE_FAILED: InstanceState.FAILED,
+}
+
+
+def last_segment(name: str) -> str:
+    """``deployments/qa`` is ``qa``; so is ``qa``."""
+    return name.rpartition("/")[2]
+
+
+def _name(collection: str, identifier: str) -> str:
+    return f"{collection}/{identifier}" if identifier else ""
+
+
+def timestamp(seconds: float) -> Timestamp:
+    made = Timestamp()
+    made.FromMicroseconds(round(seconds * 1e6))
+    return made
+
+
+def duration(seconds: float) -> Duration:
+    made = Duration()
+    made.FromMicroseconds(round(seconds * 1e6))
+    return made
+
+
+def _seconds(message: Timestamp | Duration) -> float:
+    return message.seconds + message.nanos / 1e9
+
+
+def _phases(phases: Iterable[node_instances_pb.Phase]) -> tuple[Phase, ...]:
+    return tuple(Phase(phase.name, _seconds(phase.duration)) for phase in phases)
+
+
+# Requests
+
+
+def draft(message: deployments_pb.Deployment) -> Draft:
+    """The settable fields of a deployment, each checked.
+
+    Raises:
+        InvalidArgument: a field is wrong.
+        FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED.
+    """
+    if not message.model.strip():
+        raise InvalidArgument(
+            "MODEL_REQUIRED", "give a Hugging Face id or a directory on the nodes", field="deployment.model"
+        )
+    _check_text(message.model, "deployment.model")
+    _check_text(message.engine, "deployment.engine")
+    checkpoint = message.checkpoint
+    _check_storage(checkpoint)
+    return Draft(
+        model=message.model,
+        engine=message.engine,
+        start_mode=_start_mode(message.start_mode),
+        checkpoint_enabled=checkpoint.enabled if checkpoint.HasField("enabled") else None,
+        checkpoint_ttl=_duration(checkpoint, "ttl", "deployment.checkpoint.ttl"),
+        idle_timeout=_duration(message, "idle_timeout", "deployment.idle_timeout"),
+        park_timeout=_duration(message, "park_timeout", "deployment.park_timeout"),
+    )
+
+
+def request_id(value: str) -> str:
+    """A UUID or nothing, in one spelling. Raises: InvalidArgument."""
+    if not value:
+        return ""
+    try:
+        return str(uuid.UUID(value))
+    except ValueError as error:
+        raise InvalidArgument(
+            "INVALID_REQUEST_ID",
+            "request_id must be a UUID",
+            field="request_id",
+            metadata={"value": value[:80]},
+        ) from error
+
+
+def paths(message: deployments_pb.UpdateDeploymentRequest) -> frozenset[str]:
+    """What an update changes: its mask, "*" as every field, no mask as every field that is set."""
+    mask = list(message.update_mask.paths)
+    if mask == ["*"]:
+        return frozenset({"model", "engine", "start_mode", "checkpoint", "idle_timeout", "park_timeout"})
+    if mask:
+        return frozenset(mask)
+    found = {field.name for field, _ in message.deployment.ListFields()} - {"checkpoint"}
+    return frozenset(found | {f"checkpoint.{f.name}" for f, _ in message.deployment.checkpoint.ListFields()})
+
+
+def overlay(
+    old: Deployment, new: deployments_pb.Deployment, changed: frozenset[str]
+) -> deployments_pb.Deployment:
+    """``new`` with the required fields that ``changed`` leaves out filled in from ``old``."""
+    merged = deployments_pb.Deployment()
+    merged.CopyFrom(new)
+    if "model" not in changed or not merged.model:
+        merged.model = old.model
+    if "engine" not in changed or not merged.engine:
+        merged.engine = old.engine
+    if "start_mode" not in changed:
+        merged.start_mode = MODES_BACK[old.start_mode]
+    return merged
+
+
+def _check_text(value: str, field: str) -> None:
+    if len(value) > MODEL_LIMIT or not value.isprintable():
+        raise InvalidArgument(
+            "INVALID_TEXT", f"{field} must be at most {MODEL_LIMIT} printable characters", field=field
+        )
+
+
+def _start_mode(value: int) -> StartMode:
+    for known, mode in MODES.items():
+        if known == value:
+            return mode
+    raise InvalidArgument(
+        "START_MODE_REQUIRED",
+        "deployment.start_mode must be START_MODE_COLD, START_MODE_WARM or START_MODE_CHECKPOINT",
+        field="deployment.start_mode",
+        metadata={"value": str(value)},
+    )
+
+
+def _check_storage(checkpoint: deployments_pb.CheckpointSettings) -> None:
+    field = "deployment.checkpoint.storage"
+    if checkpoint.storage == deployments_pb.STORAGE_S3:
+        raise FailedPrecondition(
+            "OBJECT_STORE_NOT_CONFIGURED",
+            "no object store is configured for this controller; use STORAGE_LOCAL",
+            field=field,
+        )
+    if checkpoint.storage not in (deployments_pb.STORAGE_UNSPECIFIED, deployments_pb.STORAGE_LOCAL):
+        raise InvalidArgument("INVALID_STORAGE", f"{field} must be STORAGE_LOCAL", field=field)
+
+
+def _duration(message: Message, name: str, field: str) -> float | None:
+    if not message.HasField(name):
+        return None
+    value: Duration = getattr(message, name)
+    if value.seconds < 0 or value.nanos < 0:
+        raise InvalidArgument(
+            "NEGATIVE_DURATION",
+            f"{field} must not be negative; got {_seconds(value):g} s",
+            field=field,
+            metadata={"seconds": f"{_seconds(value):g}"},
+        )
+    if value.seconds > TEN_YEARS or value.nanos >= 1_000_000_000:
+        raise InvalidArgument(
+            "DURATION_TOO_LONG",
+            f"{field} must be at most ten years; got {value.seconds} s",
+            field=field,
+            metadata={"seconds": str(value.seconds)},
+        )
+    return _seconds(value)
+
+
+# Deployments
+
+
+def deployment(
+    facts: Deployment, state: DeploymentState, state_message: str, last_use: float | None
+) -> deployments_pb.Deployment:
+    message = deployments_pb.Deployment(
+        name=f"deployments/{facts.id}",
+        uid=facts.uid,
+        model=facts.model,
+        engine=facts.engine,
+        start_mode=MODES_BACK[facts.start_mode],
+        checkpoint=deployments_pb.CheckpointSettings(
+            enabled=facts.checkpoint.enabled,
+            ttl=duration(facts.ttl_seconds),
+            storage=deployments_pb.STORAGE_LOCAL,
+        ),
+        idle_timeout=duration(facts.idle_seconds),
+        park_timeout=duration(facts.park_seconds),
+        state=deployments_pb.Deployment.State.Value(f"STATE_{state.name}"),
+        state_message=state_message,
+        create_time=timestamp(facts.create_time),
+        update_time=timestamp(facts.update_time),
+        etag=facts.etag,
+    )
+    if last_use is not None:
+        message.last_use_time.CopyFrom(timestamp(last_use))
+    return message
+
+
+# Instances
+
+
+def report(message: node_instances_pb.Instance) -> Report:
+    """What snapshotd says of an instance; a state this version does not know counts as starting."""
+    return Report(
+        id=last_segment(message.name),
+        deployment=last_segment(message.deployment),
+        state=REPORTED.get(message.state, InstanceState.STARTING),
+        snapshot=last_segment(message.snapshot),
+        pid=message.pid,
+        device=message.device,
+        memory_bytes=message.memory_bytes,
+        create_time=_seconds(message.create_time),
+        phases=_phases(message.phases),
+        failure_reason=message.failure_reason,
+        failure_message=message.failure_message,
+        served=message.served,
+    )
+
+
+def instance(facts: Instance, last_use: float | None) -> instances_pb.Instance:
+    told = facts.report
+    message = instances_pb.Instance(
+        name=f"instances/{facts.id}",
+        deployment=_name("deployments", facts.deployment),
+        node=f"nodes/{facts.node}",
+        state=instances_pb.Instance.State.Value(f"STATE_{facts.state.name}"),
+        pid=told.pid,
+        device=told.device,
+        memory_bytes=told.memory_bytes,
+        snapshot=_name("snapshots", told.snapshot),
+        create_time=timestamp(told.create_time),
+        phases=[
+            instances_pb.InstancePhase(name=phase.name, duration=duration(phase.seconds))
+            for phase in told.phases
+        ],
+        failure_reason=told.failure_reason,
+        failure_message=told.failure_message,
+    )
+    if last_use is not None:
+        message.last_use_time.CopyFrom(timestamp(last_use))
+    return message
+
+
+# Snapshots
+
+
+def snapshot(node: str, message: node_snapshots_pb.Snapshot) -> Snapshot:
+    """A snapshot as its node describes it; one in a state this version does not know is not used."""
+    return Snapshot(
+        id=last_segment(message.name),
+        deployment=last_segment(message.deployment),
+        node=node,
+        model=message.model,
+        quarantined=message.state != node_snapshots_pb.Snapshot.State.STATE_ACTIVE,
+        quarantine_reason=message.quarantine_reason,
+        create_time=_seconds(message.create_time),
+        size_bytes=message.size_bytes,
+        source_pause_seconds=_seconds(message.source_pause_duration),
+        compatibility=dict(message.compatibility),
+        files=tuple(SnapshotFile(file.name, file.size_bytes, file.digest) for file in message.files),
+        manifest_digest=message.manifest_digest,
+    )
+
+
+def snapshot_message(facts: Snapshot, last_use: float | None, ttl: float | None) -> snapshots_pb.Snapshot:
+    """For callers; ``last_use`` is the deployment's, ``ttl`` in seconds, None when there is no deployment."""
+    states = snapshots_pb.Snapshot.State
+    message = snapshots_pb.Snapshot(
+        name=f"snapshots/{facts.id}",
+        deployment=_name("deployments", facts.deployment),
+        node=f"nodes/{facts.node}",
+        model=facts.model,
+        state=states.STATE_QUARANTINED if facts.quarantined else states.STATE_ACTIVE,
+        create_time=timestamp(facts.create_time),
+        size_bytes=facts.size_bytes,
+        source_pause_duration=duration(facts.source_pause_seconds),
+        compatibility=dict(facts.compatibility),
+        files=[
+            snapshots_pb.SnapshotFile(name=file.name, size_bytes=file.size_bytes, digest=file.digest)
+            for file in facts.files
+        ],
+        manifest_digest=facts.manifest_digest,
+        quarantine_reason=facts.quarantine_reason,
+    )
+    if last_use is not None:
+        message.last_use_time.CopyFrom(timestamp(last_use))
+    if ttl is not None:
+        used = facts.create_time if facts.quarantined else max(facts.create_time, last_use or 0.0)
+        message.expire_time.CopyFrom(timestamp(used + ttl))
+    return message
+
+
+# Nodes
+
+
+def node(identifier: str, message: nodes_pb.Node) -> Node:
+    """Raises: InvalidArgument, ``node.endpoint`` is no address."""
+    endpoint = message.endpoint
+    if not endpoint.startswith("unix:") and not endpoint.rpartition(":")[2].isdecimal():
+        raise InvalidArgument(
+            "INVALID_ENDPOINT",
+            f"node.endpoint must be host:port or unix:path; got {endpoint[:120]!r}",
+            field="node.endpoint",
+            metadata={"value": endpoint[:120]},
+        )
+    return Node(
+        id=identifier,
+        endpoint=endpoint,
+        version=message.version,
+        gpu_models=tuple(message.gpu_models),
+        memory_total_bytes=message.memory_total_bytes,
+        memory_available_bytes=message.memory_available_bytes,
+        cpu_count=message.cpu_count,
+        checkpoint_capable=message.checkpoint_capable,
+        findings=tuple(Finding(f.check, f.passed, f.message) for f in message.findings),
+    )
+
+
+def node_message(facts: Node) -> nodes_pb.Node:
+    # A node that is being asked what it holds cannot be used yet either.
+    ready = facts.state is NodeState.READY
+    states = nodes_pb.Node.State
+    return nodes_pb.Node(
+        name=f"nodes/{facts.id}",
+        endpoint=facts.endpoint,
+        state=states.STATE_READY if ready else states.STATE_UNREACHABLE,
+        version=facts.version,
+        gpu_models=facts.gpu_models,
+        memory_total_bytes=facts.memory_total_bytes,
+        memory_available_bytes=facts.memory_available_bytes,
+        cpu_count=facts.cpu_count,
+        checkpoint_capable=facts.checkpoint_capable,
+        heartbeat_time=timestamp(facts.heartbeat_time),
+        findings=[
+            nodes_pb.NodeFinding(check=f.check, passed=f.passed, message=f.message) for f in facts.findings
+        ],
+    )
+
+
+# Starts
+
+
+def start_info(info: StartInfo) -> inference_pb.StartInfo:
+    return inference_pb.StartInfo(
+        tier=TIERS[info.tier],
+        reasons=info.reasons,
+        phases=[
+            inference_pb.StartPhase(name=phase.name, duration=duration(phase.seconds))
+            for phase in info.phases
+        ],
+        total_duration=duration(info.total_seconds),
+        instance=f"instances/{info.instance}",
+        node=f"nodes/{info.node}",
+    )

@@ -1,0 +1,155 @@
+"""Which nodes there are, and following each: connect, ask what it holds, watch what changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import aclosing
+from dataclasses import replace
+
+import structlog
+
+from controller.inventory import Inventory
+from controller.model import Intent, Node, NodeState, Report
+from controller.ports import Clock, Nodes, Registry, Removed, Synchronized
+from controller.tasks import Tasks
+from dumont.errors import DumontError, NotFound
+
+log = structlog.get_logger()
+
+RETRY_FIRST = 0.2
+RETRY_LIMIT = 5.0
+
+
+class Fleet:
+    """Keeps the inventory equal to the nodes. One task follows each node that may be alive."""
+
+    def __init__(
+        self, nodes: Nodes, registry: Registry, inventory: Inventory, clock: Clock, tasks: Tasks
+    ) -> None:
+        self._nodes = nodes
+        self._registry = registry
+        self._inventory = inventory
+        self._clock = clock
+        self._tasks = tasks
+        self._followers: dict[str, asyncio.Task[None]] = {}
+        self._intents: dict[str, Intent] = {}
+
+    def load(self, nodes: Iterable[Node], intents: Iterable[Intent]) -> None:
+        """Take in what the registry holds and ask each node, at start-up."""
+        self._intents = {intent.instance: intent for intent in intents}
+        for node in nodes:
+            now = self._clock.moment().steady
+            self._inventory.put_node(replace(node, state=NodeState.CONNECTING, since=now, heartbeat_at=now))
+            self._follow(node.id)
+
+    async def register(self, node: Node) -> Node:
+        """A snapshotd has started, or was not known: store it and ask what it holds."""
+        now = self._clock.moment()
+        node = replace(
+            node,
+            state=NodeState.CONNECTING,
+            heartbeat_time=now.wall,
+            heartbeat_at=now.steady,
+            since=now.steady,
+        )
+        await self._registry.save_node(node)
+        self._inventory.put_node(node)
+        self._follow(node.id)
+        log.info("node_registered", node=node.id, endpoint=node.endpoint)
+        return self._inventory.node(node.id)
+
+    def heartbeat(self, identifier: str, memory_available_bytes: int) -> None:
+        """A node is alive.
+
+        Raises:
+            NotFound: NODE_UNKNOWN; it has to register again.
+        """
+        known = self._inventory.nodes.get(identifier)
+        if known is None:
+            raise NotFound(
+                "NODE_UNKNOWN",
+                f"nodes/{identifier} is not registered with this controller; register it again",
+                metadata={"node": f"nodes/{identifier}"},
+            )
+        now = self._clock.moment()
+        memory = memory_available_bytes or known.memory_available_bytes
+        self._inventory.put_node(
+            replace(known, heartbeat_time=now.wall, heartbeat_at=now.steady, memory_available_bytes=memory)
+        )
+        # An unreachable node stays so until it has told what it holds: nobody waits for it meanwhile.
+        if known.state is NodeState.UNREACHABLE and identifier not in self._followers:
+            self._follow(identifier)
+
+    def recheck(self, identifier: str) -> None:
+        """A call to the node got no answer: ask again what it holds before anything else is sent."""
+        if self._inventory.nodes[identifier].state is NodeState.READY:
+            self._inventory.move_node(identifier, NodeState.CONNECTING)
+            self._follow(identifier)
+
+    async def give_up(self, identifier: str) -> None:
+        """Send nothing more to a silent node until it is heard again."""
+        self._inventory.move_node(identifier, NodeState.UNREACHABLE)
+        if (follower := self._followers.pop(identifier, None)) is not None:
+            follower.cancel()
+        await self._nodes.disconnect(identifier)
+        log.warning("node_unreachable", node=identifier)
+
+    async def refresh_snapshots(self, identifier: str) -> None:
+        """Ask again which snapshots a node holds, for instance after one was quarantined."""
+        snapshots = await self._nodes.list_snapshots(identifier)
+        self._inventory.learn_snapshots(identifier, snapshots)
+
+    def _follow(self, identifier: str) -> None:
+        if (follower := self._followers.pop(identifier, None)) is not None:
+            follower.cancel()
+        self._followers[identifier] = self._tasks.spawn(
+            self._keep_following(identifier), f"follow {identifier}"
+        )
+
+    async def _keep_following(self, identifier: str) -> None:
+        delay = RETRY_FIRST
+        while True:
+            try:
+                await self._synchronize(identifier)
+            except DumontError as error:
+                log.info("node_watch_ended", node=identifier, reason=error.reason, message=error.message)
+            except Exception:
+                log.exception("node_watch_failed", node=identifier)
+            state = self._inventory.nodes[identifier].state
+            if state is NodeState.UNREACHABLE:
+                # The next heartbeat tries again.
+                if self._followers.get(identifier) is asyncio.current_task():
+                    del self._followers[identifier]
+                return
+            if state is NodeState.READY:
+                self._inventory.move_node(identifier, NodeState.CONNECTING)
+                delay = RETRY_FIRST
+            await self._clock.sleep(delay)
+            delay = min(RETRY_LIMIT, delay * 2)
+
+    async def _synchronize(self, identifier: str) -> None:
+        await self._nodes.connect(identifier, self._inventory.nodes[identifier].endpoint)
+        told: list[Report] = []
+        synchronized = False
+        async with aclosing(self._nodes.watch(identifier)) as changes:
+            async for change in changes:
+                if isinstance(change, Synchronized):
+                    self._inventory.learn(identifier, told, await self._nodes.list_snapshots(identifier))
+                    synchronized = True
+                    log.info("node_ready", node=identifier, instances=len(told))
+                    await self._settle_intents(identifier)
+                elif isinstance(change, Removed):
+                    self._inventory.removed(change.instance)
+                elif synchronized:
+                    self._inventory.report(identifier, change)
+                else:
+                    told.append(change)
+
+    async def _settle_intents(self, identifier: str) -> None:
+        # The node has told: an instance is here or was never started. Either way it is no longer a plan.
+        for intent in [i for i in self._intents.values() if i.node == identifier]:
+            found = intent.instance in self._inventory.instances
+            log.info("intent_settled", node=identifier, instance=intent.instance, found=found)
+            await self._registry.drop_intent(intent.instance)
+            del self._intents[intent.instance]

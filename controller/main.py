@@ -1,0 +1,145 @@
+"""``dumont-controller``: reads the settings, wires the parts and serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import grpc
+import structlog
+import uvloop
+from prometheus_client import start_http_server
+
+from controller import config
+from controller.adapters.clock import SystemClock
+from controller.adapters.nodes_grpc import GrpcNodes
+from controller.adapters.registry_sql import open_registry
+from controller.assembly import Controller, assemble
+from controller.config import Config
+from controller.service.deployments import DeploymentService
+from controller.service.inference import SERVICE as INFERENCE_SERVICE
+from controller.service.inference import InferenceService
+from controller.service.instances import InstanceService
+from controller.service.nodes import NodeService
+from controller.service.snapshots import SnapshotService
+from dumont.controller.v1 import (
+    deployment_service_pb2_grpc,
+    instance_service_pb2_grpc,
+    node_service_pb2_grpc,
+    snapshot_service_pb2_grpc,
+)
+from dumont.errors import DumontError
+from dumont.rpc import operations
+from dumont.rpc.operations import Operations
+from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
+
+DOMAIN = "controller.dumont"
+SERVICES = (
+    "dumont.controller.v1.DeploymentService",
+    INFERENCE_SERVICE,
+    "dumont.controller.v1.InstanceService",
+    "dumont.controller.v1.NodeService",
+    "dumont.controller.v1.SnapshotService",
+    operations.SERVICE_NAME,
+)
+# A batch of embeddings is larger than gRPC's usual 4 MiB.
+LIMITS = ServerLimits(max_message_bytes=64 * 1024 * 1024)
+
+log = structlog.get_logger()
+
+
+def add_services(
+    server: grpc.aio.Server, controller: Controller, running: Operations, settings: Config
+) -> None:
+    """Register every service of the API."""
+    deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server(
+        DeploymentService(controller.catalogue, controller.starter, controller.inventory), server
+    )
+    InferenceService(controller.serving, settings.max_new_tokens).register(server)
+    instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
+        InstanceService(controller.inventory, controller.catalogue, controller.commands, controller.nodes),
+        server,
+    )
+    node_service_pb2_grpc.add_NodeServiceServicer_to_server(
+        NodeService(controller.fleet, controller.inventory, settings.heartbeat_interval), server
+    )
+    snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(
+        SnapshotService(
+            controller.inventory,
+            controller.catalogue,
+            controller.commands,
+            controller.starter,
+            running,
+            controller.clock,
+        ),
+        server,
+    )
+    running.register(server)
+
+
+async def serve(settings: Config) -> None:
+    """Run until a signal comes.
+
+    Raises:
+        DumontError: the address or the database cannot be used.
+    """
+    state_dir = settings.state_dir.expanduser()
+    await asyncio.to_thread(_make_private, state_dir)
+    server = new_server(DOMAIN, LIMITS)
+    health = add_standard_services(server, SERVICES)
+    # The address is taken before the database is touched: a second controller stops here.
+    address = bind(server, settings.listen, insecure_ok=settings.insecure)
+    registry = await open_registry(settings.database_url)
+    nodes = GrpcNodes()
+    running = Operations(DOMAIN)
+    controller = await assemble(nodes, registry, SystemClock(), settings.heartbeat_interval)
+    try:
+        add_services(server, controller, running, settings)
+        if settings.metrics_listen:
+            host, _, port = settings.metrics_listen.rpartition(":")
+            start_http_server(int(port), host or "127.0.0.1", controller.metrics.registry)
+        await server.start()
+        await health.set_all(True)
+        log.info("serving", address=address)
+        await run_until_signalled(server, health, settings.drain_grace)
+    finally:
+        await running.close()
+        await controller.close()
+        await nodes.close()
+        await registry.close()
+        log.info("stopped")
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        settings = config.load(sys.argv[1:])
+        _log_json(settings.log_level)
+        uvloop.run(serve(settings))
+    except DumontError as error:
+        sys.exit(f"dumont-controller: {error.message}")
+
+
+def _make_private(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
+
+
+def _log_json(level: str) -> None:
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The registry's schema, as alembic revisions that run when the controller starts."""

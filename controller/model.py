@@ -1,0 +1,243 @@
+"""Frozen facts the controller decides on.
+
+Wall-clock times (``*_time``) are seconds since the epoch and may be stored. Steady times
+(``since``, ``idle_since``) count from an arbitrary start, never jump, and are never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Final
+
+CAUSAL_LM: Final = "causal_lm"
+EMBEDDING: Final = "embedding"
+DEFAULT_IDLE: Final = 300.0
+DEFAULT_PARK: Final = 600.0
+DEFAULT_TTL: Final = 86400.0
+
+
+class StartMode(Enum):
+    """How a deployment starts and sleeps."""
+
+    COLD = "cold"
+    WARM = "warm"
+    CHECKPOINT = "checkpoint"
+
+
+class Tier(Enum):
+    """Where a start comes from, fastest first."""
+
+    RESIDENT = "resident"
+    PARKED = "parked"
+    LOCAL = "local"
+    COLD = "cold"
+
+
+class DeploymentState(Enum):
+    CREATING = auto()
+    ACTIVE = auto()
+    DEGRADED = auto()
+    DELETING = auto()
+
+
+class InstanceState(Enum):
+    """An instance as the controller sees it; ``machine.py`` holds the moves."""
+
+    UNKNOWN = auto()
+    STARTING = auto()
+    SERVING = auto()
+    CAPTURING = auto()
+    PARKING = auto()
+    PARKED = auto()
+    RESUMING = auto()
+    STOPPING = auto()
+    FAILED = auto()
+    GONE = auto()
+
+
+class NodeState(Enum):
+    # Known, and being asked what it holds; nothing new is started meanwhile.
+    CONNECTING = auto()
+    READY = auto()
+    UNREACHABLE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One instant on both clocks, in seconds."""
+
+    wall: float
+    steady: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Checkpoint settings; ``ttl`` in seconds, None for the default."""
+
+    enabled: bool
+    ttl: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A model, its start mode and its timers (seconds, None for the default)."""
+
+    id: str
+    uid: str
+    model: str
+    engine: str
+    start_mode: StartMode
+    checkpoint: Checkpoint
+    idle_timeout: float | None
+    park_timeout: float | None
+    create_time: float
+    update_time: float
+    etag: str
+    deleting: bool = False
+    # Of the call that created it; empty when the caller gave none.
+    request_id: str = ""
+
+    @property
+    def idle_seconds(self) -> float:
+        if self.idle_timeout is not None:
+            return self.idle_timeout
+        return 0.0 if self.start_mode is StartMode.COLD else DEFAULT_IDLE
+
+    @property
+    def park_seconds(self) -> float:
+        return DEFAULT_PARK if self.park_timeout is None else self.park_timeout
+
+    @property
+    def ttl_seconds(self) -> float:
+        return DEFAULT_TTL if self.checkpoint.ttl is None else self.checkpoint.ttl
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A named step and its duration in seconds."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a node says of an instance."""
+
+    id: str
+    deployment: str
+    state: InstanceState
+    snapshot: str = ""
+    pid: int = 0
+    device: str = ""
+    memory_bytes: int = 0
+    create_time: float = 0.0
+    phases: tuple[Phase, ...] = ()
+    failure_reason: str = ""
+    failure_message: str = ""
+    served: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A report, and what only the controller knows of that instance.
+
+    ``busy`` is set while a command of ours is under way: its outcome decides the state then.
+    """
+
+    node: str
+    state: InstanceState
+    report: Report
+    since: float
+    idle_since: float
+    in_flight: int = 0
+    busy: bool = False
+    park_refused: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.report.id
+
+    @property
+    def deployment(self) -> str:
+        return self.report.deployment
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFile:
+    name: str
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    id: str
+    deployment: str
+    node: str
+    create_time: float
+    quarantine_reason: str = ""
+    quarantined: bool = False
+    model: str = ""
+    size_bytes: int = 0
+    source_pause_seconds: float = 0.0
+    compatibility: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[SnapshotFile, ...] = ()
+    manifest_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    check: str
+    passed: bool
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A snapshotd and the machine it runs on; ``since`` is when its state began."""
+
+    id: str
+    endpoint: str
+    state: NodeState = NodeState.CONNECTING
+    version: str = ""
+    gpu_models: tuple[str, ...] = ()
+    memory_total_bytes: int = 0
+    memory_available_bytes: int = 0
+    cpu_count: int = 0
+    checkpoint_capable: bool = False
+    findings: tuple[Finding, ...] = ()
+    heartbeat_time: float = 0.0
+    heartbeat_at: float = 0.0
+    since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    model: str
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """A start or restore that is about to be sent to a node; ``snapshot`` is empty for a start."""
+
+    instance: str
+    deployment: str
+    node: str
+    snapshot: str
+    create_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class StartInfo:
+    """How a request got its instance; ``total_seconds`` from its arrival to an instance that serves."""
+
+    tier: Tier
+    reasons: tuple[str, ...]
+    phases: tuple[Phase, ...]
+    total_seconds: float
+    instance: str
+    node: str

@@ -1,0 +1,193 @@
+"""Which start a deployment gets: facts in, a decision with its reasons out. Nothing here waits or acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from controller import routing
+from controller.model import (
+    Deployment,
+    Instance,
+    InstanceState,
+    Node,
+    NodeState,
+    Snapshot,
+    StartMode,
+    Tier,
+)
+from dumont.errors import Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known when a start is decided.
+
+    ``failed`` holds resource names that this start tried in vain; ``capture_at`` is the steady
+    time before which no capture is tried, because one failed.
+    """
+
+    deployment: Deployment
+    instances: tuple[Instance, ...]
+    snapshots: tuple[Snapshot, ...]
+    nodes: Mapping[str, Node]
+    failed: frozenset[str] = frozenset()
+    capture_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Do this. ``instance`` is set for resident and parked, ``snapshot`` for local."""
+
+    tier: Tier
+    node: str
+    reason: str
+    instance: str = ""
+    snapshot: str = ""
+    capture: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Something is under way on ``instance`` or ``node``: decide again once it has settled."""
+
+    reason: str
+    tier: Tier | None = None
+    instance: str = ""
+    node: str = ""
+
+
+# States that end by themselves, with the tier that a request joining them gets.
+JOINABLE = {
+    InstanceState.STARTING: Tier.COLD,
+    InstanceState.RESUMING: Tier.PARKED,
+    InstanceState.CAPTURING: None,
+    InstanceState.PARKING: None,
+}
+
+
+def decide(facts: Facts, now: float) -> Start | Wait:
+    """Choose the fastest tier there is.
+
+    Args:
+        facts: what is known.
+        now: steady time in seconds.
+
+    Raises:
+        Unavailable: NO_NODE, no node can take a cold start.
+    """
+    reachable = [
+        instance
+        for instance in facts.instances
+        if _ready(facts, instance.node) and f"instances/{instance.id}" not in facts.failed
+    ]
+    return (
+        _resident(facts, reachable, now)
+        or _join(reachable, (InstanceState.RESUMING,))
+        or _parked(reachable)
+        or _join(reachable, tuple(JOINABLE))
+        or _unsure(facts)
+        or _local(facts)
+        or _cold(facts, now)
+    )
+
+
+def _ready(facts: Facts, node: str) -> bool:
+    return node in facts.nodes and facts.nodes[node].state is NodeState.READY
+
+
+def _resident(facts: Facts, instances: list[Instance], now: float) -> Start | None:
+    serving = [i for i in instances if i.state is InstanceState.SERVING and not i.busy]
+    # A prompt that enters an instance spoils it for capture, so a served one is taken first.
+    clean = _wants_capture(facts, now) and not any(i.report.served for i in serving)
+    chosen = routing.choose(serving)
+    if chosen is None:
+        return None
+    capture = clean and chosen.in_flight == 0 and facts.nodes[chosen.node].checkpoint_capable
+    return Start(
+        Tier.RESIDENT, chosen.node, f"instances/{chosen.id} is serving", instance=chosen.id, capture=capture
+    )
+
+
+def _parked(instances: list[Instance]) -> Start | None:
+    parked = routing.choose(i for i in instances if i.state is InstanceState.PARKED)
+    if parked is None:
+        return None
+    return Start(Tier.PARKED, parked.node, f"instances/{parked.id} is parked", instance=parked.id)
+
+
+def _join(instances: list[Instance], states: tuple[InstanceState, ...]) -> Wait | None:
+    for instance in instances:
+        if instance.state in states:
+            tier = JOINABLE[instance.state]
+            if instance.state is InstanceState.STARTING and instance.report.snapshot:
+                tier = Tier.LOCAL
+            return Wait(
+                f"instances/{instance.id} was found {instance.state.name.lower()}", tier, instance=instance.id
+            )
+    return None
+
+
+def _unsure(facts: Facts) -> Wait | None:
+    # What a silent node holds is unknown; starting now could start the same deployment twice.
+    for node in facts.nodes.values():
+        if node.state is NodeState.CONNECTING and f"nodes/{node.id}" not in facts.failed:
+            return Wait(f"nodes/{node.id} was asked what it holds", node=node.id)
+    return None
+
+
+def _usable(facts: Facts) -> list[Snapshot]:
+    return [
+        snapshot
+        for snapshot in facts.snapshots
+        if not snapshot.quarantined
+        and f"snapshots/{snapshot.id}" not in facts.failed
+        and _ready(facts, snapshot.node)
+        and facts.nodes[snapshot.node].checkpoint_capable
+    ]
+
+
+def _local(facts: Facts) -> Start | None:
+    if facts.deployment.start_mode is not StartMode.CHECKPOINT:
+        return None
+    newest = max(_usable(facts), key=lambda s: (s.create_time, s.id), default=None)
+    if newest is None:
+        return None
+    return Start(
+        Tier.LOCAL, newest.node, f"snapshots/{newest.id} is on nodes/{newest.node}", snapshot=newest.id
+    )
+
+
+def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset()) -> Node:
+    """The ready node with the most free memory.
+
+    Raises:
+        Unavailable: NO_NODE, there is none.
+    """
+    ready = [n for n in nodes.values() if n.state is NodeState.READY and f"nodes/{n.id}" not in failed]
+    if not ready:
+        raise Unavailable(
+            "NO_NODE",
+            "no node is ready; start a snapshotd that registers here, or see dumont node ls",
+            retry_after=1.0,
+        )
+    return min(ready, key=lambda n: (not n.checkpoint_capable, -n.memory_available_bytes, n.id))
+
+
+def _cold(facts: Facts, now: float) -> Start:
+    node = place(facts.nodes, facts.failed)
+    if facts.deployment.start_mode is StartMode.CHECKPOINT:
+        reason = "no instance and no usable snapshot"
+    else:
+        reason = f"no instance, and start mode {facts.deployment.start_mode.value} uses no snapshot"
+    capture = node.checkpoint_capable and _wants_capture(facts, now)
+    return Start(Tier.COLD, node.id, reason, capture=capture)
+
+
+def _wants_capture(facts: Facts, now: float) -> bool:
+    return (
+        facts.deployment.start_mode is StartMode.CHECKPOINT
+        and facts.deployment.checkpoint.enabled
+        and now >= facts.capture_at
+        and not _usable(facts)
+    )

@@ -1,0 +1,143 @@
+"""What the controller needs from the world.
+
+The life of an instance, seen from here: the controller chooses an id, writes an *intent* with it
+to the registry, and only then asks a node to start or restore under that id. The node answers
+once the instance serves, or says why not. Between those two moments the controller may die: the
+next one reads the intent, asks the node what it holds, and finds the instance starting, serving
+or absent; it never sends a second start. A parked instance is resumed, a serving one parked,
+captured or stopped; a stopped one leaves nothing on its node.
+
+Example: deployment ``qa`` has no instance and one snapshot. ``save_intent(qa-1)``,
+``restore(node, qa-1, ...)``, a report SERVING, ``drop_intent(qa-1)``; five idle minutes later
+``park(node, qa-1)``, ten more and ``stop(node, qa-1)``. The snapshot stays until its ttl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from controller.model import Deployment, Intent, Moment, Node, Report, ResolvedModel, Snapshot
+
+
+class Clock(Protocol):
+    """Time. Wall time may jump and is stored; steady time never jumps and is not."""
+
+    def moment(self) -> Moment: ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """An instance is gone from its node."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Synchronized:
+    """Every instance that existed when the watch began has been told."""
+
+
+Change = Report | Removed | Synchronized
+
+
+class Nodes(Protocol):
+    """The nodes' snapshotds. Every method takes a node's id and raises a ``DumontError``.
+
+    ``Unavailable`` with reason NODE_UNAVAILABLE means that the node did not answer at all, so that
+    nothing is known about the call. A cancelled start, restore or capture is cancelled on the node.
+    """
+
+    async def connect(self, node: str, endpoint: str) -> None:
+        """Remember where the node is; a later call replaces it."""
+
+    async def disconnect(self, node: str) -> None:
+        """Drop the connection; calls under way fail."""
+
+    async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel: ...
+
+    def watch(self, node: str) -> AsyncGenerator[Change]:
+        """Every instance, then ``Synchronized``, then each change. Ends only by an error."""
+
+    async def get_instance(self, node: str, instance: str) -> Report: ...
+
+    async def list_snapshots(self, node: str) -> list[Snapshot]: ...
+
+    async def start(self, node: str, instance: str, deployment: str, model: str, engine: str) -> Report:
+        """Load a model in a new instance and wait until it serves. Repeating it joins the first."""
+
+    async def restore(self, node: str, instance: str, deployment: str, snapshot: str) -> Report:
+        """Make an instance from a snapshot and wait until it serves."""
+
+    async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
+        """Make a snapshot under the given id; the instance serves again when this returns."""
+
+    async def park(self, node: str, instance: str) -> Report: ...
+
+    async def resume(self, node: str, instance: str) -> Report: ...
+
+    async def stop(self, node: str, instance: str) -> None: ...
+
+    async def delete_snapshot(self, node: str, snapshot: str) -> None: ...
+
+    def stream_logs(
+        self, node: str, instance: str, tail_lines: int, follow: bool
+    ) -> AsyncGenerator[bytes]: ...
+
+    def generate(self, node: str, request: bytes, timeout: float | None) -> AsyncGenerator[bytes]:
+        """Frames as the model host wrote them. Closing the iterator cancels the call on the node."""
+
+    async def embed(self, node: str, request: bytes, timeout: float | None) -> bytes: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Everything the registry holds; ``last_use`` maps deployment ids to wall times."""
+
+    deployments: tuple[Deployment, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    intents: tuple[Intent, ...] = ()
+    last_use: Mapping[str, float] | None = None
+
+
+class Registry(Protocol):
+    """What survives the controller. A call that returned has been stored.
+
+    Every method raises ``Unavailable`` (DATABASE_UNAVAILABLE) when the store cannot be reached.
+    """
+
+    async def load(self) -> Stored: ...
+
+    async def create_deployment(self, deployment: Deployment) -> Deployment:
+        """Store it, or return the one stored before with the same non-empty ``request_id``.
+
+        Raises:
+            AlreadyExists: the id is taken by another request.
+        """
+
+    async def update_deployment(self, deployment: Deployment, etag: str) -> None:
+        """Replace the deployment whose stored etag is ``etag``.
+
+        Raises:
+            Aborted: ETAG_MISMATCH, it was changed meanwhile or is gone.
+        """
+
+    async def delete_deployment(self, deployment: str) -> None:
+        """Remove it with its last use; absent is fine."""
+
+    async def save_last_use(self, times: Mapping[str, float]) -> None:
+        """Store wall times by deployment id; ids without a deployment are ignored."""
+
+    async def save_node(self, node: Node) -> None: ...
+
+    async def save_intent(self, intent: Intent) -> None: ...
+
+    async def drop_intent(self, instance: str) -> None:
+        """Absent is fine."""
+
+    async def close(self) -> None: ...

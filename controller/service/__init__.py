@@ -1,0 +1,1 @@
+"""The controller's gRPC servicers: parse, call, convert. One file for each service."""

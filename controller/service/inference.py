@@ -1,0 +1,80 @@
+"""``InferenceService``: token streams pass through as bytes, the request is read once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from controller import convert
+from controller.model import CAUSAL_LM, EMBEDDING, StartInfo
+from controller.requests import DEFAULT_TOKENS, check_embed, check_generate
+from controller.serving import Serving
+from dumont import names
+from dumont.controller.v1 import inference_service_pb2 as pb
+from dumont.errors import InvalidArgument
+
+SERVICE = "dumont.controller.v1.InferenceService"
+Context = grpc.aio.ServicerContext[Any, Any]
+R = TypeVar("R", pb.GenerateRequest, pb.EmbedRequest)
+
+
+class InferenceService:
+    """Args: ``max_new_tokens``, the most that one answer may have."""
+
+    def __init__(self, serving: Serving, max_new_tokens: int) -> None:
+        self._serving = serving
+        self._max_new_tokens = max_new_tokens
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Serve it with no serializers, so that gRPC hands over and takes bytes."""
+        handlers: dict[str, Any] = {
+            "Generate": grpc.unary_stream_rpc_method_handler(self.Generate),
+            "Embed": grpc.unary_unary_rpc_method_handler(self.Embed),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    async def Generate(self, data: bytes, context: Context) -> AsyncGenerator[bytes]:
+        request = _parse(pb.GenerateRequest(), data)
+        deployment = names.parse(request.deployment, "deployments", "deployment")
+        check_generate(request, self._max_new_tokens)
+        request.max_new_tokens = request.max_new_tokens or DEFAULT_TOKENS
+        async with aclosing(
+            self._serving.generate(deployment, CAUSAL_LM, _rewrite(request), context.time_remaining())
+        ) as frames:
+            async for frame in frames:
+                if isinstance(frame, StartInfo):
+                    yield pb.GenerateResponse(start=convert.start_info(frame)).SerializeToString()
+                else:
+                    yield frame
+
+    async def Embed(self, data: bytes, context: Context) -> bytes:
+        request = _parse(pb.EmbedRequest(), data)
+        deployment = names.parse(request.deployment, "deployments", "deployment")
+        check_embed(request)
+        info, answer = await self._serving.embed(
+            deployment, EMBEDDING, _rewrite(request), context.time_remaining()
+        )
+        # Encoded messages joined are their merge, and the node's answer has no start.
+        return pb.EmbedResponse(start=convert.start_info(info)).SerializeToString() + answer
+
+
+def _parse(request: R, data: bytes) -> R:
+    try:
+        request.ParseFromString(data)
+    except DecodeError as error:
+        raise InvalidArgument("MALFORMED_REQUEST", "the request is not a valid protobuf message") from error
+    return request
+
+
+def _rewrite(request: R) -> Callable[[str], bytes]:
+    """The node's request differs only in field 1, which names the instance there."""
+
+    def build(instance: str) -> bytes:
+        request.deployment = f"instances/{instance}"
+        return request.SerializeToString()
+
+    return build

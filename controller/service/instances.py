@@ -1,0 +1,83 @@
+"""``InstanceService``: the instances of all nodes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from google.protobuf.empty_pb2 import Empty
+
+from controller import convert
+from controller.catalogue import Catalogue
+from controller.commands import Commands
+from controller.inventory import Inventory
+from controller.model import Instance
+from controller.paging import page
+from controller.ports import Nodes, Removed, Synchronized
+from dumont import names
+from dumont.controller.v1 import instance_service_pb2 as pb
+from dumont.controller.v1 import instance_service_pb2_grpc as pb_grpc
+from dumont.errors import InvalidArgument
+
+
+class InstanceService(pb_grpc.InstanceServiceServicer):
+    def __init__(self, inventory: Inventory, catalogue: Catalogue, commands: Commands, nodes: Nodes) -> None:
+        self._inventory = inventory
+        self._catalogue = catalogue
+        self._commands = commands
+        self._nodes = nodes
+
+    async def GetInstance(self, request: pb.GetInstanceRequest, context: object) -> pb.Instance:
+        return self._message(self._inventory.instance(names.parse(request.name, "instances", "name")))
+
+    async def ListInstances(
+        self, request: pb.ListInstancesRequest, context: object
+    ) -> pb.ListInstancesResponse:
+        known = self._inventory.instances
+        if request.deployment:
+            deployment = names.parse(request.deployment, "deployments", "deployment")
+            known = {instance.id: instance for instance in self._inventory.instances_of(deployment)}
+        found, token = page(known, request.page_size, request.page_token)
+        return pb.ListInstancesResponse(
+            instances=[self._message(instance) for instance in found], next_page_token=token
+        )
+
+    async def WatchInstances(
+        self, request: pb.WatchInstancesRequest, context: object
+    ) -> AsyncGenerator[pb.WatchInstancesResponse]:
+        async with aclosing(self._inventory.watch()) as changes:
+            async for change in changes:
+                if isinstance(change, Removed):
+                    yield pb.WatchInstancesResponse(removed=f"instances/{change.instance}")
+                elif isinstance(change, Synchronized):
+                    yield pb.WatchInstancesResponse(synchronized=Empty())
+                else:
+                    yield pb.WatchInstancesResponse(instance=self._message(change))
+
+    async def ParkInstance(self, request: pb.ParkInstanceRequest, context: object) -> pb.Instance:
+        return self._message(await self._commands.park(names.parse(request.name, "instances", "name")))
+
+    async def ResumeInstance(self, request: pb.ResumeInstanceRequest, context: object) -> pb.Instance:
+        return self._message(await self._commands.resume(names.parse(request.name, "instances", "name")))
+
+    async def StopInstance(self, request: pb.StopInstanceRequest, context: object) -> Empty:
+        # A person may end an instance that hangs in a request; only the timers wait for requests.
+        await self._commands.stop(names.parse(request.name, "instances", "name"), force=True)
+        return Empty()
+
+    async def StreamInstanceLogs(
+        self, request: pb.StreamInstanceLogsRequest, context: object
+    ) -> AsyncGenerator[pb.StreamInstanceLogsResponse]:
+        instance = self._inventory.instance(names.parse(request.name, "instances", "name"))
+        if request.tail_lines < 0:
+            raise InvalidArgument(
+                "NEGATIVE_TAIL_LINES", "tail_lines must not be negative", field="tail_lines"
+            )
+        self._commands.check_reachable(instance.node)
+        logs = self._nodes.stream_logs(instance.node, instance.id, request.tail_lines, request.follow)
+        async with aclosing(logs):
+            async for data in logs:
+                yield pb.StreamInstanceLogsResponse(data=data)
+
+    def _message(self, instance: Instance) -> pb.Instance:
+        return convert.instance(instance, self._catalogue.last_use.get(instance.deployment))

@@ -1,0 +1,47 @@
+"""``NodeService``: nodes report themselves here."""
+
+from __future__ import annotations
+
+from controller import convert
+from controller.fleet import Fleet
+from controller.inventory import Inventory
+from controller.paging import page
+from dumont import names
+from dumont.controller.v1 import node_service_pb2 as pb
+from dumont.controller.v1 import node_service_pb2_grpc as pb_grpc
+from dumont.errors import InvalidArgument
+
+
+class NodeService(pb_grpc.NodeServiceServicer):
+    """Args: ``interval``, seconds that nodes are told to leave between heartbeats."""
+
+    def __init__(self, fleet: Fleet, inventory: Inventory, interval: float) -> None:
+        self._fleet = fleet
+        self._inventory = inventory
+        self._interval = interval
+
+    async def RegisterNode(self, request: pb.RegisterNodeRequest, context: object) -> pb.RegisterNodeResponse:
+        identifier = names.check_id(request.node_id, "node_id")
+        node = await self._fleet.register(convert.node(identifier, request.node))
+        return pb.RegisterNodeResponse(
+            node=convert.node_message(node), heartbeat_interval=convert.duration(self._interval)
+        )
+
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: object) -> pb.HeartbeatResponse:
+        if request.memory_available_bytes < 0:
+            raise InvalidArgument(
+                "NEGATIVE_MEMORY",
+                "memory_available_bytes must not be negative",
+                field="memory_available_bytes",
+            )
+        self._fleet.heartbeat(names.parse(request.name, "nodes", "name"), request.memory_available_bytes)
+        return pb.HeartbeatResponse()
+
+    async def GetNode(self, request: pb.GetNodeRequest, context: object) -> pb.Node:
+        return convert.node_message(self._inventory.node(names.parse(request.name, "nodes", "name")))
+
+    async def ListNodes(self, request: pb.ListNodesRequest, context: object) -> pb.ListNodesResponse:
+        found, token = page(self._inventory.nodes, request.page_size, request.page_token)
+        return pb.ListNodesResponse(
+            nodes=[convert.node_message(node) for node in found], next_page_token=token
+        )

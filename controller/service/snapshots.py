@@ -1,0 +1,95 @@
+"""``SnapshotService``: the snapshots of all nodes."""
+
+from __future__ import annotations
+
+from google.longrunning import operations_pb2
+from google.protobuf.empty_pb2 import Empty
+
+from controller import convert
+from controller.catalogue import Catalogue
+from controller.commands import Commands
+from controller.inventory import Inventory
+from controller.model import Snapshot
+from controller.paging import page
+from controller.ports import Clock
+from controller.starter import Starter
+from dumont import names
+from dumont.controller.v1 import snapshot_service_pb2 as pb
+from dumont.controller.v1 import snapshot_service_pb2_grpc as pb_grpc
+from dumont.errors import AlreadyExists
+from dumont.rpc.operations import Operations, Progress
+
+
+class SnapshotService(pb_grpc.SnapshotServiceServicer):
+    def __init__(
+        self,
+        inventory: Inventory,
+        catalogue: Catalogue,
+        commands: Commands,
+        starter: Starter,
+        operations: Operations,
+        clock: Clock,
+    ) -> None:
+        self._inventory = inventory
+        self._catalogue = catalogue
+        self._commands = commands
+        self._starter = starter
+        self._operations = operations
+        self._clock = clock
+
+    async def CreateSnapshot(
+        self, request: pb.CreateSnapshotRequest, context: object
+    ) -> operations_pb2.Operation:
+        deployment = names.parse(request.deployment, "deployments", "deployment")
+        identifier = self._new_id(request.snapshot_id, deployment)
+        self._starter.check_captured(deployment)
+
+        async def work(progress: Progress) -> pb.Snapshot:
+            def told(instance: str, stage: str) -> None:
+                progress.update(instance=f"instances/{instance}" if instance else "", stage=stage)
+
+            return self._message(await self._starter.snapshot(deployment, identifier, told))
+
+        metadata = pb.CreateSnapshotMetadata(
+            deployment=request.deployment,
+            stage="waiting",
+            create_time=convert.timestamp(self._clock.moment().wall),
+        )
+        return self._operations.start("snapshot", work, metadata)
+
+    async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: object) -> pb.Snapshot:
+        return self._message(self._inventory.snapshot(names.parse(request.name, "snapshots", "name")))
+
+    async def ListSnapshots(
+        self, request: pb.ListSnapshotsRequest, context: object
+    ) -> pb.ListSnapshotsResponse:
+        known = self._inventory.snapshots
+        if request.deployment:
+            deployment = names.parse(request.deployment, "deployments", "deployment")
+            known = {snapshot.id: snapshot for snapshot in self._inventory.snapshots_of(deployment)}
+        found, token = page(known, request.page_size, request.page_token)
+        return pb.ListSnapshotsResponse(
+            snapshots=[self._message(snapshot) for snapshot in found], next_page_token=token
+        )
+
+    async def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, context: object) -> Empty:
+        await self._commands.delete_snapshot(names.parse(request.name, "snapshots", "name"))
+        return Empty()
+
+    def _new_id(self, wanted: str, deployment: str) -> str:
+        if not wanted:
+            return names.new_id(deployment[:48].rstrip("-"))
+        identifier = names.check_id(wanted, "snapshot_id")
+        if identifier in self._inventory.snapshots:
+            raise AlreadyExists(
+                "SNAPSHOT_EXISTS",
+                f"snapshots/{identifier} exists; choose another id, or delete it first",
+                field="snapshot_id",
+                metadata={"snapshot": f"snapshots/{identifier}"},
+            )
+        return identifier
+
+    def _message(self, snapshot: Snapshot) -> pb.Snapshot:
+        owner = self._catalogue.deployments.get(snapshot.deployment)
+        last_use = self._catalogue.last_use.get(snapshot.deployment)
+        return convert.snapshot_message(snapshot, last_use, owner.ttl_seconds if owner else None)
