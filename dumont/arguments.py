@@ -1,0 +1,268 @@
+"""What callers of the client may say -> requests. What is plainly wrong is refused here, before any call."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypedDict
+
+from dumont import names
+from dumont.controller.v1 import deployment_service_pb2, inference_service_pb2
+from dumont.convert import duration
+from dumont.errors import InvalidArgument
+from dumont.inference.v1 import inference_pb2
+
+Seconds = float | timedelta
+
+START_MODES: Final = {
+    name.removeprefix("START_MODE_").lower(): value
+    for name, value in deployment_service_pb2.StartMode.items()
+    if value
+}
+STORAGES: Final = {
+    name.removeprefix("STORAGE_").lower(): value
+    for name, value in deployment_service_pb2.Storage.items()
+    if value
+}
+
+
+class Checkpoint(TypedDict, total=False):
+    """The keys of ``checkpoint``; those left out are as in ``DEFAULT_CHECKPOINT``."""
+
+    enabled: bool
+    ttl: Seconds
+    storage: str
+
+
+DEFAULT_CHECKPOINT: Final[Checkpoint] = {"enabled": True, "ttl": 3600, "storage": "local"}
+
+
+class DeploySettings(TypedDict, total=False):
+    """The keyword arguments of ``deploy``.
+
+    name: the deployment's id; derived from the model's name when left out.
+    engine: ``causal_lm`` or ``embedding``; read from the model's configuration when left out.
+    idle_timeout: seconds without a request after which it goes to sleep.
+    park_timeout: seconds asleep with its process alive, after which only the snapshot stays.
+    prewarm: start, and capture, at once when the deployment is created, not at its first request.
+    """
+
+    name: str | None
+    engine: str | None
+    idle_timeout: Seconds | None
+    park_timeout: Seconds | None
+    prewarm: bool
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The keyword arguments of ``generate`` and ``stream``.
+
+    messages: a conversation instead of a prompt: ``[{"role": "user", "content": "Hello"}]``.
+    max_new_tokens: 256 when left out.
+    temperature: 0 or left out: always the likeliest token.
+    top_p: draw only from the likeliest tokens that together reach this probability.
+    seed: makes drawing repeatable.
+    stop: the answer ends before the first of these strings.
+    timeout: seconds for the whole answer, a start included.
+    """
+
+    messages: Sequence[Mapping[str, str]] | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    timeout: float | None
+
+
+def full_name(value: str, collection: str, field: str) -> str:
+    """The resource name of ``value``, an id with or without its collection.
+
+    Raises:
+        InvalidArgument: INVALID_NAME or INVALID_ID.
+    """
+    name = value if "/" in value else names.build(collection, value)
+    names.parse(name, collection, field)
+    return name
+
+
+def deployment_id(model: str) -> str:
+    """The id of a deployment nobody named: ``org/Qwen3-0.6B`` is ``qwen3-0-6b``.
+
+    Raises:
+        InvalidArgument: NAME_REQUIRED, the model's name has no letter or digit.
+    """
+    label = re.sub(r"[^a-z0-9]+", "-", Path(model).name.lower()).strip("-")
+    if not label:
+        raise InvalidArgument(
+            "NAME_REQUIRED",
+            f"no id can be made of the model's name {model[:120]!r}; give the deployment a name",
+            field="name",
+            metadata={"model": model[:120]},
+        )
+    if not label[0].isalpha():
+        label = f"m-{label}"
+    return label[:63].rstrip("-")
+
+
+def deployment_message(
+    model: str,
+    start_mode: str,
+    checkpoint: Checkpoint | None,
+    *,
+    engine: str | None = None,
+    idle_timeout: Seconds | None = None,
+    park_timeout: Seconds | None = None,
+) -> tuple[deployment_service_pb2.Deployment, list[str]]:
+    """The deployment a caller wants, and the paths of the changeable fields it set.
+
+    Raises:
+        InvalidArgument: an argument is wrong; its field is named.
+    """
+    _text(model, "model")
+    mode = _choice(start_mode, START_MODES, "start_mode")
+    message = deployment_service_pb2.Deployment(model=_node_path(model), engine=engine or "", start_mode=mode)
+    paths = ["start_mode"]
+    if checkpoint is not None or start_mode == "checkpoint":
+        message.checkpoint.CopyFrom(_checkpoint(checkpoint or {}))
+        paths.append("checkpoint")
+    if start_mode == "checkpoint" and not message.checkpoint.enabled:
+        raise InvalidArgument(
+            "CHECKPOINT_DISABLED",
+            'start_mode "checkpoint" needs checkpoint["enabled"] to be true; use "cold" or "warm" without it',
+            field="checkpoint.enabled",
+        )
+    for field, value in (("idle_timeout", idle_timeout), ("park_timeout", park_timeout)):
+        if value is not None:
+            getattr(message, field).CopyFrom(duration(to_seconds(value, field)))
+            paths.append(field)
+    return message, paths
+
+
+def generate_request(
+    deployment: str,
+    prompt: str | None = None,
+    *,
+    messages: Sequence[Mapping[str, str]] | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] | None = None,
+) -> inference_service_pb2.GenerateRequest:
+    """The request for an answer.
+
+    Raises:
+        InvalidArgument: an argument is wrong; its field is named.
+    """
+    if (prompt is None) == (messages is None):
+        raise InvalidArgument(
+            "PROMPT_OR_MESSAGES", "give either a prompt or messages, and not both", field="prompt"
+        )
+    if prompt is not None:
+        _text(prompt, "prompt")
+    if messages is not None and not messages:
+        raise InvalidArgument("EMPTY", "messages must not be empty", field="messages")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InvalidArgument(
+            "OUT_OF_RANGE", f"max_new_tokens must be at least 1, got {max_new_tokens}", field="max_new_tokens"
+        )
+    try:
+        return inference_service_pb2.GenerateRequest(
+            deployment=deployment,
+            prompt=prompt or "",
+            messages=[_message(message, index) for index, message in enumerate(messages or ())],
+            max_new_tokens=max_new_tokens or 0,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=[stop] if isinstance(stop, str) else stop or (),
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument("INVALID_REQUEST", f"the request cannot be sent: {error}") from error
+
+
+def embed_request(deployment: str, inputs: str | Sequence[str]) -> inference_service_pb2.EmbedRequest:
+    """The request for vectors of one or several texts.
+
+    Raises:
+        InvalidArgument: there is none, or one is empty or not a string.
+    """
+    texts = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not texts:
+        raise InvalidArgument("EMPTY", "inputs must not be empty", field="inputs")
+    for index, text in enumerate(texts):
+        _text(text, f"inputs[{index}]")
+    return inference_service_pb2.EmbedRequest(deployment=deployment, inputs=texts)
+
+
+def to_seconds(value: Seconds, field: str) -> float:
+    """Seconds of a number or a ``timedelta``.
+
+    Raises:
+        InvalidArgument: INVALID_DURATION, not a duration, negative or not finite.
+    """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InvalidArgument(
+            "INVALID_DURATION",
+            f"{field} must be a number of seconds, 0 or more; got {value!r}",
+            field=field,
+            metadata={"value": str(value)},
+        )
+    return float(value)
+
+
+def _checkpoint(given: Mapping[str, Any]) -> deployment_service_pb2.CheckpointSettings:
+    unknown = sorted(given.keys() - DEFAULT_CHECKPOINT.keys())
+    if unknown:
+        raise InvalidArgument(
+            "UNKNOWN_SETTING",
+            f"checkpoint has no setting {unknown[0]!r}; it has {', '.join(DEFAULT_CHECKPOINT)}",
+            field=f"checkpoint.{unknown[0]}",
+        )
+    settings: dict[str, Any] = {**DEFAULT_CHECKPOINT, **given}
+    if not isinstance(settings["enabled"], bool):
+        raise InvalidArgument(
+            "NOT_A_BOOLEAN", 'checkpoint["enabled"] must be True or False', field="checkpoint.enabled"
+        )
+    return deployment_service_pb2.CheckpointSettings(
+        enabled=settings["enabled"],
+        ttl=duration(to_seconds(settings["ttl"], "checkpoint.ttl")),
+        storage=_choice(settings["storage"], STORAGES, "checkpoint.storage"),
+    )
+
+
+def _choice(value: str, choices: Mapping[str, Any], field: str) -> Any:
+    if value not in choices:
+        raise InvalidArgument(
+            "UNKNOWN_CHOICE",
+            f"{field} must be one of {', '.join(choices)}; got {value!r}",
+            field=field,
+            metadata={"value": str(value)},
+        )
+    return choices[value]
+
+
+def _text(value: object, field: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise InvalidArgument("EMPTY", f"{field} must be a string that is not empty", field=field)
+
+
+def _message(message: Mapping[str, str], index: int) -> inference_pb2.ChatMessage:
+    if set(message) != {"role", "content"}:
+        raise InvalidArgument(
+            "INVALID_MESSAGE",
+            f"messages[{index}] must have exactly the keys role and content",
+            field=f"messages[{index}]",
+        )
+    return inference_pb2.ChatMessage(role=message["role"], content=message["content"])
+
+
+def _node_path(model: str) -> str:
+    """A path relative to the caller's directory or home means nothing on a node: make it whole."""
+    return str(Path(model).expanduser().resolve()) if model.startswith((".", "~")) else model

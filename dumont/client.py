@@ -1,0 +1,208 @@
+"""The asynchronous client. ``dumont.sync`` wraps it for callers without an event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from dumont import arguments, convert
+from dumont.arguments import Checkpoint, DeploySettings, GenerateOptions, full_name
+from dumont.connection import Connection
+from dumont.controller.v1 import deployment_service_pb2
+from dumont.errors import AlreadyExists
+from dumont.resources import AsyncInstances, AsyncNodes, AsyncSnapshots, pages
+from dumont.stream import AsyncTextStream
+from dumont.types import DeploymentInfo, Generation
+
+
+class AsyncClient:
+    """One controller, from within an event loop.
+
+    ``deploy`` makes or finds a deployment; ``deployments``, ``instances``, ``snapshots`` and ``nodes`` show
+    and change what there is. Every method raises a ``DumontError`` when it cannot do what it says. Names
+    are taken with or without their collection: ``"qa"`` or ``"deployments/qa"``.
+
+    Args:
+        endpoint: ``host:port`` or ``unix:path`` of the controller; ``DUMONT_ENDPOINT`` when left out, else
+            ``localhost:7070``.
+    """
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        self._connection = Connection(endpoint)
+        self.endpoint = self._connection.endpoint
+        self.deployments = AsyncDeployments(self._connection)
+        self.instances = AsyncInstances(self._connection)
+        self.snapshots = AsyncSnapshots(self._connection)
+        self.nodes = AsyncNodes(self._connection)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End running calls and disconnect."""
+        await self._connection.close()
+
+    async def deploy(
+        self,
+        model: str,
+        start_mode: str = "checkpoint",
+        checkpoint: Checkpoint | None = None,
+        **settings: Unpack[DeploySettings],
+    ) -> AsyncDeployment:
+        """Serve a model, or change how it is served; see ``dumont.deploy``."""
+        return await self.deployments.deploy(model, start_mode, checkpoint, **settings)
+
+
+class AsyncDeployment:
+    """A deployed model. ``info`` is what the controller said of it last; ``refresh()`` asks again."""
+
+    def __init__(self, connection: Connection, info: DeploymentInfo) -> None:
+        self._connection = connection
+        self.info = info
+
+    @property
+    def name(self) -> str:
+        """``deployments/{id}``."""
+        return self.info.name
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self.info.model} {self.info.state}>"
+
+    async def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Generation:
+        """The whole answer to a prompt or to ``messages``, the model woken first if it sleeps.
+
+        Args:
+            prompt: text to continue, as it is.
+            options: see ``GenerateOptions``.
+        """
+        return await self.stream(prompt, **options).collect()
+
+    def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncTextStream:
+        """The answer piece by piece, as it is written. Takes what ``generate`` takes."""
+        timeout = options.pop("timeout", None)
+        request = arguments.generate_request(self.name, prompt, **options)  # type: ignore[misc]
+        return AsyncTextStream(self._connection, request, timeout)
+
+    async def embed(self, inputs: str | Sequence[str], *, timeout: float | None = None) -> list[list[float]]:
+        """One vector for each text, in order; a single string gives a list of one.
+
+        Args:
+            inputs: one text or several.
+            timeout: seconds for the whole answer, a start included.
+        """
+        request = arguments.embed_request(self.name, inputs)
+        with self._connection.errors():
+            response = await self._connection.inference.Embed(request, timeout=timeout)
+        return [list(embedding.values) for embedding in response.embeddings]
+
+    async def refresh(self) -> DeploymentInfo:
+        """Ask the controller for ``info`` again."""
+        request = deployment_service_pb2.GetDeploymentRequest(name=self.name)
+        with self._connection.errors():
+            self.info = convert.deployment(await self._connection.deployments.GetDeployment(request))
+        return self.info
+
+    async def delete(self) -> None:
+        """End its instances, delete its snapshots and forget it."""
+        request = deployment_service_pb2.DeleteDeploymentRequest(name=self.name)
+        with self._connection.errors():
+            await self._connection.deployments.DeleteDeployment(request)
+
+
+class AsyncDeployments:
+    """The deployments of a controller."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def deploy(
+        self,
+        model: str,
+        start_mode: str = "checkpoint",
+        checkpoint: Checkpoint | None = None,
+        *,
+        name: str | None = None,
+        engine: str | None = None,
+        idle_timeout: arguments.Seconds | None = None,
+        park_timeout: arguments.Seconds | None = None,
+        prewarm: bool = False,
+    ) -> AsyncDeployment:
+        """Serve a model, or change how it is served; see ``dumont.deploy``."""
+        wanted, paths = arguments.deployment_message(
+            model, start_mode, checkpoint,
+            engine=engine, idle_timeout=idle_timeout, park_timeout=park_timeout,
+        )  # fmt: skip
+        wanted.name = full_name(name or arguments.deployment_id(model), "deployments", "name")
+        try:
+            return self._handle(await self._create(wanted, prewarm))
+        except AlreadyExists:
+            return self._handle(await self._adopt(wanted, paths))
+
+    async def get(self, name: str) -> AsyncDeployment:
+        """The deployment of this name."""
+        return self._handle(await self._get(full_name(name, "deployments", "name")))
+
+    async def delete(self, name: str) -> None:
+        """End a deployment's instances, delete its snapshots and forget it."""
+        request = deployment_service_pb2.DeleteDeploymentRequest(name=full_name(name, "deployments", "name"))
+        with self._connection.errors():
+            await self._connection.deployments.DeleteDeployment(request)
+
+    async def _get(self, name: str) -> deployment_service_pb2.Deployment:
+        request = deployment_service_pb2.GetDeploymentRequest(name=name)
+        with self._connection.errors():
+            return await self._connection.deployments.GetDeployment(request)
+
+    async def _create(
+        self, wanted: deployment_service_pb2.Deployment, prewarm: bool
+    ) -> deployment_service_pb2.Deployment:
+        request = deployment_service_pb2.CreateDeploymentRequest(
+            deployment_id=wanted.name.removeprefix("deployments/"), deployment=wanted, prewarm=prewarm
+        )
+        with self._connection.errors():
+            return await self._connection.deployments.CreateDeployment(request)
+
+    async def _adopt(
+        self, wanted: deployment_service_pb2.Deployment, paths: list[str]
+    ) -> deployment_service_pb2.Deployment:
+        """The existing deployment of the wanted name, its settings changed to those wanted."""
+        existing = await self._get(wanted.name)
+        for field in ("model", "engine"):
+            want, have = getattr(wanted, field), getattr(existing, field)
+            if want and want != have:
+                raise AlreadyExists(
+                    f"DEPLOYMENT_{field.upper()}_DIFFERS",
+                    f"{wanted.name} exists and serves {field} {have}, not {want}; "
+                    "give this one another name, or delete that one first",
+                    field=field,
+                    metadata={"deployment": wanted.name, "existing": have, "wanted": want},
+                )
+        changed = [path for path in paths if getattr(wanted, path) != getattr(existing, path)]
+        if not changed:
+            return existing
+        request = deployment_service_pb2.UpdateDeploymentRequest(
+            deployment=wanted, update_mask=FieldMask(paths=changed)
+        )
+        with self._connection.errors():
+            return await self._connection.deployments.UpdateDeployment(request)
+
+    def _handle(self, message: deployment_service_pb2.Deployment) -> AsyncDeployment:
+        return AsyncDeployment(self._connection, convert.deployment(message))
+
+    async def list(self) -> list[AsyncDeployment]:
+        """All deployments."""
+        request = deployment_service_pb2.ListDeploymentsRequest()
+        return [
+            self._handle(message)
+            async for message in pages(
+                self._connection, self._connection.deployments.ListDeployments, request, "deployments"
+            )
+        ]

@@ -1,0 +1,151 @@
+"""The controller's messages -> ``dumont.types``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from dumont import types
+from dumont.controller.v1 import (
+    deployment_service_pb2,
+    inference_service_pb2,
+    instance_service_pb2,
+    node_service_pb2,
+    snapshot_service_pb2,
+)
+from dumont.inference.v1 import inference_pb2
+
+NANOSECONDS: Final = 1e9
+
+
+def word(enum: Any, value: int, prefix: str) -> str:
+    """``STATE_SERVING`` is ``"serving"``. A value newer than this client is ``"unknown-7"``."""
+    try:
+        name: str = enum.Name(value)
+    except ValueError:
+        return f"unknown-{value}"
+    return name.removeprefix(prefix).lower()
+
+
+def seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / NANOSECONDS
+
+
+def duration(value: float) -> Duration:
+    result = Duration()
+    result.FromNanoseconds(round(value * NANOSECONDS))
+    return result
+
+
+def optional_seconds(message: Any, field: str) -> float | None:
+    return seconds(getattr(message, field)) if message.HasField(field) else None
+
+
+def time(message: Any, field: str) -> datetime | None:
+    if not message.HasField(field):
+        return None
+    stamp: Timestamp = getattr(message, field)
+    return stamp.ToDatetime(tzinfo=UTC)
+
+
+def phases(messages: Iterable[Any]) -> tuple[types.Phase, ...]:
+    return tuple(types.Phase(message.name, seconds(message.duration)) for message in messages)
+
+
+def start_info(message: inference_service_pb2.StartInfo) -> types.StartInfo:
+    return types.StartInfo(
+        tier=word(inference_service_pb2.Tier, message.tier, "TIER_"),
+        reasons=tuple(message.reasons),
+        phases=phases(message.phases),
+        seconds=seconds(message.total_duration),
+        instance=message.instance,
+        node=message.node,
+    )
+
+
+def usage(message: inference_pb2.Usage) -> types.Usage:
+    return types.Usage(message.prompt_tokens, message.output_tokens)
+
+
+def finish_reason(message: inference_pb2.Finish) -> str:
+    return word(inference_pb2.FinishReason, message.reason, "FINISH_REASON_")
+
+
+def deployment(message: deployment_service_pb2.Deployment) -> types.DeploymentInfo:
+    checkpoint = message.checkpoint
+    return types.DeploymentInfo(
+        name=message.name,
+        uid=message.uid,
+        model=message.model,
+        engine=message.engine,
+        start_mode=word(deployment_service_pb2.StartMode, message.start_mode, "START_MODE_"),
+        checkpoint=types.CheckpointSettings(
+            enabled=checkpoint.enabled,
+            ttl=optional_seconds(checkpoint, "ttl"),
+            storage=word(deployment_service_pb2.Storage, checkpoint.storage, "STORAGE_"),
+        ),
+        idle_timeout=optional_seconds(message, "idle_timeout"),
+        park_timeout=optional_seconds(message, "park_timeout"),
+        state=word(deployment_service_pb2.Deployment.State, message.state, "STATE_"),
+        state_message=message.state_message,
+        create_time=time(message, "create_time"),
+        update_time=time(message, "update_time"),
+        last_use_time=time(message, "last_use_time"),
+    )
+
+
+def instance(message: instance_service_pb2.Instance) -> types.Instance:
+    return types.Instance(
+        name=message.name,
+        deployment=message.deployment,
+        node=message.node,
+        state=word(instance_service_pb2.Instance.State, message.state, "STATE_"),
+        pid=message.pid,
+        device=message.device,
+        memory_bytes=message.memory_bytes,
+        snapshot=message.snapshot,
+        create_time=time(message, "create_time"),
+        last_use_time=time(message, "last_use_time"),
+        phases=phases(message.phases),
+        failure_reason=message.failure_reason,
+        failure_message=message.failure_message,
+    )
+
+
+def snapshot(message: snapshot_service_pb2.Snapshot) -> types.Snapshot:
+    return types.Snapshot(
+        name=message.name,
+        deployment=message.deployment,
+        node=message.node,
+        model=message.model,
+        state=word(snapshot_service_pb2.Snapshot.State, message.state, "STATE_"),
+        create_time=time(message, "create_time"),
+        last_use_time=time(message, "last_use_time"),
+        expire_time=time(message, "expire_time"),
+        size_bytes=message.size_bytes,
+        source_pause_seconds=seconds(message.source_pause_duration),
+        compatibility=dict(message.compatibility),
+        files=tuple(types.SnapshotFile(file.name, file.size_bytes, file.digest) for file in message.files),
+        manifest_digest=message.manifest_digest,
+        quarantine_reason=message.quarantine_reason,
+    )
+
+
+def node(message: node_service_pb2.Node) -> types.Node:
+    return types.Node(
+        name=message.name,
+        endpoint=message.endpoint,
+        state=word(node_service_pb2.Node.State, message.state, "STATE_"),
+        version=message.version,
+        gpu_models=tuple(message.gpu_models),
+        memory_total_bytes=message.memory_total_bytes,
+        memory_available_bytes=message.memory_available_bytes,
+        cpu_count=message.cpu_count,
+        checkpoint_capable=message.checkpoint_capable,
+        heartbeat_time=time(message, "heartbeat_time"),
+        findings=tuple(types.Finding(f.check, f.passed, f.message) for f in message.findings),
+    )

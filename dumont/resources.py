@@ -1,0 +1,206 @@
+"""Instances, snapshots and nodes, asynchronously: parts of ``dumont.client.AsyncClient``."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from dumont import convert, operations
+from dumont.arguments import full_name
+from dumont.connection import Connection
+from dumont.controller.v1 import instance_service_pb2, node_service_pb2, snapshot_service_pb2
+from dumont.errors import NotFound
+from dumont.types import Instance, Node, Snapshot, SnapshotProgress
+
+
+class AsyncInstances:
+    """The instances of all nodes."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def get(self, name: str) -> Instance:
+        """The instance of this name."""
+        request = instance_service_pb2.GetInstanceRequest(name=full_name(name, "instances", "name"))
+        with self._connection.errors():
+            return convert.instance(await self._connection.instances.GetInstance(request))
+
+    async def find(self, target: str) -> list[Instance]:
+        """The instance of this name, else the instances of the deployment of this name.
+
+        Raises:
+            NotFound: there is neither.
+        """
+        if not target.startswith("deployments/"):
+            try:
+                return [await self.get(target)]
+            except NotFound:
+                if "/" in target:
+                    raise
+        found = await self.list(target)
+        if not found:
+            raise NotFound(
+                "INSTANCE_NOT_FOUND",
+                f"{target} is no instance, nor a deployment with one",
+                metadata={"name": target},
+            )
+        return found
+
+    async def park(self, name: str) -> Instance:
+        """Freeze an instance; its process stays."""
+        request = instance_service_pb2.ParkInstanceRequest(name=full_name(name, "instances", "name"))
+        with self._connection.errors():
+            return convert.instance(await self._connection.instances.ParkInstance(request))
+
+    async def resume(self, name: str) -> Instance:
+        """Let a parked instance serve again."""
+        request = instance_service_pb2.ResumeInstanceRequest(name=full_name(name, "instances", "name"))
+        with self._connection.errors():
+            return convert.instance(await self._connection.instances.ResumeInstance(request))
+
+    async def stop(self, name: str) -> None:
+        """End an instance; its deployment's next request starts another."""
+        request = instance_service_pb2.StopInstanceRequest(name=full_name(name, "instances", "name"))
+        with self._connection.errors():
+            await self._connection.instances.StopInstance(request)
+
+    async def watch(self) -> AsyncIterator[tuple[Instance, ...]]:
+        """All instances now, and again after each change."""
+        known: dict[str, Instance] = {}
+        synchronized = False
+        call: Any = self._connection.instances.WatchInstances(instance_service_pb2.WatchInstancesRequest())
+        try:
+            with self._connection.errors():
+                async for response in call:
+                    match response.WhichOneof("change"):
+                        case "instance":
+                            known[response.instance.name] = convert.instance(response.instance)
+                        case "removed":
+                            known.pop(response.removed, None)
+                        case "synchronized":
+                            synchronized = True
+                    if synchronized:
+                        yield tuple(known.values())
+        finally:
+            call.cancel()
+
+    async def logs(self, name: str, *, tail: int = 0, follow: bool = False) -> AsyncIterator[str]:
+        """What an instance's model host printed, in pieces.
+
+        Args:
+            name: the instance.
+            tail: how many of the last lines to begin with; 0: all that is kept.
+            follow: stay, and go on as lines are printed.
+        """
+        request = instance_service_pb2.StreamInstanceLogsRequest(
+            name=full_name(name, "instances", "name"), tail_lines=tail, follow=follow
+        )
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        call: Any = self._connection.instances.StreamInstanceLogs(request)
+        try:
+            with self._connection.errors():
+                async for response in call:
+                    if text := decoder.decode(response.data):
+                        yield text
+        finally:
+            call.cancel()
+
+    async def list(self, deployment: str | None = None) -> list[Instance]:
+        """All instances, or those of one deployment."""
+        request = instance_service_pb2.ListInstancesRequest(
+            deployment=full_name(deployment, "deployments", "deployment") if deployment else ""
+        )
+        found = pages(self._connection, self._connection.instances.ListInstances, request, "instances")
+        return [convert.instance(message) async for message in found]
+
+
+class AsyncSnapshots:
+    """The snapshots of all nodes."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def create(
+        self,
+        deployment: str,
+        *,
+        snapshot_id: str | None = None,
+        progress: Callable[[SnapshotProgress], None] | None = None,
+    ) -> Snapshot:
+        """Capture a deployment; cancelling this cancels the capture.
+
+        Args:
+            deployment: from an instance of which that no prompt has entered; one is started if there is none.
+            snapshot_id: chosen by the controller when left out.
+            progress: called at each new step.
+        """
+        request = snapshot_service_pb2.CreateSnapshotRequest(
+            deployment=full_name(deployment, "deployments", "deployment"), snapshot_id=snapshot_id or ""
+        )
+
+        def report(metadata: snapshot_service_pb2.CreateSnapshotMetadata) -> None:
+            if progress:
+                progress(SnapshotProgress(metadata.stage, metadata.instance))
+
+        with self._connection.errors():
+            operation = await self._connection.snapshots.CreateSnapshot(request)
+        message = await operations.follow(
+            self._connection,
+            operation,
+            snapshot_service_pb2.Snapshot(),
+            snapshot_service_pb2.CreateSnapshotMetadata(),
+            report if progress else None,
+        )
+        return convert.snapshot(message)
+
+    async def get(self, name: str) -> Snapshot:
+        """The snapshot of this name."""
+        request = snapshot_service_pb2.GetSnapshotRequest(name=full_name(name, "snapshots", "name"))
+        with self._connection.errors():
+            return convert.snapshot(await self._connection.snapshots.GetSnapshot(request))
+
+    async def delete(self, name: str) -> None:
+        """Delete a snapshot; refused while a restore reads it."""
+        request = snapshot_service_pb2.DeleteSnapshotRequest(name=full_name(name, "snapshots", "name"))
+        with self._connection.errors():
+            await self._connection.snapshots.DeleteSnapshot(request)
+
+    async def list(self, deployment: str | None = None) -> list[Snapshot]:
+        """All snapshots, or those of one deployment."""
+        request = snapshot_service_pb2.ListSnapshotsRequest(
+            deployment=full_name(deployment, "deployments", "deployment") if deployment else ""
+        )
+        found = pages(self._connection, self._connection.snapshots.ListSnapshots, request, "snapshots")
+        return [convert.snapshot(message) async for message in found]
+
+
+class AsyncNodes:
+    """The nodes a controller knows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def list(self) -> list[Node]:
+        """All nodes."""
+        request = node_service_pb2.ListNodesRequest()
+        found = pages(self._connection, self._connection.nodes.ListNodes, request, "nodes")
+        return [convert.node(message) async for message in found]
+
+    async def get(self, name: str) -> Node:
+        """The node of this name."""
+        request = node_service_pb2.GetNodeRequest(name=full_name(name, "nodes", "name"))
+        with self._connection.errors():
+            return convert.node(await self._connection.nodes.GetNode(request))
+
+
+async def pages(connection: Connection, method: Any, request: Any, field: str) -> AsyncIterator[Any]:
+    """Every ``field`` of a List method, page after page."""
+    while True:
+        with connection.errors():
+            response = await method(request)
+        for message in getattr(response, field):
+            yield message
+        if not response.next_page_token:
+            return
+        request.page_token = response.next_page_token

@@ -1,0 +1,361 @@
+"""The client for callers without an event loop: every method hands over to ``dumont.client`` and waits."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, Unpack, cast
+
+from dumont.arguments import Checkpoint, DeploySettings, GenerateOptions
+from dumont.client import AsyncClient, AsyncDeployment
+from dumont.connection import resolve_endpoint
+from dumont.errors import Cancelled
+from dumont.stream import AsyncTextStream
+from dumont.types import (
+    DeploymentInfo,
+    Generation,
+    Instance,
+    Node,
+    Snapshot,
+    SnapshotProgress,
+    StartInfo,
+)
+
+UNWIND_SECONDS: Final = 5.0
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+class LoopThread:
+    """An event loop in a thread of its own, so that it serves callers in threads and notebooks alike."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dumont-client", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Wait for ``work``. An interrupt of the waiting thread cancels it and lets it unwind first.
+
+        Raises:
+            Cancelled: CALL_CANCELLED, the client was closed meanwhile.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("called from a callback of the client itself, which would wait for ever")
+        ended = threading.Event()
+
+        async def tracked() -> Result:
+            try:
+                return await work
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(tracked(), self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise Cancelled("CALL_CANCELLED", "the call was cancelled from this side") from None
+        except BaseException:
+            if future.cancel():
+                ended.wait(UNWIND_SECONDS)
+            raise
+
+    def iterate(self, source: AsyncIterator[Item]) -> Iterator[Item]:
+        """The items of ``source``, an async generator; leaving the loop early closes it."""
+        end = object()
+
+        async def step() -> Item | object:
+            return await anext(source, end)
+
+        try:
+            while (item := self.run(step())) is not end:
+                yield cast(Item, item)
+        finally:
+            self.run(_close(cast(AsyncGenerator[Item, None], source)))
+
+
+async def _close(source: AsyncGenerator[Any, None]) -> None:
+    await source.aclose()
+
+
+@functools.cache
+def shared_loop() -> LoopThread:
+    """One loop for all clients of the process: gRPC reports spurious errors when several poll at once."""
+    return LoopThread()
+
+
+class Client:
+    """One controller, for callers without an event loop; safe to use from several threads.
+
+    What it offers is what ``AsyncClient`` offers, without ``await``.
+
+    Args:
+        endpoint: as for ``AsyncClient``.
+    """
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        async def connect() -> AsyncClient:
+            return AsyncClient(endpoint)
+
+        self._loop = shared_loop()
+        self._client = self._loop.run(connect())
+        self.endpoint = self._client.endpoint
+        self.deployments = Deployments(self._loop, self._client)
+        self.instances = Instances(self._loop, self._client)
+        self.snapshots = Snapshots(self._loop, self._client)
+        self.nodes = Nodes(self._loop, self._client)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End running calls and disconnect."""
+        self._loop.run(self._client.close())
+
+    def deploy(
+        self,
+        model: str,
+        start_mode: str = "checkpoint",
+        checkpoint: Checkpoint | None = None,
+        **settings: Unpack[DeploySettings],
+    ) -> Deployment:
+        """Serve a model, or change how it is served; see ``dumont.deploy``."""
+        deployment = self._loop.run(self._client.deploy(model, start_mode, checkpoint, **settings))
+        return Deployment(self._loop, deployment)
+
+
+def deploy(
+    model: str,
+    start_mode: str = "checkpoint",
+    checkpoint: Checkpoint | None = None,
+    *,
+    endpoint: str | None = None,
+    **settings: Unpack[DeploySettings],
+) -> Deployment:
+    """Serve a model, or change how it is served.
+
+    A deployment of the same name and model is used as it is, or has its settings changed to these.
+
+    Args:
+        model: a Hugging Face id, or a directory on the nodes.
+        start_mode: ``"checkpoint"`` wakes from the fastest tier there is, ``"cold"`` loads every time,
+            ``"warm"`` keeps an instance resident.
+        checkpoint: ``enabled``, ``ttl`` (seconds a snapshot outlives its last use) and ``storage``
+            (``"local"`` or ``"s3"``). Keys left out are as in
+            ``{"enabled": True, "ttl": 3600, "storage": "local"}``, which is also what start mode
+            ``"checkpoint"`` gets without this argument; the other modes then get none.
+        endpoint: of the controller; ``DUMONT_ENDPOINT`` when left out, else ``localhost:7070``.
+        settings: ``name``, ``engine``, ``idle_timeout``, ``park_timeout``, ``prewarm``; see
+            ``dumont.arguments.DeploySettings``.
+
+    Raises:
+        InvalidArgument: an argument is wrong; its field is named.
+        AlreadyExists: the name belongs to a deployment of another model or engine.
+    """
+    return _client(resolve_endpoint(endpoint)).deploy(model, start_mode, checkpoint, **settings)
+
+
+@functools.cache
+def _client(endpoint: str) -> Client:
+    return Client(endpoint)
+
+
+class Deployment:
+    """A deployed model: ``AsyncDeployment`` without ``await``."""
+
+    def __init__(self, loop: LoopThread, deployment: AsyncDeployment) -> None:
+        self._loop = loop
+        self._deployment = deployment
+
+    @property
+    def name(self) -> str:
+        """``deployments/{id}``."""
+        return self._deployment.name
+
+    @property
+    def info(self) -> DeploymentInfo:
+        """What the controller said of it last."""
+        return self._deployment.info
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self.info.model} {self.info.state}>"
+
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Generation:
+        """The whole answer to a prompt or to ``messages``, the model woken first if it sleeps.
+
+        Args:
+            prompt: text to continue, as it is.
+            options: see ``dumont.arguments.GenerateOptions``.
+        """
+        return self._loop.run(self._deployment.generate(prompt, **options))
+
+    def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> TextStream:
+        """The answer piece by piece, as it is written. Takes what ``generate`` takes."""
+
+        async def call() -> AsyncTextStream:
+            return self._deployment.stream(prompt, **options)
+
+        return TextStream(self._loop, self._loop.run(call()))
+
+    def embed(self, inputs: str | Sequence[str], *, timeout: float | None = None) -> list[list[float]]:
+        """One vector for each text, in order; a single string gives a list of one.
+
+        Args:
+            inputs: one text or several.
+            timeout: seconds for the whole answer, a start included.
+        """
+        return self._loop.run(self._deployment.embed(inputs, timeout=timeout))
+
+    def refresh(self) -> DeploymentInfo:
+        """Ask the controller for ``info`` again."""
+        return self._loop.run(self._deployment.refresh())
+
+    def delete(self) -> None:
+        """End its instances, delete its snapshots and forget it."""
+        self._loop.run(self._deployment.delete())
+
+
+class TextStream:
+    """Pieces of text, in order: ``for piece in stream``. Leaving the loop early cancels the call."""
+
+    def __init__(self, loop: LoopThread, stream: AsyncTextStream) -> None:
+        self._loop = loop
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[str]:
+        return self._loop.iterate(aiter(self._stream))
+
+    @property
+    def start(self) -> StartInfo:
+        """Where the answer comes from; waits until the model is awake."""
+        return self._loop.run(self._stream.started())
+
+    @property
+    def generation(self) -> Generation | None:
+        """The whole answer; None until the stream has ended."""
+        return self._stream.generation
+
+    def cancel(self) -> None:
+        """End the call, if it still runs."""
+
+        async def cancel() -> None:
+            self._stream.cancel()
+
+        self._loop.run(cancel())
+
+
+class Deployments:
+    """``AsyncDeployments`` without ``await``."""
+
+    def __init__(self, loop: LoopThread, client: AsyncClient) -> None:
+        self._loop = loop
+        self._deployments = client.deployments
+
+    def get(self, name: str) -> Deployment:
+        """The deployment of this name."""
+        return Deployment(self._loop, self._loop.run(self._deployments.get(name)))
+
+    def delete(self, name: str) -> None:
+        """End a deployment's instances, delete its snapshots and forget it."""
+        self._loop.run(self._deployments.delete(name))
+
+    def list(self) -> list[Deployment]:
+        """All deployments."""
+        return [Deployment(self._loop, found) for found in self._loop.run(self._deployments.list())]
+
+
+class Instances:
+    """``AsyncInstances`` without ``await``."""
+
+    def __init__(self, loop: LoopThread, client: AsyncClient) -> None:
+        self._loop = loop
+        self._instances = client.instances
+
+    def get(self, name: str) -> Instance:
+        """The instance of this name."""
+        return self._loop.run(self._instances.get(name))
+
+    def find(self, target: str) -> Sequence[Instance]:
+        """The instance of this name, else the instances of the deployment of this name."""
+        return self._loop.run(self._instances.find(target))
+
+    def park(self, name: str) -> Instance:
+        """Freeze an instance; its process stays."""
+        return self._loop.run(self._instances.park(name))
+
+    def resume(self, name: str) -> Instance:
+        """Let a parked instance serve again."""
+        return self._loop.run(self._instances.resume(name))
+
+    def stop(self, name: str) -> None:
+        """End an instance; its deployment's next request starts another."""
+        self._loop.run(self._instances.stop(name))
+
+    def watch(self) -> Iterator[tuple[Instance, ...]]:
+        """All instances now, and again after each change."""
+        return self._loop.iterate(self._instances.watch())
+
+    def logs(self, name: str, *, tail: int = 0, follow: bool = False) -> Iterator[str]:
+        """What an instance's model host printed; see ``AsyncInstances.logs``."""
+        return self._loop.iterate(self._instances.logs(name, tail=tail, follow=follow))
+
+    def list(self, deployment: str | None = None) -> list[Instance]:
+        """All instances, or those of one deployment."""
+        return self._loop.run(self._instances.list(deployment))
+
+
+class Snapshots:
+    """``AsyncSnapshots`` without ``await``."""
+
+    def __init__(self, loop: LoopThread, client: AsyncClient) -> None:
+        self._loop = loop
+        self._snapshots = client.snapshots
+
+    def create(
+        self,
+        deployment: str,
+        *,
+        snapshot_id: str | None = None,
+        progress: Callable[[SnapshotProgress], None] | None = None,
+    ) -> Snapshot:
+        """Capture a deployment; see ``AsyncSnapshots.create``. ``progress`` runs in another thread."""
+        return self._loop.run(self._snapshots.create(deployment, snapshot_id=snapshot_id, progress=progress))
+
+    def get(self, name: str) -> Snapshot:
+        """The snapshot of this name."""
+        return self._loop.run(self._snapshots.get(name))
+
+    def delete(self, name: str) -> None:
+        """Delete a snapshot; refused while a restore reads it."""
+        self._loop.run(self._snapshots.delete(name))
+
+    def list(self, deployment: str | None = None) -> list[Snapshot]:
+        """All snapshots, or those of one deployment."""
+        return self._loop.run(self._snapshots.list(deployment))
+
+
+class Nodes:
+    """``AsyncNodes`` without ``await``."""
+
+    def __init__(self, loop: LoopThread, client: AsyncClient) -> None:
+        self._loop = loop
+        self._nodes = client.nodes
+
+    def get(self, name: str) -> Node:
+        """The node of this name."""
+        return self._loop.run(self._nodes.get(name))
+
+    def list(self) -> list[Node]:
+        """All nodes."""
+        return self._loop.run(self._nodes.list())

@@ -1,0 +1,170 @@
+"""What the client tells: frozen facts, with times in seconds and enums as lower-case words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One named step of a start, and how long it took."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StartInfo:
+    """Where an answer's instance came from.
+
+    ``tier`` is ``resident``, ``parked``, ``local`` or ``cold``; ``reasons`` say why that one, and what was
+    tried before it. ``seconds`` run from the request's arrival to an instance that serves.
+    """
+
+    tier: str
+    reasons: tuple[str, ...]
+    phases: tuple[Phase, ...]
+    seconds: float
+    instance: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer; ``str()`` of it, and so ``print``, gives the text.
+
+    ``finish_reason`` is ``end``, ``length`` or ``stop``. ``first_token_seconds`` run from the call to the
+    first token, as this client saw it, the start of a sleeping model included.
+    """
+
+    text: str
+    start: StartInfo
+    usage: Usage
+    finish_reason: str
+    first_token_seconds: float
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Whether snapshots are made, how many seconds one outlives its last use, and where it is kept.
+
+    ``ttl`` is None where the controller's default holds.
+    """
+
+    enabled: bool
+    ttl: float | None
+    storage: str
+
+
+@dataclass(frozen=True)
+class DeploymentInfo:
+    """A deployment as the controller described it last."""
+
+    name: str
+    uid: str
+    model: str
+    engine: str
+    start_mode: str
+    checkpoint: CheckpointSettings
+    idle_timeout: float | None
+    park_timeout: float | None
+    state: str
+    state_message: str
+    create_time: datetime | None
+    update_time: datetime | None
+    last_use_time: datetime | None
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One model host. ``pid`` is its process on its node, 0 when there is none."""
+
+    name: str
+    deployment: str
+    node: str
+    state: str
+    pid: int
+    device: str
+    memory_bytes: int
+    snapshot: str
+    create_time: datetime | None
+    last_use_time: datetime | None
+    phases: tuple[Phase, ...]
+    failure_reason: str
+    failure_message: str
+
+
+@dataclass(frozen=True)
+class SnapshotFile:
+    """One file of a snapshot and its BLAKE3 digest in hex."""
+
+    name: str
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stored instance. ``compatibility`` is what must be equal on the machine that restores it."""
+
+    name: str
+    deployment: str
+    node: str
+    model: str
+    state: str
+    create_time: datetime | None
+    last_use_time: datetime | None
+    expire_time: datetime | None
+    size_bytes: int
+    source_pause_seconds: float
+    compatibility: Mapping[str, str]
+    files: tuple[SnapshotFile, ...]
+    manifest_digest: str
+    quarantine_reason: str
+
+
+@dataclass(frozen=True)
+class SnapshotProgress:
+    """How far the making of a snapshot is: the step under way, and the instance it is made of."""
+
+    stage: str
+    instance: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check of a machine."""
+
+    check: str
+    passed: bool
+    message: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """One snapshotd and the machine it runs on."""
+
+    name: str
+    endpoint: str
+    state: str
+    version: str
+    gpu_models: tuple[str, ...]
+    memory_total_bytes: int
+    memory_available_bytes: int
+    cpu_count: int
+    checkpoint_capable: bool
+    heartbeat_time: datetime | None
+    findings: tuple[Finding, ...]
