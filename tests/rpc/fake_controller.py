@@ -1,0 +1,219 @@
+"""A controller of canned answers, over real gRPC, for tests of the client."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+
+from dumont.controller.v1 import deployment_service_pb2 as deployments
+from dumont.controller.v1 import deployment_service_pb2_grpc as deployments_grpc
+from dumont.controller.v1 import inference_service_pb2 as inference
+from dumont.controller.v1 import inference_service_pb2_grpc as inference_grpc
+from dumont.controller.v1 import instance_service_pb2 as instances
+from dumont.controller.v1 import instance_service_pb2_grpc as instances_grpc
+from dumont.controller.v1 import node_service_pb2 as nodes
+from dumont.controller.v1 import node_service_pb2_grpc as nodes_grpc
+from dumont.controller.v1 import snapshot_service_pb2 as snapshots
+from dumont.controller.v1 import snapshot_service_pb2_grpc as snapshots_grpc
+from dumont.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable
+from dumont.inference.v1 import inference_pb2
+from dumont.rpc.operations import Operations, Progress
+from dumont.rpc.server import bind, new_server
+
+State = instances.Instance.State
+
+
+class FakeController(
+    deployments_grpc.DeploymentServiceServicer,
+    inference_grpc.InferenceServiceServicer,
+    instances_grpc.InstanceServiceServicer,
+    snapshots_grpc.SnapshotServiceServicer,
+    nodes_grpc.NodeServiceServicer,
+):
+    """Keeps deployments; answers "one two three"; records the requests it got."""
+
+    def __init__(self) -> None:
+        self.operations = Operations("controller.dumont")
+        self.deployments: dict[str, deployments.Deployment] = {}
+        self.instances = {
+            name: instances.Instance(
+                name=name,
+                deployment="deployments/qa",
+                node="nodes/one",
+                state=State.STATE_SERVING,
+                pid=number,
+            )
+            for number, name in enumerate(("instances/a", "instances/b", "instances/c"), start=1)
+        }
+        self.requests: list[Any] = []
+        self.unavailable = 0
+        self.endless = threading.Event()
+        self.cancelled = threading.Event()
+        self.capture_may_end = threading.Event()
+        self.changed = asyncio.Event()
+
+    async def CreateDeployment(self, request: Any, context: Any) -> deployments.Deployment:
+        self.requests.append(request)
+        name = f"deployments/{request.deployment_id}"
+        if name in self.deployments:
+            raise AlreadyExists("DEPLOYMENT_EXISTS", f"{name} exists", field="deployment_id")
+        self.deployments[name] = request.deployment
+        self.deployments[name].name = name
+        self.deployments[name].state = deployments.Deployment.STATE_ACTIVE
+        return self.deployments[name]
+
+    async def GetDeployment(self, request: Any, context: Any) -> deployments.Deployment:
+        self.requests.append(request)
+        if self.unavailable:
+            self.unavailable -= 1
+            raise Unavailable("REGISTRY_BUSY", "try again")
+        try:
+            return self.deployments[request.name]
+        except KeyError:
+            raise NotFound("DEPLOYMENT_NOT_FOUND", f"no {request.name}", field="name") from None
+
+    async def ListDeployments(self, request: Any, context: Any) -> deployments.ListDeploymentsResponse:
+        rest = [name for name in sorted(self.deployments) if name > request.page_token]
+        return deployments.ListDeploymentsResponse(
+            deployments=[self.deployments[name] for name in rest[:2]],
+            next_page_token=rest[1] if len(rest) > 2 else "",
+        )
+
+    async def UpdateDeployment(self, request: Any, context: Any) -> deployments.Deployment:
+        self.requests.append(request)
+        current = self.deployments[request.deployment.name]
+        request.update_mask.MergeMessage(request.deployment, current, True, True)
+        return current
+
+    async def DeleteDeployment(self, request: Any, context: Any) -> Empty:
+        if self.deployments.pop(request.name, None) is None:
+            raise NotFound("DEPLOYMENT_NOT_FOUND", f"no {request.name}", field="name")
+        return Empty()
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[inference.GenerateResponse]:
+        self.requests.append(request)
+        if request.prompt == "full":
+            raise ResourceExhausted("QUEUE_FULL", "16 calls wait already", retry_after=1)
+        start = start_info(inference.TIER_LOCAL)
+        try:
+            if request.prompt != "no start":
+                yield inference.GenerateResponse(start=start)
+            for text in ("one", " two", " three"):
+                yield inference.GenerateResponse(chunk=inference_pb2.TextChunk(text=text, token_ids=[1]))
+            if request.prompt == "endless":
+                self.endless.set()
+                await asyncio.Event().wait()
+            if request.prompt != "cut":
+                usage = inference_pb2.Usage(prompt_tokens=4, output_tokens=3)
+                reason = inference_pb2.FINISH_REASON_END
+                yield inference.GenerateResponse(finish=inference_pb2.Finish(reason=reason, usage=usage))
+        finally:
+            self.cancelled.set()
+
+    async def Embed(self, request: Any, context: Any) -> inference.EmbedResponse:
+        return inference.EmbedResponse(
+            start=start_info(inference.TIER_COLD),
+            embeddings=[inference_pb2.Embedding(values=[len(text), 0.5]) for text in request.inputs],
+        )
+
+    async def GetInstance(self, request: Any, context: Any) -> instances.Instance:
+        return self._instance(request.name)
+
+    async def ListInstances(self, request: Any, context: Any) -> instances.ListInstancesResponse:
+        found = [i for i in self.instances.values() if request.deployment in ("", i.deployment)]
+        return instances.ListInstancesResponse(instances=found)
+
+    async def WatchInstances(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[instances.WatchInstancesResponse]:
+        for instance in self.instances.values():
+            yield instances.WatchInstancesResponse(instance=instance)
+        yield instances.WatchInstancesResponse(synchronized=Empty())
+        await self.changed.wait()
+        yield instances.WatchInstancesResponse(removed="instances/a")
+        await asyncio.Event().wait()
+
+    async def ParkInstance(self, request: Any, context: Any) -> instances.Instance:
+        instance = self._instance(request.name)
+        instance.state = State.STATE_PARKED
+        return instance
+
+    async def ResumeInstance(self, request: Any, context: Any) -> instances.Instance:
+        instance = self._instance(request.name)
+        instance.state = State.STATE_SERVING
+        return instance
+
+    async def StopInstance(self, request: Any, context: Any) -> Empty:
+        self._instance(request.name)
+        del self.instances[request.name]
+        return Empty()
+
+    async def StreamInstanceLogs(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[instances.StreamInstanceLogsResponse]:
+        for data in (b"loaded \xe2\x82", b"\xac\n", b"ready\n"):
+            yield instances.StreamInstanceLogsResponse(data=data)
+
+    async def CreateSnapshot(self, request: Any, context: Any) -> Any:
+        async def capture(progress: Progress) -> snapshots.Snapshot:
+            try:
+                for stage in ("quiesce", "dump"):
+                    progress.update(stage=stage, instance="instances/a")
+                    await asyncio.to_thread(self.capture_may_end.wait)
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+            if request.snapshot_id == "refused":
+                raise ResourceExhausted("DISK_FULL", "no room", metadata={"free": "0"})
+            return snapshots.Snapshot(
+                name="snapshots/one", deployment=request.deployment, state=snapshots.Snapshot.STATE_ACTIVE
+            )
+
+        metadata = snapshots.CreateSnapshotMetadata(deployment=request.deployment, stage="start")
+        return self.operations.start("capture", capture, metadata)
+
+    async def ListNodes(self, request: Any, context: Any) -> nodes.ListNodesResponse:
+        return nodes.ListNodesResponse(nodes=[nodes.Node(name="nodes/one", state=nodes.Node.STATE_READY)])
+
+    def _instance(self, name: str) -> instances.Instance:
+        try:
+            return self.instances[name]
+        except KeyError:
+            raise NotFound("INSTANCE_NOT_FOUND", f"no {name}", field="name") from None
+
+
+def start_info(tier: inference.Tier) -> inference.StartInfo:
+    start = inference.StartInfo(
+        tier=tier, reasons=["no instance", "snapshots/one is local"], instance="instances/a", node="nodes/one"
+    )
+    start.total_duration.FromMilliseconds(250)
+    start.phases.add(name="restore").duration.FromMilliseconds(200)
+    return start
+
+
+@asynccontextmanager
+async def serving(controller: FakeController) -> AsyncIterator[str]:
+    """The address at which ``controller`` is served, in this event loop."""
+    server = new_server("controller.dumont")
+    for add in (
+        deployments_grpc.add_DeploymentServiceServicer_to_server,
+        inference_grpc.add_InferenceServiceServicer_to_server,
+        instances_grpc.add_InstanceServiceServicer_to_server,
+        snapshots_grpc.add_SnapshotServiceServicer_to_server,
+        nodes_grpc.add_NodeServiceServicer_to_server,
+    ):
+        add(controller, server)
+    controller.operations.register(server)
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    try:
+        yield address
+    finally:
+        controller.capture_may_end.set()
+        await controller.operations.close()
+        await server.stop(0)

@@ -1,0 +1,241 @@
+"""The asynchronous client against a fake controller: deployments, answers, instances, snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from fake_controller import FakeController, serving
+
+import dumont
+
+
+@pytest.fixture
+async def controller() -> FakeController:
+    return FakeController()
+
+
+@pytest.fixture
+async def client(controller: FakeController) -> AsyncIterator[dumont.AsyncClient]:
+    async with serving(controller) as address, dumont.AsyncClient(address) as client:
+        yield client
+
+
+async def test_deploying_a_new_model_creates_a_deployment(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    deployment = await client.deploy("org/Model-0.6B", idle_timeout=30, prewarm=True)
+    assert deployment.name == "deployments/model-0-6b"
+    assert deployment.info.state == "active"
+    assert deployment.info.checkpoint == dumont.CheckpointSettings(enabled=True, ttl=3600, storage="local")
+    assert deployment.info.idle_timeout == 30
+    assert controller.requests[0].prewarm
+
+
+async def test_deploying_the_same_again_changes_nothing(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    first = await client.deploy("org/model", checkpoint={"ttl": 60})
+    second = await client.deploy("org/model", checkpoint={"ttl": 60})
+    assert second.info == first.info
+    assert [type(request).__name__ for request in controller.requests].count("UpdateDeploymentRequest") == 0
+
+
+async def test_deploying_with_other_settings_updates_those(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    await client.deploy("org/model", idle_timeout=30)
+    deployment = await client.deploy("org/model", checkpoint={"ttl": 60}, park_timeout=5)
+    assert deployment.info.checkpoint.ttl == 60
+    assert (deployment.info.idle_timeout, deployment.info.park_timeout) == (30, 5)
+    assert list(controller.requests[-1].update_mask.paths) == ["checkpoint", "park_timeout"]
+
+
+async def test_a_name_taken_by_another_model_is_refused(client: dumont.AsyncClient) -> None:
+    await client.deploy("org/model", name="qa")
+    with pytest.raises(dumont.AlreadyExists, match="another name") as raised:
+        await client.deploy("org/other", name="qa")
+    assert (raised.value.reason, raised.value.field) == ("DEPLOYMENT_MODEL_DIFFERS", "model")
+    assert (await client.deployments.get("qa")).info.model == "org/model"
+
+
+async def test_a_list_runs_over_all_its_pages(client: dumont.AsyncClient) -> None:
+    for name in ("a", "b", "c", "d", "e"):
+        await client.deploy("org/model", name=name)
+    listed = [deployment.name for deployment in await client.deployments.list()]
+    assert listed == [f"deployments/{name}" for name in "abcde"]
+
+
+async def test_a_deleted_deployment_is_not_found(client: dumont.AsyncClient) -> None:
+    deployment = await client.deploy("org/model", name="qa")
+    await deployment.delete()
+    with pytest.raises(dumont.NotFound) as raised:
+        await deployment.refresh()
+    assert (raised.value.reason, raised.value.field) == ("DEPLOYMENT_NOT_FOUND", "name")
+
+
+async def test_an_answer_says_where_it_came_from(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    deployment = await client.deploy("org/model")
+    answer = await deployment.generate(
+        messages=[{"role": "user", "content": "Count"}],
+        max_new_tokens=3,
+        temperature=0.5,
+        seed=7,
+        stop="four",
+    )
+    assert str(answer) == "one two three"
+    assert answer.start == dumont.StartInfo(
+        tier="local",
+        reasons=("no instance", "snapshots/one is local"),
+        phases=(dumont.Phase("restore", 0.2),),
+        seconds=0.25,
+        instance="instances/a",
+        node="nodes/one",
+    )
+    assert answer.usage == dumont.Usage(prompt_tokens=4, output_tokens=3)
+    assert answer.finish_reason == "end"
+    assert answer.first_token_seconds > 0
+    request = controller.requests[-1]
+    assert (request.messages[0].content, request.max_new_tokens, request.seed) == ("Count", 3, 7)
+    assert (request.temperature, request.HasField("top_p"), list(request.stop)) == (0.5, False, ["four"])
+
+
+async def test_a_stream_gives_pieces_and_tells_its_start_first(client: dumont.AsyncClient) -> None:
+    stream = (await client.deploy("org/model")).stream("Count")
+    assert stream.start is None
+    assert (await stream.started()).tier == "local"
+    assert stream.generation is None
+    assert [piece async for piece in stream] == ["one", " two", " three"]
+    assert stream.generation is not None
+    assert stream.generation.text == "one two three"
+
+
+async def test_leaving_a_stream_early_cancels_the_call(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    deployment = await client.deploy("org/model")
+    async for piece in deployment.stream("endless"):
+        assert piece == "one"
+        break
+    assert await asyncio.to_thread(controller.cancelled.wait, 10)
+
+
+async def test_a_timeout_ends_the_answer_on_both_sides(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    deployment = await client.deploy("org/model")
+    with pytest.raises(dumont.DeadlineExceeded):
+        await deployment.generate("endless", timeout=0.2)
+    assert await asyncio.to_thread(controller.cancelled.wait, 10)
+
+
+@pytest.mark.parametrize("prompt", ["no start", "cut"])
+async def test_an_answer_without_start_or_finish_is_an_error(client: dumont.AsyncClient, prompt: str) -> None:
+    deployment = await client.deploy("org/model")
+    with pytest.raises(dumont.Internal) as raised:
+        await deployment.generate(prompt)
+    assert raised.value.reason == "ANSWER_INCOMPLETE"
+
+
+async def test_a_refused_answer_says_when_to_come_back(client: dumont.AsyncClient) -> None:
+    deployment = await client.deploy("org/model")
+    with pytest.raises(dumont.ResourceExhausted) as raised:
+        await deployment.generate("full")
+    assert (raised.value.reason, raised.value.retry_after) == ("QUEUE_FULL", 1)
+
+
+async def test_one_text_gives_a_list_of_one_vector(client: dumont.AsyncClient) -> None:
+    deployment = await client.deploy("org/model")
+    assert await deployment.embed("four") == [[4, 0.5]]
+    assert await deployment.embed(["a", "bb"]) == [[1, 0.5], [2, 0.5]]
+
+
+async def test_an_instance_parks_and_resumes_and_stops(client: dumont.AsyncClient) -> None:
+    assert (await client.instances.park("a")).state == "parked"
+    assert (await client.instances.get("instances/a")).state == "parked"
+    assert (await client.instances.resume("a")).state == "serving"
+    await client.instances.stop("a")
+    assert [instance.name for instance in await client.instances.list()] == ["instances/b", "instances/c"]
+
+
+async def test_instances_are_found_by_their_own_or_their_deployments_name(client: dumont.AsyncClient) -> None:
+    async def found(target: str) -> list[str]:
+        return [instance.name for instance in await client.instances.find(target)]
+
+    assert await found("a") == await found("instances/a") == ["instances/a"]
+    assert await found("qa") == await found("deployments/qa") == ["instances/a", "instances/b", "instances/c"]
+    for missing in ("none", "instances/none", "deployments/none"):
+        with pytest.raises(dumont.NotFound):
+            await client.instances.find(missing)
+
+
+async def test_a_watch_shows_everything_after_each_change(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    watch = client.instances.watch()
+    assert [instance.name for instance in await anext(watch)] == ["instances/a", "instances/b", "instances/c"]
+    controller.changed.set()
+    assert [instance.name for instance in await anext(watch)] == ["instances/b", "instances/c"]
+    await watch.aclose()
+
+
+async def test_logs_are_whole_characters(client: dumont.AsyncClient) -> None:
+    assert [text async for text in client.instances.logs("a")] == ["loaded ", "€\n", "ready\n"]
+
+
+async def test_a_snapshot_reports_its_steps(client: dumont.AsyncClient, controller: FakeController) -> None:
+    steps: list[str] = []
+
+    def progress(step: dumont.SnapshotProgress) -> None:
+        steps.append(step.stage)
+        controller.capture_may_end.set()
+
+    snapshot = await client.snapshots.create("qa", progress=progress)
+    assert snapshot.name == "snapshots/one"
+    assert snapshot.state == "active"
+    assert steps[0] == "start"
+
+
+async def test_a_failed_snapshot_raises_its_error(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    controller.capture_may_end.set()
+    with pytest.raises(dumont.ResourceExhausted) as raised:
+        await client.snapshots.create("qa", snapshot_id="refused")
+    assert (raised.value.reason, raised.value.metadata) == ("DISK_FULL", {"free": "0"})
+
+
+async def test_giving_up_on_a_snapshot_cancels_it(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    reported = asyncio.Event()
+    creating = asyncio.create_task(client.snapshots.create("qa", progress=lambda _: reported.set()))
+    await reported.wait()
+    creating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    assert await asyncio.to_thread(controller.cancelled.wait, 10)
+
+
+async def test_nodes_are_listed(client: dumont.AsyncClient) -> None:
+    assert [(node.name, node.state) for node in await client.nodes.list()] == [("nodes/one", "ready")]
+
+
+async def test_a_get_is_repeated_while_the_controller_is_unavailable(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    await client.deploy("org/model", name="qa")
+    controller.unavailable = 2
+    assert (await client.deployments.get("qa")).name == "deployments/qa"
+    assert [type(request).__name__ for request in controller.requests].count("GetDeploymentRequest") == 3
+
+
+async def test_an_endpoint_nobody_answers_at_is_named_with_the_remedy() -> None:
+    async with dumont.AsyncClient("unix:/nonexistent/controller.sock") as client:
+        with pytest.raises(dumont.Unavailable, match="dumont up") as raised:
+            await client.deploy("org/model")
+    assert raised.value.reason == "ENDPOINT_UNREACHABLE"
+    assert raised.value.metadata["endpoint"] == "unix:/nonexistent/controller.sock"
