@@ -1,0 +1,1 @@
+"""The frozen thing: one model, one process, one Unix socket, no network."""

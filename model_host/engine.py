@@ -1,0 +1,161 @@
+"""The port behind which every inference engine lives, and the facts that cross it.
+
+Its life: ``load`` brings the model in; ``warm_up`` runs every path once with synthetic input, so that
+nothing is left to import, compile or allocate lazily; ``canary`` records what the model says to a fixed
+input. Then calls come: ``generate`` or ``embed`` checks one on the caller's thread and returns the work,
+which the host's one computing thread runs, item by item. ``quiesce`` releases what a snapshot must not
+hold; after ``wake`` the engine is as it was and ``canary`` must say the same tokens again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Protocol, TypeAlias, TypeVar
+
+T = TypeVar("T")
+Work: TypeAlias = Callable[[], Iterator[T]]  # between any two items, whoever runs it may stop
+
+DEFAULT_MAX_NEW_TOKENS: Final = 256
+
+
+class FinishReason(Enum):
+    """Why a token stream ended."""
+
+    END = "end"  # the model ended its answer
+    LENGTH = "length"  # max_new_tokens or the context was used up
+    STOP = "stop"  # a stop string came up
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A request for text: either ``prompt`` or ``messages``.
+
+    Args:
+        max_new_tokens: 0 means 256.
+        temperature: 0 is greedy.
+        top_p: the smallest set of tokens with this probability is drawn from.
+        seed: makes the draws repeatable; without it they differ each time.
+        stop: strings that end the answer; the text before them is the answer.
+    """
+
+    prompt: str = ""
+    messages: tuple[Message, ...] = ()
+    max_new_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of the answer; one without text and tokens only says that a step was done."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The last of a token stream. ``output_tokens`` leaves out the model's own end mark."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A batch of embeddings, in the order of the inputs."""
+
+    embeddings: list[list[float]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Canary:
+    """What the model says to a fixed input: greedy tokens and the log-probability of the last."""
+
+    tokens: list[int]
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to load and limit an engine.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda:N``.
+        max_new_tokens_limit: the most a caller may ask for.
+        threads: compute threads; None leaves the library's choice.
+    """
+
+    device: str = "auto"
+    max_new_tokens_limit: int = 4096
+    threads: int | None = None
+
+
+@dataclass
+class Phases:
+    """The named steps of a start and their seconds, in order."""
+
+    seconds: list[tuple[str, float]] = field(default_factory=list)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds.append((name, round(time.perf_counter() - start, 4)))
+
+
+class Engine(Protocol):
+    """One model, ready to compute. Raises DumontError subclasses for everything a caller can mend."""
+
+    name: str
+    device: str
+    context_length: int
+
+    def warm_up(self) -> None:
+        """Run every path once with synthetic input."""
+
+    def canary(self) -> Canary:
+        """One pass over a fixed input, through every layer."""
+
+    def generate(self, request: Generation) -> Work[Piece | Finish]:
+        """Check a request and tokenise its prompt; the work returned computes the answer.
+
+        Raises:
+            InvalidArgument: the request is wrong; the field is named.
+            FailedPrecondition: this engine or model cannot do it.
+        """
+
+    def embed(self, inputs: Sequence[str]) -> Work[Embedded]:
+        """Check and tokenise texts; the work returned computes their embeddings, batch by batch.
+
+        Raises:
+            InvalidArgument: the inputs are wrong.
+            FailedPrecondition: this engine cannot embed.
+        """
+
+    def quiesce(self) -> None:
+        """Release what a snapshot must not hold: weights on a GPU, caches."""
+
+    def wake(self) -> None:
+        """Undo ``quiesce``."""
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that compute, by name."""

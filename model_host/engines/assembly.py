@@ -1,0 +1,177 @@
+"""Build a transformers model around mapped weights, without a copy of them and without initialising any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
+from model_host import lean
+from model_host.engine import Phases, Settings
+from model_host.model_files import ModelFiles, invalid
+from model_host.weights import Weights, map_shards
+
+log = logging.getLogger(__name__)
+
+
+class NotAssembled(Exception):
+    """This model needs more than its files mapped; transformers' own loader must do it."""
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        InvalidArgument: INVALID_DEVICE.
+        FailedPrecondition: DEVICE_MISSING.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    ordinal = "0" if name in ("auto", "cuda") else name.removeprefix("cuda:")
+    if not ordinal.isdigit():
+        raise InvalidArgument(
+            "INVALID_DEVICE", f"device must be auto, cpu or cuda:N; got {name[:80]!r}", field="device"
+        )
+    count = torch.cuda.device_count()
+    if int(ordinal) >= count:
+        raise FailedPrecondition(
+            "DEVICE_MISSING", f"{name} was asked for; this process sees {count} GPUs.", field="device"
+        )
+    return torch.device("cuda", int(ordinal))
+
+
+def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, Weights]:
+    """The model on its device, ready for inference, and its weights.
+
+    Raises:
+        FailedPrecondition: MODEL_INVALID, MODEL_UNSUPPORTED or DEVICE_MISSING.
+        InvalidArgument: INVALID_DEVICE.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
+    with phases.measure("import_model"):
+        model_class = _model_class(files)
+    with phases.measure("load_weights"):
+        tensors = map_shards(files.shards)
+        try:
+            model, sources = _assemble(model_class, files, tensors)
+        except DumontError:
+            raise
+        except Exception as error:
+            log.warning("%s is loaded by transformers' own loader: %s", files.folder, error)
+            model, sources = _load_plainly(model_class, files), {}
+        model.eval().requires_grad_(False)
+        weights = _place(model, sources, device)
+    return model, weights
+
+
+def _model_class(files: ModelFiles) -> Any:
+    name = files.architecture
+    package = str(files.config.get("model_type", "")).replace("-", "_")
+    try:
+        if package.isidentifier() and _modeling_file(package).exists():
+            return lean.import_class(f"transformers.models.{package}.modeling_{package}", name)
+        return getattr(__import__("transformers"), name)
+    except (ImportError, AttributeError) as error:
+        raise FailedPrecondition(
+            "MODEL_UNSUPPORTED",
+            f"This transformers has no {name or '(no architecture named)'}, which {files.folder} needs.",
+            field="model",
+            metadata={"architecture": name},
+        ) from error
+
+
+def _modeling_file(package: str) -> Path:
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "models" / package / f"modeling_{package}.py"
+
+
+def _assemble(
+    model_class: Any, files: ModelFiles, tensors: dict[str, torch.Tensor]
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    from transformers.initialization import no_init_weights
+
+    if "quantization_config" in files.config:
+        raise NotAssembled("quantised weights are converted while loading")
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) != 1:
+        raise NotAssembled(f"its files hold {len(dtypes)} floating point types")
+    config = model_class.config_class.from_dict(files.config)
+    with no_init_weights(), _parameters_on_meta():
+        model = model_class._from_config(config, dtype=dtypes.pop())
+    sources = _match(model, tensors)
+    try:
+        missing, _ = model.load_state_dict(sources, strict=False, assign=True)
+    except RuntimeError as error:
+        raise invalid(files.shards[0], f"does not fit config.json ({error})") from error
+    model.tie_weights(missing_keys=set(missing))
+    hollow = [name for name, value in chain(model.named_parameters(), model.named_buffers()) if value.is_meta]
+    if hollow:
+        raise NotAssembled(f"its files do not hold {', '.join(hollow[:5])}")
+    return model, sources
+
+
+def _match(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that the model has a place for, under its own names for them.
+
+    A checkpoint saved with a head, or without, has one prefix more or less than the model.
+    """
+    prefix = f"{model.base_model_prefix}."
+    known = model.state_dict().keys()
+    matched = {}
+    for name, tensor in tensors.items():
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in known:
+                matched[candidate] = tensor
+                break
+    return matched
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without memory, but real buffers: those are computed."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _load_plainly(model_class: Any, files: ModelFiles) -> Any:
+    try:
+        model, report = model_class.from_pretrained(
+            files.folder, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise invalid(files.folder / "config.json", f"cannot be loaded ({error})") from error
+    if missing := sorted(report["missing_keys"]):
+        raise invalid(files.shards[0], f"lacks the weights {', '.join(missing[:5])}")
+    return model
+
+
+def _place(model: Any, sources: dict[str, torch.Tensor], device: torch.device) -> Weights:
+    parameters = dict(model.named_parameters())  # tied ones once, under their first name
+    mapped = {name: sources[name] for name in parameters if name in sources}
+    weights = Weights(parameters, mapped, device)
+    if device.type == "cuda":
+        weights.attach()
+        model.to(device)  # what is not mapped: buffers
+    return weights

@@ -1,0 +1,157 @@
+"""Sentence embeddings with a transformers encoder and the pooling its model directory asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from dumont.errors import FailedPrecondition, InvalidArgument
+from model_host.engine import (
+    Canary,
+    Embedded,
+    Finish,
+    Generation,
+    Phases,
+    Piece,
+    Settings,
+    Work,
+)
+from model_host.engines.assembly import build
+from model_host.engines.libraries import library_versions
+from model_host.engines.tokens import load_tokenizer
+from model_host.model_files import Json, ModelFiles
+from model_host.weights import Weights
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BATCH: Final = 16
+MAX_INPUTS: Final = 1024
+CANARY_TOKENS: Final = 16
+CANARY_VALUES: Final = 8
+DEFAULT_CONTEXT: Final = 512
+
+
+def load(files: ModelFiles, settings: Settings, phases: Phases) -> Embedding:
+    """Load a model for embeddings. Errors as in ``assembly.build`` and ``load_tokenizer``."""
+    pooling = _pooling(files.pooling)
+    with phases.measure("load_tokenizer"):
+        tokenizer = load_tokenizer(files)
+    model, weights = build(files, settings, phases)
+    return Embedding(model, weights, tokenizer, pooling, normalize=files.normalize)
+
+
+class Embedding:
+    """An ``Engine`` that embeds.
+
+    Args:
+        pooling: ``mean`` or ``cls``.
+        normalize: whether vectors are scaled to length one.
+    """
+
+    name = "embedding"
+
+    def __init__(
+        self, model: Any, weights: Weights, tokenizer: Tokenizer, pooling: str, *, normalize: bool
+    ) -> None:
+        self._model = model
+        self._weights = weights
+        self._tokenizer = tokenizer
+        self._pooling = pooling
+        self._normalize = normalize
+        self._device = next(model.parameters()).device
+        self._vocabulary = int(model.config.vocab_size)
+        self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
+        self.context_length = int(getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+        self.device = str(self._device)
+
+    def warm_up(self) -> None:
+        """One batch of two texts of different length, so that padding is taken too."""
+        for _ in self.embed(["Hello", "Hello there, world"])():
+            pass
+
+    def canary(self) -> Canary:
+        """The first values of the embedding of a fixed input, in thousandths."""
+        fixed = [(7919 * (position + 1)) % self._vocabulary for position in range(CANARY_TOKENS)]
+        values = self._vectors([fixed])[0][:CANARY_VALUES]
+        return Canary([round(value * 1000) for value in values], 0.0)
+
+    def embed(self, inputs: Sequence[str]) -> Work[Embedded]:
+        """As the port says. Reasons: EMPTY_INPUTS, TOO_MANY_INPUTS, PROMPT_TOO_LONG."""
+        if not inputs or not all(inputs):
+            raise InvalidArgument(
+                "EMPTY_INPUTS", "inputs must hold texts, none of them empty", field="inputs"
+            )
+        if len(inputs) > MAX_INPUTS:
+            raise InvalidArgument(
+                "TOO_MANY_INPUTS",
+                f"inputs holds {len(inputs)} texts; at most {MAX_INPUTS} are embedded in one call",
+                field="inputs",
+                metadata={"limit": str(MAX_INPUTS)},
+            )
+        tokens = [encoding.ids for encoding in self._tokenizer.encode_batch(list(inputs))]
+        longest = max(range(len(tokens)), key=lambda index: len(tokens[index]))
+        if len(tokens[longest]) > self.context_length:
+            raise InvalidArgument(
+                "PROMPT_TOO_LONG",
+                f"inputs[{longest}] has {len(tokens[longest])} tokens; this model takes "
+                f"{self.context_length}.",
+                field="inputs",
+                metadata={"tokens": str(len(tokens[longest])), "context_length": str(self.context_length)},
+            )
+        return partial(self._batches, tokens)
+
+    def _batches(self, texts: list[list[int]]) -> Iterator[Embedded]:
+        for start in range(0, len(texts), BATCH):
+            batch = texts[start : start + BATCH]
+            yield Embedded(self._vectors(batch), prompt_tokens=sum(map(len, batch)))
+
+    @torch.inference_mode()
+    def _vectors(self, batch: list[list[int]]) -> list[list[float]]:
+        longest = max(map(len, batch))
+        ids = [tokens + [self._pad] * (longest - len(tokens)) for tokens in batch]
+        mask = [[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in batch]
+        attention = torch.tensor(mask, device=self._device)
+        output = self._model(input_ids=torch.tensor(ids, device=self._device), attention_mask=attention)
+        states = output.last_hidden_state.float()
+        if self._pooling == "cls":
+            vectors = states[:, 0]
+        else:
+            weight = attention.unsqueeze(-1).to(states.dtype)
+            vectors = (states * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+        if self._normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        values: list[list[float]] = vectors.tolist()
+        return values
+
+    def generate(self, request: Generation) -> Work[Piece | Finish]:
+        raise FailedPrecondition(
+            "ENGINE_CANNOT_GENERATE", "This instance embeds text; deploy a causal_lm model to generate."
+        )
+
+    def quiesce(self) -> None:
+        """Free the GPU of weights and caches; on the CPU there is nothing to free."""
+        self._weights.detach()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        self._weights.attach()
+
+    def versions(self) -> dict[str, str]:
+        return library_versions()
+
+
+def _pooling(config: Json) -> str:
+    modes = {key.removeprefix("pooling_mode_") for key, value in config.items() if value is True}
+    known = {"mean_tokens": "mean", "cls_token": "cls"}
+    if unknown := modes & {"max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"}:
+        raise FailedPrecondition(
+            "MODEL_UNSUPPORTED",
+            f"This model pools by {', '.join(sorted(unknown))}; only mean_tokens and cls_token are known.",
+            field="model",
+        )
+    return next((known[mode] for mode in modes if mode in known), "mean")

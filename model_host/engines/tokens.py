@@ -1,0 +1,93 @@
+"""Text to tokens and back, on the ``tokenizers`` library alone: a start need not wait for more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dumont.errors import FailedPrecondition, InvalidArgument
+from model_host.engine import Message
+from model_host.model_files import ModelFiles, invalid
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """The model's tokenizer, neither padding nor truncating.
+
+    Raises:
+        FailedPrecondition: MODEL_INVALID.
+    """
+    # Its thread pool would be one more thing to freeze, and a prompt at a time gains nothing from it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import Tokenizer
+
+    try:
+        path = files.tokenizer
+        tokenizer = Tokenizer.from_file(str(path)) if path.exists() else _convert(files)
+    except Exception as error:
+        raise invalid(files.tokenizer, f"cannot be loaded ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _convert(files: ModelFiles) -> Tokenizer:
+    """From an older format, through transformers."""
+    from transformers import AutoTokenizer
+
+    backend: Tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True).backend_tokenizer
+    return backend
+
+
+class ChatTemplate:
+    """Renders a conversation as the prompt that the model was trained on.
+
+    Args:
+        files: a model that may have no template; ``render`` then refuses.
+    """
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._template = files.chat_template
+        self._special: dict[str, Any] = {
+            name: token if isinstance(token, str) else token.get("content", "")
+            for name, token in files.tokenizer_config.items()
+            if name.endswith("_token") and isinstance(token, str | dict)
+        }
+
+    def __bool__(self) -> bool:
+        return self._template is not None
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt, ending where the model's answer begins.
+
+        Raises:
+            FailedPrecondition: NO_CHAT_TEMPLATE.
+            InvalidArgument: INVALID_MESSAGES, the template refuses this conversation.
+        """
+        if self._template is None:
+            raise FailedPrecondition(
+                "NO_CHAT_TEMPLATE",
+                "This model has no chat template; send a prompt instead.",
+                field="messages",
+            )
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[conversation],
+                chat_template=self._template,
+                add_generation_prompt=True,
+                **self._special,
+            )
+        except TemplateError as error:
+            raise InvalidArgument(
+                "INVALID_MESSAGES",
+                f"The model's chat template refuses these messages: {error}",
+                field="messages",
+            ) from error
+        return str(rendered[0][0])

@@ -1,0 +1,53 @@
+"""Wires a model host and runs it: ``python -m model_host`` with descriptors 3 and 4 as its control pipes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from pathlib import Path
+
+from model_host import control, entropy, model_files, process
+from model_host.engine import Engine, Phases, Settings
+from model_host.engines import choice
+from model_host.gate import Gate
+from model_host.host import Host
+from model_host.ports import Server
+from model_host.scheduler import Scheduler
+
+
+class Process:
+    """The real ``World``: this process, its libraries and its kernel."""
+
+    reseed = staticmethod(entropy.reseed)
+    draws = staticmethod(entropy.draws)
+    release_memory = staticmethod(process.release_memory)
+    open_descriptors = staticmethod(process.open_descriptors)
+    wait_for_descriptors = staticmethod(process.wait_for_descriptors)
+
+    def load(self, folder: Path, engine: str, settings: Settings, phases: Phases) -> Engine:
+        files = model_files.read(folder)
+        return choice.load(choice.choose(engine, files), files, settings, phases)
+
+    def server(self, engine: Engine, scheduler: Scheduler, gate: Gate, max_queue: int) -> Server:
+        from model_host import service  # brings in gRPC, which a cold start should not wait for earlier
+
+        return service.Server(service.ModelHostService(engine, scheduler, gate), max_queue)
+
+    def settle(self) -> None:
+        gc.enable()
+        gc.freeze()
+
+
+def main() -> int:
+    """Serve until told to stop or left alone."""
+    # Importing makes objects by the hundred thousand that all stay; collecting among them costs 0.3 s.
+    gc.disable()
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    host = Host(Process())
+    control.loop(process.CONTROL_IN, process.CONTROL_OUT, host.run)
+    if host.state.value != "STOPPED":
+        host.run("stop", {})
+    return 0

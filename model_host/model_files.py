@@ -1,0 +1,118 @@
+"""A model directory, read and checked before anything heavy begins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dumont.errors import FailedPrecondition
+
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The parts of a model directory that engines read.
+
+    Args:
+        config, generation, tokenizer_config: contents of the files so named; empty where there is none.
+        shards: the safetensors files.
+        chat_template: a Jinja template, if the model has one.
+        pooling: how token vectors become one vector, for sentence embedding models.
+        normalize: whether that vector is scaled to length one.
+    """
+
+    folder: Path
+    config: Json
+    generation: Json
+    tokenizer_config: Json
+    shards: tuple[Path, ...]
+    chat_template: str | None
+    pooling: Json
+    normalize: bool
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer.json"
+
+    @property
+    def architecture(self) -> str:
+        return str((self.config.get("architectures") or [""])[0])
+
+
+def read(folder: Path) -> ModelFiles:
+    """Read a model directory.
+
+    Raises:
+        FailedPrecondition: MODEL_INVALID; a file is missing or not what it should be, and is named.
+    """
+    config = _json(folder / "config.json")
+    tokenizer_config = _json(folder / "tokenizer_config.json", optional=True)
+    modules = _json(folder / "modules.json", optional=True, kind=list)
+    kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
+    pooling = kinds.get("Pooling")
+    return ModelFiles(
+        folder=folder,
+        config=config,
+        generation=_json(folder / "generation_config.json", optional=True),
+        tokenizer_config=tokenizer_config,
+        shards=_shards(folder),
+        chat_template=_chat_template(folder, tokenizer_config),
+        pooling=_json(folder / pooling["path"] / "config.json") if pooling else {},
+        normalize="Normalize" in kinds,
+    )
+
+
+def invalid(file: Path, why: str) -> FailedPrecondition:
+    """The error for a model file that cannot be used."""
+    return FailedPrecondition(
+        "MODEL_INVALID",
+        f"{file.name} in {file.parent} {why}. Fetch the model again.",
+        field="model",
+        metadata={"file": str(file)},
+    )
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    names = [WEIGHTS]
+    if (folder / INDEX).exists():
+        weight_map = _json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise invalid(folder / INDEX, "has no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+    shards = tuple(folder / name for name in names)
+    for shard in shards:
+        if shard.parent != folder:
+            raise invalid(folder / INDEX, f"names a file outside the model directory: {shard.name}")
+        if not shard.is_file():
+            raise invalid(shard, "is missing")
+    return shards
+
+
+def _chat_template(folder: Path, tokenizer_config: Json) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _json(file: Path, *, optional: bool = False, kind: type = dict) -> Any:
+    if optional and not file.exists():
+        return kind()
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise invalid(file, "is missing") from None
+    except (OSError, ValueError) as error:
+        raise invalid(file, f"cannot be read: {error}") from error
+    if not isinstance(content, kind):
+        raise invalid(file, "is not what it should be")
+    return content

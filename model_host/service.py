@@ -1,0 +1,179 @@
+"""``dumont.model_host.v1.ModelHostService`` on a Unix socket.
+
+The synchronous server, not ``grpc.aio``: once stopped it leaves no descriptor behind, and a process with a
+descriptor that CRIU does not know cannot be captured.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+
+import grpc
+from grpc_status import rpc_status
+
+from dumont.errors import DumontError, Internal, InvalidArgument, Unavailable
+from dumont.inference.v1 import inference_pb2
+from dumont.model_host.v1 import model_host_service_pb2 as pb2
+from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
+from dumont.rpc.status import to_status
+from model_host.engine import Engine, Finish, FinishReason, Generation, Message, Work
+from model_host.gate import Gate
+from model_host.scheduler import Scheduler
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+DOMAIN: Final = "model_host.dumont"
+UNIX_PATH_LIMIT: Final = 107  # bytes in sockaddr_un, less the final zero
+SPARE_THREADS: Final = 8  # answer "full" and "draining" while every other thread waits in the queue
+OPTIONS: Final = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", 1000),
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.max_send_message_length", 4 * 1024 * 1024),
+)
+REASONS: Final = {
+    FinishReason.END: inference_pb2.FINISH_REASON_END,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+}
+
+
+class ModelHostService(pb2_grpc.ModelHostServiceServicer):
+    """Parses, computes through the scheduler, converts.
+
+    Args:
+        clock: monotonic seconds, the scheduler's.
+    """
+
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, gate: Gate, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._gate = gate
+        self._clock = clock
+
+    def Generate(
+        self, request: pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb2.GenerateResponse]:
+        with _errors(context), self._gate.enter():
+            for item in self._compute(self._engine.generate(_generation(request)), context):
+                if isinstance(item, Finish):
+                    yield pb2.GenerateResponse(finish=_finish(item))
+                elif item.token_ids:
+                    chunk = inference_pb2.TextChunk(text=item.text, token_ids=item.token_ids)
+                    yield pb2.GenerateResponse(chunk=chunk)
+
+    def Embed(self, request: pb2.EmbedRequest, context: grpc.ServicerContext) -> pb2.EmbedResponse:
+        with _errors(context), self._gate.enter():
+            response = pb2.EmbedResponse()
+            for batch in self._compute(self._engine.embed(request.inputs), context):
+                response.usage.prompt_tokens += batch.prompt_tokens
+                for values in batch.embeddings:
+                    response.embeddings.add(values=values)
+            return response
+
+    def _compute(self, work: Work[T], context: grpc.ServicerContext) -> Iterator[T]:
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else self._clock() + remaining
+        job = self._scheduler.submit(work, deadline)
+        # Called when the call ends in whatever way; false when it already has.
+        if not context.add_callback(job.cancel):
+            job.cancel()
+        return iter(job)
+
+
+class Server:
+    """Opens and closes the socket. Between the two nothing of gRPC is left in the process but its code.
+
+    Args:
+        servicer: makes the servicer.
+        max_queue: calls that may wait for the computing thread.
+    """
+
+    def __init__(self, servicer: ModelHostService, max_queue: int) -> None:
+        self._servicer = servicer
+        self._workers = max_queue + 1 + SPARE_THREADS
+        self._running: tuple[grpc.Server, ThreadPoolExecutor, Path] | None = None
+
+    def start(self, socket: Path) -> None:
+        """Serve on ``socket``, readable by this user only.
+
+        Raises:
+            InvalidArgument: SOCKET_PATH_TOO_LONG.
+            Unavailable: SERVE_FAILED, the socket cannot be made.
+        """
+        if len(os.fsencode(socket)) > UNIX_PATH_LIMIT:
+            raise InvalidArgument(
+                "SOCKET_PATH_TOO_LONG",
+                f"a socket's path takes at most {UNIX_PATH_LIMIT} bytes: {socket}",
+                field="socket",
+            )
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="call")
+        server = grpc.server(pool, options=OPTIONS, maximum_concurrent_rpcs=2 * self._workers)
+        pb2_grpc.add_ModelHostServiceServicer_to_server(self._servicer, server)
+        umask = os.umask(0o177)
+        try:
+            server.add_insecure_port(f"unix:{socket}")
+            server.start()
+        except RuntimeError as error:
+            server.stop(0).wait()
+            pool.shutdown()
+            raise Unavailable("SERVE_FAILED", f"{socket} cannot be served on: {error}") from error
+        finally:
+            os.umask(umask)
+        self._running = (server, pool, socket)
+
+    def stop(self) -> Path | None:
+        """End every call, close the socket and remove it; the path it had, if there was one."""
+        if self._running is None:
+            return None
+        (server, pool, socket), self._running = self._running, None
+        server.stop(0).wait()
+        pool.shutdown()
+        socket.unlink(missing_ok=True)
+        return socket
+
+
+@contextmanager
+def _errors(context: grpc.ServicerContext) -> Iterator[None]:
+    """End the call with the status of what was raised; a defect is told in the log only."""
+    try:
+        yield
+    except DumontError as error:
+        failure = error
+    except GeneratorExit:
+        raise
+    except Exception:
+        log.exception("a call failed")
+        failure = Internal("INTERNAL", "The model host failed on this call; see its log.")
+    else:
+        return
+    context.abort_with_status(rpc_status.to_status(to_status(failure, DOMAIN)))
+
+
+def _generation(request: pb2.GenerateRequest) -> Generation:
+    return Generation(
+        prompt=request.prompt,
+        messages=tuple(Message(message.role, message.content) for message in request.messages),
+        max_new_tokens=request.max_new_tokens,
+        temperature=request.temperature,  # absent is 0, greedy
+        top_p=request.top_p if request.HasField("top_p") else 1.0,
+        seed=request.seed if request.HasField("seed") else None,
+        stop=tuple(request.stop),
+    )
+
+
+def _finish(finish: Finish) -> inference_pb2.Finish:
+    return inference_pb2.Finish(
+        reason=REASONS[finish.reason],
+        usage=inference_pb2.Usage(prompt_tokens=finish.prompt_tokens, output_tokens=finish.output_tokens),
+    )
