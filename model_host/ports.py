@@ -29,6 +29,9 @@ class World(Protocol):
     def server(self, engine: Engine, scheduler: Scheduler, gate: Gate, max_queue: int) -> Server:
         """A server, not started."""
 
+    def regain_cpu(self) -> None:
+        """Ask the kernel again for what a restored process has lost."""
+
     def reseed(self, entropy: bytes) -> None:
         """Reseed every random generator of the process."""
 
