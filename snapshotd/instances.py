@@ -197,7 +197,7 @@ class Instances:
             return replace(instance, pid=host.pid, state=State.PARKED)
         status = await host.call("status", self.node.deadlines.serve)
         state = status["state"]
-        if state == "DRAINING":
+        if state == "DRAINED":
             await host.call("accept", self.node.deadlines.serve)
         elif state in ("QUIESCED", "AWAKE"):
             if state == "QUIESCED":

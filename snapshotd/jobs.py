@@ -176,9 +176,7 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot) -> list[Step]:
             pid=subject.host.pid,
             device=manifest.device,
             canary=manifest.canary,
-            versions={
-                name: manifest.compatibility[name] for name in HOST_FACTS if name in manifest.compatibility
-            },
+            versions=manifest.compatibility,
             weights_digest=manifest.compatibility["weights"],
         )
 
@@ -365,10 +363,6 @@ def stop(node: Node, subject: Subject) -> list[Step]:
         Step("release", lambda: _release(subject)),
         Step("directory", lambda: _remove_directory(node, subject.instance)),
     ]
-
-
-# What the model host itself reports, as against the node.
-HOST_FACTS = ("python", "torch", "transformers")
 
 
 def _host(subject: Subject) -> Host:

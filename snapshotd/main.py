@@ -43,7 +43,8 @@ log = structlog.get_logger(__name__)
 
 DOMAIN = "snapshotd.dumont"
 SERVICES = tuple(
-    f"dumont.snapshotd.v1.{name}" for name in ("InstanceService", "SnapshotService", "NodeService")
+    f"dumont.snapshotd.v1.{name}"
+    for name in ("InferenceService", "InstanceService", "SnapshotService", "NodeService")
 )
 FOLDERS = ("instances", "journal", "shims")
 
@@ -86,7 +87,6 @@ async def run(settings: Settings) -> None:
         node_servicer = NodeServicer(node, node_id(settings), findings)
 
         server = new_server(DOMAIN, ServerLimits())
-        # First, so that it is found before the generated handlers of the same methods.
         server.add_generic_rpc_handlers((inference.handler(),))
         instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
             InstanceServicer(instances, operations, observers), server

@@ -10,6 +10,9 @@ from blake3 import blake3
 
 from snapshotd.compatibility import LAYOUT_VERSION
 
+# What a model host has loaded: a restored process maps these files again and must find them as they were.
+LIBRARIES = ("grpcio", "numpy", "protobuf", "safetensors", "tokenizers", "torch", "transformers")
+
 
 def node_facts(criu_version: str) -> dict[str, str]:
     """Fact names and values; the same names stand in every manifest."""
@@ -21,7 +24,7 @@ def node_facts(criu_version: str) -> dict[str, str]:
         "image_layout": LAYOUT_VERSION,
         "kernel": platform.release(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "transformers")},
+        **{package: _version(package) for package in LIBRARIES},
     }
 
 

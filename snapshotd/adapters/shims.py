@@ -9,12 +9,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
 
-from dumont.errors import Aborted, DumontError, Internal, Unavailable
+from dumont.errors import ERRORS, Aborted, DumontError, Internal, Unavailable
 from dumont.names import new_id
 from snapshotd.model import Json
 
@@ -36,6 +36,7 @@ class ShimHost:
         self.lost = asyncio.Event()
         self._writer = writer
         self._waiting: dict[int, asyncio.Future[Json]] = {}
+        self._of_host: set[int] = set()
         self._ids = itertools.count(1)
         self._reading = asyncio.create_task(self._read(reader), name=f"shim-{shim}")
 
@@ -126,6 +127,8 @@ class ShimHost:
         number = next(self._ids)
         future: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
+        if message["do"] == "host":
+            self._of_host.add(number)
         command = message.get("message", message)["do"]
         try:
             if self._reading.done():
@@ -141,6 +144,7 @@ class ShimHost:
             ) from None
         finally:
             self._waiting.pop(number, None)
+            self._of_host.discard(number)
         if "error" in answer:
             raise _error(command, answer["error"])
         ok: Json = answer["ok"]
@@ -152,17 +156,19 @@ class ShimHost:
                 message = json.loads(line)
                 if message.get("event") == "exited":
                     log.info("model host ended", shim=self.shim, status=message["status"])
-                    self._lose()
+                    self._lose(self._of_host)
                 elif (future := self._waiting.get(message["id"])) is not None and not future.done():
                     future.set_result(message)
         except ConnectionError:
             pass
         finally:
-            self._lose()
+            self._lose(self._waiting)
 
-    def _lose(self) -> None:
+    def _lose(self, unanswerable: Iterable[int]) -> None:
+        """The model host is gone; the shim, while it is there, still answers for itself."""
         self.lost.set()
-        for future in self._waiting.values():
+        for number in unanswerable:
+            future = self._waiting[number]
             if not future.done():
                 future.set_exception(self._gone("a command"))
 
@@ -173,15 +179,14 @@ class ShimHost:
 
 
 def _error(command: str, error: Json) -> DumontError:
-    reason = str(error.get("reason", "HOST_FAILED"))
-    # The model host's refusals that are the model's or the caller's fault keep their class.
-    kind = {
-        "DRAIN_TIMEOUT": Aborted,
-        "QUIESCE_DIRTY": Aborted,
-        "CRIU_FAILED": Aborted,
-        "CRIU_TIMEOUT": Aborted,
-    }.get(reason, Internal)
-    return kind(reason, str(error.get("message", "")), metadata={"command": command})
+    """The refusal of a model host or shim, in the class that the model host gave it."""
+    kind = ERRORS.get(str(error.get("code")), Aborted)
+    return kind(
+        str(error.get("reason", "HOST_FAILED")),
+        str(error.get("message", "")),
+        metadata={"command": command, **error.get("metadata", {})},
+        field=error.get("field"),
+    )
 
 
 class ShimPool:

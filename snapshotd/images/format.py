@@ -65,12 +65,12 @@ class ImageFormat:
         return head.pages_id, [PageRun(entry.vaddr, entry.nr_pages, entry.flags) for entry in entries]
 
     def write_pagemap(self, path: Path, pages_id: int, runs: Iterable[PageRun]) -> None:
+        """Write what :meth:`read_pagemap` reads."""
         messages = [self._pagemap.pagemap_head(pages_id=pages_id).SerializeToString()]
         for run in runs:
             entry = self._pagemap.pagemap_entry(vaddr=run.start, nr_pages=run.pages, flags=run.flags)
             messages.append(entry.SerializeToString())
-        framed = b"".join(struct.pack("<I", len(message)) + message for message in messages)
-        path.write_bytes(self._magic["PAGEMAP"] + framed)
+        self._write(path, "PAGEMAP", messages)
 
     def read_anonymous(self, path: Path) -> list[tuple[int, int]]:
         """Address ranges of a process's private anonymous memory, ascending.
@@ -81,6 +81,10 @@ class ImageFormat:
         (message,) = self._messages(path, "MM")
         vmas = self._mm.mm_entry.FromString(message).vmas
         return sorted((vma.start, vma.end) for vma in vmas if vma.status & VMA_ANON_PRIVATE)
+
+    def _write(self, path: Path, kind: str, messages: Iterable[bytes]) -> None:
+        framed = b"".join(struct.pack("<I", len(message)) + message for message in messages)
+        path.write_bytes(self._magic[kind] + framed)
 
     def _messages(self, path: Path, kind: str) -> Sequence[bytes]:
         data = path.read_bytes()

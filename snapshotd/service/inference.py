@@ -1,4 +1,4 @@
-"""Generate and Embed: bytes in, bytes out, to and from the instance's model host.
+"""``dumont.snapshotd.v1.InferenceService``: bytes in, bytes out, to and from the instance's model host.
 
 A token frame is never decoded here; only the request's first field is read, to find the instance.
 """
@@ -18,7 +18,7 @@ from dumont import names
 from dumont.errors import FailedPrecondition, Unavailable
 from dumont.rpc.server import remaining
 from dumont.rpc.status import from_rpc_error
-from dumont.snapshotd.v1 import instance_service_pb2 as pb2
+from dumont.snapshotd.v1 import inference_service_pb2 as pb2
 from snapshotd.instances import Instances
 from snapshotd.model import Instance, State
 
@@ -27,11 +27,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 BytesStream = grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
 BytesUnary = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
 
-SERVICE = "dumont.snapshotd.v1.InstanceService"
-HOST_BytesStream = grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
-BytesUnary = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
-
-SERVICE = "dumont.model_host.v1.ModelHostService"
+SERVICE = "dumont.snapshotd.v1.InferenceService"
+HOST_SERVICE = "dumont.model_host.v1.ModelHostService"
 SOCKET_NAME = "host.sock"
 
 
@@ -52,7 +49,7 @@ class Inference:
         self._lines: dict[str, _Line] = {}
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Takes precedence over the generated handlers of the same methods when it is added first."""
+        """Handlers without serializers, in place of the generated ones."""
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {

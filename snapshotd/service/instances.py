@@ -25,8 +25,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InstanceServicer(pb2_grpc.InstanceServiceServicer):
-    """Everything but Generate and Embed, which pass bytes and are served by ``service.inference``."""
-
     def __init__(self, instances: Instances, operations: Operations, observers: Observers) -> None:
         self.instances = instances
         self.operations = operations

@@ -23,6 +23,8 @@ PSEUDO = frozenset(
         "selinuxfs", "tracefs",
     }
 )  # fmt: skip
+# Sockets and state of the node, and the pid namespace's own view.
+HIDDEN = ("/run/", "/proc/")
 
 
 def external_mounts(mountinfo: Iterable[str]) -> list[str]:
@@ -40,7 +42,7 @@ def external_mounts(mountinfo: Iterable[str]) -> list[str]:
         fields, _, details = line.partition(" - ")
         point = fields.split()[4].encode().decode("unicode_escape")
         kind = details.split()[0]
-        if kind in PSEUDO or point == "/" or point.startswith(("/run", "/proc/", "/sys/", "/mnt/")):
+        if kind in PSEUDO or point == "/" or f"{point}/".startswith(HIDDEN) or point.startswith("/sys/"):
             continue
         points.add(point)
     return sorted(points)

@@ -1,0 +1,139 @@
+"""What every SnapshotStore promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dumont.errors import AlreadyExists, DataLoss, NotFound
+from snapshotd.adapters.directory_store import DirectoryStore
+from snapshotd.model import Manifest, Snapshot
+from snapshotd.ports import SnapshotStore
+from tests.unit.snapshotd.test_manifest import a_manifest
+
+CONTENT = {"inventory.img": b"i" * 100, "pages-1.img": b"p" * 9_000_000}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SnapshotStore:
+    directory = DirectoryStore(tmp_path / "snapshots", threads=2)
+    directory.open()
+    return directory
+
+
+async def staged(store: SnapshotStore, snapshot: str) -> Manifest:
+    """Stage files and return the manifest that describes them."""
+    folder = await store.stage(snapshot)
+    for name, data in CONTENT.items():
+        (folder / name).write_bytes(data)
+    return a_manifest(id=snapshot, files=tuple(await store.digest(snapshot)))
+
+
+async def committed(store: SnapshotStore, snapshot: str) -> Snapshot:
+    return await store.commit(await staged(store, snapshot))
+
+
+async def test_a_snapshot_exists_from_its_commit_on(store: SnapshotStore) -> None:
+    manifest = await staged(store, "s1")
+    assert await store.list() == []
+    with pytest.raises(NotFound):
+        await store.get("s1")
+
+    snapshot = await store.commit(manifest)
+
+    assert await store.get("s1") == snapshot
+    assert await store.list() == [snapshot]
+    assert snapshot.manifest == manifest
+    assert snapshot.size == sum(map(len, CONTENT.values()))
+
+
+async def test_its_files_can_be_read_and_verified(store: SnapshotStore) -> None:
+    snapshot = await committed(store, "s1")
+    assert {path.name: path.read_bytes() for path in store.images(snapshot).glob("*.img")} == CONTENT
+    await store.verify(snapshot)
+
+
+async def test_an_id_is_used_once(store: SnapshotStore) -> None:
+    await committed(store, "s1")
+    with pytest.raises(AlreadyExists) as refusal:
+        await store.stage("s1")
+    assert refusal.value.reason == "SNAPSHOT_EXISTS"
+
+
+async def test_two_cannot_make_the_same_snapshot_at_once(store: SnapshotStore) -> None:
+    await store.stage("s1")
+    with pytest.raises(AlreadyExists) as refusal:
+        await store.stage("s1")
+    assert refusal.value.reason == "SNAPSHOT_IN_PROGRESS"
+
+
+async def test_what_is_discarded_never_was(store: SnapshotStore) -> None:
+    folder = await store.stage("s1")
+    await store.discard("s1")
+    await store.discard("s1")
+    assert not folder.exists()
+    assert await store.list() == []
+    await committed(store, "s1")
+
+
+@pytest.mark.parametrize("name", sorted(CONTENT))
+@pytest.mark.parametrize("damage", ["flipped", "short", "long", "missing"])
+async def test_damage_is_found_in_every_file(store: SnapshotStore, name: str, damage: str) -> None:
+    snapshot = await committed(store, "s1")
+    path = store.images(snapshot) / name
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "short":
+        path.write_bytes(data[:-1])
+    elif damage == "long":
+        path.write_bytes(data + b"x")
+    else:
+        path.unlink()
+
+    with pytest.raises(DataLoss) as refusal:
+        await store.verify(snapshot)
+    assert refusal.value.reason == "IMAGE_DAMAGED"
+    assert refusal.value.metadata["file"] == name
+
+
+async def test_quarantine_keeps_it_and_says_why(store: SnapshotStore) -> None:
+    await committed(store, "s1")
+    await store.quarantine("s1", "it answered wrongly")
+    assert (await store.get("s1")).quarantine_reason == "it answered wrongly"
+    assert len(await store.list()) == 1
+
+
+async def test_what_is_deleted_is_gone(store: SnapshotStore) -> None:
+    snapshot = await committed(store, "s1")
+    await store.delete("s1")
+    assert await store.list() == []
+    assert not store.images(snapshot).exists()
+    with pytest.raises(NotFound):
+        await store.delete("s1")
+
+
+async def test_a_new_daemon_sees_what_was_committed_and_removes_the_rest(tmp_path: Path) -> None:
+    first = DirectoryStore(tmp_path, threads=1)
+    first.open()
+    snapshot = await committed(first, "whole")
+    unfinished = await first.stage("half")
+
+    second = DirectoryStore(tmp_path, threads=1)
+    second.open()
+
+    assert await second.list() == [snapshot]
+    assert not unfinished.exists()
+
+
+async def test_a_manifest_under_another_name_is_refused(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path, threads=1)
+    store.open()
+    await committed(store, "s1")
+    (tmp_path / "s1").rename(tmp_path / "s2")
+
+    with pytest.raises(DataLoss):
+        await store.get("s2")
+    assert await store.list() == []

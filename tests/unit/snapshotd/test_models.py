@@ -1,0 +1,107 @@
+"""A model is found and found whole, or refused with the file and the field named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, NotFound
+from snapshotd.adapters.models import NodeModels
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> NodeModels:
+    (tmp_path / "models").mkdir()
+    return NodeModels(tmp_path / "models", tmp_path / "weights.json")
+
+
+def write_model(models: NodeModels, name: str, architecture: str = "LlamaForCausalLM") -> Path:
+    directory = models.directory / name
+    directory.mkdir(parents=True)
+    config = {"architectures": [architecture], "max_position_embeddings": 512}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({"weight": np.arange(1000, dtype=np.float32)}, directory / "model.safetensors")
+    return directory
+
+
+async def test_a_model_is_found_by_its_id_and_by_its_path(models: NodeModels) -> None:
+    directory = write_model(models, "org/name")
+    for name in ("org/name", str(directory)):
+        found = await models.resolve(name)
+        assert found.directory == directory
+        assert found.engine == "causal_lm"
+        assert found.context_length == 512
+        assert found.weights_bytes == (directory / "model.safetensors").stat().st_size
+        assert await models.fetch(found) == found
+
+
+async def test_the_engine_follows_from_the_model_unless_it_is_named(models: NodeModels) -> None:
+    write_model(models, "org/bert", "BertModel")
+    sentence = write_model(models, "org/sentence")
+    (sentence / "modules.json").write_text("[]")
+    assert (await models.resolve("org/bert")).engine == "embedding"
+    assert (await models.resolve("org/sentence")).engine == "embedding"
+    assert (await models.resolve("org/sentence", "causal_lm")).engine == "causal_lm"
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "error", "reason", "field"),
+    [
+        ("", "", InvalidArgument, "MODEL_REQUIRED", "model"),
+        ("../up", "", InvalidArgument, "INVALID_MODEL", "model"),
+        ("a/b/c", "", InvalidArgument, "INVALID_MODEL", "model"),
+        ("/no/such/directory", "", NotFound, "MODEL_NOT_FOUND", "model"),
+        ("org/name", "magic", InvalidArgument, "UNKNOWN_ENGINE", "engine"),
+    ],
+)
+async def test_a_name_that_cannot_be_is_refused(
+    models: NodeModels, name: str, engine: str, error: type[DumontError], reason: str, field: str
+) -> None:
+    with pytest.raises(error) as refusal:
+        await models.resolve(name, engine)
+    assert (refusal.value.reason, refusal.value.field) == (reason, field)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "garbage", "empty", "no weights", "no config", "config is no JSON", "missing shard"],
+)
+async def test_a_damaged_model_is_refused_before_anything_is_started(models: NodeModels, damage: str) -> None:
+    directory = write_model(models, "org/name")
+    weights, config = directory / "model.safetensors", directory / "config.json"
+    if damage == "truncated":
+        os.truncate(weights, weights.stat().st_size - 100)
+    elif damage == "garbage":
+        weights.write_bytes(b"\xff" * 4096)
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "no config":
+        config.unlink()
+    elif damage == "config is no JSON":
+        config.write_text("{")
+    else:
+        index = {"weight_map": {"weight": "model-00001-of-00002.safetensors"}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    with pytest.raises(FailedPrecondition) as refusal:
+        await models.resolve("org/name")
+    assert refusal.value.reason == "MODEL_INVALID"
+    assert refusal.value.field == "model"
+
+
+async def test_the_digest_of_weights_follows_their_bytes(models: NodeModels) -> None:
+    directory = write_model(models, "org/name")
+    model = await models.resolve("org/name")
+    before = await models.weights_digest(model)
+    assert before == await models.weights_digest(model)
+
+    save_file({"weight": np.arange(1000, dtype=np.float32) + 1}, directory / "model.safetensors")
+
+    assert await models.weights_digest(await models.resolve("org/name")) != before
