@@ -187,6 +187,8 @@ class Host:
         """Reasons: INVALID_ENTROPY."""
         instance, seed = arguments.text("instance"), entropy.parse(arguments.text("entropy"))
         model = self._loaded
+        # Before anything computes.
+        self._world.regain_cpu()
         model.scheduler.call(model.engine.wake)
         self._world.reseed(seed)
         self.instance = instance

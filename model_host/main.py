@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from model_host import control, entropy, model_files, process
+from model_host import control, entropy, model_files, process, tiles
 from model_host.engine import Engine, Phases, Settings
 from model_host.engines import choice
 from model_host.gate import Gate
@@ -19,6 +19,7 @@ from model_host.scheduler import Scheduler
 class Process:
     """The real ``World``: this process, its libraries and its kernel."""
 
+    regain_cpu = staticmethod(tiles.request)
     reseed = staticmethod(entropy.reseed)
     draws = staticmethod(entropy.draws)
     release_memory = staticmethod(process.release_memory)
