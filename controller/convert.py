@@ -262,7 +262,6 @@ def report(message: node_instances_pb.Instance) -> Report:
         phases=_phases(message.phases),
         failure_reason=message.failure_reason,
         failure_message=message.failure_message,
-        served=message.served,
     )
 
 

@@ -127,9 +127,12 @@ class Inventory:
 
     def report(self, node: str, report: Report) -> None:
         """Take in what a node says of an instance."""
-        known = self.instances.get(report.id) or self._new(node, report)
-        served = report.served or known.report.served
-        known = replace(known, report=replace(report, served=served))
+        known = self.instances.get(report.id)
+        if known is None:
+            # Whom a stranger has served is unknown; only one that still starts has surely served nobody.
+            starting = report.state is InstanceState.STARTING
+            known = replace(self._new(node, report), served=not starting)
+        known = replace(known, report=report)
         if known.busy and report.state is not InstanceState.FAILED:
             self._store(known)
         else:
@@ -179,8 +182,7 @@ class Inventory:
         if known is None:
             return
         if report is not None:
-            served = report.served or known.report.served
-            known = replace(known, report=replace(report, served=served))
+            known = replace(known, report=report)
         self._apply(replace(known, busy=False), event)
 
     def refuse_parking(self, instance: str) -> None:
@@ -191,8 +193,7 @@ class Inventory:
     def lease(self, instance: str) -> None:
         """A request enters a serving instance. Never waits: this is the hot path."""
         known = self.instances[instance]
-        report = known.report if known.report.served else replace(known.report, served=True)
-        self.instances[instance] = replace(known, report=report, in_flight=known.in_flight + 1)
+        self.instances[instance] = replace(known, served=True, in_flight=known.in_flight + 1)
 
     def release(self, instance: str) -> None:
         """A request has left it."""
@@ -216,7 +217,9 @@ class Inventory:
     def _move(self, instance: Instance, state: InstanceState) -> Instance:
         if state is not instance.state:
             now = self._clock.moment().steady
-            idle = now if state is InstanceState.SERVING else instance.idle_since
+            # A park that did not happen leaves it as idle as it was.
+            woke = state is InstanceState.SERVING and instance.state is not InstanceState.PARKING
+            idle = now if woke else instance.idle_since
             instance = replace(instance, state=state, since=now, idle_since=idle)
         self._store(instance)
         return instance

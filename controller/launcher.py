@@ -309,7 +309,7 @@ class Launcher:
         return (
             instance.state is InstanceState.SERVING
             and not instance.busy
-            and not instance.report.served
+            and not instance.served
             and not instance.in_flight
             and self._inventory.nodes[instance.node].state is NodeState.READY
         )

@@ -137,7 +137,6 @@ class Report:
     phases: tuple[Phase, ...] = ()
     failure_reason: str = ""
     failure_message: str = ""
-    served: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +144,7 @@ class Instance:
     """A report, and what only the controller knows of that instance.
 
     ``busy`` is set while a command of ours is under way: its outcome decides the state then.
+    ``served`` is set once a prompt may have entered it, after which it is never captured.
     """
 
     node: str
@@ -154,6 +154,7 @@ class Instance:
     idle_since: float
     in_flight: int = 0
     busy: bool = False
+    served: bool = False
     park_refused: bool = False
 
     @property

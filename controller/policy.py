@@ -99,7 +99,7 @@ def _ready(facts: Facts, node: str) -> bool:
 def _resident(facts: Facts, instances: list[Instance], now: float) -> Start | None:
     serving = [i for i in instances if i.state is InstanceState.SERVING and not i.busy]
     # A prompt that enters an instance spoils it for capture, so a served one is taken first.
-    clean = _wants_capture(facts, now) and not any(i.report.served for i in serving)
+    clean = _wants_capture(facts, now) and not any(i.served for i in serving)
     chosen = routing.choose(serving)
     if chosen is None:
         return None

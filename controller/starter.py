@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -147,7 +147,7 @@ class Starter:
             return None
         joined = run is not None
         if run is None:
-            run = self._begin(deployment, self._start(deployment))
+            run = self._begin(deployment, lambda: self._start(deployment))
         try:
             # Shielded: a caller who leaves does not take the start away from the others.
             started: Started = await asyncio.shield(run)
@@ -170,7 +170,7 @@ class Starter:
     def begin(self, deployment: str) -> None:
         """Like ``start``, without waiting; a failure shows in the deployment's state."""
         if deployment not in self._runs:
-            self._begin(deployment, self._start(deployment))
+            self._begin(deployment, lambda: self._start(deployment))
 
     async def cancel(self, deployment: str) -> None:
         """End the deployment's start, on the node as well, and wait until it has."""
@@ -193,7 +193,7 @@ class Starter:
 
     # One start
 
-    def _begin(self, deployment: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def _begin(self, deployment: str, work: Callable[[], Awaitable[Any]]) -> asyncio.Task[Any]:
         run = self._tasks.spawn(self._guard(deployment, work), f"start {deployment}")
         self._runs[deployment] = run
         # Not in the work's own ``finally``: a task cancelled before its first step never gets there.
@@ -205,9 +205,9 @@ class Starter:
         self._capturing.discard(deployment)
         self._inventory.notify()
 
-    async def _guard(self, deployment: str, work: Coroutine[Any, Any, Any]) -> Any:
+    async def _guard(self, deployment: str, work: Callable[[], Awaitable[Any]]) -> Any:
         try:
-            return await work
+            return await work()
         except (DumontError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -250,7 +250,7 @@ class Starter:
         while (run := self._runs.get(deployment)) is not None:
             await asyncio.wait([run])
         self.check_captured(deployment)
-        run = self._begin(deployment, self._launcher.snapshot(deployment, snapshot, told))
+        run = self._begin(deployment, lambda: self._launcher.snapshot(deployment, snapshot, told))
         self._capturing.add(deployment)
         made: Snapshot = await run
         return made

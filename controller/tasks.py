@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from dumont.errors import DumontError
+from dumont.errors import DumontError, Unavailable
 
 log = structlog.get_logger()
 
@@ -18,9 +18,19 @@ class Tasks:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        """Run ``work`` in a task of this owner; ``name`` is for the log."""
+        """Run ``work`` in a task of this owner; ``name`` is for the log.
+
+        Raises:
+            Unavailable: SERVICE_STOPPING, nothing is begun any more.
+        """
+        if self._closed:
+            work.close()
+            raise Unavailable(
+                "SERVICE_STOPPING", "the service is stopping; try again in a moment", retry_after=1.0
+            )
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -37,8 +47,8 @@ class Tasks:
 
     async def close(self) -> None:
         """Cancel every task and wait until each has ended."""
-        while self._tasks:
-            tasks = list(self._tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)

@@ -130,8 +130,11 @@ class MemoryNodes:
         self.timeouts: list[float | None] = []
         self.frames: list[bytes] = [b"\x12\x03\n\x01a", b"\x1a\x00"]
         self.models: dict[str, str] = {}
+        # Set while a controller dies: what it had begun goes on, as on a real node.
+        self.abandoned = False
         self._faults: defaultdict[str, deque[DumontError]] = defaultdict(deque)
         self._holds: dict[str, asyncio.Event] = {}
+        self._called = asyncio.Event()
 
     # Scripting
 
@@ -146,9 +149,20 @@ class MemoryNodes:
         """Calls of ``method`` wait, after they were written down, until the event is set."""
         return self._holds.setdefault(method, asyncio.Event())
 
+    def release_all(self) -> None:
+        """Nothing is held any more."""
+        for event in self._holds.values():
+            event.set()
+        self._holds.clear()
+
     def named(self, method: str) -> list[tuple[str, str, str]]:
         """The calls of ``method`` so far."""
         return [call for call in self.calls if call[0] == method]
+
+    async def called(self, method: str, count: int = 1) -> None:
+        """Wait until ``method`` has been called ``count`` times."""
+        while len(self.named(method)) < count:
+            await self._called.wait()
 
     def tell(self, node: str, report: Report) -> None:
         """An instance changed by itself."""
@@ -216,8 +230,8 @@ class MemoryNodes:
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         source = self._find(node, instance)
-        if source.served:
-            raise FailedPrecondition("INSTANCE_SERVED", "a prompt has entered it")
+        if any(instance in argument for method, _, argument in self.calls if method in {"generate", "embed"}):
+            raise FailedPrecondition("PROMPT_INSIDE", f"a prompt has entered instances/{instance}")
         self.tell(node, replace(source, state=InstanceState.CAPTURING))
         try:
             await self._call("capture", node, instance)
@@ -287,7 +301,7 @@ class MemoryNodes:
         try:
             await self._call(method, node, report.snapshot or report.id)
         except BaseException as error:
-            if getattr(error, "reason", "") != "NODE_UNAVAILABLE":
+            if getattr(error, "reason", "") != "NODE_UNAVAILABLE" and not self.abandoned:
                 self.tell(node, replace(report, state=InstanceState.FAILED))
             raise
         phases = (Phase("load" if method == "start" else "restore", 0.0),)
@@ -298,6 +312,8 @@ class MemoryNodes:
     async def _call(self, method: str, node: str, argument: str) -> None:
         call = (method, node, argument)
         self.calls.append(call)
+        called, self._called = self._called, asyncio.Event()
+        called.set()
         self._reach(node)
         if method in self._holds:
             try:

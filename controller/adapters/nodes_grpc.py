@@ -48,7 +48,7 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 10000),
 )
-SERVICE = "/dumont.snapshotd.v1.InstanceService/"
+SERVICE = "/dumont.snapshotd.v1.InferenceService/"
 
 M = TypeVar("M", bound=Message)
 

@@ -1,0 +1,178 @@
+"""The start that each situation gets: start mode x instance x snapshot x node."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from controller.model import (
+    Checkpoint,
+    Deployment,
+    Instance,
+    InstanceState,
+    Node,
+    NodeState,
+    Report,
+    Snapshot,
+    StartMode,
+    Tier,
+)
+from controller.policy import Facts, Start, Wait, decide, place
+from controller.routing import choose
+from dumont.errors import Unavailable
+
+NOW = 1000.0
+SETTLING = {InstanceState.STARTING, InstanceState.RESUMING, InstanceState.CAPTURING, InstanceState.PARKING}
+SEEN = [state for state in InstanceState if state not in (InstanceState.UNKNOWN, InstanceState.GONE)]
+
+
+def deployment(mode: StartMode = StartMode.CHECKPOINT) -> Deployment:
+    checkpoint = Checkpoint(mode is StartMode.CHECKPOINT)
+    return Deployment("qa", "u", "m", "causal_lm", mode, checkpoint, None, None, 1.0, 1.0, "e")
+
+
+def instance(state: InstanceState, identifier: str = "qa-1", **facts: object) -> Instance:
+    report = Report(identifier, "qa", state, create_time=1.0)
+    return replace(Instance("n1", state, report, NOW, NOW), **facts)
+
+
+def snapshot(identifier: str = "s1", **facts: object) -> Snapshot:
+    return replace(Snapshot(identifier, "qa", "n1", 10.0), **facts)
+
+
+def node(state: NodeState = NodeState.READY, identifier: str = "n1", **facts: object) -> Node:
+    return replace(Node(identifier, "x:1", state=state, checkpoint_capable=True), **facts)
+
+
+def facts(mode: StartMode = StartMode.CHECKPOINT, **known: object) -> Facts:
+    return replace(Facts(deployment(mode), (), (), {"n1": node()}), **known)
+
+
+@pytest.mark.parametrize(
+    ("mode", "state", "snapshots", "node_state"),
+    list(
+        itertools.product(
+            StartMode,
+            [None, *SEEN],
+            [(), (snapshot(),), (snapshot(quarantined=True),)],
+            NodeState,
+        )
+    ),
+)
+def test_the_fastest_tier_there_is(
+    mode: StartMode,
+    state: InstanceState | None,
+    snapshots: tuple[Snapshot, ...],
+    node_state: NodeState,
+) -> None:
+    instances = () if state is None else (instance(state, served=True),)
+    known = facts(mode, instances=instances, snapshots=snapshots, nodes={"n1": node(node_state)})
+
+    if node_state is NodeState.UNREACHABLE:
+        with pytest.raises(Unavailable) as refusal:
+            decide(known, NOW)
+        assert refusal.value.reason == "NO_NODE"
+        return
+    decision = decide(known, NOW)
+    assert decision.reason
+    if node_state is NodeState.CONNECTING:
+        assert isinstance(decision, Wait)
+        assert decision.node == "n1"
+    elif state in SETTLING:
+        assert isinstance(decision, Wait)
+        assert decision.instance == "qa-1"
+    else:
+        assert isinstance(decision, Start)
+        restorable = mode is StartMode.CHECKPOINT and snapshots and not snapshots[0].quarantined
+        expected = {InstanceState.SERVING: Tier.RESIDENT, InstanceState.PARKED: Tier.PARKED}.get(
+            state, Tier.LOCAL if restorable else Tier.COLD
+        )
+        assert decision.tier is expected
+        assert decision.capture is (expected is Tier.COLD and mode is StartMode.CHECKPOINT)
+
+
+def test_a_clean_resident_instance_is_captured_before_its_first_prompt() -> None:
+    decision = decide(facts(instances=(instance(InstanceState.SERVING),)), NOW)
+    assert isinstance(decision, Start)
+    assert (decision.tier, decision.capture) == (Tier.RESIDENT, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"instances": (instance(InstanceState.SERVING, served=True),)},
+        {"instances": (instance(InstanceState.SERVING, in_flight=1),)},
+        {"instances": (instance(InstanceState.SERVING),), "snapshots": (snapshot(),)},
+        {"instances": (instance(InstanceState.SERVING),), "capture_at": NOW + 1},
+        {"instances": (instance(InstanceState.SERVING),), "nodes": {"n1": node(checkpoint_capable=False)}},
+    ],
+    ids=["served", "in flight", "has snapshot", "backing off", "node cannot"],
+)
+def test_no_capture_of_a_resident_instance_when(change: dict[str, object]) -> None:
+    decision = decide(facts(**change), NOW)
+    assert isinstance(decision, Start)
+    assert (decision.tier, decision.capture) == (Tier.RESIDENT, False)
+
+
+def test_what_failed_in_this_start_is_not_chosen_again() -> None:
+    known = facts(instances=(instance(InstanceState.PARKED),), snapshots=(snapshot(), snapshot("s0")))
+    tiers = []
+    failed: frozenset[str] = frozenset()
+    for name in ("instances/qa-1", "snapshots/s1", "snapshots/s0", None):
+        decision = decide(replace(known, failed=failed), NOW)
+        assert isinstance(decision, Start)
+        tiers.append((decision.tier, decision.snapshot))
+        failed |= {name} if name else set()
+    assert tiers == [(Tier.PARKED, ""), (Tier.LOCAL, "s1"), (Tier.LOCAL, "s0"), (Tier.COLD, "")]
+
+
+def test_the_newest_snapshot_is_restored() -> None:
+    known = facts(snapshots=(snapshot("old", create_time=1.0), snapshot("new", create_time=2.0)))
+    decision = decide(known, NOW)
+    assert isinstance(decision, Start)
+    assert decision.snapshot == "new"
+
+
+def test_a_snapshot_on_a_node_that_cannot_restore_is_passed_over() -> None:
+    known = facts(snapshots=(snapshot(),), nodes={"n1": node(checkpoint_capable=False)})
+    decision = decide(known, NOW)
+    assert isinstance(decision, Start)
+    assert (decision.tier, decision.capture) == (Tier.COLD, False)
+
+
+def test_a_silent_node_delays_new_starts_but_not_what_serves_elsewhere() -> None:
+    nodes = {"n1": node(), "n2": node(NodeState.CONNECTING, "n2")}
+    serving = instance(InstanceState.SERVING, served=True)
+    assert isinstance(decide(facts(nodes=nodes), NOW), Wait)
+    assert isinstance(decide(facts(nodes=nodes, instances=(serving,)), NOW), Start)
+
+
+def test_a_cold_start_goes_to_the_capable_node_with_most_memory() -> None:
+    nodes = {
+        "a": node(identifier="a", memory_available_bytes=1),
+        "b": node(identifier="b", memory_available_bytes=2),
+        "c": node(identifier="c", memory_available_bytes=9, checkpoint_capable=False),
+        "d": node(NodeState.UNREACHABLE, "d", memory_available_bytes=99),
+    }
+    assert place(nodes).id == "b"
+    assert place(nodes, frozenset({"nodes/b"})).id == "a"
+    with pytest.raises(Unavailable, match="no node is ready"):
+        place({})
+
+
+def test_a_joined_restore_keeps_its_tier() -> None:
+    restoring = instance(InstanceState.STARTING)
+    restoring = replace(restoring, report=replace(restoring.report, snapshot="s1"))
+    decision = decide(facts(instances=(restoring,)), NOW)
+    assert isinstance(decision, Wait)
+    assert decision.tier is Tier.LOCAL
+
+
+def test_a_request_goes_to_the_instance_with_the_fewest_in_flight() -> None:
+    busy = instance(InstanceState.SERVING, "a", in_flight=3)
+    idle = instance(InstanceState.SERVING, "b", in_flight=1)
+    twin = instance(InstanceState.SERVING, "c", in_flight=1)
+    assert choose([busy, twin, idle]) is idle
+    assert choose([]) is None

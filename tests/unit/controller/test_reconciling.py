@@ -1,0 +1,336 @@
+"""What the controller does by itself: timers, restarts, deletions, nodes that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from controller.model import InstanceState, NodeState, Report, Snapshot, StartMode, Tier
+from dumont.errors import FailedPrecondition, Internal, NotFound, Unavailable
+
+SERVING, PARKED = InstanceState.SERVING, InstanceState.PARKED
+
+
+async def test_a_checkpoint_deployment_parks_stops_and_forgets_its_snapshot(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+
+    await world.advance(299)
+    assert world.states() == [SERVING]
+    await world.advance(2)
+    assert world.states() == [PARKED]
+    await world.advance(599)
+    assert world.states() == [PARKED]
+    await world.advance(2)
+    assert world.states() == []
+    assert len(world.inventory.snapshots) == 1
+    await world.advance(86400 - 900)
+    assert world.inventory.snapshots == {}
+    assert world.nodes.world["n1"].snapshots == {}
+
+
+async def test_a_cold_deployment_stops_after_its_last_request(world) -> None:
+    await world.node()
+    await world.deploy(StartMode.COLD)
+    held = world.nodes.hold("frame 0")
+    asking = [asyncio.create_task(world.ask()) for _ in range(2)]
+    await world.nodes.called("generate", 2)
+    await world.advance(1000)
+    assert world.states() == [SERVING]
+    held.set()
+    answers = await asyncio.gather(*asking)
+    assert len(answers) == 2
+    await world.until(lambda: world.states() == [])
+
+
+async def test_nothing_is_parked_while_a_request_runs(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("frame 0")
+    asking = asyncio.create_task(world.ask())
+    await world.nodes.called("generate")
+    await world.advance(10_000)
+    assert world.states() == [SERVING]
+    assert len(world.inventory.snapshots) == 1
+    held.set()
+    await asking
+    await world.advance(301)
+    assert world.states() == [PARKED]
+
+
+async def test_nothing_is_stopped_while_a_capture_runs(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("capture")
+    asking = asyncio.create_task(world.ask())
+    await world.nodes.called("capture")
+    await world.advance(10_000)
+    assert world.states() == [InstanceState.CAPTURING]
+    held.set()
+    info, _ = await asking
+    assert info.tier is Tier.COLD
+
+
+async def test_an_instance_that_cannot_park_is_stopped_instead(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    world.nodes.fail("park", FailedPrecondition("CANNOT_FREEZE", "no cgroup"))
+    await world.advance(301)
+    await world.advance(10)
+    assert world.states() == []
+    assert len(world.inventory.snapshots) == 1
+
+
+async def test_a_person_may_not_park_under_a_request_nor_resume_what_serves(world) -> None:
+    await world.node()
+    await world.deploy()
+    with await world.controller.starter.acquire("qa") as lease:
+        with pytest.raises(FailedPrecondition) as busy:
+            await world.controller.commands.park(lease.info.instance)
+        with pytest.raises(FailedPrecondition) as illegal:
+            await world.controller.commands.resume(lease.info.instance)
+    assert busy.value.reason == "INSTANCE_BUSY"
+    assert illegal.value.reason == "ILLEGAL_TRANSITION"
+    assert world.nodes.named("park") == []
+    assert (await world.controller.commands.park(lease.info.instance)).state is PARKED
+    assert (await world.controller.commands.resume(lease.info.instance)).state is SERVING
+
+
+async def test_a_command_runs_on_when_its_caller_leaves(world) -> None:
+    await world.node()
+    await world.deploy()
+    info, _ = await world.ask()
+    held = world.nodes.hold("park")
+    parking = asyncio.create_task(world.controller.commands.park(info.instance))
+    await world.nodes.called("park")
+    parking.cancel()
+    held.set()
+    await world.until(lambda: world.states() == [PARKED])
+    assert parking.cancelled()
+
+
+async def test_after_a_refused_command_the_node_says_what_is_true(world) -> None:
+    await world.node()
+    await world.deploy()
+    info, _ = await world.ask()
+    world.nodes.world["n1"].instances.pop(info.instance)
+    world.nodes.fail("park", Internal("BROKEN", "?"))
+    with pytest.raises(Internal):
+        await world.controller.commands.park(info.instance)
+    assert world.states() == []
+
+
+async def test_a_warm_deployment_starts_when_created_and_stays(world) -> None:
+    await world.node()
+    await world.deploy(StartMode.WARM)
+    await world.until(lambda: world.states() == [SERVING])
+    await world.advance(10_000)
+    assert world.states() == [SERVING]
+    assert world.nodes.named("capture") == []
+    assert world.nodes.named("park") == []
+
+
+async def test_a_lost_warm_instance_comes_back_with_growing_waits(world) -> None:
+    await world.node()
+    await world.deploy(StartMode.WARM)
+    gaps = []
+    for _ in range(4):
+        await world.until(lambda: world.states() == [SERVING])
+        await world.until(lambda: not world.controller.starter.starting)
+        world.nodes.lose("n1", world.inventory.instances_of("qa")[0].id)
+        await world.settle()
+        lost = world.clock.moment().steady
+        while not world.states():
+            await world.advance(0.5)
+        gaps.append(world.clock.moment().steady - lost)
+    assert gaps == sorted(gaps)
+    assert gaps[0] <= 1.0
+    assert gaps[-1] >= 4.0
+    await world.until(lambda: world.states() == [SERVING])
+    await world.advance(100)
+    world.nodes.lose("n1", world.inventory.instances_of("qa")[0].id)
+    await world.until(lambda: world.states() == [SERVING])
+
+
+async def test_a_warm_start_that_fails_is_tried_again(world) -> None:
+    await world.node()
+    world.nodes.fail("start", Internal("LOAD_FAILED", "no"))
+    await world.deploy(StartMode.WARM)
+    await world.until(lambda: "qa" in world.controller.starter.failures)
+    await world.advance(2)
+    await world.until(lambda: world.states() == [SERVING])
+    assert world.controller.starter.failures == {}
+
+
+async def test_deleting_ends_instances_and_snapshots_then_forgets(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    await world.controller.catalogue.begin_delete("qa")
+    await world.controller.starter.cancel("qa")
+    with pytest.raises(FailedPrecondition, match="being deleted"):
+        await world.ask()
+    await world.until(lambda: "qa" not in world.controller.catalogue.deployments)
+    assert world.nodes.world["n1"].instances == {}
+    assert world.nodes.world["n1"].snapshots == {}
+    assert (await world.registry.load()).deployments == ()
+    with pytest.raises(NotFound):
+        await world.ask()
+
+
+async def test_deleting_cancels_a_start_on_its_node(world) -> None:
+    await world.node()
+    await world.deploy()
+    world.nodes.hold("start")
+    asking = asyncio.create_task(world.ask())
+    await world.nodes.called("start")
+    await world.controller.catalogue.begin_delete("qa")
+    await world.controller.starter.cancel("qa")
+    with pytest.raises(FailedPrecondition, match="being deleted"):
+        await asking
+    await world.until(lambda: "qa" not in world.controller.catalogue.deployments)
+    assert [call[0] for call in world.nodes.cancelled] == ["start"]
+    assert world.nodes.world["n1"].instances == {}
+
+
+async def test_a_deletion_is_finished_by_the_next_controller(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    world.nodes.fail("stop", *[Unavailable("BUSY", "later")] * 3)
+    await world.controller.catalogue.begin_delete("qa")
+    await world.crash()
+    await world.boot()
+    await world.advance(60)
+    await world.until(lambda: not world.controller.catalogue.deployments)
+    assert world.nodes.world["n1"].instances == {}
+
+
+async def test_orphans_of_ours_are_stopped_and_strangers_left(world) -> None:
+    made = world.nodes.add_node("n1")
+    made.instances["old"] = Report("old", "forgotten", SERVING)
+    made.instances["theirs"] = Report("theirs", "", SERVING)
+    made.snapshots["old"] = Snapshot("old", "forgotten", "n1", 1.0)
+    await world.node()
+    await world.until(lambda: set(world.inventory.instances) == {"theirs"} and not world.inventory.snapshots)
+    assert list(made.instances) == ["theirs"]
+
+
+async def test_a_silent_node_is_given_up_and_taken_back_with_what_it_holds(world) -> None:
+    await world.node()
+    await world.deploy()
+    info, _ = await world.ask()
+    world.nodes.cut("n1")
+    await world.advance(16)
+    assert world.inventory.nodes["n1"].state is NodeState.UNREACHABLE
+    world.nodes.calls.clear()
+    await world.advance(1000)
+    assert world.nodes.calls == []
+
+    world.nodes.restore_contact("n1")
+    await world.advance(10)
+    assert world.inventory.nodes["n1"].state is NodeState.READY
+    assert [i.id for i in world.inventory.instances_of("qa")] == [info.instance]
+
+
+async def test_an_unknown_node_is_told_to_register(world) -> None:
+    with pytest.raises(NotFound) as failure:
+        world.controller.fleet.heartbeat("n9", 0)
+    assert failure.value.reason == "NODE_UNKNOWN"
+
+
+async def test_a_controller_that_died_during_a_start_starts_nothing_twice(world) -> None:
+    await world.node()
+    await world.deploy()
+    world.nodes.hold("start")
+    asking = asyncio.create_task(world.ask())
+    await world.nodes.called("start")
+    (intent,) = (await world.registry.load()).intents
+    await world.crash()
+    asking.cancel()
+
+    await world.boot()
+    again = asyncio.create_task(world.ask())
+    await world.settle()
+    assert [i.id for i in world.inventory.instances_of("qa")] == [intent.instance]
+    report = world.nodes.world["n1"].instances[intent.instance]
+    world.nodes.tell("n1", replace(report, state=SERVING))
+    info, _ = await again
+
+    assert info.instance == intent.instance
+    assert info.tier is Tier.COLD
+    assert len(world.nodes.named("start")) == 1
+    # Nobody was served before: the capture still comes first.
+    order = [call[0] for call in world.nodes.calls if call[0] in ("start", "capture", "generate")]
+    assert order == ["start", "capture", "generate"]
+    assert (await world.registry.load()).intents == ()
+
+
+async def test_an_intent_that_never_reached_its_node_is_dropped(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("start")
+    world.nodes.fail("start", Unavailable("NODE_UNAVAILABLE", "lost"))
+    asking = asyncio.create_task(world.ask())
+    await world.nodes.called("start")
+    world.nodes.world["n1"].instances.clear()
+    await world.crash()
+    asking.cancel()
+    assert held.is_set()
+    await world.boot()
+    await world.until(lambda: world.inventory.nodes["n1"].state is NodeState.READY)
+    await world.settle()
+    assert (await world.registry.load()).intents == ()
+    assert world.states() == []
+
+
+async def test_a_restarted_controller_knows_everything_again(world) -> None:
+    await world.node()
+    await world.deploy()
+    first, _ = await world.ask()
+    await world.advance(3)
+    used = world.controller.catalogue.last_use["qa"]
+    await world.crash()
+    await world.boot()
+    assert world.controller.catalogue.last_use == {"qa": used}
+    info, _ = await world.ask()
+    assert (info.tier, info.instance) == (Tier.RESIDENT, first.instance)
+    assert len(world.nodes.named("start")) == 1
+
+
+async def test_a_request_never_waits_for_the_database(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+
+    async def forbidden(*_: object) -> None:
+        raise Unavailable("DATABASE_UNAVAILABLE", "gone")
+
+    world.registry.save_last_use = forbidden
+    world.registry.save_intent = forbidden
+    info, _ = await world.ask()
+    assert info.tier is Tier.RESIDENT
+    await world.advance(5)
+    del world.registry.save_last_use
+    await world.advance(5)
+    assert (await world.registry.load()).last_use == world.controller.catalogue.last_use
+
+
+async def test_watchers_see_everything_then_each_change(world) -> None:
+    await world.node()
+    await world.deploy()
+    info, _ = await world.ask()
+    changes = world.inventory.watch()
+    assert (await anext(changes)).id == info.instance
+    assert type(await anext(changes)).__name__ == "Synchronized"
+    await world.controller.commands.park(info.instance)
+    assert (await anext(changes)).state in (InstanceState.PARKING, PARKED)
+    await world.controller.commands.stop(info.instance)
+    while type(change := await anext(changes)).__name__ != "Removed":
+        pass
+    assert change.instance == info.instance
+    await changes.aclose()

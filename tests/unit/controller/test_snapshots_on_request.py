@@ -1,0 +1,79 @@
+"""``CreateSnapshot``: only ever from an instance that no prompt has entered."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from controller.model import InstanceState, StartMode, Tier
+from dumont.errors import FailedPrecondition, Internal
+
+
+async def snapshot(world, identifier: str):
+    told: list[str] = []
+    made = await world.controller.starter.snapshot("qa", identifier, lambda _, stage: told.append(stage))
+    return made, told
+
+
+async def test_a_served_instance_is_left_alone_and_a_new_one_captured(world) -> None:
+    await world.node()
+    await world.deploy()
+    first, _ = await world.ask()
+
+    made, told = await snapshot(world, "mine")
+
+    assert made.id == "mine"
+    assert told == ["starting", "capturing"]
+    assert world.nodes.named("capture")[-1][2] != first.instance
+
+
+async def test_a_clean_instance_is_used(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.controller.starter.start("qa")
+    made, told = await snapshot(world, "mine")
+    assert told == ["capturing"]
+    assert len(world.nodes.named("start")) == 1
+    await world.until(
+        lambda: list(world.inventory.snapshots) == ["mine"] or len(world.inventory.snapshots) == 1
+    )
+    assert made.id == "mine"
+
+
+async def test_the_older_snapshot_goes_once_the_new_one_is_committed(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    world.clock.advance(1)
+    await snapshot(world, "newer")
+    await world.until(lambda: list(world.inventory.snapshots) == ["newer"])
+    order = [call[0] for call in world.nodes.calls if call[0] in ("capture", "delete_snapshot")]
+    assert order == ["capture", "capture", "delete_snapshot"]
+
+
+async def test_a_disabled_deployment_is_refused(world) -> None:
+    await world.node()
+    await world.deploy(StartMode.COLD)
+    with pytest.raises(FailedPrecondition) as failure:
+        await snapshot(world, "mine")
+    assert failure.value.reason == "CHECKPOINT_DISABLED"
+    assert world.nodes.named("start") == []
+
+
+async def test_a_failure_is_told_and_hurts_no_request(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("capture")
+    capturing = asyncio.create_task(snapshot(world, "mine"))
+    await world.until(lambda: world.states() == [InstanceState.CAPTURING])
+    asking = asyncio.create_task(world.ask())
+    await world.settle()
+    world.nodes.fail("capture", Internal("DUMP_FAILED", "no"))
+    held.set()
+    with pytest.raises(Internal, match="no"):
+        await capturing
+    info, frames = await asking
+    assert frames == world.nodes.frames
+    assert info.tier is Tier.RESIDENT
+    assert world.controller.starter.condition(world.controller.catalogue.get("qa"))[0].name == "ACTIVE"

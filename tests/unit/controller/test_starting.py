@@ -1,0 +1,448 @@
+"""From a request to an instance: tiers in order, one start at a time, captures before prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from controller.model import InstanceState, Report, Snapshot, StartMode, Tier
+from dumont.errors import (
+    DataLoss,
+    DumontError,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+
+MISMATCH = DataLoss("CANARY_MISMATCH", "other tokens than at capture")
+
+
+def silent() -> Unavailable:
+    return Unavailable("NODE_UNAVAILABLE", "no answer")
+
+
+async def test_a_first_start_is_cold_and_captured_before_the_prompt_enters(world) -> None:
+    await world.node()
+    await world.deploy()
+
+    info, frames = await world.ask()
+
+    assert info.tier is Tier.COLD
+    assert frames == world.nodes.frames
+    order = [call[0] for call in world.nodes.calls if call[0] in ("start", "capture", "generate")]
+    assert order == ["start", "capture", "generate"]
+    assert len(world.inventory.snapshots_of("qa")) == 1
+    assert info.reasons[0] == "no instance and no usable snapshot"
+    assert info.reasons[1].startswith("captured snapshots/qa-")
+    assert [phase.name for phase in info.phases] == ["decide", "record", "dispatch", "load", "capture"]
+
+
+async def test_the_next_request_finds_it_resident(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    info, _ = await world.ask()
+    assert info.tier is Tier.RESIDENT
+    assert [phase.name for phase in info.phases] == ["decide"]
+    assert len(world.nodes.named("start")) == 1
+
+
+@pytest.mark.parametrize("mode", [StartMode.COLD, StartMode.WARM])
+async def test_other_start_modes_capture_nothing(world, mode: StartMode) -> None:
+    await world.node()
+    await world.deploy(mode, idle_timeout=60.0)
+    info, _ = await world.ask()
+    assert info.tier in (Tier.COLD, Tier.RESIDENT)
+    assert world.nodes.named("capture") == []
+
+
+async def test_a_parked_instance_is_resumed(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    await world.advance(301)
+    assert world.states() == [InstanceState.PARKED]
+
+    info, _ = await world.ask()
+
+    assert info.tier is Tier.PARKED
+    assert world.states() == [InstanceState.SERVING]
+
+
+async def test_a_stopped_deployment_is_restored(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    await world.advance(301)
+    await world.advance(601)
+    assert world.states() == []
+
+    info, _ = await world.ask()
+
+    assert info.tier is Tier.LOCAL
+    assert len(world.nodes.named("start")) == 1
+    assert len(world.nodes.named("capture")) == 1
+
+
+async def asleep(world) -> None:
+    """A deployment with one parked instance and one snapshot."""
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    await world.advance(301)
+    world.nodes.calls.clear()
+
+
+async def test_every_tier_that_fails_falls_to_the_next_and_is_told(world) -> None:
+    await asleep(world)
+    world.nodes.fail("resume", Internal("RESUME_FAILED", "stuck"))
+    world.nodes.fail("restore", MISMATCH)
+
+    info, frames = await world.ask()
+
+    assert info.tier is Tier.COLD
+    assert frames == world.nodes.frames
+    order = [c[0] for c in world.nodes.calls if c[0] in ("resume", "restore", "start", "generate")]
+    assert order == ["resume", "restore", "start", "generate"]
+    told = "\n".join(info.reasons)
+    assert "failed: RESUME_FAILED: stuck" in told
+    assert "failed: CANARY_MISMATCH: other tokens than at capture" in told
+    assert {"failed_parked", "failed_local"} <= {phase.name for phase in info.phases}
+    counted = world.controller.metrics.registry.get_sample_value(
+        "dumont_controller_fallbacks_total", {"tier": "local", "reason": "CANARY_MISMATCH"}
+    )
+    assert counted == 1
+
+
+async def test_a_failed_restore_leaves_no_instance_behind(world) -> None:
+    await asleep(world)
+    world.nodes.lose("n1", world.inventory.instances_of("qa")[0].id)
+    await world.settle()
+    world.nodes.fail("restore", MISMATCH)
+    await world.ask()
+    await world.settle()
+    assert len(world.nodes.world["n1"].instances) == 1
+    assert (await world.registry.load()).intents == ()
+
+
+async def test_a_quarantined_snapshot_is_not_tried_again(world) -> None:
+    await world.node()
+    await world.deploy()
+    bad = Snapshot("bad", "qa", "n1", world.clock.moment().wall, quarantined=True)
+    world.nodes.world["n1"].snapshots["bad"] = bad
+    await world.controller.fleet.refresh_snapshots("n1")
+    info, _ = await world.ask()
+    assert info.tier is Tier.COLD
+    assert world.nodes.named("restore") == []
+
+
+async def test_when_every_tier_fails_the_caller_learns_all_of_it(world) -> None:
+    await asleep(world)
+    world.nodes.fail("resume", Internal("RESUME_FAILED", "stuck"))
+    world.nodes.fail("restore", MISMATCH)
+    world.nodes.fail("start", ResourceExhausted("OUT_OF_MEMORY", "no memory left"))
+
+    with pytest.raises(ResourceExhausted) as failure:
+        await world.ask()
+
+    assert failure.value.reason == "OUT_OF_MEMORY"
+    assert "RESUME_FAILED" in failure.value.message
+    assert "CANARY_MISMATCH" in failure.value.message
+    state, message = world.controller.starter.condition(world.controller.catalogue.get("qa"))
+    assert state.name == "DEGRADED"
+    assert "OUT_OF_MEMORY" in message
+    info, _ = await world.ask()
+    assert info.tier in (Tier.PARKED, Tier.LOCAL, Tier.COLD)
+    assert world.controller.starter.condition(world.controller.catalogue.get("qa"))[0].name == "ACTIVE"
+
+
+async def test_a_failed_capture_does_not_fail_the_request_and_is_backed_off_from(world) -> None:
+    await world.node()
+    await world.deploy()
+    world.nodes.fail("capture", Internal("DUMP_FAILED", "criu said no"))
+
+    info, frames = await world.ask()
+
+    assert info.tier is Tier.COLD
+    assert frames == world.nodes.frames
+    assert any("DUMP_FAILED: criu said no" in reason for reason in info.reasons)
+    assert world.inventory.snapshots == {}
+
+    await world.controller.commands.stop(world.inventory.instances_of("qa")[0].id)
+    await world.ask()
+    assert len(world.nodes.named("capture")) == 1
+
+    await world.controller.commands.stop(world.inventory.instances_of("qa")[0].id)
+    world.clock.advance(31)
+    world.controller.fleet.heartbeat("n1", 0)
+    await world.ask()
+    assert len(world.nodes.named("capture")) == 2
+
+
+async def test_an_instance_that_dies_in_its_capture_is_replaced(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("capture")
+    asking = asyncio.create_task(world.ask())
+    await world.nodes.called("capture")
+    victim = world.inventory.instances_of("qa")[0].id
+    world.nodes.lose("n1", victim)
+    world.nodes.fail("capture", Internal("DUMP_FAILED", "it died"))
+    held.set()
+
+    info, _ = await asking
+
+    assert info.instance != victim
+    assert len(world.nodes.named("start")) == 2
+    assert len(world.nodes.named("capture")) == 1
+
+
+async def test_requests_share_one_start(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("start")
+    asking = [asyncio.create_task(world.ask()) for _ in range(5)]
+    await world.nodes.called("start")
+    await world.settle()
+    held.set()
+
+    answers = await asyncio.gather(*asking)
+
+    assert len(world.nodes.named("start")) == 1
+    assert [info.tier for info, _ in answers] == [Tier.COLD] * 5
+    joined = [info for info, _ in answers if info.reasons[0] == "joined a start under way"]
+    assert len(joined) == 4
+    assert all([phase.name for phase in info.phases] == ["queue"] for info in joined)
+
+
+async def test_one_who_leaves_does_not_take_the_start_away(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("start")
+    first, second = (asyncio.create_task(world.ask()) for _ in range(2))
+    await world.nodes.called("start")
+    first.cancel()
+    await world.settle()
+    held.set()
+
+    info, _ = await second
+
+    assert first.cancelled()
+    assert info.tier is Tier.COLD
+    assert world.nodes.cancelled == []
+
+
+async def test_a_start_nobody_waits_for_completes_and_idles_out(world) -> None:
+    await world.node()
+    await world.deploy(StartMode.COLD)
+    held = world.nodes.hold("start")
+    asking = asyncio.create_task(world.ask())
+    await world.nodes.called("start")
+    asking.cancel()
+    await world.settle()
+    assert world.states() == [InstanceState.STARTING]
+    held.set()
+    await world.until(lambda: world.states() == [])
+    assert len(world.nodes.named("stop")) == 1
+    assert world.nodes.cancelled == []
+
+
+async def test_an_instance_found_dead_is_replaced_once_and_told(world) -> None:
+    await world.node()
+    await world.deploy()
+    first, _ = await world.ask()
+    world.nodes.fail("generate", Unavailable("HOST_DEAD", "its socket is gone"))
+
+    info, frames = await world.ask()
+
+    assert frames == world.nodes.frames
+    assert info.instance != first.instance
+    assert info.tier is Tier.LOCAL
+    assert info.reasons[0] == (f"instances/{first.instance} did not answer: HOST_DEAD: its socket is gone")
+    await world.settle()
+    assert list(world.nodes.world["n1"].instances) == [info.instance]
+
+
+async def test_a_second_death_goes_to_the_caller(world) -> None:
+    await world.node()
+    await world.deploy()
+    dead = NotFound("INSTANCE_NOT_FOUND", "gone")
+    world.nodes.fail("generate", dead, dead)
+    with pytest.raises(NotFound, match="gone"):
+        await world.ask()
+    assert len(world.nodes.named("generate")) == 2
+
+
+async def test_after_the_first_token_the_error_goes_to_the_caller(world) -> None:
+    await world.node()
+    await world.deploy()
+    world.nodes.fail("frame 0", Unavailable("HOST_DEAD", "its socket is gone"))
+    with pytest.raises(Unavailable, match="its socket is gone"):
+        await world.ask()
+    assert len(world.nodes.named("generate")) == 1
+    assert [i.in_flight for i in world.inventory.instances.values()] == [0]
+
+
+async def test_a_node_that_did_not_answer_is_asked_and_its_living_instance_used(world) -> None:
+    await world.node()
+    await world.deploy()
+    first, _ = await world.ask()
+    world.nodes.fail("generate", silent())
+
+    asking = asyncio.create_task(world.ask())
+    info, _ = await asking
+
+    assert info.instance == first.instance
+    assert "NODE_UNAVAILABLE" in info.reasons[0]
+    assert world.nodes.named("stop") == []
+
+
+async def test_a_start_whose_answer_was_lost_is_joined_not_repeated(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("start")
+    asking = asyncio.create_task(world.ask())
+    await world.nodes.called("start")
+    report = next(iter(world.nodes.world["n1"].instances.values()))
+    world.nodes.fail("start", silent())
+    held.set()
+    await world.settle()
+    world.nodes.tell("n1", replace(report, state=InstanceState.SERVING))
+
+    info, _ = await asking
+
+    assert info.instance == report.id
+    assert info.tier is Tier.COLD
+    assert len(world.nodes.named("start")) == 1
+
+
+async def test_a_cold_start_is_not_tried_for_ever_on_a_node_that_stays_silent(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("start")
+    world.nodes.fail("start", silent(), silent())
+    asking = asyncio.create_task(world.ask())
+    await world.nodes.called("start")
+    world.nodes.world["n1"].instances.clear()
+    held.set()
+    with pytest.raises(Unavailable) as failure:
+        await asking
+    assert failure.value.reason == "NODE_UNAVAILABLE"
+    assert len(world.nodes.named("start")) == 2
+
+
+async def test_without_a_node_the_request_fails_at_once(world) -> None:
+    await world.node()
+    await world.deploy()
+    world.nodes.cut("n1")
+    await world.settle()
+    asking = asyncio.create_task(world.ask())
+    await world.advance(20)
+    with pytest.raises(Unavailable) as failure:
+        await asking
+    assert failure.value.reason == "NO_NODE"
+    assert failure.value.retry_after == 1.0
+
+
+async def test_requests_wait_for_a_node_that_restarts(world) -> None:
+    await world.node()
+    await world.deploy()
+    first, _ = await world.ask()
+    world.nodes.cut("n1")
+    await world.settle()
+    asking = asyncio.create_task(world.ask())
+    await world.settle()
+    assert not asking.done()
+    world.nodes.restore_contact("n1")
+    await world.advance(1)
+
+    info, _ = await asking
+
+    assert info.instance == first.instance
+    assert len(world.nodes.named("start")) == 1
+
+
+async def test_a_request_on_the_wrong_engine_starts_nothing(world) -> None:
+    await world.node()
+    world.nodes.models["org/model"] = "embedding"
+    await world.deploy()
+    with pytest.raises(FailedPrecondition) as failure:
+        await world.ask()
+    assert failure.value.reason == "WRONG_ENGINE"
+    assert world.nodes.named("start") == []
+    info, answer = await world.controller.serving.embed("qa", "embedding", str.encode, None)
+    assert info.tier is Tier.COLD
+    assert answer == b"".join(world.nodes.frames)
+
+
+async def test_a_dead_instance_is_replaced_once_for_embeddings_too(world) -> None:
+    await world.node()
+    world.nodes.models["org/model"] = "embedding"
+    await world.deploy()
+    dead = Unavailable("HOST_DEAD", "gone")
+    world.nodes.fail("embed", dead)
+    info, _ = await world.controller.serving.embed("qa", "embedding", str.encode, None)
+    assert "HOST_DEAD" in info.reasons[0]
+    world.nodes.fail("embed", dead, dead)
+    with pytest.raises(Unavailable, match="gone"):
+        await world.controller.serving.embed("qa", "embedding", str.encode, None)
+
+
+async def test_a_caller_who_leaves_in_the_stream_ends_the_call_on_the_node(world) -> None:
+    await world.node()
+    await world.deploy()
+    world.nodes.hold("frame 0")
+    frames = world.controller.serving.generate("qa", "causal_lm", str.encode, 9.0)
+    info = await anext(frames)
+    await anext(frames)
+    assert world.inventory.instances[info.instance].in_flight == 1
+    await frames.aclose()
+    assert [call[0] for call in world.nodes.cancelled] == ["generate"]
+    assert world.inventory.instances[info.instance].in_flight == 0
+    assert world.nodes.timeouts == [pytest.approx(8.95)]
+
+
+async def test_a_caller_whose_time_was_up_during_the_start_costs_the_node_nothing(world) -> None:
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("start")
+
+    async def ask() -> list[object]:
+        stream = world.controller.serving.generate("qa", "causal_lm", str.encode, 2.0)
+        return [frame async for frame in stream]
+
+    asking = asyncio.create_task(ask())
+    await world.nodes.called("start")
+    world.clock.advance(3)
+    held.set()
+    with pytest.raises(DumontError) as failure:
+        await asking
+    assert failure.value.reason == "DEADLINE_EXCEEDED"
+    assert world.nodes.named("generate") == []
+
+
+async def test_prewarm_brings_it_up_without_a_request(world) -> None:
+    await world.node()
+    await world.deploy()
+    world.controller.starter.begin("qa")
+    assert world.controller.starter.condition(world.controller.catalogue.get("qa"))[0].name == "CREATING"
+    await world.until(lambda: world.states() == [InstanceState.SERVING])
+    await world.until(lambda: not world.controller.starter.starting)
+    info, _ = await world.ask()
+    assert info.tier is Tier.RESIDENT
+    assert len(world.nodes.named("capture")) == 1
+
+
+async def test_an_instance_found_serving_is_never_captured(world) -> None:
+    """Given a stranger on a node, a prompt may be inside; only our own starts are surely clean."""
+    await world.node()
+    await world.deploy()
+    world.nodes.tell("n1", Report("qa-old", "qa", InstanceState.SERVING))
+    await world.until(lambda: world.states() == [InstanceState.SERVING])
+    info, _ = await world.ask()
+    assert info.instance == "qa-old"
+    assert world.nodes.named("capture") == []
