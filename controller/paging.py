@@ -37,7 +37,7 @@ def page(items: Mapping[str, T], size: int, token: str) -> tuple[list[T], str]:
 
 def _decode(token: str) -> str:
     try:
-        return base64.urlsafe_b64decode(token.encode()).decode()
+        return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeError) as error:
         raise InvalidArgument(
             "INVALID_PAGE_TOKEN", "page_token is not one that a list returned", field="page_token"

@@ -1,0 +1,194 @@
+"""What every registry promises, over each of them. DUMONT_TEST_POSTGRES_URL adds PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from controller.adapters.memory import MemoryRegistry
+from controller.adapters.registry_sql import METADATA, open_registry
+from controller.model import Checkpoint, Deployment, Finding, Intent, Node, StartMode
+from controller.ports import Registry
+from dumont.errors import Aborted, AlreadyExists, Unavailable
+
+POSTGRES = os.environ.get("DUMONT_TEST_POSTGRES_URL", "")
+Reopen = Callable[[], Awaitable[Registry]]
+
+
+@pytest.fixture(params=["memory", "sqlite", *(["postgres"] if POSTGRES else [])])
+async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Reopen]:
+    """Open the registry; every call opens the same one again, as the next controller would."""
+    opened: list[Registry] = []
+    memory = MemoryRegistry()
+    urls = {"sqlite": f"sqlite+aiosqlite:///{tmp_path}/controller.db", "postgres": POSTGRES}
+
+    async def open_one() -> Registry:
+        made = memory if request.param == "memory" else await open_registry(urls[request.param])
+        opened.append(made)
+        return made
+
+    if request.param == "postgres":
+        engine = create_async_engine(POSTGRES)
+        async with engine.begin() as connection:
+            await connection.run_sync(METADATA.drop_all)
+            await connection.execute(sa.text("DROP TABLE IF EXISTS alembic_version"))
+        await engine.dispose()
+    yield open_one
+    for registry in opened:
+        await registry.close()
+
+
+@pytest.fixture
+async def registry(reopen: Reopen) -> Registry:
+    return await reopen()
+
+
+def deployment(identifier: str = "qa", **changes: object) -> Deployment:
+    made = Deployment(
+        id=identifier,
+        uid=str(uuid.uuid4()),
+        model="org/model",
+        engine="causal_lm",
+        start_mode=StartMode.CHECKPOINT,
+        checkpoint=Checkpoint(True, 3600.5),
+        idle_timeout=None,
+        park_timeout=0.0,
+        create_time=1_700_000_000.123456,
+        update_time=1_700_000_001.0,
+        etag="one",
+    )
+    return replace(made, **changes)
+
+
+async def test_a_new_registry_is_empty(registry: Registry) -> None:
+    stored = await registry.load()
+    assert (stored.deployments, stored.nodes, stored.intents, dict(stored.last_use or {})) == ((), (), (), {})
+
+
+async def test_what_was_stored_is_there_for_the_next_controller(registry: Registry, reopen: Reopen) -> None:
+    node = Node(
+        "n1",
+        "unix:/run/n1.sock",
+        version="1",
+        gpu_models=("H100",),
+        memory_total_bytes=1 << 40,
+        checkpoint_capable=True,
+        findings=(Finding("criu", True, "4.1"),),
+        heartbeat_time=5.5,
+    )
+    intent = Intent("qa-1", "qa", "n1", "", 7.25)
+    await registry.create_deployment(deployment())
+    await registry.save_node(node)
+    await registry.save_intent(intent)
+    await registry.save_last_use({"qa": 12.5})
+
+    stored = await (await reopen()).load()
+
+    assert [replace(d, uid="") for d in stored.deployments] == [deployment(uid="")]
+    assert stored.nodes == (node,)
+    assert stored.intents == (intent,)
+    assert stored.last_use == {"qa": 12.5}
+
+
+async def test_an_id_is_taken_once(registry: Registry) -> None:
+    first = await registry.create_deployment(deployment(request_id=str(uuid.uuid4())))
+    for second in (deployment(), deployment(request_id=str(uuid.uuid4()))):
+        with pytest.raises(AlreadyExists) as failure:
+            await registry.create_deployment(second)
+        assert (failure.value.reason, failure.value.field) == ("DEPLOYMENT_EXISTS", "deployment_id")
+    assert (await registry.load()).deployments == (first,)
+
+
+async def test_a_repeated_request_returns_what_it_stored_first(registry: Registry) -> None:
+    request_id = str(uuid.uuid4())
+    first = await registry.create_deployment(deployment(request_id=request_id))
+    again = await registry.create_deployment(deployment("other", request_id=request_id))
+    assert again == first
+    assert (await registry.load()).deployments == (first,)
+
+
+async def test_many_deployments_need_no_request_id(registry: Registry) -> None:
+    for identifier in ("a", "b", "c"):
+        await registry.create_deployment(deployment(identifier))
+    assert {d.id for d in (await registry.load()).deployments} == {"a", "b", "c"}
+
+
+async def test_an_update_needs_the_etag_that_is_stored(registry: Registry) -> None:
+    await registry.create_deployment(deployment(uid="u"))
+    changed = deployment(uid="u", etag="two", deleting=True, idle_timeout=1.5)
+    await registry.update_deployment(changed, "one")
+    for stale in (changed, deployment("gone")):
+        with pytest.raises(Aborted) as failure:
+            await registry.update_deployment(stale, "one")
+        assert failure.value.reason == "ETAG_MISMATCH"
+    assert (await registry.load()).deployments == (changed,)
+
+
+async def test_an_update_keeps_the_last_use(registry: Registry) -> None:
+    await registry.create_deployment(deployment())
+    await registry.save_last_use({"qa": 3.0})
+    await registry.update_deployment(deployment(etag="two"), "one")
+    assert (await registry.load()).last_use == {"qa": 3.0}
+
+
+async def test_a_deleted_deployment_leaves_nothing_and_may_come_again(registry: Registry) -> None:
+    await registry.create_deployment(deployment())
+    await registry.save_last_use({"qa": 3.0})
+    await registry.delete_deployment("qa")
+    await registry.delete_deployment("qa")
+    stored = await registry.load()
+    assert (stored.deployments, dict(stored.last_use or {})) == ((), {})
+    await registry.create_deployment(deployment())
+    assert dict((await registry.load()).last_use or {}) == {}
+
+
+async def test_the_last_use_of_a_stranger_is_ignored(registry: Registry) -> None:
+    await registry.create_deployment(deployment())
+    await registry.save_last_use({"qa": 1.0, "gone": 2.0})
+    await registry.save_last_use({"qa": 4.0})
+    assert (await registry.load()).last_use == {"qa": 4.0}
+
+
+async def test_a_node_is_replaced_and_an_intent_dropped_once(registry: Registry) -> None:
+    await registry.save_node(Node("n1", "a:1"))
+    await registry.save_node(Node("n1", "b:2"))
+    await registry.save_intent(Intent("i", "qa", "n1", "s", 1.0))
+    await registry.drop_intent("i")
+    await registry.drop_intent("i")
+    stored = await registry.load()
+    assert [node.endpoint for node in stored.nodes] == ["b:2"]
+    assert stored.intents == ()
+
+
+async def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable) as failure:
+        await open_registry(f"sqlite+aiosqlite:///{tmp_path}/no/such/directory/c.db")
+    assert failure.value.reason == "DATABASE_UNAVAILABLE"
+    assert failure.value.retry_after
+
+
+async def test_the_migrated_schema_is_the_one_the_code_uses(tmp_path: Path) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path}/c.db"
+    await (await open_registry(url)).close()
+    engine = create_async_engine(url)
+    async with engine.connect() as connection:
+        found = await connection.run_sync(
+            lambda sync: {
+                table: {column["name"]: column["nullable"] for column in sa.inspect(sync).get_columns(table)}
+                for table in METADATA.tables
+            }
+        )
+        mode = (await connection.execute(sa.text("PRAGMA journal_mode"))).scalar()
+    await engine.dispose()
+    assert found == {
+        name: {column.name: column.nullable for column in table.columns}
+        for name, table in METADATA.tables.items()
+    }
+    assert mode == "wal"
