@@ -1,0 +1,262 @@
+"""What scripts/demo runs once everything is set up.
+
+Each round measures a plain transformers script, then deploys the same model, asks it cold, stops it, asks
+again (restored), parks it and asks a third time (resumed). The numbers are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import dumont
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PROMPT = "The capital of France is"
+EXPECTED = "Paris"
+MAX_NEW_TOKENS = 8
+ROUNDS = 3
+READY_SECONDS = 60
+
+progress = Console(stderr=True, highlight=False)
+
+
+class CheckFailed(Exception):
+    """Something that the demo promises did not happen."""
+
+
+def check(holds: bool, failure: str) -> None:
+    if not holds:
+        raise CheckFailed(failure)
+
+
+@dataclass(frozen=True)
+class Round:
+    plain_seconds: float
+    cold: dumont.Generation
+    restored: dumont.Generation
+    resumed: dumont.Generation
+    snapshot: dumont.Snapshot
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object last, and all else on standard error"
+    )
+    arguments = parser.parse_args()
+    model = Path(os.environ["DUMONT_CACHE"]) / "models" / MODEL
+    try:
+        progress.print("one plain run that does not count, so that the files are in memory for all")
+        plain_cold_start(model)
+        with tempfile.TemporaryDirectory(prefix="dumont-demo-") as state, services(Path(state)) as client:
+            rounds = [play(client, model, number) for number in range(1, ROUNDS + 1)]
+    except (CheckFailed, dumont.DumontError) as error:
+        progress.print(f"[red]the demo failed:[/red] {error}")
+        return 1
+    result = summarize(rounds)
+    show(result, progress if arguments.json else Console(highlight=False))
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+def plain_cold_start(model: Path) -> float:
+    """Seconds from the start of a plain script's process to its first token."""
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/plain_cold_start.py"),
+        str(model),
+        PROMPT,
+        str(MAX_NEW_TOKENS),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    check(done.returncode == 0, f"the plain script failed: {done.stderr[-500:]}")
+    said = json.loads(done.stdout.splitlines()[-1])
+    check(EXPECTED in said["answer"], f"the plain script answered {said['answer']!r}, without {EXPECTED}")
+    return float(said["seconds"])
+
+
+@contextmanager
+def services(state: Path) -> Iterator[dumont.Client]:
+    """Both services on free ports with embedded defaults; at the end nothing of them is left."""
+    controller, snapshotd = free_ports(2)
+    command = [
+        str(Path(sys.executable).with_name("dumont")), "up", "--state-dir", str(state),
+        "--controller-port", str(controller), "--snapshotd-port", str(snapshotd),
+    ]  # fmt: skip
+    with (state / "up.log").open("w+") as log:
+        up = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            with dumont.Client(f"127.0.0.1:{controller}") as client:
+                if not ready(client, up):
+                    log.seek(0)
+                    raise CheckFailed(f"the services did not become ready: {log.read()[-2000:]}")
+                yield client
+                for deployment in client.deployments.list():
+                    deployment.delete()
+        finally:
+            up.send_signal(signal.SIGTERM)
+            try:
+                up.wait(60)
+            except subprocess.TimeoutExpired:
+                up.kill()
+                up.wait()
+
+
+def ready(client: dumont.Client, up: subprocess.Popen[bytes]) -> bool:
+    """Whether a node that can checkpoint reported itself in time."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline and up.poll() is None:
+        try:
+            if any(node.checkpoint_capable for node in client.nodes.list()):
+                return True
+        except dumont.DumontError:
+            pass  # not listening yet
+        time.sleep(0.1)
+    return False
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def play(client: dumont.Client, model: Path, number: int) -> Round:
+    progress.print(f"round {number} of {ROUNDS}: plain script", end="", soft_wrap=True)
+    plain_seconds = plain_cold_start(model)
+    progress.print(f" {plain_seconds:.2f} s", end="")
+    deployment = client.deploy(
+        str(model),
+        start_mode="checkpoint",
+        checkpoint={"enabled": True, "ttl": 3600},
+        name=f"demo-{number}",
+    )
+
+    cold = ask(deployment, "cold")
+    (snapshot,) = client.snapshots.list(deployment.name)
+    first = client.instances.get(cold.start.instance)
+    source = Process(first.pid)
+    check(source.alive(), f"{first.name} answered, but its process {first.pid} is not there")
+    client.instances.stop(first.name)
+    check(
+        not source.alive(), f"process {first.pid} of the first answer lives on, so nothing would be restored"
+    )
+
+    restored = ask(deployment, "local")
+    check(restored.start.instance != first.name, "the restored answer came from the first instance")
+    client.instances.park(restored.start.instance)
+    resumed = ask(deployment, "parked")
+    check(
+        cold.text == restored.text == resumed.text,
+        f"the answers differ: {cold.text!r}, {restored.text!r}, {resumed.text!r}",
+    )
+    deployment.delete()
+    progress.print("")
+    return Round(plain_seconds, cold, restored, resumed, snapshot)
+
+
+def ask(deployment: dumont.Deployment, tier: str) -> dumont.Generation:
+    answer = deployment.generate(PROMPT, max_new_tokens=MAX_NEW_TOKENS)
+    reasons = "; ".join(answer.start.reasons)
+    check(answer.start.tier == tier, f"the start was {answer.start.tier}, not {tier}: {reasons}")
+    check(EXPECTED in answer.text, f"the {tier} answer was {answer.text!r}, without {EXPECTED}")
+    progress.print(f", {tier} {answer.first_token_seconds:.2f} s", end="")
+    return answer
+
+
+class Process:
+    """One process, told from a later one of the same pid by its start time."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._started = self._start_time()
+
+    def alive(self) -> bool:
+        return self._started is not None and self._start_time() == self._started
+
+    def _start_time(self) -> str | None:
+        try:
+            return Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[19]
+        except OSError:
+            return None
+
+
+def summarize(rounds: list[Round]) -> dict[str, Any]:
+    def median(values: list[float]) -> float:
+        return round(statistics.median(values), 4)
+
+    last = rounds[-1]
+    return {
+        "model": MODEL,
+        "plain_cold_seconds": median([r.plain_seconds for r in rounds]),
+        "cold_seconds": median([r.cold.first_token_seconds for r in rounds]),
+        "restore_seconds": median([r.restored.first_token_seconds for r in rounds]),
+        "resume_seconds": median([r.resumed.first_token_seconds for r in rounds]),
+        "capture_pause_seconds": median([r.snapshot.source_pause_seconds for r in rounds]),
+        "snapshot_bytes": last.snapshot.size_bytes,
+        "cold_answer": last.cold.text,
+        "restored_answer": last.restored.text,
+        "resumed_answer": last.resumed.text,
+        # Part of cold_seconds: the snapshot is made before the first prompt enters the process.
+        "cold_capture_seconds": median([phases(r.cold).get("capture", 0.0) for r in rounds]),
+        "rounds": len(rounds),
+        "phases": {
+            "cold": phases(last.cold),
+            "restore": phases(last.restored),
+            "resume": phases(last.resumed),
+        },
+    }
+
+
+def phases(answer: dumont.Generation) -> dict[str, float]:
+    return {phase.name: round(phase.seconds, 4) for phase in answer.start.phases}
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    plain = result["plain_cold_seconds"]
+    rows = {
+        "plain transformers script": plain,
+        "cold": result["cold_seconds"],
+        "restored from a snapshot": result["restore_seconds"],
+        "resumed from parked": result["resume_seconds"],
+    }
+    table = Table(title=f"{result['model']}: seconds to the first token")
+    table.add_column("start")
+    table.add_column("seconds", justify="right")
+    table.add_column("plain ÷ this", justify="right")
+    for start, seconds in rows.items():
+        table.add_row(start, f"{seconds:.3f}", f"{plain / seconds:.1f}")
+    console.print(table)
+    console.print(
+        f"Medians of {result['rounds']} rounds. The plain script counts from the start of its process, the "
+        f"others from the request, as the client sees it. {result['cold_capture_seconds']:.2f} s of cold are "
+        f"the capture, which pauses the process for {result['capture_pause_seconds']:.2f} s; the snapshot "
+        f"has {result['snapshot_bytes'] / 1e6:.0f} MB.\n"
+        f"Checked each time: the answer ({result['cold_answer']!r}, never another), the tier it came from, "
+        "and that the process of the first answer was gone before the restore began."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
