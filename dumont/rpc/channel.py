@@ -12,19 +12,25 @@ import grpc
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 
 
-def open_channel(endpoint: str, services: Sequence[Any] = ()) -> grpc.aio.Channel:
+def open_channel(
+    endpoint: str, services: Sequence[Any] = (), *, reconnect_seconds: float | None = None
+) -> grpc.aio.Channel:
     """A plain-text channel.
 
     Args:
         endpoint: ``host:port`` or ``unix:path``.
         services: service descriptors whose ``Get`` and ``List`` calls are repeated while the endpoint is
             unavailable. Nothing else is ever sent twice.
+        reconnect_seconds: the longest pause between attempts to connect; gRPC's own when left out.
     """
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.service_config", _service_config(services)),
     ]
+    if reconnect_seconds is not None:
+        pause = round(reconnect_seconds * 1000)
+        options += [(f"grpc.{bound}_reconnect_backoff_ms", pause) for bound in ("initial", "min", "max")]
     if is_local(endpoint):
         # gRPC obeys http_proxy even towards this machine, where no proxy can reach.
         options.append(("grpc.enable_http_proxy", 0))

@@ -106,10 +106,28 @@ def bind(server: grpc.aio.Server, address: str, *, insecure_ok: bool = False) ->
             "listen on 127.0.0.1 or a Unix socket, or allow it explicitly",
             metadata={"address": address},
         )
-    _probe_port(host, port, address)
+    check_free(address)
     target = f"[{host}]" if ":" in host else host
     bound = _add_port(server, f"{target}:{port}")
     return f"{target}:{bound}"
+
+
+def check_free(address: str) -> None:
+    """Find out early, and as an error instead of gRPC's lines on standard error, whether one can listen.
+
+    Raises:
+        InvalidArgument: INVALID_ADDRESS.
+        FailedPrecondition: ADDRESS_IN_USE or ADDRESS_UNUSABLE.
+    """
+    host, port = _parse(address)
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+            probe.listen(1)
+    except OSError as error:
+        raise _unusable(address, error) from error
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]
@@ -209,18 +227,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _probe_port(host: str, port: int, address: str) -> None:
-    """Find out as a Python error what gRPC would only print to standard error."""
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-            probe.listen(1)
-    except OSError as error:
-        raise _unusable(address, error) from error
 
 
 def _bind_unix(server: grpc.aio.Server, address: str) -> str:

@@ -1,0 +1,121 @@
+"""``dumont deploy``, ``ls`` and ``rm``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dumont import sync
+from dumont.arguments import START_MODES, STORAGES, Checkpoint
+from dumont.cli.durations import parse_duration
+from dumont.cli.output import Endpoint, Json, age, command, print_facts, print_json, print_table, short, span
+from dumont.types import DeploymentInfo
+
+
+@command
+def deploy(
+    model: Annotated[str, typer.Argument(help="A Hugging Face id, or a directory on the nodes.")],
+    name: Annotated[str | None, typer.Option(help="The deployment's id; else made of the model's.")] = None,
+    start_mode: Annotated[str, typer.Option(help=f"One of {', '.join(START_MODES)}.")] = "checkpoint",
+    ttl: Annotated[
+        float | None,
+        typer.Option(parser=parse_duration, metavar="DURATION", help="How long an unused snapshot is kept."),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help=f"Where snapshots are kept: {', '.join(STORAGES)}.")
+    ] = None,
+    idle_timeout: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_duration, metavar="DURATION", help="Without requests this long, it sleeps."
+        ),
+    ] = None,
+    park_timeout: Annotated[
+        float | None,
+        typer.Option(parser=parse_duration, metavar="DURATION", help="Parked this long, its process ends."),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="causal_lm or embedding; else read from the model's configuration.")
+    ] = None,
+    prewarm: Annotated[
+        bool, typer.Option("--prewarm", help="Start, and capture, now instead of at the first request.")
+    ] = False,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Serve a model, or change how it is served."""
+    checkpoint: Checkpoint = {}
+    if ttl is not None:
+        checkpoint["ttl"] = ttl
+    if storage is not None:
+        checkpoint["storage"] = storage
+    with sync.Client(endpoint) as client:
+        deployment = client.deploy(
+            model,
+            start_mode,
+            checkpoint or None,
+            name=name,
+            engine=engine,
+            idle_timeout=idle_timeout,
+            park_timeout=park_timeout,
+            prewarm=prewarm,
+        )
+    if json:
+        print_json(deployment.info)
+    else:
+        print_facts(describe(deployment.info))
+
+
+@command
+def ls(json: Json = False, endpoint: Endpoint = None) -> None:
+    """List deployments."""
+    with sync.Client(endpoint) as client:
+        found = [deployment.info for deployment in client.deployments.list()]
+    if json:
+        print_json(found)
+        return
+    print_table(
+        ("DEPLOYMENT", "MODEL", "START", "STATE", "IDLE", "PARK", "TTL", "LAST USE"),
+        (
+            (
+                short(info.name),
+                info.model,
+                info.start_mode,
+                info.state,
+                span(info.idle_timeout),
+                span(info.park_timeout),
+                span(info.checkpoint.ttl) if info.checkpoint.enabled else "",
+                age(info.last_use_time),
+            )
+            for info in found
+        ),
+    )
+
+
+@command
+def rm(
+    deployment: Annotated[str, typer.Argument(help="The deployment.")],
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Delete a deployment, its instances and its snapshots."""
+    with sync.Client(endpoint) as client:
+        client.deployments.delete(deployment)
+    if json:
+        print_json({"deleted": short(deployment)})
+
+
+def describe(info: DeploymentInfo) -> dict[str, str]:
+    checkpoint = info.checkpoint
+    kept = f", {span(checkpoint.ttl)} after its last use" if checkpoint.ttl is not None else ""
+    return {
+        "deployment": short(info.name),
+        "model": info.model,
+        "engine": info.engine,
+        "start mode": info.start_mode,
+        "snapshots": f"{checkpoint.storage}{kept}" if checkpoint.enabled else "none",
+        "idle timeout": span(info.idle_timeout),
+        "park timeout": span(info.park_timeout),
+        "state": f"{info.state}: {info.state_message}" if info.state_message else info.state,
+    }

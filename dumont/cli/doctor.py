@@ -1,0 +1,26 @@
+"""``dumont doctor``."""
+
+from __future__ import annotations
+
+import typer
+
+from dumont import doctor as checks
+from dumont.cli.output import Endpoint, Json, command, print_json, print_table
+
+
+@command
+def doctor(json: Json = False, endpoint: Endpoint = None) -> None:
+    """Check what this machine lacks, and say what to do. Exit status 1: something needed is missing."""
+    found = checks.examine(endpoint)
+    if json:
+        print_json(found)
+    else:
+        print_table(("CHECK", "", ""), ((check.check, verdict(check), check.message) for check in found))
+    if any(check.needed and not check.passed for check in found):
+        raise typer.Exit(1)
+
+
+def verdict(check: checks.Check) -> str:
+    if check.passed:
+        return "ok"
+    return "missing" if check.needed else "-"

@@ -1,0 +1,129 @@
+"""``dumont ps``, ``park``, ``resume``, ``stop`` and ``logs``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated
+
+import typer
+from rich.live import Live
+from rich.table import Table
+
+from dumont import sync
+from dumont.cli.output import Endpoint, Json, age, command, console, print_json, short, size, table
+from dumont.types import Instance
+
+Target = Annotated[str, typer.Argument(help="An instance, or a deployment for all of its instances.")]
+
+
+@command
+def ps(
+    deployment: Annotated[str | None, typer.Option(help="Only this deployment's.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show each change until interrupted.")] = False,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """List instances."""
+    with sync.Client(endpoint) as client:
+        if watch:
+            wanted = short(deployment) if deployment else None
+            changes = (
+                [instance for instance in instances if wanted in (None, short(instance.deployment))]
+                for instances in client.instances.watch()
+            )
+            _show_changes(changes, as_json=json)
+            return
+        found = client.instances.list(deployment)
+    if json:
+        print_json(found)
+    else:
+        console().print(_table(found))
+
+
+@command
+def park(target: Target, json: Json = False, endpoint: Endpoint = None) -> None:
+    """Freeze instances; their processes stay, and wake at the next request."""
+    with sync.Client(endpoint) as client:
+        _print([client.instances.park(found.name) for found in client.instances.find(target)], as_json=json)
+
+
+@command
+def resume(target: Target, json: Json = False, endpoint: Endpoint = None) -> None:
+    """Let parked instances serve again."""
+    with sync.Client(endpoint) as client:
+        _print([client.instances.resume(found.name) for found in client.instances.find(target)], as_json=json)
+
+
+@command
+def stop(
+    instance: Annotated[str, typer.Argument(help="The instance.")],
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """End an instance; its deployment's next request starts another."""
+    with sync.Client(endpoint) as client:
+        client.instances.stop(instance)
+    if json:
+        print_json({"stopped": short(instance)})
+
+
+@command
+def logs(
+    instance: Annotated[str, typer.Argument(help="The instance.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and go on as it prints.")] = False,
+    tail: Annotated[int, typer.Option(min=0, help="Begin with this many lines; 0: all that is kept.")] = 0,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Print what an instance's model host printed."""
+    with sync.Client(endpoint) as client:
+        for text in client.instances.logs(instance, tail=tail, follow=follow):
+            if json:
+                print_json({"text": text})
+            else:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+
+
+def _print(instances: Sequence[Instance], *, as_json: bool) -> None:
+    if as_json:
+        print_json(instances)
+    else:
+        console().print(_table(instances))
+
+
+def _show_changes(changes: Iterable[Sequence[Instance]], *, as_json: bool) -> None:
+    if as_json:
+        for instances in changes:
+            print_json({"instances": instances})
+        return
+    screen = console()
+    if not screen.is_terminal:
+        for instances in changes:
+            screen.print(_table(instances))
+        return
+    with Live(console=screen, auto_refresh=False) as live:
+        for instances in changes:
+            live.update(_table(instances), refresh=True)
+
+
+def _table(instances: Iterable[Instance]) -> Table:
+    return table(
+        ("INSTANCE", "DEPLOYMENT", "STATE", "FROM", "NODE", "DEVICE", "PID", "MEMORY", "AGE", ""),
+        (
+            (
+                short(instance.name),
+                short(instance.deployment),
+                instance.state,
+                short(instance.snapshot) or "cold start",
+                short(instance.node),
+                instance.device,
+                str(instance.pid or ""),
+                size(instance.memory_bytes),
+                age(instance.create_time),
+                instance.failure_message,
+            )
+            for instance in instances
+        ),
+    )

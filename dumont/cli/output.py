@@ -1,0 +1,143 @@
+"""How every command prints: tables for people, JSON for programs, errors on one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json as json_codec
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dumont.errors import DumontError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON: one document, or one object a line.")]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(envvar="DUMONT_ENDPOINT", help="The controller.", show_default="localhost:7070"),
+]
+
+# A pipe has no width to fit into: nothing is cut there.
+PIPE_WIDTH: Final = 10_000
+UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+
+P = ParamSpec("P")
+
+
+def console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False)
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """End a command that failed with its reason and exit status 1."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except DumontError as error:
+            fail(error, as_json=bool(kwargs.get("json")))
+
+    return guarded
+
+
+def fail(error: DumontError, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"error": describe_error(error)})
+    else:
+        message = " ".join(error.message.split())
+        sys.stderr.write(f"error: {message} [{error.reason}]\n")
+    raise typer.Exit(1)
+
+
+def describe_error(error: DumontError) -> dict[str, Any]:
+    return {
+        "code": error.code,
+        "reason": error.reason,
+        "message": error.message,
+        "field": error.field,
+        "metadata": error.metadata,
+        "retry_after": error.retry_after,
+    }
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON; dataclasses become objects and times ISO 8601."""
+    sys.stdout.write(json_codec.dumps(value, default=_plain) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Columns without lines; the cells are text, never markup."""
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        result.add_column(header, no_wrap=True)
+    for row in rows:
+        result.add_row(*(Text(cell) for cell in row))
+    return result
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    console().print(table(headers, rows))
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Names and values, one pair a line; empty values are left out."""
+    result = Table(box=None, pad_edge=False, show_header=False)
+    result.add_column(style="bold", no_wrap=True)
+    result.add_column(overflow="fold")
+    for name, value in facts.items():
+        if value:
+            result.add_row(Text(name), Text(value))
+    console().print(result)
+
+
+def short(name: str) -> str:
+    """A resource's id."""
+    return name.rpartition("/")[2]
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``1.5 GiB``."""
+    value = float(count)
+    for unit in UNITS:
+        if value < 1024 or unit == UNITS[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable: the last unit returns")
+
+
+def span(seconds: float | None) -> str:
+    """A duration for people: ``45s``, ``5m``, ``2h 5m``, ``3d``; empty when there is none."""
+    if seconds is None:
+        return ""
+    if 0 < seconds < 10:
+        return f"{seconds:.3g}s"
+    whole = round(seconds)
+    for limit, unit, smaller, letters in ((60, 1, 0, "s"), (3600, 60, 1, "ms"), (86400, 3600, 60, "hm")):
+        if whole < limit:
+            rest = whole % unit // smaller if smaller else 0
+            return f"{whole // unit}{letters[0]}" + (f" {rest}{letters[1]}" if rest else "")
+    days, rest = divmod(whole, 86400)
+    return f"{days}d" + (f" {rest // 3600}h" if rest >= 3600 else "")
+
+
+def age(time: datetime | None) -> str:
+    """How long ago; empty when never."""
+    return "" if time is None else span(max(0.0, round((datetime.now(UTC) - time).total_seconds())))

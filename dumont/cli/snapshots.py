@@ -1,0 +1,126 @@
+"""``dumont snapshot create``, ``ls``, ``inspect`` and ``rm``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dumont import sync
+from dumont.cli.output import (
+    Endpoint,
+    Json,
+    age,
+    command,
+    console,
+    print_facts,
+    print_json,
+    print_table,
+    short,
+    size,
+    span,
+)
+from dumont.types import Snapshot, SnapshotProgress
+
+app = typer.Typer(help="Make, list and delete snapshots.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="The snapshot.")]
+
+
+@app.command()
+@command
+def create(
+    deployment: Annotated[str, typer.Argument(help="The deployment.")],
+    snapshot_id: Annotated[str | None, typer.Option("--id", help="Else chosen by the controller.")] = None,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Capture a deployment, from an instance that no prompt has entered. Ctrl-C gives up."""
+    with sync.Client(endpoint) as client, console(stderr=True).status("starting") as status:
+
+        def show(step: SnapshotProgress) -> None:
+            status.update(f"{step.stage} {short(step.instance)}")
+
+        snapshot = client.snapshots.create(deployment, snapshot_id=snapshot_id, progress=show)
+    if json:
+        print_json(snapshot)
+    else:
+        print_facts(describe(snapshot))
+
+
+@app.command()
+@command
+def ls(
+    deployment: Annotated[str | None, typer.Option(help="Only this deployment's.")] = None,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """List snapshots."""
+    with sync.Client(endpoint) as client:
+        found = client.snapshots.list(deployment)
+    if json:
+        print_json(found)
+        return
+    print_table(
+        ("SNAPSHOT", "DEPLOYMENT", "STATE", "NODE", "SIZE", "AGE", "LAST USE"),
+        (
+            (
+                short(snapshot.name),
+                short(snapshot.deployment),
+                snapshot.state,
+                short(snapshot.node),
+                size(snapshot.size_bytes),
+                age(snapshot.create_time),
+                age(snapshot.last_use_time),
+            )
+            for snapshot in found
+        ),
+    )
+
+
+@app.command()
+@command
+def inspect(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
+    """Show one snapshot: its files, and what must be equal where it is restored."""
+    with sync.Client(endpoint) as client:
+        snapshot = client.snapshots.get(name)
+    if json:
+        print_json(snapshot)
+        return
+    print_facts(describe(snapshot))
+    if snapshot.compatibility:
+        console().print()
+        print_table(("MUST BE EQUAL", ""), sorted(snapshot.compatibility.items()))
+    if snapshot.files:
+        console().print()
+        print_table(
+            ("FILE", "SIZE", "BLAKE3"),
+            ((file.name, size(file.size_bytes), file.digest) for file in snapshot.files),
+        )
+
+
+@app.command()
+@command
+def rm(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
+    """Delete a snapshot."""
+    with sync.Client(endpoint) as client:
+        client.snapshots.delete(name)
+    if json:
+        print_json({"deleted": short(name)})
+
+
+def describe(snapshot: Snapshot) -> dict[str, str]:
+    return {
+        "snapshot": short(snapshot.name),
+        "deployment": short(snapshot.deployment),
+        "model": snapshot.model,
+        "node": short(snapshot.node),
+        "state": snapshot.state,
+        "quarantined": snapshot.quarantine_reason,
+        "size": size(snapshot.size_bytes),
+        "source paused": span(snapshot.source_pause_seconds),
+        "made": snapshot.create_time.isoformat() if snapshot.create_time else "",
+        "last use": snapshot.last_use_time.isoformat() if snapshot.last_use_time else "",
+        "expires": snapshot.expire_time.isoformat() if snapshot.expire_time else "",
+        "manifest": snapshot.manifest_digest,
+    }

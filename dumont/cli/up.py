@@ -1,0 +1,56 @@
+"""``dumont up``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dumont.cli.output import Json, command, print_json
+
+
+def default_state_dir() -> Path:
+    """``$XDG_STATE_HOME/dumont``, by default ``~/.local/state/dumont``."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "dumont"
+
+
+Port = Annotated[int, typer.Option(min=1, max=65535)]
+
+
+@command
+def up(
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where both keep what they know.", show_default="~/.local/state/dumont"),
+    ] = None,
+    controller_port: Port = 7070,
+    snapshotd_port: Port = 7071,
+    models_dir: Annotated[Path | None, typer.Option(help="The node's model cache.")] = None,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    verbose: Annotated[bool, typer.Option("--verbose", help="Logs to the terminal, not into files.")] = False,
+    json: Json = False,
+) -> None:
+    """Run both services on this machine until interrupted; the models end with them."""
+    from dumont.up import check_installed, plan, run
+
+    if device not in ("auto", "cpu"):
+        raise typer.BadParameter("--device is auto or cpu")
+    check_installed()
+    directory = (state_dir or default_state_dir()).expanduser().absolute()
+    daemons = plan(directory, controller_port, snapshotd_port, models_dir, device)
+    endpoints = {daemon.name: daemon.endpoint for daemon in daemons}
+
+    def ready() -> None:
+        if json:
+            print_json({**endpoints, "state_dir": str(directory)})
+            return
+        lines = [f"{name:<11}{endpoint}" for name, endpoint in endpoints.items()]
+        lines += [f"{'state':<11}{directory}", "", f"try: grpcurl -plaintext {endpoints['controller']} list"]
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+
+    asyncio.run(run(daemons, ready, verbose=verbose))

@@ -1,0 +1,106 @@
+"""What this machine and its surroundings lack, and what to do about it. Needs no service to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from dumont.errors import DumontError
+
+OLDEST_PYTHON: Final = (3, 11)
+PREFLIGHT_SECONDS: Final = 120
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. Where it did not pass, ``message`` says what to do; ``needed``: nothing works without."""
+
+    check: str
+    passed: bool
+    needed: bool
+    message: str
+
+
+def examine(endpoint: str | None = None) -> list[Check]:
+    """Everything that is checked, in the order in which to repair it."""
+    return [_python(), _kernel(), *_node(), _models(), _endpoint(endpoint)]
+
+
+def _python() -> Check:
+    version = platform.python_version()
+    passed = sys.version_info >= OLDEST_PYTHON
+    oldest = ".".join(map(str, OLDEST_PYTHON))
+    return Check(
+        "python", passed, True, f"Python {version}" + ("" if passed else f"; install {oldest} or newer")
+    )
+
+
+def _kernel() -> Check:
+    system = f"{platform.system()} {platform.release()}"
+    linux = platform.system() == "Linux"
+    return Check(
+        "kernel",
+        linux,
+        False,
+        system if linux else f"{system}; models run on Linux nodes, the client anywhere",
+    )
+
+
+def _node() -> list[Check]:
+    """snapshotd's own checks of this machine; a machine with the client alone has none to pass."""
+    if not find_spec("snapshotd") or not find_spec("blake3"):
+        return [
+            Check(
+                "services", False, False,
+                "only the client is here; to run models on this machine, install 'dumont[controller,node]'",
+            )
+        ]  # fmt: skip
+    command = [sys.executable, "-m", "snapshotd.preflight", "--json"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PREFLIGHT_SECONDS, check=False)
+        findings = json.loads(done.stdout)
+        return [Check(found["check"], found["passed"], True, found["message"]) for found in findings]
+    except subprocess.TimeoutExpired:
+        return [
+            Check("preflight", False, True, f"no answer in {PREFLIGHT_SECONDS} seconds: {' '.join(command)}")
+        ]
+    except (ValueError, KeyError, TypeError):
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return [Check("preflight", False, True, f"{' '.join(command)} failed: {said}")]
+
+
+def models_dir() -> Path:
+    """Where this machine's models are cached."""
+    if chosen := os.environ.get("DUMONT_SNAPSHOTD_MODELS_DIR"):
+        return Path(chosen)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumont"
+    return Path(os.environ.get("DUMONT_CACHE") or cache) / "models"
+
+
+def _models() -> Check:
+    directory = models_dir()
+    count = len(list(directory.glob("*/*/config.json")))
+    remedy = "none yet; one is fetched when first deployed, or name a directory that holds one"
+    return Check("models", count > 0, False, f"{directory}: {count or remedy}")
+
+
+def _endpoint(endpoint: str | None) -> Check:
+    from dumont.sync import Client
+
+    with Client(endpoint) as client:
+        try:
+            nodes = client.nodes.list()
+        except DumontError as error:
+            return Check("controller", False, False, error.message)
+        ready = sum(node.state == "ready" for node in nodes)
+        message = f"{client.endpoint} answers; {ready} of {len(nodes)} nodes ready"
+        return Check(
+            "controller", ready > 0, False, message if ready else f"{message}; start snapshotd on one"
+        )
