@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +31,6 @@ PROMPT = "The capital of France is"
 EXPECTED = "Paris"
 MAX_NEW_TOKENS = 8
 ROUNDS = 3
-READY_SECONDS = 60
 
 progress = Console(stderr=True, highlight=False)
 
@@ -99,39 +96,19 @@ def services(state: Path) -> Iterator[dumont.Client]:
     """Both services on free ports with embedded defaults; at the end nothing of them is left."""
     controller, snapshotd = free_ports(2)
     command = [
-        str(Path(sys.executable).with_name("dumont")), "up", "--state-dir", str(state),
+        str(Path(sys.executable).with_name("dumont")), "up", "--json", "--state-dir", str(state),
         "--controller-port", str(controller), "--snapshotd-port", str(snapshotd),
     ]  # fmt: skip
-    with (state / "up.log").open("w+") as log:
-        up = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            with dumont.Client(f"127.0.0.1:{controller}") as client:
-                if not ready(client, up):
-                    log.seek(0)
-                    raise CheckFailed(f"the services did not become ready: {log.read()[-2000:]}")
-                yield client
-                for deployment in client.deployments.list():
-                    deployment.delete()
-        finally:
-            up.send_signal(signal.SIGTERM)
-            try:
-                up.wait(60)
-            except subprocess.TimeoutExpired:
-                up.kill()
-                up.wait()
-
-
-def ready(client: dumont.Client, up: subprocess.Popen[bytes]) -> bool:
-    """Whether a node that can checkpoint reported itself in time."""
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline and up.poll() is None:
-        try:
-            if any(node.checkpoint_capable for node in client.nodes.list()):
-                return True
-        except dumont.DumontError:
-            pass  # not listening yet
-        time.sleep(0.1)
-    return False
+    up = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    try:
+        assert up.stdout is not None
+        # One line once both serve; none if they do not, and standard error has said why.
+        check(up.stdout.readline() != "", "the services did not start")
+        with dumont.Client(f"127.0.0.1:{controller}") as client:
+            yield client
+    finally:
+        up.terminate()
+        up.wait()
 
 
 def free_ports(count: int) -> list[int]:
