@@ -65,14 +65,11 @@ class Serving:
                         yield lease.info
                     outcome = "ok"
                     return
-                except (Unavailable, NotFound) as error:
-                    outcome = error.reason
-                    if began or last:
-                        raise
-                    why = await self._lost(lease, error, why)
                 except DumontError as error:
                     outcome = error.reason
-                    raise
+                    if began or last or not _dead(error):
+                        raise
+                    why = await self._lost(lease, error, why)
                 finally:
                     self._count("generate", lease, outcome)
 
@@ -93,7 +90,7 @@ class Serving:
                     return lease.info, answer
                 except DumontError as error:
                     outcome = error.reason
-                    if why or not isinstance(error, Unavailable | NotFound):
+                    if why or not _dead(error):
                         raise
                     why = await self._lost(lease, error, why)
                 finally:
@@ -125,3 +122,8 @@ class Serving:
         if left <= 0:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the caller's time was up when the model was ready")
         return left
+
+
+def _dead(error: DumontError) -> bool:
+    """Whether the instance, rather than the request, is at fault."""
+    return isinstance(error, Unavailable | NotFound) or error.reason == "INSTANCE_NOT_SERVING"

@@ -24,6 +24,8 @@ from dumont.errors import DumontError, FailedPrecondition, Internal, Unavailable
 log = structlog.get_logger()
 
 TRIES = 3
+# Refusals of an instance that is well and only does something else just now.
+PASSING = frozenset({"INSTANCE_NOT_READY", "INSTANCE_DRAINING"})
 QUICK = frozenset({InstanceState.SERVING, InstanceState.PARKED})
 
 
@@ -184,12 +186,18 @@ class Starter:
         known = self._inventory.instances.get(instance)
         if known is not None and error.reason == NODE_UNAVAILABLE:
             self._fleet.recheck(known.node)
-        elif known is not None and known.state is InstanceState.SERVING and not known.busy:
-            log.warning("instance_lost", instance=instance, deployment=known.deployment, reason=error.reason)
-            self._tasks.spawn(self._commands.stop(instance, force=True), f"stop {instance}")
-            # Leave the state before anybody decides again.
-            await asyncio.sleep(0)
+        elif known is not None:
+            await self._commands.refresh(instance)
+            if error.reason not in PASSING and self._serves(instance):
+                log.warning("instance_lost", instance=instance, reason=error.reason)
+                self._tasks.spawn(self._commands.stop(instance, force=True), f"stop {instance}")
+                # One turn of the loop, in which it leaves the state that requests are routed to.
+                await asyncio.sleep(0)
         return f"instances/{instance} did not answer: {error.reason}: {error.message}"
+
+    def _serves(self, instance: str) -> bool:
+        known = self._inventory.instances.get(instance)
+        return known is not None and known.state is InstanceState.SERVING and not known.busy
 
     # One start
 

@@ -18,7 +18,7 @@ from controller.model import (
     ResolvedModel,
     Snapshot,
 )
-from controller.ports import Change, Removed, Stored, Synchronized
+from controller.ports import Change, Clock, Removed, Stored, Synchronized
 from dumont.errors import Aborted, AlreadyExists, DumontError, FailedPrecondition, NotFound, Unavailable
 
 
@@ -122,7 +122,7 @@ class MemoryNodes:
     restore before it does anything; ``hold("start")`` makes starts wait for the returned event.
     """
 
-    def __init__(self, clock: ManualClock) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.world: dict[str, MemoryNode] = {}
         self.calls: list[tuple[str, str, str]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -48,7 +48,7 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 10000),
 )
-SERVICE = "/dumont.snapshotd.v1.InferenceService/"
+INFERENCE = "/dumont.snapshotd.v1.InferenceService/"
 
 M = TypeVar("M", bound=Message)
 
@@ -66,8 +66,8 @@ class _Link:
         self.nodes: Any = node_service_pb2_grpc.NodeServiceStub(self.channel)
         self.operations: Any = operations_pb2_grpc.OperationsStub(self.channel)
         # Bytes in, bytes out: a token stream is not decoded on its way.
-        self.generate: Any = self.channel.unary_stream(SERVICE + "Generate")
-        self.embed: Any = self.channel.unary_unary(SERVICE + "Embed")
+        self.generate: Any = self.channel.unary_stream(INFERENCE + "Generate")
+        self.embed: Any = self.channel.unary_unary(INFERENCE + "Embed")
         self.closed = False
 
     async def close(self) -> None:
@@ -142,22 +142,22 @@ class GrpcNodes:
             instance_id=instance, deployment=f"deployments/{deployment}", model=model, engine=engine
         )
         async with self._errors(node) as link:
-            operation = await link.instances.StartInstance(request, timeout=LONG)
-            return convert.report(await self._outcome(link, operation, instances.Instance()))
+            begun = link.instances.StartInstance(request, timeout=LONG)
+            return convert.report(await self._outcome(link, begun, instances.Instance()))
 
     async def restore(self, node: str, instance: str, deployment: str, snapshot: str) -> Report:
         request = instances.RestoreInstanceRequest(
             instance_id=instance, deployment=f"deployments/{deployment}", snapshot=f"snapshots/{snapshot}"
         )
         async with self._errors(node) as link:
-            operation = await link.instances.RestoreInstance(request, timeout=LONG)
-            return convert.report(await self._outcome(link, operation, instances.Instance()))
+            begun = link.instances.RestoreInstance(request, timeout=LONG)
+            return convert.report(await self._outcome(link, begun, instances.Instance()))
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         request = instances.CaptureInstanceRequest(name=f"instances/{instance}", snapshot_id=snapshot)
         async with self._errors(node) as link:
-            operation = await link.instances.CaptureInstance(request, timeout=LONG)
-            return convert.snapshot(node, await self._outcome(link, operation, snapshots.Snapshot()))
+            begun = link.instances.CaptureInstance(request, timeout=LONG)
+            return convert.snapshot(node, await self._outcome(link, begun, snapshots.Snapshot()))
 
     async def park(self, node: str, instance: str) -> Report:
         request = instances.ParkInstanceRequest(name=f"instances/{instance}")
@@ -228,22 +228,24 @@ class GrpcNodes:
             if link.closed and not (task and task.cancelling()):
                 raise _silent(node, "its connection was closed") from error
             raise
-        except grpc.RpcError as error:
+        except grpc.aio.AioRpcError as error:
             told = from_rpc_error(error)
-            late = told.reason == DeadlineExceeded.code and not callers_deadline
-            if late or told.reason == Unavailable.code:
+            silence = Unavailable if callers_deadline else (Unavailable, DeadlineExceeded)
+            if isinstance(told, silence) and not _from_service(error):
                 raise _silent(node, told.message) from error
             raise told from error
 
-    async def _outcome(self, link: _Link, operation: operations_pb2.Operation, response: M) -> M:
+    async def _outcome(self, link: _Link, begun: Awaitable[operations_pb2.Operation], response: M) -> M:
         """The operation's response, waited for by long polls; a cancelled wait cancels it on the node."""
-        request = operations_pb2.WaitOperationRequest(name=operation.name)
-        request.timeout.FromMilliseconds(int(POLL * 1000))
+        beginning = asyncio.ensure_future(begun)
         try:
+            operation = await asyncio.shield(beginning)
+            request = operations_pb2.WaitOperationRequest(name=operation.name)
+            request.timeout.FromMilliseconds(int(POLL * 1000))
             while not operation.done:
                 operation = await link.operations.WaitOperation(request, timeout=POLL + SHORT)
         except asyncio.CancelledError:
-            await self._cancel(link, operation.name)
+            await self._cancel(link, beginning)
             raise
         if operation.HasField("error"):
             raise from_status(operation.error)
@@ -253,12 +255,17 @@ class GrpcNodes:
             )
         return response
 
-    async def _cancel(self, link: _Link, name: str) -> None:
-        request = operations_pb2.CancelOperationRequest(name=name)
+    async def _cancel(self, link: _Link, beginning: asyncio.Future[operations_pb2.Operation]) -> None:
+        # The name is needed to cancel it, so an answer that is still on its way is waited for.
         try:
+            request = operations_pb2.CancelOperationRequest(name=(await beginning).name)
             await link.operations.CancelOperation(request, timeout=SHORT)
-        except (grpc.RpcError, grpc.aio.UsageError) as error:
-            log.info("cancel_failed", operation=name, error=str(error))
+        except (grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
+            log.info("cancel_failed", error=repr(error))
+
+
+def _from_service(error: grpc.aio.AioRpcError) -> bool:
+    return any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
 
 
 def _silent(node: str, why: str) -> DumontError:

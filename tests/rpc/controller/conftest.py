@@ -1,0 +1,50 @@
+"""The controller's real servicers on a loopback port, over nodes in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+import pytest
+
+from controller.adapters.clock import SystemClock
+from controller.adapters.memory import MemoryNodes, MemoryRegistry
+from controller.assembly import Controller, assemble
+from controller.config import Config
+from controller.main import DOMAIN, LIMITS, SERVICES, add_services
+from controller.model import Node, NodeState
+from dumont.rpc.operations import Operations
+from dumont.rpc.server import add_standard_services, bind, new_server
+
+
+@dataclass
+class Served:
+    controller: Controller
+    nodes: MemoryNodes
+    channel: grpc.aio.Channel
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    clock = SystemClock()
+    nodes = MemoryNodes(clock)
+    nodes.add_node("n1")
+    controller = await assemble(nodes, MemoryRegistry(), clock)
+    await controller.fleet.register(Node("n1", "n1:7071", checkpoint_capable=True))
+    async with asyncio.timeout(5):
+        await controller.inventory.until(lambda: controller.inventory.nodes["n1"].state is NodeState.READY)
+    server = new_server(DOMAIN, LIMITS)
+    health = add_standard_services(server, SERVICES)
+    running = Operations(DOMAIN)
+    add_services(server, controller, running, Config())
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    await health.set_all(True)
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield Served(controller, nodes, channel)
+    nodes.release_all()
+    await server.stop(0)
+    await running.close()
+    await controller.close()

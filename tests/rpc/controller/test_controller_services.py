@@ -1,0 +1,341 @@
+"""The API as its callers see it: order of a stream, error details, deadlines, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+
+from controller.main import SERVICES
+from dumont.controller.v1 import deployment_service_pb2 as deployments
+from dumont.controller.v1 import (
+    deployment_service_pb2_grpc,
+    inference_service_pb2_grpc,
+    instance_service_pb2_grpc,
+    node_service_pb2_grpc,
+    snapshot_service_pb2_grpc,
+)
+from dumont.controller.v1 import inference_service_pb2 as inference
+from dumont.controller.v1 import instance_service_pb2 as instances
+from dumont.controller.v1 import node_service_pb2 as node_pb
+from dumont.controller.v1 import snapshot_service_pb2 as snapshots
+from dumont.errors import Internal, Unavailable
+from dumont.inference.v1 import inference_pb2
+from dumont.snapshotd.v1 import inference_service_pb2 as downstream
+
+
+def frames(*texts: str) -> list[bytes]:
+    """Frames as a model host writes them."""
+    chunks = [downstream.GenerateResponse(chunk=inference_pb2.TextChunk(text=text)) for text in texts]
+    finish = inference_pb2.Finish(reason=inference_pb2.FINISH_REASON_END)
+    return [m.SerializeToString() for m in (*chunks, downstream.GenerateResponse(finish=finish))]
+
+
+async def create(served, identifier: str = "qa", **fields: object) -> deployments.Deployment:
+    stub = deployment_service_pb2_grpc.DeploymentServiceStub(served.channel)
+    wanted = {"model": "org/model", "start_mode": deployments.START_MODE_CHECKPOINT} | fields
+    return await stub.CreateDeployment(
+        deployments.CreateDeploymentRequest(
+            deployment_id=identifier, deployment=deployments.Deployment(**wanted)
+        )
+    )
+
+
+def generate(served, timeout: float | None = None, **fields: object):
+    stub = inference_service_pb2_grpc.InferenceServiceStub(served.channel)
+    wanted = {"deployment": "deployments/qa", "prompt": "Hello"} | fields
+    return stub.Generate(inference.GenerateRequest(**wanted), timeout=timeout)
+
+
+def details(error: grpc.aio.AioRpcError) -> dict[type, object]:
+    status = rpc_status.from_call(error)
+    found = {}
+    for detail in status.details:
+        for kind in (ErrorInfo, BadRequest, RetryInfo):
+            if detail.Is(kind.DESCRIPTOR):
+                found[kind] = kind()
+                detail.Unpack(found[kind])
+    return found
+
+
+async def test_the_stream_is_start_then_chunks_then_finish(served) -> None:
+    await create(served)
+    served.nodes.frames = frames("Par", "is")
+
+    answer = [message async for message in generate(served, max_new_tokens=8, stop=["x"])]
+
+    assert [message.WhichOneof("event") for message in answer] == ["start", "chunk", "chunk", "finish"]
+    start = answer[0].start
+    assert start.tier == inference.TIER_COLD
+    assert start.node == "nodes/n1"
+    assert start.reasons
+    assert start.total_duration.ToTimedelta().total_seconds() > 0
+    assert "".join(message.chunk.text for message in answer[1:3]) == "Paris"
+
+
+async def test_the_node_gets_the_request_with_its_instance_named(served) -> None:
+    await create(served)
+    answer = [m async for m in generate(served, temperature=0.0, seed=7, top_p=0.5)]
+    (call,) = served.nodes.named("generate")
+    sent = downstream.GenerateRequest.FromString(call[2].encode("latin-1"))
+    assert sent.name == answer[0].start.instance
+    assert (sent.prompt, sent.seed, sent.max_new_tokens, sent.top_p) == ("Hello", 7, 256, 0.5)
+    assert sent.HasField("temperature")
+
+
+async def test_bytes_the_controller_cannot_read_pass_through(served) -> None:
+    await create(served)
+    # Field 99 is of a newer version.
+    newer = b"\x12\x03\n\x01a\x9a\x06\x01x"
+    served.nodes.frames = [newer]
+    raw = served.channel.unary_stream("/dumont.controller.v1.InferenceService/Generate")
+    request = inference.GenerateRequest(deployment="deployments/qa", prompt="x").SerializeToString()
+    received = [frame async for frame in raw(request)]
+    assert received[1] == newer
+
+
+async def test_a_second_request_is_resident(served) -> None:
+    await create(served)
+    [m async for m in generate(served)]
+    answer = [m async for m in generate(served)]
+    assert answer[0].start.tier == inference.TIER_RESIDENT
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "reason", "field"),
+    [
+        ({"prompt": ""}, "INVALID_ARGUMENT", "EMPTY_PROMPT", "prompt"),
+        ({"max_new_tokens": 5000}, "INVALID_ARGUMENT", "TOO_MANY_TOKENS", "max_new_tokens"),
+        ({"deployment": "qa"}, "INVALID_ARGUMENT", "INVALID_NAME", "deployment"),
+        ({"deployment": "deployments/no"}, "NOT_FOUND", "DEPLOYMENT_NOT_FOUND", None),
+    ],
+)
+async def test_bad_input_carries_its_reason_and_field(
+    served, fields: dict[str, object], code: str, reason: str, field: str | None
+) -> None:
+    await create(served)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        [m async for m in generate(served, **fields)]
+    assert failure.value.code().name == code
+    found = details(failure.value)
+    assert (found[ErrorInfo].reason, found[ErrorInfo].domain) == (reason, "controller.dumont")
+    if field:
+        assert found[BadRequest].field_violations[0].field == field
+    assert served.nodes.named("start") == []
+
+
+async def test_a_malformed_message_is_refused(served) -> None:
+    service = "/dumont.controller.v1.InferenceService/"
+    for call in (
+        served.channel.unary_unary(service + "Embed")(b"\xff\xff"),
+        anext(aiter(served.channel.unary_stream(service + "Generate")(b"\xff\xff"))),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await call
+        assert details(failure.value)[ErrorInfo].reason == "MALFORMED_REQUEST"
+
+
+async def test_settings_are_refused_with_their_path(served) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await create(served, checkpoint=deployments.CheckpointSettings(ttl=Duration(seconds=-1)))
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    violation = details(failure.value)[BadRequest].field_violations[0]
+    assert (violation.field, violation.reason) == ("deployment.checkpoint.ttl", "NEGATIVE_DURATION")
+
+
+async def test_an_error_after_the_first_token_ends_the_stream(served) -> None:
+    await create(served)
+    served.nodes.frames = frames("Par", "is")
+    served.nodes.fail("frame 0", Internal("DECODE_FAILED", "broken"))
+    call = generate(served)
+    received = [(await call.read()).WhichOneof("event") for _ in range(2)]
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call.read()
+    assert received == ["start", "chunk"]
+    assert details(failure.value)[ErrorInfo].reason == "DECODE_FAILED"
+
+
+async def test_a_busy_node_says_when_to_come_back(served) -> None:
+    await create(served)
+    busy = Unavailable("QUEUE_FULL", "too many", retry_after=2.5)
+    served.nodes.fail("generate", busy, busy)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        [m async for m in generate(served)]
+    assert details(failure.value)[RetryInfo].retry_delay.ToTimedelta().total_seconds() == 2.5
+
+
+async def test_a_cancelled_call_is_cancelled_on_the_node(served) -> None:
+    await create(served)
+    served.nodes.frames = frames("Par", "is")
+    served.nodes.hold("frame 0")
+    call = generate(served)
+    assert (await call.read()).WhichOneof("event") == "start"
+    assert (await call.read()).WhichOneof("event") == "chunk"
+    (instance,) = served.controller.inventory.instances.values()
+    assert instance.in_flight == 1
+
+    call.cancel()
+
+    async with asyncio.timeout(5):
+        await served.controller.inventory.until(
+            lambda: served.controller.inventory.instances[instance.id].in_flight == 0
+        )
+    assert [c[0] for c in served.nodes.cancelled] == ["generate"]
+
+
+async def test_a_deadline_travels_on_and_ends_the_call(served) -> None:
+    await create(served)
+    [m async for m in generate(served)]
+    served.nodes.hold("generate")
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        [m async for m in generate(served, timeout=0.3)]
+    assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert served.nodes.timeouts[0] is None
+    assert 0 < served.nodes.timeouts[1] < 0.3
+    (instance,) = served.controller.inventory.instances
+    async with asyncio.timeout(5):
+        await served.controller.inventory.until(
+            lambda: served.controller.inventory.instances[instance].in_flight == 0
+        )
+
+
+async def test_embeddings_come_with_their_start(served) -> None:
+    served.nodes.models["org/model"] = "embedding"
+    await create(served)
+    answer = downstream.EmbedResponse(embeddings=[inference_pb2.Embedding(values=[1.0, 2.0])])
+    served.nodes.frames = [answer.SerializeToString()]
+    stub = inference_service_pb2_grpc.InferenceServiceStub(served.channel)
+    response = await stub.Embed(inference.EmbedRequest(deployment="deployments/qa", inputs=["a"]))
+    assert response.start.tier == inference.TIER_COLD
+    assert list(response.embeddings[0].values) == [1.0, 2.0]
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        [m async for m in generate(served)]
+    assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert details(failure.value)[ErrorInfo].reason == "WRONG_ENGINE"
+
+
+async def test_instances_are_watched_parked_resumed_read_and_stopped(served) -> None:
+    await create(served)
+    answer = [m async for m in generate(served)]
+    name = answer[0].start.instance
+    stub = instance_service_pb2_grpc.InstanceServiceStub(served.channel)
+    watch = stub.WatchInstances(instances.WatchInstancesRequest())
+    first = await watch.read()
+    assert (first.instance.name, first.instance.state) == (name, instances.Instance.STATE_SERVING)
+    assert (await watch.read()).HasField("synchronized")
+
+    parked = await stub.ParkInstance(instances.ParkInstanceRequest(name=name))
+    assert parked.state == instances.Instance.STATE_PARKED
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await stub.ParkInstance(instances.ParkInstanceRequest(name=name))
+    assert details(failure.value)[ErrorInfo].reason == "ILLEGAL_TRANSITION"
+    resumed = await stub.ResumeInstance(instances.ResumeInstanceRequest(name=name))
+    assert resumed.state == instances.Instance.STATE_SERVING
+    assert resumed.deployment == "deployments/qa"
+
+    logs = stub.StreamInstanceLogs(instances.StreamInstanceLogsRequest(name=name))
+    assert [part.data async for part in logs] == [b"loaded\n"]
+    listed = await stub.ListInstances(instances.ListInstancesRequest(deployment="deployments/qa"))
+    assert [instance.name for instance in listed.instances] == [name]
+
+    await stub.StopInstance(instances.StopInstanceRequest(name=name))
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await stub.GetInstance(instances.GetInstanceRequest(name=name))
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+    async with asyncio.timeout(5):
+        while (change := await watch.read()).WhichOneof("change") != "removed":
+            assert change.instance.name == name
+    assert change.removed == name
+    watch.cancel()
+
+
+async def test_a_snapshot_is_made_by_an_operation_listed_and_deleted(served) -> None:
+    await create(served)
+    stub = snapshot_service_pb2_grpc.SnapshotServiceStub(served.channel)
+    operation = await stub.CreateSnapshot(
+        snapshots.CreateSnapshotRequest(deployment="deployments/qa", snapshot_id="mine")
+    )
+    waited = await operations_pb2_grpc.OperationsStub(served.channel).WaitOperation(
+        operations_pb2.WaitOperationRequest(name=operation.name, timeout=Duration(seconds=5))
+    )
+    made, metadata = snapshots.Snapshot(), snapshots.CreateSnapshotMetadata()
+    assert waited.done
+    assert waited.response.Unpack(made)
+    assert waited.metadata.Unpack(metadata)
+    assert (made.name, made.deployment, metadata.stage) == ("snapshots/mine", "deployments/qa", "capturing")
+    assert made.expire_time.seconds > made.create_time.seconds
+
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await stub.CreateSnapshot(
+            snapshots.CreateSnapshotRequest(deployment="deployments/qa", snapshot_id="mine")
+        )
+    assert failure.value.code() is grpc.StatusCode.ALREADY_EXISTS
+
+    listed = await stub.ListSnapshots(snapshots.ListSnapshotsRequest(deployment="deployments/qa"))
+    assert [snapshot.name for snapshot in listed.snapshots] == ["snapshots/mine"]
+    await stub.DeleteSnapshot(snapshots.DeleteSnapshotRequest(name="snapshots/mine"))
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await stub.GetSnapshot(snapshots.GetSnapshotRequest(name="snapshots/mine"))
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_failed_capture_is_the_operations_error(served) -> None:
+    await create(served)
+    served.nodes.fail("capture", Internal("DUMP_FAILED", "criu said no"))
+    stub = snapshot_service_pb2_grpc.SnapshotServiceStub(served.channel)
+    operation = await stub.CreateSnapshot(snapshots.CreateSnapshotRequest(deployment="deployments/qa"))
+    waited = await operations_pb2_grpc.OperationsStub(served.channel).WaitOperation(
+        operations_pb2.WaitOperationRequest(name=operation.name, timeout=Duration(seconds=5))
+    )
+    info = ErrorInfo()
+    assert waited.error.details[0].Unpack(info)
+    assert info.reason == "DUMP_FAILED"
+
+
+async def test_nodes_register_beat_and_are_listed(served) -> None:
+    stub = node_service_pb2_grpc.NodeServiceStub(served.channel)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await stub.Heartbeat(node_pb.HeartbeatRequest(name="nodes/n2"))
+    assert details(failure.value)[ErrorInfo].reason == "NODE_UNKNOWN"
+    served.nodes.add_node("n2")
+    answer = await stub.RegisterNode(
+        node_pb.RegisterNodeRequest(
+            node_id="n2", node=node_pb.Node(endpoint="127.0.0.1:9", checkpoint_capable=True)
+        )
+    )
+    assert answer.heartbeat_interval.seconds == 5
+    await stub.Heartbeat(node_pb.HeartbeatRequest(name="nodes/n2", memory_available_bytes=77))
+    known = await stub.GetNode(node_pb.GetNodeRequest(name="nodes/n2"))
+    assert known.memory_available_bytes == 77
+    listed = await stub.ListNodes(node_pb.ListNodesRequest())
+    assert [node.name for node in listed.nodes] == ["nodes/n1", "nodes/n2"]
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await stub.RegisterNode(
+            node_pb.RegisterNodeRequest(node_id="n3", node=node_pb.Node(endpoint="nonsense"))
+        )
+    assert details(failure.value)[BadRequest].field_violations[0].field == "node.endpoint"
+
+
+async def test_every_service_is_healthy_and_reflected(served) -> None:
+    health = health_pb2_grpc.HealthStub(served.channel)
+    for service in ("", *SERVICES):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    stub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
+
+    async def asked():
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        yield reflection_pb2.ServerReflectionRequest(
+            file_containing_symbol="dumont.controller.v1.InferenceService"
+        )
+
+    listed, described = [response async for response in stub.ServerReflectionInfo(asked())]
+    assert set(SERVICES) <= {service.name for service in listed.list_services_response.service}
+    assert described.file_descriptor_response.file_descriptor_proto

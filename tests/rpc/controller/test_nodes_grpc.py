@@ -1,0 +1,293 @@
+"""The ``Nodes`` port over snapshotd's API: operations awaited or cancelled, errors told apart."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+import grpc
+import pytest
+from google.longrunning import operations_pb2
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from controller.adapters.nodes_grpc import GrpcNodes
+from controller.model import InstanceState, Phase, Report
+from controller.ports import Removed, Synchronized
+from dumont.errors import DataLoss, DeadlineExceeded, NotFound, Unavailable
+from dumont.rpc.operations import Operations
+from dumont.rpc.server import bind, new_server
+from dumont.snapshotd.v1 import (
+    instance_service_pb2 as pb,
+)
+from dumont.snapshotd.v1 import (
+    instance_service_pb2_grpc,
+    node_service_pb2_grpc,
+    snapshot_service_pb2_grpc,
+)
+from dumont.snapshotd.v1 import (
+    node_service_pb2 as nodes_pb,
+)
+from dumont.snapshotd.v1 import (
+    snapshot_service_pb2 as snapshots_pb,
+)
+
+SERVING = pb.Instance(
+    name="instances/qa-1",
+    deployment="deployments/qa",
+    state=pb.Instance.STATE_SERVING,
+    pid=42,
+    create_time=Timestamp(seconds=5),
+    phases=[pb.Phase(name="load")],
+)
+SNAPSHOT = snapshots_pb.Snapshot(
+    name="snapshots/s1", deployment="deployments/qa", state=snapshots_pb.Snapshot.STATE_ACTIVE
+)
+REPORT = Report("qa-1", "qa", InstanceState.SERVING, pid=42, create_time=5.0, phases=(Phase("load", 0.0),))
+
+
+class Snapshotd(
+    instance_service_pb2_grpc.InstanceServiceServicer,
+    snapshot_service_pb2_grpc.SnapshotServiceServicer,
+    node_service_pb2_grpc.NodeServiceServicer,
+):
+    """Answers as scripted: ``outcome`` is what its operations come to."""
+
+    def __init__(self) -> None:
+        self.requests: list[Message] = []
+        self.operations = Operations("snapshotd.dumont")
+        self.outcome: Callable[[], Awaitable[Message]]
+        self.ended = asyncio.Event()
+
+    def _begin(self, request: Message) -> operations_pb2.Operation:
+        self.requests.append(request)
+
+        async def work(_: object) -> Message:
+            try:
+                return await self.outcome()
+            finally:
+                self.ended.set()
+
+        return self.operations.start("job", work, pb.OperationMetadata())
+
+    async def StartInstance(self, request, context):
+        return self._begin(request)
+
+    async def RestoreInstance(self, request, context):
+        return self._begin(request)
+
+    async def CaptureInstance(self, request, context):
+        return self._begin(request)
+
+    async def ParkInstance(self, request, context):
+        self.requests.append(request)
+        return SERVING
+
+    async def StopInstance(self, request, context):
+        raise NotFound("INSTANCE_NOT_FOUND", "there is no such instance")
+
+    async def GetInstance(self, request, context):
+        # A model host's transport error, passed on by a snapshotd that is well.
+        raise Unavailable("UNAVAILABLE", "connection refused")
+
+    async def WatchInstances(self, request, context):
+        yield pb.WatchInstancesResponse(instance=SERVING)
+        yield pb.WatchInstancesResponse(synchronized=Empty())
+        yield pb.WatchInstancesResponse(removed="instances/qa-1")
+
+    async def ListSnapshots(self, request, context):
+        bad = snapshots_pb.Snapshot(name="snapshots/s2", state=snapshots_pb.Snapshot.STATE_QUARANTINED)
+        if request.page_token:
+            return snapshots_pb.ListSnapshotsResponse(snapshots=[bad])
+        return snapshots_pb.ListSnapshotsResponse(snapshots=[SNAPSHOT], next_page_token="more")
+
+    async def ResolveModel(self, request, context):
+        return nodes_pb.Model(model=request.model, engine="embedding")
+
+
+class Inference:
+    """Raw bytes in and out."""
+
+    def __init__(self) -> None:
+        self.received: list[bytes] = []
+        self.time_left: list[float | None] = []
+        self.hang = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    def register(self, server: grpc.aio.Server) -> None:
+        handlers = {"Generate": grpc.unary_stream_rpc_method_handler(self.generate)}
+        name = "dumont.snapshotd.v1.InferenceService"
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+
+    async def generate(self, request: bytes, context) -> AsyncIterator[bytes]:
+        self.received.append(request)
+        self.time_left.append(context.time_remaining())
+        try:
+            yield b"\x12\x03\n\x01a"
+            await self.hang.wait()
+            yield b"\x1a\x00"
+        finally:
+            self.ended.set()
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[tuple[GrpcNodes, Snapshotd, Inference]]:
+    snapshotd, inference, nodes = Snapshotd(), Inference(), GrpcNodes()
+    server = new_server("snapshotd.dumont")
+    instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(snapshotd, server)
+    snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(snapshotd, server)
+    node_service_pb2_grpc.add_NodeServiceServicer_to_server(snapshotd, server)
+    snapshotd.operations.register(server)
+    inference.register(server)
+    await nodes.connect("n1", bind(server, "127.0.0.1:0"))
+    await server.start()
+    yield nodes, snapshotd, inference
+    await nodes.close()
+    await server.stop(0)
+    await snapshotd.operations.close()
+
+
+async def serving() -> Message:
+    return SERVING
+
+
+async def test_a_start_is_awaited_to_its_report(node) -> None:
+    nodes, snapshotd, _ = node
+    snapshotd.outcome = serving
+    assert await nodes.start("n1", "qa-1", "qa", "org/model", "causal_lm") == REPORT
+    (sent,) = snapshotd.requests
+    assert (sent.instance_id, sent.deployment, sent.model, sent.engine) == (
+        "qa-1",
+        "deployments/qa",
+        "org/model",
+        "causal_lm",
+    )
+
+
+async def test_a_capture_is_awaited_to_its_snapshot(node) -> None:
+    nodes, snapshotd, _ = node
+
+    async def captured() -> Message:
+        return SNAPSHOT
+
+    snapshotd.outcome = captured
+    made = await nodes.capture("n1", "qa-1", "s1")
+    assert (made.id, made.deployment, made.node, made.quarantined) == ("s1", "qa", "n1", False)
+
+
+async def test_an_operations_error_arrives_as_itself(node) -> None:
+    nodes, snapshotd, _ = node
+
+    async def damaged() -> Message:
+        raise DataLoss("CANARY_MISMATCH", "other tokens")
+
+    snapshotd.outcome = damaged
+    with pytest.raises(DataLoss) as failure:
+        await nodes.restore("n1", "qa-1", "qa", "s1")
+    assert failure.value.reason == "CANARY_MISMATCH"
+    assert snapshotd.requests[0].snapshot == "snapshots/s1"
+
+
+async def test_a_cancelled_start_is_cancelled_on_the_node(node) -> None:
+    nodes, snapshotd, _ = node
+    begun = asyncio.Event()
+
+    async def forever() -> Message:
+        begun.set()
+        await asyncio.Event().wait()
+        return SERVING
+
+    snapshotd.outcome = forever
+    starting = asyncio.create_task(nodes.start("n1", "qa-1", "qa", "m", ""))
+    await begun.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    async with asyncio.timeout(5):
+        await snapshotd.ended.wait()
+    assert snapshotd.ended.is_set()
+
+
+async def test_a_watch_tells_everything_then_changes_then_that_it_ended(node) -> None:
+    nodes, _, _ = node
+    seen = []
+    changes = nodes.watch("n1")
+    async with aclosing(changes):
+        for _ in range(3):
+            seen.append(await anext(changes))  # noqa: PERF401
+        with pytest.raises(Unavailable) as failure:
+            await anext(changes)
+    assert seen == [REPORT, Synchronized(), Removed("qa-1")]
+    assert failure.value.reason == "NODE_UNAVAILABLE"
+
+
+async def test_snapshots_of_all_pages_are_listed(node) -> None:
+    nodes, _, _ = node
+    found = await nodes.list_snapshots("n1")
+    assert [(snapshot.id, snapshot.quarantined) for snapshot in found] == [("s1", False), ("s2", True)]
+
+
+async def test_short_calls_return_what_the_node_says(node) -> None:
+    nodes, _, _ = node
+    assert await nodes.park("n1", "qa-1") == REPORT
+    assert (await nodes.resolve_model("n1", "org/model", "")).engine == "embedding"
+    with pytest.raises(NotFound) as failure:
+        await nodes.stop("n1", "qa-1")
+    assert failure.value.reason == "INSTANCE_NOT_FOUND"
+
+
+async def test_a_node_that_is_well_is_told_from_one_that_is_silent(node) -> None:
+    nodes, _, _ = node
+    with pytest.raises(Unavailable) as passed_on:
+        await nodes.get_instance("n1", "qa-1")
+    assert passed_on.value.reason == "UNAVAILABLE"
+    await nodes.connect("n2", "127.0.0.1:1")
+    for silent in ("n2", "n3"):
+        with pytest.raises(Unavailable) as failure:
+            await nodes.get_instance(silent, "qa-1")
+        assert failure.value.reason == "NODE_UNAVAILABLE"
+
+
+async def test_a_closed_connection_fails_the_calls_on_it(node) -> None:
+    nodes, snapshotd, _ = node
+
+    async def forever() -> Message:
+        await asyncio.Event().wait()
+        return SERVING
+
+    snapshotd.outcome = forever
+    stream = nodes.generate("n1", b"\x0a\x01x", None)
+    await anext(stream)
+    rest = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    await nodes.disconnect("n1")
+    with pytest.raises(Unavailable) as failure:
+        await rest
+    assert failure.value.reason == "NODE_UNAVAILABLE"
+
+
+async def test_a_stream_passes_bytes_and_its_deadline(node) -> None:
+    nodes, _, inference = node
+    inference.hang.set()
+    frames = [frame async for frame in nodes.generate("n1", b"\x0a\x01x", 9.0)]
+    assert frames == [b"\x12\x03\n\x01a", b"\x1a\x00"]
+    assert inference.received == [b"\x0a\x01x"]
+    assert inference.time_left[0] == pytest.approx(9.0, abs=1.0)
+
+
+async def test_closing_a_stream_cancels_it_on_the_node(node) -> None:
+    nodes, _, inference = node
+    stream = nodes.generate("n1", b"\x0a\x01x", None)
+    await anext(stream)
+    await stream.aclose()
+    async with asyncio.timeout(5):
+        await inference.ended.wait()
+    assert not inference.hang.is_set()
+
+
+async def test_the_callers_deadline_is_the_callers_error(node) -> None:
+    nodes, _, _ = node
+    with pytest.raises(DeadlineExceeded):
+        [frame async for frame in nodes.generate("n1", b"\x0a\x01x", 0.2)]
