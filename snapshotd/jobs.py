@@ -233,7 +233,7 @@ class Capture:
             Step("wake", self.wake),
             Step("compact", self.compact),
             Step("verify", self.verify),
-            Step("commit", self.commit),
+            Step("commit", self.commit, self.retract),
         ]
 
     async def stage(self) -> None:
@@ -325,6 +325,10 @@ class Capture:
         if self.staged is None:
             raise Internal("NOT_STAGED", f"snapshots/{self.snapshot} has no directory yet")
         return self.staged
+
+    async def retract(self) -> None:
+        if self.result is not None:
+            await self.node.store.delete(self.snapshot)
 
 
 def park(node: Node, subject: Subject) -> list[Step]:

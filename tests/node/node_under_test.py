@@ -1,0 +1,145 @@
+"""A real node without its gRPC server: real CRIU, real shims, a real model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+
+from dumont.errors import DumontError
+from dumont.model_host.v1 import model_host_service_pb2 as pb2
+from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
+from snapshotd.adapters.clock import SystemClock
+from snapshotd.adapters.directory_store import DirectoryStore
+from snapshotd.adapters.facts import node_facts
+from snapshotd.adapters.models import NodeModels
+from snapshotd.adapters.shims import ShimPool
+from snapshotd.config import Settings
+from snapshotd.failpoints import Failpoints
+from snapshotd.images.format import ImageFormat
+from snapshotd.instances import Instances
+from snapshotd.jobs import Deadlines, Node
+from snapshotd.journal import Journal
+from snapshotd.main import host_settings, prepare_state
+from snapshotd.model import Instance, Json, Snapshot, State
+from snapshotd.observer import Observers
+from snapshotd.preflight import find_criu
+from snapshotd.shim.freezer import cgroup2_root
+
+PROMPT = "The capital of France is"
+
+
+@dataclass
+class NodeUnderTest:
+    """Starts, captures and restores, and asks the model hosts themselves."""
+
+    state_dir: Path
+    model: Path
+    failpoints: Failpoints = field(default_factory=Failpoints)
+    # What the captured source answered, and the process that did.
+    answer: list[int] = field(default_factory=list)
+    source_pid: int = 0
+
+    def __post_init__(self) -> None:
+        self.lock = prepare_state(self.state_dir)
+        criu, _ = find_criu()
+        assert criu is not None
+        self.store = DirectoryStore(self.state_dir / "snapshots", threads=2)
+        self.store.open()
+        self.hosts = ShimPool(self.state_dir / "shims", criu.binary, criu.pycriu)
+        settings = Settings(state_dir=self.state_dir, device="cpu")
+        self.node = Node(
+            hosts=self.hosts,
+            store=self.store,
+            models=NodeModels(self.model.parent, self.state_dir / "weights.json"),
+            images=ImageFormat(criu.pycriu),
+            clock=SystemClock(),
+            settings=host_settings(settings),
+            facts=node_facts(criu.version),
+            directory=self.state_dir,
+            threads=2,
+            deadlines=Deadlines(),
+        )
+        journal = Journal(self.state_dir / "journal")
+        self.instances = Instances(self.node, journal, Observers(), self.failpoints)
+
+    async def start(self, instance: str) -> Instance:
+        model = await self.node.models.resolve(str(self.model))
+        self.instances.admit(_new(instance, str(self.model), model.engine, State.STARTING))
+        return await self.instances.start(instance, model)
+
+    async def restore(self, instance: str, snapshot: Snapshot) -> Instance:
+        manifest = snapshot.manifest
+        self.instances.admit(_new(instance, manifest.model, manifest.engine, State.RESTORING, manifest.id))
+        return await self.instances.restore(instance, snapshot)
+
+    async def draws(self, instance: str) -> Json:
+        """One number from each of its random generators."""
+        host = self.instances._record(instance).host
+        assert host is not None
+        return await host.call("draws", 10.0)
+
+    async def generate(self, instance: str, prompt: str = PROMPT) -> list[int]:
+        """Its greedy answer, as tokens, from its own socket."""
+        directory = os.open(self.node.instance_directory(instance), os.O_PATH)
+        try:
+            async with grpc.aio.insecure_channel(f"unix:/proc/self/fd/{directory}/host.sock") as channel:
+                stub: pb2_grpc.ModelHostServiceAsyncStub = pb2_grpc.ModelHostServiceStub(channel)
+                request = pb2.GenerateRequest(prompt=prompt, max_new_tokens=6)
+                return [token async for answer in stub.Generate(request) for token in answer.chunk.token_ids]
+        finally:
+            os.close(directory)
+
+    async def stop_all(self) -> None:
+        await self.instances.stop_all()
+
+    async def close(self) -> None:
+        await self.instances.stop_all()
+        await self.hosts.close()
+        os.close(self.lock)
+
+    async def remains(self) -> dict[str, list[str]]:
+        """What this node holds of the machine, by kind; the spare shim is waited for and left out."""
+        spare = await asyncio.shield(self.hosts._spare) if self.hosts._spare else None
+        shims = sorted(path.name for path in (self.state_dir / "shims").glob("*.sock"))
+        groups = cgroup2_root()
+        return {
+            "instances": sorted(path.name for path in (self.state_dir / "instances").iterdir()),
+            "journal": sorted(path.name for path in (self.state_dir / "journal").iterdir()),
+            "staged": sorted(path.name for path in (self.state_dir / "snapshots").glob(".staged-*")),
+            "shims": [name for name in shims if spare is None or name != f"{spare.shim}.sock"],
+            "mounts": [
+                line for line in Path("/proc/mounts").read_text().splitlines() if str(self.state_dir) in line
+            ],
+            "processes": sorted(_model_hosts()),
+            "groups": sorted(path.name for path in (groups / "dumont").glob("*/")) if groups else [],
+        }
+
+
+def _new(instance: str, model: str, engine: str, state: State, snapshot: str = "") -> Instance:
+    return Instance(instance, "deployments/test", model, engine, state, datetime.now(UTC), snapshot=snapshot)
+
+
+def _model_hosts() -> list[str]:
+    """Pids of all processes that run a model host, restored ones too."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"\0model_host\0" in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+async def refused(work: object) -> DumontError:
+    """The error that ``work`` ends with."""
+    try:
+        await work  # type: ignore[misc]
+    except DumontError as error:
+        return error
+    raise AssertionError("it was not refused")
