@@ -113,8 +113,5 @@ def conversation(system: str | None, turns: list[str]) -> list[dict[str, str]]:
 
 
 def describe_start(start: StartInfo) -> str:
-    """``local in 0.25s: no instance is serving (restore 0.2s)``."""
-    phases = ", ".join(f"{phase.name} {span(phase.seconds)}" for phase in start.phases)
-    reasons = "; ".join(start.reasons)
-    line = f"{start.tier} in {span(start.seconds)}"
-    return line + (f": {reasons}" if reasons else "") + (f" ({phases})" if phases else "")
+    """``local in 0.25s: no instance is serving``."""
+    return f"{start.tier} in {span(start.seconds)}: {'; '.join(start.reasons)}"

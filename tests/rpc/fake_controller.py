@@ -39,6 +39,14 @@ class FakeController(
 
     def __init__(self) -> None:
         self.operations = Operations("controller.dumont")
+        self.endless = threading.Event()
+        self.cancelled = threading.Event()
+        self.capture_may_end = threading.Event()
+        self.changed = asyncio.Event()
+        self.reset()
+
+    def reset(self) -> None:
+        """As at the beginning: nothing deployed, three instances of ``qa``."""
         self.deployments: dict[str, deployments.Deployment] = {}
         self.instances = {
             name: instances.Instance(
@@ -52,10 +60,9 @@ class FakeController(
         }
         self.requests: list[Any] = []
         self.unavailable = 0
-        self.endless = threading.Event()
-        self.cancelled = threading.Event()
-        self.capture_may_end = threading.Event()
-        self.changed = asyncio.Event()
+        self.watch_ends = False
+        self.endless.clear()
+        self.cancelled.clear()
 
     async def CreateDeployment(self, request: Any, context: Any) -> deployments.Deployment:
         self.requests.append(request)
@@ -134,9 +141,11 @@ class FakeController(
         for instance in self.instances.values():
             yield instances.WatchInstancesResponse(instance=instance)
         yield instances.WatchInstancesResponse(synchronized=Empty())
-        await self.changed.wait()
+        if not self.watch_ends:
+            await self.changed.wait()
         yield instances.WatchInstancesResponse(removed="instances/a")
-        await asyncio.Event().wait()
+        if not self.watch_ends:
+            await asyncio.Event().wait()
 
     async def ParkInstance(self, request: Any, context: Any) -> instances.Instance:
         instance = self._instance(request.name)
@@ -178,7 +187,35 @@ class FakeController(
         return self.operations.start("capture", capture, metadata)
 
     async def ListNodes(self, request: Any, context: Any) -> nodes.ListNodesResponse:
-        return nodes.ListNodesResponse(nodes=[nodes.Node(name="nodes/one", state=nodes.Node.STATE_READY)])
+        node = nodes.Node(name="nodes/one", state=nodes.Node.STATE_READY, memory_total_bytes=2**34)
+        node.heartbeat_time.GetCurrentTime()
+        return nodes.ListNodesResponse(nodes=[node])
+
+    async def GetNode(self, request: Any, context: Any) -> nodes.Node:
+        raise NotFound("NODE_NOT_FOUND", f"no {request.name}", field="name")
+
+    async def GetSnapshot(self, request: Any, context: Any) -> snapshots.Snapshot:
+        snapshot = snapshots.Snapshot(
+            name=request.name,
+            deployment="deployments/qa",
+            node="nodes/one",
+            state=snapshots.Snapshot.STATE_ACTIVE,
+            size_bytes=214_000_000,
+            compatibility={"criu": "4.1.1"},
+            manifest_digest="ab12",
+        )
+        snapshot.files.add(name="pages-1.img", size_bytes=4096, digest="cd34")
+        snapshot.source_pause_duration.FromMilliseconds(304)
+        return snapshot
+
+    async def ListSnapshots(self, request: Any, context: Any) -> snapshots.ListSnapshotsResponse:
+        named = snapshots.GetSnapshotRequest(name="snapshots/one")
+        return snapshots.ListSnapshotsResponse(snapshots=[await self.GetSnapshot(named, context)])
+
+    async def DeleteSnapshot(self, request: Any, context: Any) -> Empty:
+        if request.name != "snapshots/one":
+            raise NotFound("SNAPSHOT_NOT_FOUND", f"no {request.name}", field="name")
+        return Empty()
 
     def _instance(self, name: str) -> instances.Instance:
         try:
@@ -217,3 +254,25 @@ async def serving(controller: FakeController) -> AsyncIterator[str]:
         controller.capture_may_end.set()
         await controller.operations.close()
         await server.stop(0)
+
+
+class Served:
+    """A fake controller in a loop and thread of its own."""
+
+    def __init__(self) -> None:
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    async def _serve(self) -> None:
+        self.controller = FakeController()
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        async with serving(self.controller) as self.address:
+            self._ready.set()
+            await self._stop.wait()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)

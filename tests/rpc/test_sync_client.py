@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import subprocess
 import sys
@@ -11,31 +10,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fake_controller import FakeController, serving
+from fake_controller import Served
 
 import dumont
-
-
-class Served:
-    """A fake controller in a loop and thread of its own."""
-
-    def __init__(self) -> None:
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-        self._thread.start()
-        assert self._ready.wait(10)
-
-    async def _serve(self) -> None:
-        self.controller = FakeController()
-        self._loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
-        async with serving(self.controller) as self.address:
-            self._ready.set()
-            await self._stop.wait()
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +24,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture
 def client(served: Served) -> Iterator[dumont.Client]:
-    served.controller.deployments.clear()
-    served.controller.cancelled.clear()
-    served.controller.endless.clear()
+    served.controller.reset()
     with dumont.Client(served.address) as client:
         yield client
 

@@ -1,0 +1,248 @@
+"""The command line against a fake controller: what people read, what programs read, how it fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from click.testing import Result
+from fake_controller import Served
+from typer.testing import CliRunner
+
+from dumont.cli.main import app
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    served = Served()
+    served.controller.capture_may_end.set()
+    yield served
+    served.stop()
+
+
+class Cli:
+    """Runs ``dumont`` against the fake controller, in which ``qa`` is deployed."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+
+    def __call__(self, *arguments: str, input: str | None = None) -> Result:
+        environment = {"DUMONT_ENDPOINT": self.served.address}
+        return CliRunner().invoke(app, list(arguments), env=environment, input=input)
+
+    def lines(self, *arguments: str) -> list[Any]:
+        result = self(*arguments, "--json")
+        assert result.exit_code == 0, result.output
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    def document(self, *arguments: str) -> Any:
+        (document,) = self.lines(*arguments)
+        return document
+
+
+@pytest.fixture
+def cli(served: Served) -> Cli:
+    served.controller.reset()
+    cli = Cli(served)
+    assert cli("deploy", "org/model", "--name", "qa").exit_code == 0
+    return cli
+
+
+def test_deploy_sends_its_options_and_shows_what_came_of_them(cli: Cli) -> None:
+    result = cli(
+        "deploy", "org/Other-1.5", "--ttl", "2h", "--storage", "local", "--idle-timeout", "30",
+        "--park-timeout", "10m", "--engine", "causal_lm", "--prewarm",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    request = cli.served.controller.requests[-1]
+    assert (request.deployment_id, request.deployment.engine, request.prewarm) == (
+        "other-1-5", "causal_lm", True,
+    )  # fmt: skip
+    shown = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    assert ["deployment", "other-1-5"] in [[name, value.strip()] for name, value in shown]
+    assert "local, 2h after its last use" in result.stdout
+
+
+def test_deploy_in_json_is_the_deployment(cli: Cli) -> None:
+    document = cli.document("deploy", "org/model", "--name", "qa", "--start-mode", "cold")
+    assert (document["name"], document["start_mode"]) == ("deployments/qa", "cold")
+    assert document["checkpoint"] == {"enabled": True, "ttl": 3600.0, "storage": "local"}
+
+
+def test_ls_lists_deployments(cli: Cli) -> None:
+    header, row = cli("ls").stdout.splitlines()
+    assert header.split()[:4] == ["DEPLOYMENT", "MODEL", "START", "STATE"]
+    assert row.split() == ["qa", "org/model", "checkpoint", "active", "1h"]
+    assert [info["name"] for info in cli.document("ls")] == ["deployments/qa"]
+
+
+def test_generate_writes_the_answer_to_stdout_and_its_start_to_stderr(cli: Cli) -> None:
+    result = cli(
+        "generate", "qa", "Count", "--max-new-tokens", "3", "--seed", "7", "--stop", "a", "--stop", "b"
+    )
+    assert result.stdout == "one two three\n"
+    assert result.stderr == "local in 0.25s: no instance; snapshots/one is local\n"
+    request = cli.served.controller.requests[-1]
+    assert (request.prompt, request.max_new_tokens, request.seed, list(request.stop)) == (
+        "Count", 3, 7, ["a", "b"],
+    )  # fmt: skip
+
+
+def test_generate_in_json_is_one_object_a_line(cli: Cli) -> None:
+    start, *pieces, end = cli.lines("generate", "deployments/qa", "Count")
+    assert (start["start"]["tier"], start["start"]["phases"]) == (
+        "local",
+        [{"name": "restore", "seconds": 0.2}],
+    )
+    assert pieces == [{"text": "one"}, {"text": " two"}, {"text": " three"}]
+    assert (end["finish_reason"], end["usage"]) == ("end", {"prompt_tokens": 4, "output_tokens": 3})
+
+
+def test_generate_makes_a_conversation_of_system_messages_and_prompt(cli: Cli) -> None:
+    cli("generate", "qa", "And you?", "--system", "Be brief.", "--message", "Hi", "--message", "Hello.")
+    messages = cli.served.controller.requests[-1].messages
+    assert [(message.role, message.content) for message in messages] == [
+        ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "And you?"),
+    ]  # fmt: skip
+
+
+def test_generate_reads_its_prompt_from_standard_input(cli: Cli) -> None:
+    assert cli("generate", "qa", "-", input="Count").stdout == "one two three\n"
+    assert cli.served.controller.requests[-1].prompt == "Count"
+
+
+def test_embed_prints_one_vector_for_each_text(cli: Cli) -> None:
+    assert cli("embed", "qa", "a", "bb").stdout == "1 0.5\n2 0.5\n"
+    assert cli.document("embed", "qa", "a", "bb") == [[1, 0.5], [2, 0.5]]
+
+
+def test_ps_lists_instances(cli: Cli) -> None:
+    header, *rows = cli("ps").stdout.splitlines()
+    assert header.split() == [
+        "INSTANCE", "DEPLOYMENT", "STATE", "FROM", "NODE", "DEVICE", "PID", "MEMORY", "AGE",
+    ]  # fmt: skip
+    assert [row.split()[:3] for row in rows] == [[name, "qa", "serving"] for name in "abc"]
+    assert [instance["pid"] for instance in cli.document("ps", "--deployment", "qa")] == [1, 2, 3]
+
+
+def test_ps_watch_shows_each_change(cli: Cli) -> None:
+    cli.served.controller.watch_ends = True
+    first, second = cli.lines("ps", "--watch")
+    assert first["instances"][0]["name"] == "instances/a"
+    assert second["instances"][0]["name"] == "instances/b"
+    assert cli("ps", "--watch").stdout.count("INSTANCE") == 2
+
+
+def test_park_takes_an_instance_or_a_deployment(cli: Cli) -> None:
+    assert [instance["state"] for instance in cli.document("park", "instances/a")] == ["parked"]
+    assert [instance["state"] for instance in cli.document("park", "qa")] == ["parked"] * 3
+    assert [instance["state"] for instance in cli.document("resume", "qa")] == ["serving"] * 3
+    assert "serving" in cli("resume", "a").stdout
+
+
+def test_stop_and_rm_end_things_quietly(cli: Cli) -> None:
+    assert cli("stop", "a").output == ""
+    assert cli.document("stop", "instances/b") == {"stopped": "b"}
+    assert [instance["name"] for instance in cli.document("ps")] == ["instances/c"]
+    assert cli("rm", "qa").output == ""
+    assert cli.document("ls") == []
+
+
+def test_logs_are_printed_as_they_come(cli: Cli) -> None:
+    assert cli("logs", "a", "--follow", "--tail", "2").stdout == "loaded €\nready\n"
+    assert cli.lines("logs", "a")[-1] == {"text": "ready\n"}
+
+
+def test_snapshots_are_made_listed_shown_and_removed(cli: Cli) -> None:
+    assert "snapshot" in cli("snapshot", "create", "qa").stdout
+    assert cli.document("snapshot", "create", "qa", "--id", "mine")["deployment"] == "deployments/qa"
+    assert cli("snapshot", "ls").stdout.splitlines()[1].split()[:4] == ["one", "qa", "active", "one"]
+    assert cli.document("snapshot", "ls", "--deployment", "qa")[0]["size_bytes"] == 214_000_000
+    inspected = cli("snapshot", "inspect", "one").stdout
+    assert "204 MiB" in inspected
+    assert "0.304s" in inspected
+    assert "pages-1.img" in inspected
+    assert cli.document("snapshot", "inspect", "one")["compatibility"] == {"criu": "4.1.1"}
+    assert cli("snapshot", "rm", "one").output == ""
+    assert cli.document("snapshot", "rm", "snapshots/one") == {"deleted": "one"}
+
+
+def test_nodes_are_listed(cli: Cli) -> None:
+    assert "16.0 GiB" in cli("node", "ls").stdout
+    assert cli.document("node", "ls")[0]["name"] == "nodes/one"
+
+
+def test_a_failure_is_one_line_on_stderr(cli: Cli) -> None:
+    result = cli("generate", "none", "Count")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: no deployments/none [DEPLOYMENT_NOT_FOUND]\n"
+
+
+def test_a_failure_in_json_is_an_error_object(cli: Cli) -> None:
+    result = cli("generate", "qa", "full", "--json")
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert json.loads(result.stdout)["error"] == {
+        "code": "RESOURCE_EXHAUSTED",
+        "reason": "QUEUE_FULL",
+        "message": "16 calls wait already",
+        "field": None,
+        "metadata": {},
+        "retry_after": 1.0,
+    }
+
+
+def test_a_missing_controller_is_named_with_the_remedy(cli: Cli) -> None:
+    result = cli("ls", "--endpoint", "unix:/nonexistent.sock")
+    assert result.exit_code == 1
+    assert "dumont up" in result.stderr
+    assert "unix:/nonexistent.sock" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("deploy",),
+        ("deploy", "org/model", "--ttl", "soon"),
+        ("deploy", "org/model", "--ttl=-1s"),
+        ("generate", "qa", "--message", "Hi", "--message", "Hello."),
+        ("logs", "a", "--tail", "-1"),
+        ("up", "--device", "tpu"),
+        ("dance",),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(cli: Cli, arguments: tuple[str, ...]) -> None:
+    requests = len(cli.served.controller.requests)
+    assert cli(*arguments).exit_code == 2
+    assert len(cli.served.controller.requests) == requests
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("deploy", "org/model", "--start-mode", "hot"), "UNKNOWN_CHOICE"),
+        (("deploy", "org/model", "--storage", "tape"), "UNKNOWN_CHOICE"),
+        (("generate", "qa"), "PROMPT_OR_MESSAGES"),
+        (("generate", "qa", "Hi", "--max-new-tokens", "0"), "OUT_OF_RANGE"),
+        (("rm", "nodes/one"), "INVALID_NAME"),
+        (("stop", "A B"), "INVALID_ID"),
+    ],
+)
+def test_a_wrong_argument_says_why(cli: Cli, arguments: tuple[str, ...], reason: str) -> None:
+    result = cli(*arguments)
+    assert result.exit_code == 1
+    assert f"[{reason}]" in result.stderr
+
+
+def test_the_version_is_told(cli: Cli) -> None:
+    assert cli("--version").stdout.startswith("dumont 0.")
+
+
+def test_every_command_offers_json(cli: Cli) -> None:
+    commands = [
+        "up", "deploy", "ls", "rm", "generate", "embed", "ps", "park", "resume", "stop", "logs", "doctor",
+        "snapshot create", "snapshot ls", "snapshot inspect", "snapshot rm", "node ls",
+    ]  # fmt: skip
+    offered = [command for command in commands if "--json" in cli(*command.split(), "--help").stdout]
+    assert offered == commands
