@@ -39,9 +39,7 @@ def wait_for_descriptors(allowed: frozenset[int], timeout: float = 2.0) -> dict[
 
 def release_memory() -> None:
     """Give back to the kernel what is free: every page kept would be written to the snapshot."""
-    gc.unfreeze()
     gc.collect()
-    gc.freeze()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:  # a libc without it

@@ -1,0 +1,143 @@
+"""A model directory is checked before anything heavy begins, and what is wrong with it is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
+from model_host import model_files
+from model_host.engines import choice
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def write(file: Path, content: object) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+def refusal(folder: Path) -> DumontError:
+    with pytest.raises(FailedPrecondition) as refused:
+        model_files.read(folder)
+    assert refused.value.reason == "MODEL_INVALID"
+    return refused.value
+
+
+def test_the_least_that_makes_a_model(folder: Path) -> None:
+    files = model_files.read(folder)
+
+    assert files.architecture == "LlamaForCausalLM"
+    assert files.shards == (folder / "model.safetensors",)
+    assert files.chat_template is None
+    assert not files.normalize
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+    error = refusal(folder)
+
+    assert error.metadata == {"file": str(folder / name)}
+    assert f"{name} in" in error.message
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_a_corrupt_file_is_named(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+
+    assert refusal(folder).metadata == {"file": str(folder / name)}
+
+
+def test_shards_come_from_the_index(folder: Path) -> None:
+    write(folder / model_files.INDEX, {"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}})
+    for name in ("1.safetensors", "2.safetensors"):
+        (folder / name).touch()
+
+    assert [shard.name for shard in model_files.read(folder).shards] == ["1.safetensors", "2.safetensors"]
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    write(folder / model_files.INDEX, {"weight_map": {"a": "gone.safetensors"}})
+
+    assert refusal(folder).metadata == {"file": str(folder / "gone.safetensors")}
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_an_index_cannot_point_outside_the_model(folder: Path, name: str) -> None:
+    write(folder / model_files.INDEX, {"weight_map": {"a": name}})
+
+    assert "outside" in refusal(folder).message
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("text", "text"),
+        ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], "d"),
+        ([], None),
+    ],
+)
+def test_a_chat_template_may_be_in_the_tokenizers_config(
+    folder: Path, template: object, found: object
+) -> None:
+    write(folder / "tokenizer_config.json", {"chat_template": template})
+
+    assert model_files.read(folder).chat_template == found
+
+
+def test_a_template_file_goes_first(folder: Path) -> None:
+    write(folder / "tokenizer_config.json", {"chat_template": "old"})
+    (folder / "chat_template.jinja").write_text("new")
+
+    assert model_files.read(folder).chat_template == "new"
+
+
+def test_pooling_and_normalising_are_read_from_the_modules(folder: Path) -> None:
+    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
+    write(folder / "modules.json", [*modules, {"type": "x.Normalize", "path": "2_Normalize"}])
+    write(folder / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+
+    files = model_files.read(folder)
+
+    assert files.pooling == {"pooling_mode_cls_token": True}
+    assert files.normalize
+
+
+@pytest.mark.parametrize(
+    ("architecture", "engine"),
+    [("LlamaForCausalLM", "causal_lm"), ("GPT2LMHeadModel", "causal_lm"), ("BertModel", "embedding")],
+)
+def test_the_architecture_chooses_the_engine(folder: Path, architecture: str, engine: str) -> None:
+    write(folder / "config.json", {"architectures": [architecture]})
+    files = model_files.read(folder)
+
+    assert choice.choose("", files) == engine
+    assert choice.choose("embedding", files) == "embedding"
+
+
+def test_an_unknown_engine_is_refused(folder: Path) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        choice.choose("vllm", model_files.read(folder))
+    assert refused.value.reason == "UNKNOWN_ENGINE"
+    assert refused.value.field == "engine"
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"architectures": ["ViTForImageClassification"]}, {"architectures": None}]
+)
+def test_an_architecture_without_an_engine_is_refused(folder: Path, config: object) -> None:
+    write(folder / "config.json", config)
+
+    with pytest.raises(FailedPrecondition) as refused:
+        choice.choose("", model_files.read(folder))
+    assert refused.value.reason == "MODEL_UNSUPPORTED"
