@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
+    CliImplicitFlag,
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -30,20 +31,26 @@ class Config(BaseSettings):
 
     config: Path | None = Field(default=None, description="TOML file with any of these settings")
     listen: str = Field(default="127.0.0.1:7070", description="host:port or unix:path to serve on")
-    insecure: bool = Field(default=False, description="serve in plain text on addresses other machines reach")
+    insecure: CliImplicitFlag[bool] = Field(
+        default=False, description="serve in plain text on addresses other machines reach"
+    )
     database: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the state directory")
     state_dir: Path = Field(
         default=Path("~/.local/state/dumont/controller"),
         description="directory for the controller's own files",
     )
-    metrics_listen: str = Field(default="", description="host:port for Prometheus; empty: off")
-    heartbeat_interval: float = Field(
-        default=5.0, gt=0, le=3600, description="seconds between nodes' heartbeats"
+    metrics_listen: str = Field(
+        default="", pattern=r"^(.*:\d{1,5})?$", description="host:port of the Prometheus page; empty: none"
+    )
+    heartbeat_seconds: float = Field(
+        default=5.0,
+        gt=0,
+        le=3600,
+        description="between the heartbeats of a node; three missing make it unreachable",
     )
     max_new_tokens: int = Field(default=4096, gt=0, le=1_000_000, description="the most tokens of one answer")
-    drain_grace: float = Field(
-        default=30.0, ge=0, le=3600, description="seconds that running calls get at the end"
-    )
+    drain_seconds: float = Field(default=30.0, ge=0, le=3600, description="time for running calls at SIGTERM")
+    log_format: Literal["json", "console"] = Field(default="json", description="how logs are written")
     log_level: str = Field(
         default="info", pattern="^(debug|info|warning|error)$", description="how much is logged"
     )

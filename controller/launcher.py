@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import structlog
@@ -161,7 +161,7 @@ class Launcher:
             instance=instance,
             tier=tier.value,
             reasons=attempt.reasons,
-            seconds=round(sum(phase.seconds for phase in attempt.phases), 4),
+            seconds=round(_total(attempt.phases), 4),
         )
         return Started(tier, tuple(attempt.reasons), tuple(attempt.phases))
 
@@ -336,9 +336,13 @@ class Launcher:
     def _node_phases(self, attempt: Attempt, report: Report, since: float) -> None:
         """The node's own steps, and as "dispatch" what the way to it and back took."""
         spent = self._clock.moment().steady - since
-        told = sum(phase.seconds for phase in report.phases)
-        attempt.phases.append(Phase("dispatch", max(0.0, spent - told)))
+        attempt.phases.append(Phase("dispatch", max(0.0, spent - _total(report.phases))))
         attempt.phases.extend(report.phases)
+
+
+def _total(phases: Iterable[Phase]) -> float:
+    """Seconds of all phases; one called ``load.warm_up`` is a part of ``load`` and counted there."""
+    return sum(phase.seconds for phase in phases if "." not in phase.name)
 
 
 def _with_history(error: DumontError, reasons: list[str]) -> DumontError:

@@ -30,7 +30,7 @@ from dumont.controller.v1 import (
     node_service_pb2_grpc,
     snapshot_service_pb2_grpc,
 )
-from dumont.errors import DumontError
+from dumont.errors import DumontError, FailedPrecondition
 from dumont.rpc import operations
 from dumont.rpc.operations import Operations
 from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
@@ -63,7 +63,7 @@ def add_services(
         server,
     )
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(
-        NodeService(controller.fleet, controller.inventory, settings.heartbeat_interval), server
+        NodeService(controller.fleet, controller.inventory, settings.heartbeat_seconds), server
     )
     snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(
         SnapshotService(
@@ -94,16 +94,15 @@ async def serve(settings: Config) -> None:
     registry = await open_registry(settings.database_url)
     nodes = GrpcNodes()
     running = Operations(DOMAIN)
-    controller = await assemble(nodes, registry, SystemClock(), settings.heartbeat_interval)
+    controller = await assemble(nodes, registry, SystemClock(), settings.heartbeat_seconds)
     try:
         add_services(server, controller, running, settings)
         if settings.metrics_listen:
-            host, _, port = settings.metrics_listen.rpartition(":")
-            start_http_server(int(port), host or "127.0.0.1", controller.metrics.registry)
+            _show_metrics(settings.metrics_listen, controller)
         await server.start()
         await health.set_all(True)
         log.info("serving", address=address)
-        await run_until_signalled(server, health, settings.drain_grace)
+        await run_until_signalled(server, health, settings.drain_seconds)
     finally:
         await running.close()
         await controller.close()
@@ -116,10 +115,22 @@ def main() -> None:
     """The console script."""
     try:
         settings = config.load(sys.argv[1:])
-        _log_json(settings.log_level)
+        _configure_logs(settings)
         uvloop.run(serve(settings))
     except DumontError as error:
         sys.exit(f"dumont-controller: {error.message}")
+
+
+def _show_metrics(address: str, controller: Controller) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        start_http_server(int(port), host or "127.0.0.1", controller.metrics.registry)
+    except (OSError, OverflowError) as error:
+        raise FailedPrecondition(
+            "ADDRESS_UNUSABLE",
+            f"metrics cannot be shown on {address}: {error}",
+            metadata={"address": address},
+        ) from error
 
 
 def _make_private(path: Path) -> None:
@@ -127,16 +138,17 @@ def _make_private(path: Path) -> None:
     path.chmod(0o700)
 
 
-def _log_json(level: str) -> None:
+def _configure_logs(settings: Config) -> None:
+    as_json = settings.log_format == "json"
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
+            *([structlog.processors.format_exc_info] if as_json else []),
+            structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
 

@@ -13,7 +13,7 @@ from dumont.errors import InvalidArgument
 @pytest.fixture
 def toml(tmp_path: Path) -> Path:
     path = tmp_path / "controller.toml"
-    path.write_text('listen = "127.0.0.1:1"\nmax_new_tokens = 7\nheartbeat_interval = 2.5\n')
+    path.write_text('listen = "127.0.0.1:1"\nmax_new_tokens = 7\nheartbeat_seconds = 2.5\n')
     return path
 
 
@@ -21,8 +21,8 @@ def test_the_nearest_source_wins(toml: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("DUMONT_CONTROLLER_LISTEN", "127.0.0.1:2")
     monkeypatch.setenv("DUMONT_CONTROLLER_MAX_NEW_TOKENS", "8")
     settings = load(["--config", str(toml), "--listen", "127.0.0.1:3"])
-    assert (settings.listen, settings.max_new_tokens, settings.heartbeat_interval) == ("127.0.0.1:3", 8, 2.5)
-    assert settings.drain_grace == 30.0
+    assert (settings.listen, settings.max_new_tokens, settings.heartbeat_seconds) == ("127.0.0.1:3", 8, 2.5)
+    assert settings.drain_seconds == 30.0
 
 
 def test_the_file_may_come_from_the_environment(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,13 @@ def test_the_database_is_in_the_state_directory_unless_named(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--max-new-tokens", "0"], ["--heartbeat-interval", "soon"], ["--config", "/nowhere.toml"]]
+    "arguments",
+    [
+        ["--max-new-tokens", "0"],
+        ["--heartbeat-seconds", "soon"],
+        ["--config", "/nowhere.toml"],
+        ["--metrics-listen", "x"],
+    ],
 )
 def test_a_wrong_value_is_told(arguments: list[str]) -> None:
     with pytest.raises(InvalidArgument) as failure:
