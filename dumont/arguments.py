@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -17,6 +16,7 @@ from dumont.inference.v1 import inference_pb2
 
 Seconds = float | timedelta
 
+LONGEST_SECONDS: Final = 315_576_000_000  # what google.protobuf.Duration holds
 START_MODES: Final = {
     name.removeprefix("START_MODE_").lower(): value
     for name, value in deployment_service_pb2.StartMode.items()
@@ -203,14 +203,14 @@ def to_seconds(value: Seconds, field: str) -> float:
     """Seconds of a number or a ``timedelta``.
 
     Raises:
-        InvalidArgument: INVALID_DURATION, not a duration, negative or not finite.
+        InvalidArgument: INVALID_DURATION, not a duration, negative or longer than ten thousand years.
     """
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_SECONDS:
         raise InvalidArgument(
             "INVALID_DURATION",
-            f"{field} must be a number of seconds, 0 or more; got {value!r}",
+            f"{field} must be a number of seconds from 0 to {LONGEST_SECONDS}; got {value!r}",
             field=field,
             metadata={"value": str(value)},
         )

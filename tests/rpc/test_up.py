@@ -1,0 +1,80 @@
+"""``dumont up`` starts two services, waits until they serve, and ends both however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from dumont.errors import FailedPrecondition
+from dumont.up import Daemon, plan, run
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def daemons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Daemon]:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path.cwd())]))
+    made = []
+    for name in ("controller", "snapshotd"):
+        endpoint = f"127.0.0.1:{free_port()}"
+        arguments = (endpoint, str(tmp_path / f"{name}.left"))
+        made.append(Daemon(name, "fake_daemon", endpoint, tmp_path / "state" / f"{name}.log", arguments))
+    return made
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_is_ready_when_both_serve_and_ends_both_at_a_signal(
+    daemons: list[Daemon], tmp_path: Path, number: signal.Signals
+) -> None:
+    ready: list[bool] = []
+
+    def on_ready() -> None:
+        ready.append(True)
+        os.kill(os.getpid(), number)
+
+    await run(daemons, on_ready)
+    assert ready == [True]
+    assert [(tmp_path / f"{daemon.name}.left").read_text() for daemon in daemons] == ["drained", "drained"]
+    assert "draining" in daemons[0].log.read_text()
+
+
+async def test_a_service_that_ends_is_named_with_its_last_words_and_the_other_is_stopped(
+    daemons: list[Daemon], tmp_path: Path
+) -> None:
+    controller, snapshotd = daemons
+    failing = Daemon(snapshotd.name, snapshotd.module, snapshotd.endpoint, snapshotd.log, ("fail",))
+    with pytest.raises(FailedPrecondition, match="the machine is unfit") as raised:
+        await run([controller, failing], lambda: None)
+    assert raised.value.reason == "SERVICE_ENDED"
+    assert raised.value.metadata == {"service": "snapshotd", "status": "3"}
+
+
+async def test_a_taken_port_is_refused_before_anything_starts(daemons: list[Daemon]) -> None:
+    with socket.socket() as taken:
+        host, _, port = daemons[1].endpoint.partition(":")
+        taken.bind((host, int(port)))
+        taken.listen(1)
+        with pytest.raises(FailedPrecondition) as raised:
+            await run(daemons, lambda: None)
+    assert raised.value.reason == "ADDRESS_IN_USE"
+    assert not daemons[0].log.exists()
+
+
+def test_the_plan_keeps_all_state_below_one_directory(tmp_path: Path) -> None:
+    controller, snapshotd = plan(tmp_path, 1, 2, tmp_path / "models", "cpu")
+    assert (controller.endpoint, snapshotd.endpoint) == ("127.0.0.1:1", "127.0.0.1:2")
+    assert controller.arguments[controller.arguments.index("--state-dir") + 1] == str(tmp_path / "controller")
+    assert snapshotd.arguments[snapshotd.arguments.index("--controller") + 1] == controller.endpoint
+    assert snapshotd.arguments[snapshotd.arguments.index("--device") + 1] == "cpu"
+    assert "--stop-instances-on-exit" in snapshotd.arguments
+    assert snapshotd.arguments[-2:] == ("--models-dir", str(tmp_path / "models"))
+    assert "--models-dir" not in plan(tmp_path, 1, 2)[1].arguments

@@ -1,0 +1,158 @@
+"""What is plainly wrong is refused before any call, with the field named."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dumont import arguments
+from dumont.controller.v1.deployment_service_pb2 import START_MODE_COLD, START_MODE_WARM, STORAGE_S3
+from dumont.errors import InvalidArgument
+from dumont.names import LABEL
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("Qwen/Qwen3-0.6B", "qwen3-0-6b"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
+        ("/models/My Model/", "my-model"),
+        ("org/4bit_llama", "m-4bit-llama"),
+        ("org/--x--", "x"),
+        ("org/" + "a" * 62 + "-b", "a" * 62),
+    ],
+)
+def test_a_deployment_is_named_after_its_model(model: str, expected: str) -> None:
+    assert arguments.deployment_id(model) == expected
+
+
+@given(st.text(), st.sampled_from("aZ09"), st.text())
+def test_a_name_made_of_a_model_is_always_a_label(before: str, letter: str, after: str) -> None:
+    made = arguments.deployment_id(f"{before}{letter}{after}".replace("/", "."))
+    assert LABEL.fullmatch(made)
+
+
+@pytest.mark.parametrize("model", ["", "/", "org/--", "org/模型"])
+def test_a_model_without_a_letter_or_digit_needs_a_name(model: str) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        arguments.deployment_id(model)
+    assert (raised.value.reason, raised.value.field) == ("NAME_REQUIRED", "name")
+
+
+def test_checkpoint_mode_has_its_defaults_and_the_others_have_none() -> None:
+    message, paths = arguments.deployment_message("org/model", "checkpoint", None)
+    assert (message.checkpoint.enabled, message.checkpoint.ttl.seconds) == (True, 3600)
+    assert paths == ["start_mode", "checkpoint"]
+    message, paths = arguments.deployment_message("org/model", "cold", None)
+    assert message.start_mode == START_MODE_COLD
+    assert not message.HasField("checkpoint")
+    assert paths == ["start_mode"]
+
+
+def test_what_is_given_is_set() -> None:
+    message, paths = arguments.deployment_message(
+        "org/model",
+        "warm",
+        {"ttl": timedelta(minutes=1), "storage": "s3"},
+        engine="embedding",
+        park_timeout=0.5,
+    )
+    assert (message.start_mode, message.engine) == (START_MODE_WARM, "embedding")
+    assert (message.checkpoint.ttl.seconds, message.checkpoint.storage) == (60, STORAGE_S3)
+    assert message.park_timeout.nanos == 500_000_000
+    assert paths == ["start_mode", "checkpoint", "park_timeout"]
+
+
+def test_a_relative_path_is_made_whole_and_an_id_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    models = [
+        arguments.deployment_message(model, "cold", None)[0].model
+        for model in ("~/models/x", "/srv/../srv/y", "org/z")
+    ]
+    assert models == ["/home/somebody/models/x", "/srv/../srv/y", "org/z"]
+    assert arguments.deployment_message("./w", "cold", None)[0].model.startswith("/")
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason", "field"),
+    [
+        ({"model": ""}, "EMPTY", "model"),
+        ({"model": None}, "EMPTY", "model"),
+        ({"start_mode": "hot"}, "UNKNOWN_CHOICE", "start_mode"),
+        ({"start_mode": "unspecified"}, "UNKNOWN_CHOICE", "start_mode"),
+        ({"checkpoint": {"tll": 5}}, "UNKNOWN_SETTING", "checkpoint.tll"),
+        ({"checkpoint": {"ttl": -1}}, "INVALID_DURATION", "checkpoint.ttl"),
+        ({"checkpoint": {"ttl": "1h"}}, "INVALID_DURATION", "checkpoint.ttl"),
+        ({"checkpoint": {"ttl": True}}, "INVALID_DURATION", "checkpoint.ttl"),
+        ({"checkpoint": {"ttl": math.nan}}, "INVALID_DURATION", "checkpoint.ttl"),
+        ({"checkpoint": {"ttl": math.inf}}, "INVALID_DURATION", "checkpoint.ttl"),
+        ({"checkpoint": {"storage": "tape"}}, "UNKNOWN_CHOICE", "checkpoint.storage"),
+        ({"checkpoint": {"enabled": "yes"}}, "NOT_A_BOOLEAN", "checkpoint.enabled"),
+        ({"checkpoint": {"enabled": False}}, "CHECKPOINT_DISABLED", "checkpoint.enabled"),
+        ({"idle_timeout": -1}, "INVALID_DURATION", "idle_timeout"),
+        ({"park_timeout": timedelta(seconds=-1)}, "INVALID_DURATION", "park_timeout"),
+        ({"park_timeout": 1e300}, "INVALID_DURATION", "park_timeout"),
+    ],
+)
+def test_a_wrong_setting_names_its_field(changed: dict[str, Any], reason: str, field: str) -> None:
+    given: dict[str, Any] = {"model": "org/model", "start_mode": "checkpoint", "checkpoint": None, **changed}
+    with pytest.raises(InvalidArgument) as raised:
+        arguments.deployment_message(**given)
+    assert (raised.value.reason, raised.value.field) == (reason, field)
+
+
+def test_a_request_carries_only_what_was_given() -> None:
+    request = arguments.generate_request("deployments/qa", "Hi")
+    assert request.prompt == "Hi"
+    assert not request.HasField("temperature")
+    assert not request.HasField("seed")
+    request = arguments.generate_request("deployments/qa", "Hi", temperature=0, seed=0, stop=["a", "b"])
+    assert request.HasField("temperature")
+    assert request.HasField("seed")
+    assert list(request.stop) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason", "field"),
+    [
+        ({}, "PROMPT_OR_MESSAGES", "prompt"),
+        ({"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}, "PROMPT_OR_MESSAGES", "prompt"),
+        ({"prompt": ""}, "EMPTY", "prompt"),
+        ({"prompt": 5}, "EMPTY", "prompt"),
+        ({"messages": []}, "EMPTY", "messages"),
+        ({"messages": [{"role": "user"}]}, "INVALID_MESSAGE", "messages[0]"),
+        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "INVALID_MESSAGE", "messages[0]"),
+        ({"prompt": "Hi", "max_new_tokens": 0}, "OUT_OF_RANGE", "max_new_tokens"),
+        ({"prompt": "Hi", "max_new_tokens": 2**31}, "INVALID_REQUEST", None),
+        ({"prompt": "Hi", "temperature": "hot"}, "INVALID_REQUEST", None),
+        ({"prompt": "Hi", "stop": [1]}, "INVALID_REQUEST", None),
+    ],
+)
+def test_a_wrong_request_is_refused(given: dict[str, Any], reason: str, field: str | None) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        arguments.generate_request("deployments/qa", **given)
+    assert (raised.value.reason, raised.value.field) == (reason, field)
+
+
+def test_one_text_or_several_are_embedded_and_none_is_refused() -> None:
+    assert list(arguments.embed_request("deployments/qa", "one").inputs) == ["one"]
+    assert list(arguments.embed_request("deployments/qa", ("a", "b")).inputs) == ["a", "b"]
+    with pytest.raises(InvalidArgument, match="must not be empty"):
+        arguments.embed_request("deployments/qa", [])
+    with pytest.raises(InvalidArgument) as raised:
+        arguments.embed_request("deployments/qa", ["a", ""])
+    assert raised.value.field == "inputs[1]"
+
+
+def test_names_are_taken_with_or_without_their_collection() -> None:
+    assert arguments.full_name("qa", "deployments", "name") == "deployments/qa"
+    assert arguments.full_name("deployments/qa", "deployments", "name") == "deployments/qa"
+    for wrong in ("instances/qa", "deployments/", "", "QA", "a/b/c"):
+        with pytest.raises(InvalidArgument) as raised:
+            arguments.full_name(wrong, "deployments", "name")
+        assert raised.value.field == "name"
