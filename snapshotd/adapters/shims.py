@@ -230,7 +230,7 @@ class ShimPool:
                 status = await host.status()
             except (OSError, DumontError):
                 # No shim listens any more; its mounts went with it.
-                socket.unlink(missing_ok=True)
+                _forget(socket)
                 continue
             if status["instance"]:
                 host.instance, host.pid = status["instance"], status["pid"]
@@ -264,10 +264,8 @@ class ShimPool:
         ]
         if self.pycriu is not None:
             command += ["--pycriu", str(self.pycriu)]
-        complaints = self.directory / f"{shim}.log"
-        process = _spawn(command, complaints)
+        process = _spawn(command, socket.with_suffix(".log"))
         ended = asyncio.create_task(_wait(process), name=f"{shim}-ended")
-        ended.add_done_callback(lambda _: complaints.unlink(missing_ok=True))
         try:
             async with asyncio.timeout(SHIM_READY_TIMEOUT):
                 while not socket.exists():
@@ -288,6 +286,14 @@ def _spawn(command: Sequence[str], complaints: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
+
+
+def _forget(socket: Path) -> None:
+    """Remove the files of a shim that is gone."""
+    socket.unlink(missing_ok=True)
+    socket.with_suffix(".log").unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        socket.with_name(f"{socket.name}.root").rmdir()
 
 
 async def _wait(process: subprocess.Popen[bytes]) -> None:

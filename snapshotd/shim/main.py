@@ -341,6 +341,8 @@ def main() -> None:
         (folder / name).unlink(missing_ok=True)
         linux.unmount(scratch)
         scratch.rmdir()
+    # Where standard error went; one that ends otherwise leaves it to be read.
+    (folder / name).with_suffix(".log").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

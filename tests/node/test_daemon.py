@@ -1,0 +1,223 @@
+"""snapshotd as a process: what lives on when it dies, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from dumont.errors import DumontError, NotFound
+from dumont.rpc.status import from_rpc_error
+from dumont.snapshotd.v1 import instance_service_pb2 as pb2
+from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
+from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
+from tests.node.daemon import Daemon
+
+pytestmark = pytest.mark.node
+
+
+@pytest.fixture(scope="module")
+def daemon(
+    criu: Path, free_port: Callable[[], int], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Daemon]:
+    # A deep path: sockets below it would not fit into an address.
+    state_dir = tmp_path_factory.mktemp("daemon") / ("deep-" * 12) / ("deeper-" * 12) / "state"
+    state_dir.parent.mkdir(parents=True)
+    with Daemon(state_dir, free_port(), "--stop-instances-on-exit") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def instance(daemon: Daemon, instruct_model: Path) -> str:
+    """An instance that has answered, with a snapshot taken before."""
+    daemon.start_instance("one", instruct_model)
+    request = pb2.CaptureInstanceRequest(name="instances/one", snapshot_id="one")
+    snapshot = snapshots_pb2.Snapshot()
+    daemon.wait(daemon.instances.CaptureInstance(request), snapshot)
+    assert snapshot.state == snapshots_pb2.Snapshot.STATE_ACTIVE
+    return "one"
+
+
+def test_models_live_through_a_crash_of_snapshotd_and_are_taken_over(daemon: Daemon, instance: str) -> None:
+    # given
+    before = daemon.get(instance)
+    answer = daemon.generate(instance)
+
+    # when
+    daemon.kill()
+    os.kill(before.pid, 0)
+    daemon.start()
+
+    # then: the same process answers, and its snapshot is still there
+    after = daemon.get(instance)
+    assert (after.pid, after.state) == (before.pid, pb2.Instance.STATE_SERVING)
+    assert after.model == before.model
+    assert daemon.generate(instance) == answer
+    listed = daemon.snapshots.ListSnapshots(snapshots_pb2.ListSnapshotsRequest())
+    assert [snapshot.name for snapshot in listed.snapshots] == ["snapshots/one"]
+
+
+def test_a_parked_instance_is_still_parked_after_a_crash(daemon: Daemon, instance: str) -> None:
+    request = pb2.ParkInstanceRequest(name=f"instances/{instance}")
+    assert daemon.instances.ParkInstance(request).state == pb2.Instance.STATE_PARKED
+    answer_to_parked = refusal(lambda: daemon.generate(instance))
+    assert answer_to_parked.reason == "INSTANCE_NOT_SERVING"
+
+    daemon.kill()
+    daemon.start()
+
+    assert daemon.get(instance).state == pb2.Instance.STATE_PARKED
+    resumed = daemon.instances.ResumeInstance(pb2.ResumeInstanceRequest(name=f"instances/{instance}"))
+    assert resumed.state == pb2.Instance.STATE_SERVING
+    assert daemon.generate(instance)
+
+
+@pytest.mark.parametrize("step", ["drain", "quiesce", "dump", "wake", "commit"])
+def test_a_crash_in_the_middle_of_a_capture_leaves_the_source_serving(
+    daemon: Daemon, instance: str, instruct_model: Path, step: str
+) -> None:
+    # given: a source that nobody has asked anything, and a daemon that will crash at the step
+    source = pb2.Instance()
+    request = pb2.RestoreInstanceRequest(instance_id="victim", snapshot="snapshots/one")
+    daemon.wait(daemon.instances.RestoreInstance(request), source)
+    daemon.kill()
+    flags, daemon.flags = daemon.flags, (*daemon.flags, "--failpoints", f"capture.{step}.after=exit")
+    daemon.start()
+    daemon.flags = flags
+
+    # when
+    capture = pb2.CaptureInstanceRequest(name="instances/victim", snapshot_id="half")
+    with pytest.raises((grpc.RpcError, DumontError)):
+        daemon.wait(daemon.instances.CaptureInstance(capture), snapshots_pb2.Snapshot())
+    assert daemon.process is not None
+    assert daemon.process.wait(timeout=30) == 70
+    daemon.process = None
+    daemon.start()
+
+    # then: the very process serves, and no half snapshot is listed
+    after = daemon.get("victim")
+    assert (after.pid, after.state) == (source.pid, pb2.Instance.STATE_SERVING)
+    assert daemon.generate("victim")
+    listed = [
+        item.name for item in daemon.snapshots.ListSnapshots(snapshots_pb2.ListSnapshotsRequest()).snapshots
+    ]
+    if step == "commit":
+        assert "snapshots/half" in listed
+        daemon.snapshots.DeleteSnapshot(snapshots_pb2.DeleteSnapshotRequest(name="snapshots/half"))
+    else:
+        assert "snapshots/half" not in listed
+    assert not list((daemon.state_dir / "snapshots").glob(".staged-*"))
+    daemon.stop_instance("victim")
+
+
+def test_the_same_start_twice_is_one_start(daemon: Daemon, instruct_model: Path) -> None:
+    request = pb2.StartInstanceRequest(instance_id="twice", model=str(instruct_model))
+    first = daemon.instances.StartInstance(request)
+    second = daemon.instances.StartInstance(request)
+    assert first.name == second.name
+    daemon.wait(first, pb2.Instance())
+
+    other = pb2.StartInstanceRequest(instance_id="twice", model=str(instruct_model), deployment="other")
+    error = refusal(lambda: daemon.instances.StartInstance(other))
+    assert (error.reason, error.field) == ("INSTANCE_EXISTS", "instance_id")
+    daemon.stop_instance("twice")
+    assert isinstance(refusal(lambda: daemon.get("twice")), NotFound)
+
+
+def test_an_instance_that_is_starting_can_be_stopped(daemon: Daemon, instruct_model: Path) -> None:
+    request = pb2.StartInstanceRequest(instance_id="short", model=str(instruct_model))
+    operation = daemon.instances.StartInstance(request)
+    for change in daemon.instances.WatchInstances(pb2.WatchInstancesRequest()):
+        if change.instance.name == "instances/short":
+            break
+    daemon.stop_instance("short")
+    error = refusal(lambda: daemon.wait(operation, pb2.Instance()))
+    assert error.reason == "CANCELLED"
+    assert not (daemon.state_dir / "instances" / "short").exists()
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason", "field"),
+    [
+        (pb2.StartInstanceRequest(instance_id="Bad Id", model="/m"), "INVALID_ID", "instance_id"),
+        (pb2.StartInstanceRequest(instance_id="ok"), "MODEL_REQUIRED", "model"),
+        (pb2.StartInstanceRequest(instance_id="ok", model="/no/such"), "MODEL_NOT_FOUND", "model"),
+        (pb2.RestoreInstanceRequest(instance_id="ok", snapshot="s"), "INVALID_NAME", "snapshot"),
+        (pb2.RestoreInstanceRequest(instance_id="ok", snapshot="snapshots/none"), "SNAPSHOT_NOT_FOUND", None),
+        (pb2.CaptureInstanceRequest(name="instances/none", snapshot_id="s"), "INSTANCE_NOT_FOUND", None),
+        (pb2.CaptureInstanceRequest(name="instances/none", snapshot_id="../s"), "INVALID_ID", "snapshot_id"),
+        (pb2.ParkInstanceRequest(name="instances/none"), "INSTANCE_NOT_FOUND", None),
+        (pb2.StopInstanceRequest(name="../etc"), "INVALID_NAME", "name"),
+        (pb2.ListInstancesRequest(page_size=-1), "INVALID_PAGE_SIZE", "page_size"),
+    ],
+)
+def test_bad_requests_are_refused_with_reason_and_field(
+    daemon: Daemon, request_: object, reason: str, field: str | None
+) -> None:
+    before = daemon.instances.ListInstances(pb2.ListInstancesRequest())
+    method = type(request_).__name__.removesuffix("Request")
+    error = refusal(lambda: getattr(daemon.instances, method)(request_))
+    assert (error.reason, error.field) == (reason, field)
+    after = daemon.instances.ListInstances(pb2.ListInstancesRequest())
+    assert [item.name for item in after.instances] == [item.name for item in before.instances]
+
+
+def test_a_second_snapshotd_on_the_state_directory_or_the_port_is_refused(
+    daemon: Daemon, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    def run(state_dir: Path, address: str) -> str:
+        command = [sys.executable, "-m", "snapshotd.main", "--state-dir", str(state_dir), "--listen", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "STATE_IN_USE" in run(daemon.state_dir, f"127.0.0.1:{free_port()}")
+    assert "ADDRESS_IN_USE" in run(tmp_path / "other", daemon.address)
+
+
+def test_its_state_is_for_root_alone(daemon: Daemon, instance: str) -> None:
+    for path in [daemon.state_dir, *daemon.state_dir.rglob("*")]:
+        if path.is_dir() and not path.is_symlink():
+            assert path.stat().st_mode & 0o077 == 0, path
+    assert (daemon.state_dir / "instances" / instance / "host.sock").stat().st_mode & 0o077 == 0
+
+
+def test_the_node_describes_itself(daemon: Daemon) -> None:
+    node = daemon.nodes.GetNode(nodes_pb2.GetNodeRequest())
+    assert node.checkpoint_capable
+    assert node.cpu_count == os.cpu_count()
+    assert {finding.check for finding in node.findings} >= {"root", "criu", "cgroup2"}
+    assert all(finding.passed for finding in node.findings)
+
+
+def test_logs_of_an_instance_can_be_read(daemon: Daemon, instance: str) -> None:
+    request = pb2.StreamInstanceLogsRequest(name=f"instances/{instance}")
+    text = b"".join(part.data for part in daemon.instances.StreamInstanceLogs(request, timeout=10))
+    assert isinstance(text, bytes)
+    tail = pb2.StreamInstanceLogsRequest(name=f"instances/{instance}", tail_lines=1)
+    last = b"".join(part.data for part in daemon.instances.StreamInstanceLogs(tail, timeout=10))
+    assert last == b"".join(text.splitlines(keepends=True)[-1:])
+
+
+def test_sigterm_drains_and_ends_everything_that_it_was_told_to_end(daemon: Daemon, instance: str) -> None:
+    pid = daemon.get(instance).pid
+    assert daemon.terminate() == 0
+    assert not Path(f"/proc/{pid}").exists()
+    assert not list((daemon.state_dir / "shims").iterdir())
+    daemon.start()
+
+
+def refusal(call: Callable[[], object]) -> DumontError:
+    """The error that ``call`` ends with."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return from_rpc_error(error)
+    except DumontError as error:
+        return error
+    raise AssertionError("it was not refused")
