@@ -204,6 +204,7 @@ class ShimPool:
         self.pycriu = pycriu
         self._spare: asyncio.Task[ShimHost] | None = None
         self._hosts: set[ShimHost] = set()
+        self._ends: set[asyncio.Task[None]] = set()
 
     async def take(self) -> ShimHost:
         spare, self._spare = self._spare, None
@@ -266,6 +267,9 @@ class ShimPool:
             command += ["--pycriu", str(self.pycriu)]
         process = _spawn(command, socket.with_suffix(".log"))
         ended = asyncio.create_task(_wait(process), name=f"{shim}-ended")
+        # Held here: the loop alone would let it be collected.
+        self._ends.add(ended)
+        ended.add_done_callback(self._ends.discard)
         try:
             async with asyncio.timeout(SHIM_READY_TIMEOUT):
                 while not socket.exists():
