@@ -1,0 +1,272 @@
+"""What callers of a model host see, over a real Unix socket, with an engine that does as it is told."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+import pytest
+
+from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, Unavailable
+from dumont.inference.v1 import inference_pb2
+from dumont.model_host.v1 import model_host_service_pb2 as pb2
+from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
+from dumont.rpc.status import from_rpc_error
+from model_host.engine import Canary, Embedded, Finish, FinishReason, Generation, Message, Piece, Work
+from model_host.gate import Gate
+from model_host.process import open_descriptors, wait_for_descriptors
+from model_host.scheduler import Scheduler
+from model_host.service import ModelHostService, Server
+
+MAX_QUEUE = 1
+
+
+class ScriptedEngine:
+    """Says one word of the prompt per step; the prompt ``wait`` waits in the middle of its answer."""
+
+    name, device, context_length = "scripted", "cpu", 8
+
+    def __init__(self) -> None:
+        self.requests: list[Generation] = []
+        self.waiting, self.go_on, self.closed = threading.Event(), threading.Event(), threading.Event()
+
+    def generate(self, request: Generation) -> Work[Piece | Finish]:
+        self.requests.append(request)
+        if request.prompt == "wrong":
+            raise InvalidArgument("EMPTY_PROMPT", "wrong", field="prompt")
+        return lambda: self._answer(request.prompt)
+
+    def _answer(self, prompt: str) -> Iterator[Piece | Finish]:
+        try:
+            for number, word in enumerate(prompt.split()):
+                if word == "break":
+                    raise ZeroDivisionError("secret")
+                yield Piece()
+                yield Piece(word, (number,))
+                if word == "wait":
+                    self.waiting.set()
+                    self.go_on.wait(10)
+            yield Finish(FinishReason.STOP, prompt_tokens=3, output_tokens=len(prompt.split()))
+        finally:
+            self.closed.set()
+
+    def embed(self, inputs: Sequence[str]) -> Work[Embedded]:
+        return lambda: iter(Embedded([[float(len(text))]], prompt_tokens=2) for text in inputs)
+
+    def warm_up(self) -> None: ...
+
+    def canary(self) -> Canary:
+        return Canary([], 0.0)
+
+    def quiesce(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def versions(self) -> dict[str, str]:
+        return {}
+
+
+@pytest.fixture
+def engine() -> Iterator[ScriptedEngine]:
+    made = ScriptedEngine()
+    yield made
+    made.go_on.set()
+
+
+@pytest.fixture
+def gate() -> Gate:
+    made = Gate()
+    made.set_open(True)
+    return made
+
+
+@pytest.fixture
+def scheduler(engine: ScriptedEngine) -> Iterator[Scheduler]:
+    made = Scheduler(MAX_QUEUE)
+    yield made
+    engine.go_on.set()
+    made.close()
+
+
+@pytest.fixture
+def server(engine: ScriptedEngine, scheduler: Scheduler, gate: Gate) -> Iterator[Server]:
+    made = Server(ModelHostService(engine, scheduler, gate), MAX_QUEUE)
+    yield made
+    engine.go_on.set()
+    made.stop()
+
+
+@pytest.fixture
+def stub(server: Server, tmp_path: Path) -> Iterator[pb2_grpc.ModelHostServiceStub]:
+    socket = tmp_path / "host.sock"
+    server.start(socket)
+    with grpc.insecure_channel(f"unix:{socket}") as channel:
+        yield pb2_grpc.ModelHostServiceStub(channel)
+
+
+def failure(call: Callable[[], object]) -> DumontError:
+    with pytest.raises(grpc.RpcError) as failed:
+        call()
+    return from_rpc_error(failed.value)
+
+
+def test_pieces_and_finish_arrive_and_steps_without_tokens_do_not(
+    stub: pb2_grpc.ModelHostServiceStub,
+) -> None:
+    responses = list(stub.Generate(pb2.GenerateRequest(prompt="one two")))
+
+    assert [(response.chunk.text, list(response.chunk.token_ids)) for response in responses[:-1]] == [
+        ("one", [0]),
+        ("two", [1]),
+    ]
+    finish = responses[-1].finish
+    assert finish.reason == inference_pb2.FINISH_REASON_STOP
+    assert (finish.usage.prompt_tokens, finish.usage.output_tokens) == (3, 2)
+
+
+def test_a_request_reaches_the_engine_in_full(
+    stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine
+) -> None:
+    message = inference_pb2.ChatMessage(role="user", content="hi")
+    list(
+        stub.Generate(
+            pb2.GenerateRequest(
+                messages=[message], max_new_tokens=5, temperature=0.5, top_p=0.25, seed=-3, stop=["x"]
+            )
+        )
+    )
+    list(stub.Generate(pb2.GenerateRequest(prompt="p")))
+
+    assert engine.requests == [
+        Generation(
+            messages=(Message("user", "hi"),),
+            max_new_tokens=5,
+            temperature=0.5,
+            top_p=0.25,
+            seed=-3,
+            stop=("x",),
+        ),
+        Generation(prompt="p", temperature=0.0, top_p=1.0, seed=None),
+    ]
+
+
+def test_embeddings_keep_the_order_of_their_inputs(stub: pb2_grpc.ModelHostServiceStub) -> None:
+    response = stub.Embed(pb2.EmbedRequest(inputs=["a", "bb", "ccc"]))
+
+    assert [list(embedding.values) for embedding in response.embeddings] == [[1.0], [2.0], [3.0]]
+    assert response.usage.prompt_tokens == 6
+
+
+def test_a_wrong_request_names_its_field(stub: pb2_grpc.ModelHostServiceStub) -> None:
+    error = failure(lambda: list(stub.Generate(pb2.GenerateRequest(prompt="wrong"))))
+
+    assert isinstance(error, InvalidArgument)
+    assert (error.reason, error.field) == ("EMPTY_PROMPT", "prompt")
+
+
+def test_a_defect_is_told_without_its_details(stub: pb2_grpc.ModelHostServiceStub) -> None:
+    error = failure(lambda: list(stub.Generate(pb2.GenerateRequest(prompt="break"))))
+
+    assert (error.code, error.reason) == ("INTERNAL", "COMPUTE_FAILED")
+    assert "secret" not in error.message
+
+
+def test_a_draining_host_sends_callers_away(stub: pb2_grpc.ModelHostServiceStub, gate: Gate) -> None:
+    gate.set_open(False)
+
+    error = failure(lambda: stub.Embed(pb2.EmbedRequest(inputs=["a"])))
+
+    assert isinstance(error, Unavailable)
+    assert error.reason == "INSTANCE_DRAINING"
+
+
+def test_a_full_queue_says_when_to_come_back(
+    stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine, scheduler: Scheduler
+) -> None:
+    # given one call that computes and one that waits
+    computing = stub.Generate(pb2.GenerateRequest(prompt="wait"))
+    assert engine.waiting.wait(5)
+    scheduler.submit(lambda: iter(()))
+
+    # when a third comes
+    error = failure(lambda: list(stub.Generate(pb2.GenerateRequest(prompt="third"))))
+
+    # then it is refused, and the others are answered
+    assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+    assert error.retry_after is not None
+    engine.go_on.set()
+    assert next(response.chunk.text for response in computing) == "wait"
+
+
+def test_a_caller_who_hangs_up_stops_the_computation(
+    stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine, gate: Gate
+) -> None:
+    call = stub.Generate(pb2.GenerateRequest(prompt="wait and much more to say"))
+    assert next(call).chunk.text == "wait"
+
+    call.cancel()
+
+    engine.go_on.set()
+    assert engine.closed.wait(5)
+    assert gate.wait_empty(5)
+
+
+def test_a_deadline_stops_the_computation(
+    stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine, gate: Gate
+) -> None:
+    error = failure(lambda: list(stub.Generate(pb2.GenerateRequest(prompt="wait more"), timeout=0.2)))
+
+    engine.go_on.set()
+
+    assert error.code == "DEADLINE_EXCEEDED"
+    assert engine.closed.wait(5)
+    assert gate.wait_empty(5)
+
+
+def test_the_socket_is_for_this_user_only(stub: pb2_grpc.ModelHostServiceStub, tmp_path: Path) -> None:
+    stub.Embed(pb2.EmbedRequest(inputs=["a"]))
+
+    assert stat.S_IMODE((tmp_path / "host.sock").stat().st_mode) == 0o600
+
+
+def test_a_stopped_server_leaves_nothing_open_and_can_start_again(server: Server, tmp_path: Path) -> None:
+    # given a server that has answered
+    socket = tmp_path / "host.sock"
+    before = frozenset(open_descriptors())
+    for _ in range(2):
+        server.start(socket)
+        with grpc.insecure_channel(f"unix:{socket}") as channel:
+            pb2_grpc.ModelHostServiceStub(channel).Embed(pb2.EmbedRequest(inputs=["a"]))
+
+        # when it stops
+        assert server.stop() == socket
+
+        # then neither its socket nor a descriptor remains
+        assert not socket.exists()
+        assert wait_for_descriptors(before) == {}
+    assert server.stop() is None
+
+
+def test_a_socket_that_cannot_be_made_is_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument) as too_long:
+        server.start(tmp_path / ("x" * 120))
+    with pytest.raises(Unavailable) as nowhere:
+        server.start(tmp_path / "nowhere" / "host.sock")
+
+    assert too_long.value.reason == "SOCKET_PATH_TOO_LONG"
+    assert nowhere.value.reason == "SERVE_FAILED"
+    assert server.stop() is None
+
+
+def test_what_an_engine_cannot_do_is_a_precondition(
+    stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(inputs: Sequence[str]) -> Work[Embedded]:
+        raise FailedPrecondition("ENGINE_CANNOT_EMBED", "no")
+
+    monkeypatch.setattr(engine, "embed", refuse)
+
+    assert failure(lambda: stub.Embed(pb2.EmbedRequest(inputs=["a"]))).reason == "ENGINE_CANNOT_EMBED"
