@@ -57,7 +57,7 @@ def plan(
             (
                 "--listen", controller,
                 "--state-dir", str(state_dir / "controller"),
-                "--drain-grace", str(DRAIN_SECONDS),
+                "--drain-seconds", str(DRAIN_SECONDS),
             ),
         ),
         Daemon(

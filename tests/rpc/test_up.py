@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,10 @@ def test_the_plan_keeps_all_state_below_one_directory(tmp_path: Path) -> None:
     assert "--stop-instances-on-exit" in snapshotd.arguments
     assert snapshotd.arguments[-2:] == ("--models-dir", str(tmp_path / "models"))
     assert "--models-dir" not in plan(tmp_path, 1, 2)[1].arguments
+
+
+def test_the_services_take_the_flags_they_are_given(tmp_path: Path) -> None:
+    for daemon in plan(tmp_path, 1, 2, tmp_path / "models", "cpu"):
+        command = [sys.executable, "-m", daemon.module, *daemon.arguments, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
