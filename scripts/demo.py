@@ -102,8 +102,9 @@ def services(state: Path) -> Iterator[dumont.Client]:
     up = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
         assert up.stdout is not None
-        # One line once both serve; none if they do not, and standard error has said why.
-        check(up.stdout.readline() != "", "the services did not start")
+        # One line: where both serve, or why they do not.
+        said = json.loads(up.stdout.readline() or "{}")
+        check("controller" in said, f"the services did not start: {said.get('error', {}).get('message')}")
         with dumont.Client(f"127.0.0.1:{controller}") as client:
             yield client
     finally:

@@ -81,8 +81,9 @@ class Stack:
     def __enter__(self) -> Stack:
         self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        # One line, once both serve and the node has registered.
+        # One line, once both serve and the node has registered, or to say why they do not.
         self.announced = json.loads(self.process.stdout.readline())
+        assert "controller" in self.announced, self.announced
         return self
 
     def __exit__(self, *_: object) -> None:
