@@ -45,14 +45,22 @@ def ps(
 def park(target: Target, json: Json = False, endpoint: Endpoint = None) -> None:
     """Freeze instances; their processes stay, and wake at the next request."""
     with sync.Client(endpoint) as client:
-        _print([client.instances.park(found.name) for found in client.instances.find(target)], as_json=json)
+        found = [
+            instance if instance.state == "parked" else client.instances.park(instance.name)
+            for instance in client.instances.find(target)
+        ]
+    _print(found, as_json=json)
 
 
 @command
 def resume(target: Target, json: Json = False, endpoint: Endpoint = None) -> None:
     """Let parked instances serve again."""
     with sync.Client(endpoint) as client:
-        _print([client.instances.resume(found.name) for found in client.instances.find(target)], as_json=json)
+        found = [
+            instance if instance.state == "serving" else client.instances.resume(instance.name)
+            for instance in client.instances.find(target)
+        ]
+    _print(found, as_json=json)
 
 
 @command

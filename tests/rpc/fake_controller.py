@@ -20,7 +20,7 @@ from dumont.controller.v1 import node_service_pb2 as nodes
 from dumont.controller.v1 import node_service_pb2_grpc as nodes_grpc
 from dumont.controller.v1 import snapshot_service_pb2 as snapshots
 from dumont.controller.v1 import snapshot_service_pb2_grpc as snapshots_grpc
-from dumont.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable
+from dumont.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
 from dumont.inference.v1 import inference_pb2
 from dumont.rpc.operations import Operations, Progress
 from dumont.rpc.server import bind, new_server
@@ -149,6 +149,8 @@ class FakeController(
 
     async def ParkInstance(self, request: Any, context: Any) -> instances.Instance:
         instance = self._instance(request.name)
+        if instance.state == State.STATE_PARKED:
+            raise FailedPrecondition("ILLEGAL_TRANSITION", f"{request.name} is parked")
         instance.state = State.STATE_PARKED
         return instance
 
