@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from stack import Stack
+
+from tests.e2e.stack import Stack
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from stack import STOP_SECONDS, Grpcurl, command
 
 import dumont
+from tests.e2e.stack import STOP_SECONDS, Grpcurl, command
 
 pytestmark = pytest.mark.node
 

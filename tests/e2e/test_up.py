@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stack import Refusal, Stack
 
 import dumont
+from tests.e2e.stack import Refusal, Stack
 
 pytestmark = pytest.mark.node
 
