@@ -195,6 +195,8 @@ class Instances:
         """Bring a found model host to a state that the table knows, or raise."""
         if (await host.status())["frozen"]:
             return replace(instance, pid=host.pid, state=State.PARKED)
+        if jobs.uses_cuda(instance.device) and await jobs.settle_cuda(self.node, instance, host):
+            return replace(instance, pid=host.pid, state=State.PARKED)
         status = await host.call("status", self.node.deadlines.serve)
         state = status["state"]
         if state == "DRAINED":

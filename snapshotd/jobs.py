@@ -18,11 +18,12 @@ import structlog
 
 from dumont.errors import Aborted, DataLoss, DumontError, FailedPrecondition, Internal
 from snapshotd import compatibility
+from snapshotd.cuda import tree
 from snapshotd.executor import Action, Step
 from snapshotd.images.compact import check, compact
 from snapshotd.images.format import ImageFormat
-from snapshotd.model import Canary, Instance, Json, Manifest, Model, Phase, Snapshot
-from snapshotd.ports import Clock, Host, Hosts, Models, SnapshotStore
+from snapshotd.model import Canary, Gpu, Instance, Json, Manifest, Model, Phase, Snapshot, State
+from snapshotd.ports import Clock, Cuda, Host, Hosts, Models, SnapshotStore
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +37,7 @@ class Deadlines:
     load: float = 1800.0
     drain: float = 30.0
     quiesce: float = 30.0
+    cuda_lock: float = 10.0
     dump: float = 600.0
     restore: float = 120.0
     wake: float = 60.0
@@ -68,9 +70,21 @@ class Node:
     directory: Path
     threads: int
     deadlines: Deadlines = field(default_factory=Deadlines)
+    # None on a node without GPUs.
+    cuda: Cuda | None = None
+    gpus: tuple[Gpu, ...] = ()
+    gpu_facts: Mapping[str, str] = field(default_factory=dict)
+
+    def facts_of(self, device: str) -> dict[str, str]:
+        """What a process on ``device`` is bound to here."""
+        return {**self.facts, **(self.gpu_facts if uses_cuda(device) else {})}
 
     def instance_directory(self, instance: str) -> Path:
         return self.directory / "instances" / instance
+
+
+def uses_cuda(device: str) -> bool:
+    return device.startswith("cuda")
 
 
 class Subject(Protocol):
@@ -152,7 +166,8 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot) -> list[Step]:
             )
         model = await node.models.resolve(manifest.model, manifest.engine)
         digest = await node.models.weights_digest(model)
-        compatibility.check(manifest.id, manifest.compatibility, {**node.facts, "weights": digest})
+        here = {**node.facts_of(manifest.device), "weights": digest}
+        compatibility.check(manifest.id, manifest.compatibility, here)
 
     async def verify() -> None:
         try:
@@ -180,6 +195,10 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot) -> list[Step]:
             weights_digest=manifest.compatibility["weights"],
         )
 
+    async def revive() -> None:
+        uuids = [gpu.uuid for gpu in node.gpus]
+        await tree.revive(_cuda(node), [_host(subject).pid], tree.device_map(manifest.gpus, uuids))
+
     async def wake() -> None:
         await _wake(node, subject)
 
@@ -202,6 +221,7 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot) -> list[Step]:
         Step("verify", verify),
         Step("directory", lambda: _make_directory(node, instance), lambda: _remove_directory(node, instance)),
         Step("criu", bring_back, lambda: _release(subject)),
+        *([Step("cuda_restore", revive)] if uses_cuda(manifest.device) else []),
         Step("wake", wake),
         Step("canary", canary),
         Step("serve", serve),
@@ -218,6 +238,7 @@ class Capture:
     staged: Path | None = None
     layout: Json = field(default_factory=dict)
     asleep: bool = False
+    suspended: bool = False
     paused_at: float = 0.0
     pause_seconds: float = 0.0
     # Filled by the executor as the steps end; the manifest records those before its own.
@@ -225,11 +246,14 @@ class Capture:
     result: Snapshot | None = None
 
     def steps(self) -> list[Step]:
+        cuda = uses_cuda(self.subject.instance.device)
         return [
             Step("stage", self.stage, self.discard),
             Step("drain", self.drain, self.accept),
             Step("quiesce", self.quiesce, self.rouse),
+            *([Step("cuda_checkpoint", self.suspend, self.revive)] if cuda else []),
             Step("dump", self.dump),
+            *([Step("cuda_restore", self.revive)] if cuda else []),
             Step("wake", self.wake),
             Step("compact", self.compact),
             Step("verify", self.verify),
@@ -237,13 +261,6 @@ class Capture:
         ]
 
     async def stage(self) -> None:
-        subject = self.subject.instance
-        if not subject.device.startswith("cpu"):
-            raise FailedPrecondition(
-                "CUDA_CAPTURE_UNSUPPORTED",
-                f"instances/{subject.id} holds {subject.device}; this snapshotd captures CPU processes only",
-                metadata={"device": subject.device},
-            )
         self.staged = await self.node.store.stage(self.snapshot)
 
     async def discard(self) -> None:
@@ -284,6 +301,15 @@ class Capture:
         if self.asleep:
             await _unless_lost(self.subject, self.wake)
 
+    async def suspend(self) -> None:
+        await tree.suspend(_cuda(self.node), [_host(self.subject).pid], self.node.deadlines.cuda_lock)
+        self.suspended = True
+
+    async def revive(self) -> None:
+        if self.suspended:
+            await _unless_lost(self.subject, lambda: _rouse_cuda(self.node, self.subject))
+            self.suspended = False
+
     async def dump(self) -> None:
         self.layout = await _host(self.subject).dump(self._staged(), self.node.deadlines.dump)
 
@@ -314,10 +340,15 @@ class Capture:
                 source_pause_seconds=self.pause_seconds,
                 phases=tuple(self.phases),
                 canary=instance.canary,
-                compatibility={**self.node.facts, **instance.versions, "weights": instance.weights_digest},
+                compatibility={
+                    **self.node.facts_of(instance.device),
+                    **instance.versions,
+                    "weights": instance.weights_digest,
+                },
                 mounts=tuple(self.layout["mounts"]),
                 pipes=self.layout["pipes"],
                 files=tuple(await self.node.store.digest(self.snapshot)),
+                gpus=tuple(gpu.uuid for gpu in self.node.gpus) if uses_cuda(instance.device) else (),
             )
         )
 
@@ -332,7 +363,7 @@ class Capture:
 
 
 def park(node: Node, subject: Subject) -> list[Step]:
-    """Freeze an instance once its requests are answered."""
+    """Answer what is running, then give up the GPU or, without one, the CPU."""
 
     async def drain() -> None:
         await _host(subject).call("drain", node.deadlines.drain * 2, deadline_seconds=node.deadlines.drain)
@@ -346,6 +377,14 @@ def park(node: Node, subject: Subject) -> list[Step]:
     async def thaw() -> None:
         await _unless_lost(subject, _host(subject).thaw)
 
+    async def suspend() -> None:
+        await tree.suspend(_cuda(node), [_host(subject).pid], node.deadlines.cuda_lock)
+
+    async def rouse() -> None:
+        await _unless_lost(subject, lambda: _rouse_cuda(node, subject))
+
+    if uses_cuda(subject.instance.device):
+        return [Step("drain", drain, accept), Step("cuda_checkpoint", suspend, rouse)]
     return [Step("drain", drain, accept), Step("freeze", freeze, thaw)]
 
 
@@ -355,9 +394,14 @@ def resume(node: Node, subject: Subject) -> list[Step]:
     async def thaw() -> None:
         await _host(subject).thaw()
 
+    async def revive() -> None:
+        await tree.revive(_cuda(node), [_host(subject).pid], {})
+
     async def accept() -> None:
         await _accept(node, subject)
 
+    if uses_cuda(subject.instance.device):
+        return [Step("cuda_restore", revive), Step("accept", accept)]
     return [Step("thaw", thaw), Step("accept", accept)]
 
 
@@ -383,6 +427,25 @@ async def serve_host(node: Node, instance: str, host: Host) -> None:
 async def wake_host(node: Node, instance: str, host: Host) -> None:
     """End its quiescence; it has a new identity then and draws other random numbers than its twins."""
     await host.call("wake", node.deadlines.wake, instance=instance, entropy=secrets.token_hex(32))
+
+
+def _cuda(node: Node) -> Cuda:
+    if node.cuda is None:
+        raise FailedPrecondition("NO_GPU", "this node has no CUDA driver, and the process needs one")
+    return node.cuda
+
+
+async def _rouse_cuda(node: Node, subject: Subject) -> None:
+    await tree.rouse(_cuda(node), [_host(subject).pid])
+
+
+async def settle_cuda(node: Node, instance: Instance, host: Host) -> bool:
+    """After a crash of the daemon: True when the process is parked; else its CUDA runs again."""
+    cuda = _cuda(node)
+    if instance.state is State.PARKED and await cuda.state(host.pid) == "checkpointed":
+        return True
+    await tree.rouse(cuda, [host.pid])
+    return False
 
 
 async def _serve(node: Node, subject: Subject) -> None:

@@ -22,8 +22,10 @@ from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_ser
 from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc, snapshot_service_pb2_grpc
 from snapshotd import preflight
 from snapshotd.adapters.clock import SystemClock
+from snapshotd.adapters.cuda_agent import CudaAgent
 from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.facts import node_facts
+from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
 from snapshotd.adapters.registration import keep_registered
 from snapshotd.adapters.shims import ShimPool
@@ -46,6 +48,8 @@ SERVICES = tuple(
     f"dumont.snapshotd.v1.{name}"
     for name in ("InferenceService", "InstanceService", "SnapshotService", "NodeService")
 )
+# Where Python and the CUDA driver find their files on this machine.
+INHERITED = ("LD_LIBRARY_PATH", "PYTHONPATH")
 FOLDERS = ("instances", "journal", "shims")
 
 
@@ -66,6 +70,8 @@ async def run(settings: Settings) -> None:
         store = DirectoryStore(settings.state_dir / "snapshots", settings.threads)
         store.open()
         hosts = ShimPool(settings.state_dir / "shims", criu.binary, criu.pycriu)
+        nvml = Nvml.open() if settings.device != "cpu" else None
+        agent = CudaAgent()
         node = Node(
             hosts=hosts,
             store=store,
@@ -77,7 +83,11 @@ async def run(settings: Settings) -> None:
             directory=settings.state_dir,
             threads=settings.threads,
             deadlines=Deadlines(drain=settings.drain_seconds),
+            cuda=agent if nvml else None,
+            gpus=tuple(nvml.gpus()) if nvml else (),
+            gpu_facts=nvml.facts() if nvml else {},
         )
+        stack.push_async_callback(agent.close)
         observers = Observers()
         instances = Instances(
             node, Journal(settings.state_dir / "journal"), observers, Failpoints.parse(settings.failpoints)
@@ -103,6 +113,8 @@ async def run(settings: Settings) -> None:
         stack.push_async_callback(instances.detach)
         await instances.take_over()
         hosts.prepare()
+        if nvml:
+            await agent.prepare()
         stack.push_async_callback(inference.close)
         stack.push_async_callback(operations.close)
         await server.start()
@@ -167,6 +179,7 @@ def host_settings(settings: Settings) -> HostSettings:
         "GOMP_SPINCOUNT": "2000",
         "HF_HUB_OFFLINE": "1",
     }
+    environment |= {name: os.environ[name] for name in INHERITED if name in os.environ}
     if settings.host_threads:
         environment["OMP_NUM_THREADS"] = str(settings.host_threads)
     return HostSettings(

@@ -92,6 +92,15 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A GPU of a node; memory in bytes."""
+
+    uuid: str
+    model: str
+    memory_total: int
+
+
+@dataclass(frozen=True)
 class ImageFile:
     """One file of a snapshot."""
 
@@ -123,6 +132,8 @@ class Manifest:
     mounts: tuple[str, ...]
     pipes: Mapping[str, int]
     files: tuple[ImageFile, ...]
+    # UUIDs of the node's GPUs at capture, in the driver's order; empty for a process without CUDA.
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

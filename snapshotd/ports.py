@@ -84,6 +84,29 @@ class Hosts(Protocol):
         ...
 
 
+class Cuda(Protocol):
+    """The CUDA state of processes, driven from outside them.
+
+    A process is ``running``, ``locked`` (its CUDA calls wait), ``checkpointed`` (its GPU memory is in host
+    memory and the GPU is free) or ``failed``. Lock, checkpoint, restore, unlock go through them in that
+    order. Every method raises ``DumontError``: ``CUDA_FAILED`` when the driver refuses, ``CUDA_TIMEOUT``.
+    """
+
+    async def state(self, pid: int) -> str: ...
+
+    async def lock(self, pid: int, timeout: float) -> None:
+        """``timeout`` in seconds: work that is still on the GPU after that fails the lock."""
+        ...
+
+    async def checkpoint(self, pid: int) -> None: ...
+
+    async def restore(self, pid: int, devices: Mapping[str, str]) -> None:
+        """``devices``: UUIDs, old to new, of every GPU of the node; empty: the same GPUs."""
+        ...
+
+    async def unlock(self, pid: int) -> None: ...
+
+
 class SnapshotStore(Protocol):
     """Snapshots of this node.
 

@@ -36,6 +36,10 @@ class NodeServicer(pb2_grpc.NodeServiceServicer):
         return pb2.Node(
             name=names.build("nodes", self.node_id),
             version=self.node.facts["dumont"],
+            gpus=[
+                pb2.Gpu(uuid=gpu.uuid, model=gpu.model, memory_total_bytes=gpu.memory_total)
+                for gpu in self.node.gpus
+            ],
             memory_total_bytes=memory.total,
             memory_available_bytes=memory.available,
             cpu_count=os.cpu_count() or 1,
