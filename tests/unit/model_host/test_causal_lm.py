@@ -1,0 +1,207 @@
+"""Text generation with a tiny model in float32, where every answer can be compared exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dumont.errors import FailedPrecondition, InvalidArgument
+from model_host import model_files
+from model_host.engine import Finish, FinishReason, Generation, Message, Phases, Piece, Settings
+from model_host.engines import causal_lm
+from model_host.engines.causal_lm import CausalLM
+
+CONTEXT = 48
+WORDS = [f"w{number}" for number in range(64)]
+PROMPT = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
+PROMPT_TOKENS = list(range(1, 10))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, bos_token_id=None, eos_token_id=None,
+        initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="w0")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def load(folder: Path) -> CausalLM:
+    return causal_lm.load(
+        model_files.read(folder), Settings(device="cpu", max_new_tokens_limit=100), Phases()
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> CausalLM:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[int]:
+    """Twelve greedy tokens from transformers' own generate."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    output = model.generate(torch.tensor([PROMPT_TOKENS]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    tokens: list[int] = output[0, len(PROMPT_TOKENS) :].tolist()
+    return tokens
+
+
+def run(engine: CausalLM, **fields: Any) -> tuple[list[int], str, Finish]:
+    items = list(engine.generate(Generation(**fields))())
+    pieces = [item for item in items if isinstance(item, Piece)]
+    finish = items[-1]
+    assert isinstance(finish, Finish)
+    return [token for piece in pieces for token in piece.token_ids], "".join(p.text for p in pieces), finish
+
+
+def test_greedy_tokens_are_those_of_transformers(engine: CausalLM, expected: list[int]) -> None:
+    tokens, text, finish = run(engine, prompt=PROMPT, max_new_tokens=12)
+
+    assert tokens == expected
+    assert text.split() == [WORDS[token] for token in expected]
+    assert finish == Finish(FinishReason.LENGTH, prompt_tokens=9, output_tokens=12)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 8, 9, 10])
+def test_a_prompt_computed_in_chunks_gives_the_same(
+    engine: CausalLM, expected: list[int], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "PREFILL_TOKENS", chunk)
+
+    assert run(engine, prompt=PROMPT, max_new_tokens=12)[0] == expected
+
+
+def test_between_chunks_of_a_prompt_a_call_can_be_stopped(
+    engine: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "PREFILL_TOKENS", 4)
+
+    first = next(iter(engine.generate(Generation(prompt=PROMPT))()))
+
+    assert first == Piece()
+
+
+def test_the_models_end_mark_ends_the_answer(folder: Path, expected: list[int], tmp_path: Path) -> None:
+    # given a model whose end mark is the fourth token it would say
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    end = expected[3]
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+
+    tokens, text, finish = run(load(tmp_path), prompt=PROMPT, max_new_tokens=12)
+
+    # then what came before is the answer, and the mark is neither text nor counted
+    until = expected.index(end)
+    assert tokens == expected[:until]
+    assert WORDS[end] not in text.split()
+    assert finish == Finish(FinishReason.END, prompt_tokens=9, output_tokens=until)
+
+
+def test_a_stop_string_cuts_the_text_and_counts_its_tokens(engine: CausalLM, expected: list[int]) -> None:
+    stop = " " + WORDS[expected[2]]
+
+    tokens, text, finish = run(engine, prompt=PROMPT, max_new_tokens=12, stop=(stop,))
+
+    assert stop not in text
+    assert finish.reason is FinishReason.STOP
+    assert finish.output_tokens == len(tokens) <= 3
+
+
+def test_an_answer_ends_where_the_context_does(engine: CausalLM) -> None:
+    tokens, _, finish = run(engine, prompt=PROMPT, max_new_tokens=100)
+
+    assert len(tokens) == CONTEXT - 9
+    assert finish.reason is FinishReason.LENGTH
+
+
+def test_a_prompt_must_leave_room_for_an_answer(engine: CausalLM) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        engine.generate(Generation(prompt="w1 " * CONTEXT))
+
+    assert (refused.value.reason, refused.value.field) == ("PROMPT_TOO_LONG", "prompt")
+    assert refused.value.metadata == {"tokens": "48", "context_length": "48"}
+    assert run(engine, prompt="w1 " * (CONTEXT - 1))[2].output_tokens == 1
+
+
+def test_a_prompt_of_nothing_but_space_is_empty(engine: CausalLM) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        engine.generate(Generation(prompt="   "))
+    assert refused.value.reason == "EMPTY_PROMPT"
+
+
+def test_a_conversation_needs_a_chat_template(engine: CausalLM) -> None:
+    with pytest.raises(FailedPrecondition) as refused:
+        engine.generate(Generation(messages=(Message("user", "w1"),)))
+    assert refused.value.reason == "NO_CHAT_TEMPLATE"
+
+
+def test_a_template_may_refuse_a_conversation(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    template = (
+        "{% for message in messages %}"
+        "{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ message.content }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    engine = load(tmp_path)
+
+    answer = run(engine, messages=(Message("user", "w1"), Message("assistant", "w2")), max_new_tokens=1)
+    with pytest.raises(InvalidArgument) as refused:
+        engine.generate(Generation(messages=(Message("tool", "w1"),)))
+
+    assert answer[2].prompt_tokens == 3
+    assert (refused.value.reason, refused.value.field) == ("INVALID_MESSAGES", "messages")
+
+
+def test_a_seed_repeats_a_draw_whatever_was_drawn_before(engine: CausalLM) -> None:
+    def draw(seed: int) -> list[int]:
+        return run(engine, prompt=PROMPT, max_new_tokens=12, temperature=2.0, top_p=0.99, seed=seed)[0]
+
+    first = draw(-5)
+    torch.rand(3)
+
+    assert draw(-5) == first
+    assert draw(6) != first
+
+
+def test_a_tiny_top_p_is_greedy(engine: CausalLM, expected: list[int]) -> None:
+    drawn = run(engine, prompt=PROMPT, max_new_tokens=12, temperature=1.0, top_p=1e-6, seed=1)
+
+    assert drawn[0] == expected
+
+
+def test_the_canary_is_the_same_each_time(engine: CausalLM) -> None:
+    first = engine.canary()
+    run(engine, prompt=PROMPT, max_new_tokens=2)
+
+    assert engine.canary() == first
+    assert len(first.tokens) == 16
+    assert first.logprob < 0
+
+
+def test_a_changed_weight_changes_the_canary(folder: Path) -> None:
+    engine = load(folder)
+    before = engine.canary()
+
+    with torch.inference_mode():
+        engine._model.model.layers[1].mlp.down_proj.weight[0].mul_(50)
+
+    assert engine.canary() != before
