@@ -128,6 +128,8 @@ class MemoryNodes:
         self.calls: list[tuple[str, str, str]] = []
         self.cancelled: list[tuple[str, str, str]] = []
         self.timeouts: list[float | None] = []
+        # Instances that somebody tried to capture after a prompt had entered them.
+        self.spoiled: list[str] = []
         self.frames: list[bytes] = [b"\x12\x03\n\x01a", b"\x1a\x00"]
         self.models: dict[str, str] = {}
         # Set while a controller dies: what it had begun goes on, as on a real node.
@@ -135,6 +137,7 @@ class MemoryNodes:
         self._faults: defaultdict[str, deque[DumontError]] = defaultdict(deque)
         self._holds: dict[str, asyncio.Event] = {}
         self._called = asyncio.Event()
+        self._creating: set[str] = set()
 
     # Scripting
 
@@ -144,6 +147,10 @@ class MemoryNodes:
     def fail(self, method: str, *errors: DumontError) -> None:
         """The next calls of ``method`` fail with these, one each."""
         self._faults[method].extend(errors)
+
+    def forgive(self) -> None:
+        """No call fails any more."""
+        self._faults.clear()
 
     def hold(self, method: str) -> asyncio.Event:
         """Calls of ``method`` wait, after they were written down, until the event is set."""
@@ -173,6 +180,12 @@ class MemoryNodes:
         """An instance is gone without a word from us."""
         self.world[node].instances.pop(instance, None)
         self._publish(node, Removed(instance))
+
+    def finish_starts(self, node: str) -> None:
+        """Starts whose caller is gone come to their end, as on a real node."""
+        for report in list(self.world[node].instances.values()):
+            if report.state is InstanceState.STARTING and report.id not in self._creating:
+                self.tell(node, replace(report, state=InstanceState.SERVING))
 
     def cut(self, node: str) -> None:
         """The node stops answering; what runs on it goes on."""
@@ -231,6 +244,7 @@ class MemoryNodes:
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         source = self._find(node, instance)
         if any(instance in argument for method, _, argument in self.calls if method in {"generate", "embed"}):
+            self.spoiled.append(instance)
             raise FailedPrecondition("PROMPT_INSIDE", f"a prompt has entered instances/{instance}")
         self.tell(node, replace(source, state=InstanceState.CAPTURING))
         try:
@@ -298,12 +312,15 @@ class MemoryNodes:
         known = self._reach(node)
         if report.id not in known.instances:
             self.tell(node, replace(report, create_time=self._clock.moment().wall))
+        self._creating.add(report.id)
         try:
             await self._call(method, node, report.snapshot or report.id)
         except BaseException as error:
             if getattr(error, "reason", "") != "NODE_UNAVAILABLE" and not self.abandoned:
                 self.tell(node, replace(report, state=InstanceState.FAILED))
             raise
+        finally:
+            self._creating.discard(report.id)
         phases = (Phase("load" if method == "start" else "restore", 0.0),)
         serving = replace(known.instances[report.id], state=InstanceState.SERVING, phases=phases)
         self.tell(node, serving)

@@ -446,3 +446,17 @@ async def test_an_instance_found_serving_is_never_captured(world) -> None:
     info, _ = await world.ask()
     assert info.instance == "qa-old"
     assert world.nodes.named("capture") == []
+
+
+async def test_an_instance_a_prompt_has_entered_is_not_captured_later(world) -> None:
+    await world.node()
+    await world.deploy()
+    world.nodes.fail("capture", Internal("DUMP_FAILED", "criu said no"))
+    first, _ = await world.ask()
+    await world.advance(40)
+
+    info, _ = await world.ask()
+
+    assert (info.tier, info.instance) == (Tier.RESIDENT, first.instance)
+    assert len(world.nodes.named("capture")) == 1
+    assert world.nodes.spoiled == []
