@@ -125,14 +125,20 @@ def _postponed(name: str) -> ModuleType:
 
 
 def _resolver(package: ModuleType, spec: ModuleSpec) -> Callable[[str], Any]:
+    began = False
+
     def resolve(attribute: str) -> Any:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
         if PathFinder.find_spec(f"{spec.name}.{attribute}", package.__path__):
             return importlib.import_module(f"{spec.name}.{attribute}")
-        del package.__getattr__
-        assert spec.loader is not None
-        spec.loader.exec_module(package)  # replaces itself in sys.modules
+        nonlocal began
+        if not began:
+            began = True
+            assert spec.loader is not None
+            spec.loader.exec_module(package)  # puts another module in its place
+        if sys.modules[spec.name] is package:
+            raise AttributeError(attribute)
         return getattr(sys.modules[spec.name], attribute)
 
     return resolve

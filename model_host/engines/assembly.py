@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,11 +77,12 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
 
 def _model_class(files: ModelFiles) -> Any:
     name = files.architecture
-    package = str(files.config.get("model_type", "")).replace("-", "_")
+    kind = str(files.config.get("model_type", "")).replace("-", "_")
     try:
-        if package.isidentifier() and _modeling_file(package).exists():
-            return lean.import_class(f"transformers.models.{package}.modeling_{package}", name)
-        return getattr(__import__("transformers"), name)
+        for package in (kind, kind.rpartition("_")[0]):  # gemma3_text is in gemma3
+            if package.isidentifier() and _modeling_file(package).exists():
+                return lean.import_class(f"transformers.models.{package}.modeling_{package}", name)
+        return getattr(importlib.import_module("transformers"), name)
     except (ImportError, AttributeError) as error:
         raise FailedPrecondition(
             "MODEL_UNSUPPORTED",

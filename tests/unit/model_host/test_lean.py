@@ -28,7 +28,8 @@ def test_a_class_comes_without_the_compiler_and_the_rest_when_it_is_asked_for() 
     seen = in_fresh_interpreter(f"""
 from model_host import lean
 found = lean.import_class({LLAMA})
-seen["heavy"] = [name for name in ("sympy", "torch._dynamo", "torch.distributed.tensor") if name in sys.modules]
+heavy = ("sympy", "torch._dynamo", "torch.distributed.tensor")
+seen["heavy"] = [name for name in heavy if name in sys.modules]
 import torch, torch._dynamo, transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 seen["same"] = found is LlamaForCausalLM
