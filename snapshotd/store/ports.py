@@ -1,0 +1,67 @@
+"""What the store needs of the world: objects in a bucket or a directory, and a key that wraps keys."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from snapshotd.store.model import ObjectInfo
+
+# Called with the bytes done and the bytes in all, never with fewer done than before.
+Progress = Callable[[int, int], None]
+
+
+class ObjectStore(Protocol):
+    """Named immutable bytes. Keys are parts of ``[A-Za-z0-9._-]`` joined by ``/``.
+
+    Every method raises ``DumontError``: ``Unavailable`` when a repetition may help, ``Unauthenticated``
+    when the credentials are refused, ``ResourceExhausted`` when there is no room.
+    """
+
+    async def put(self, key: str, data: bytes) -> None:
+        """Write an object whole, over one of the same key if there is one."""
+        ...
+
+    async def create(self, key: str, data: bytes) -> None:
+        """Write an object that must not exist; of several at once exactly one does.
+
+        Raises:
+            AlreadyExists: another was there first.
+        """
+        ...
+
+    async def get(self, key: str, limit: int) -> bytes:
+        """Read an object of at most ``limit`` bytes.
+
+        Raises:
+            NotFound: there is none.
+            DataLoss: it is larger; no more than the limit was read.
+        """
+        ...
+
+    async def stat(self, key: str) -> ObjectInfo | None:
+        """Size and age without the bytes; None when there is no such object."""
+        ...
+
+    def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        """Every object whose key begins with ``prefix``, in no order."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        ...
+
+
+class KeyWrapper(Protocol):
+    """Encrypts data keys with a key that never leaves its keeper: a key file, or a KMS."""
+
+    @property
+    def key_id(self) -> str:
+        """Names the wrapping key without giving it away."""
+        ...
+
+    def wrap(self, data_key: bytes, context: bytes) -> bytes: ...
+
+    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
+        """The data key; raises ``DataLoss`` when it was wrapped by another key or for another context."""
+        ...
