@@ -1,0 +1,139 @@
+"""Who made a manifest. Each node signs with its own key; a list says whose signatures count."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from blake3 import blake3
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from dumont.errors import DataLoss, FailedPrecondition, PermissionDenied
+
+KIND = "ed25519"
+# What is signed begins with this, so that a signature never counts for anything else.
+DOMAIN = b"dumont snapshot v1\0"
+
+
+class Signer:
+    """A node's signing key."""
+
+    def __init__(self, private: Ed25519PrivateKey) -> None:
+        self._private = private
+        self.public = private.public_key()
+        self.key_id = key_id(self.public)
+
+    @classmethod
+    def open(cls, path: Path) -> Signer:
+        """Read the key, or make it: 32 bytes that only the owner may read.
+
+        Raises:
+            FailedPrecondition: others may read it, or it is no key.
+        """
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return cls(Ed25519PrivateKey.from_private_bytes(read_secret(path, 32)))
+        private = Ed25519PrivateKey.generate()
+        with open(descriptor, "wb") as file:
+            file.write(private.private_bytes_raw())
+            file.flush()
+            os.fsync(file.fileno())
+        return cls(private)
+
+    def sign(self, document: bytes) -> bytes:
+        return self._private.sign(DOMAIN + document)
+
+    def line(self) -> str:
+        """The public key as a line of a list of trusted keys."""
+        return f"{KIND} {base64.b64encode(self.public.public_bytes_raw()).decode()}"
+
+
+class TrustedKeys:
+    """The public keys whose signatures count."""
+
+    def __init__(self, keys: Iterable[Ed25519PublicKey]) -> None:
+        self._keys: Mapping[str, Ed25519PublicKey] = {key_id(key): key for key in keys}
+
+    @classmethod
+    def parse(cls, text: str, own: Signer) -> TrustedKeys:
+        """Read lines ``ed25519 <base64> [comment]``; ``#`` begins a comment. One's own key always counts.
+
+        Raises:
+            FailedPrecondition: a line is no key.
+        """
+        keys = [own.public]
+        for number, line in enumerate(text.splitlines(), 1):
+            words = line.partition("#")[0].split()
+            if not words:
+                continue
+            try:
+                if words[0] != KIND:
+                    raise ValueError
+                keys.append(Ed25519PublicKey.from_public_bytes(base64.b64decode(words[1], validate=True)))
+            except (ValueError, IndexError, binascii.Error):
+                raise FailedPrecondition(
+                    "TRUSTED_KEYS_UNREADABLE",
+                    f"line {number} of the trusted keys must look like: {KIND} BASE64 [comment]",
+                    metadata={"line": str(number)},
+                ) from None
+        return cls(keys)
+
+    def verify(self, signer: str, document: bytes, signature: bytes) -> None:
+        """Check a signature.
+
+        Raises:
+            PermissionDenied: the key is not trusted here.
+            DataLoss: the key is, and it signed something else.
+        """
+        key = self._keys.get(signer)
+        if key is None:
+            raise PermissionDenied(
+                "UNTRUSTED_SIGNER",
+                f"the manifest is signed by key {signer[:32]}, which is not among the trusted keys; add the "
+                "public key of the node that captured it if it is yours",
+                metadata={"signer": signer[:32]},
+            )
+        try:
+            key.verify(signature, DOMAIN + document)
+        except InvalidSignature:
+            raise DataLoss(
+                "SIGNATURE_WRONG", "the manifest was changed after it was signed", metadata={"signer": signer}
+            ) from None
+
+
+def key_id(key: Ed25519PublicKey) -> str:
+    """The first 128 bits of BLAKE3 of the public key, in hex."""
+    return blake3(key.public_bytes_raw()).hexdigest(16)
+
+
+def read_secret(path: Path, size: int) -> bytes:
+    """A key of ``size`` bytes from a file, raw or as hex digits, that only its owner may read.
+
+    Raises:
+        FailedPrecondition: it is missing, no such key, or others may read it.
+    """
+    try:
+        mode, data = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise _unusable(path, f"cannot be read: {error.strerror}") from None
+    if mode & 0o077:
+        raise _unusable(path, "may be read by others; chmod 600 it")
+    if len(data) != size:
+        try:
+            data = bytes.fromhex(data.decode().strip())
+        except ValueError:
+            data = b""
+    if len(data) != size:
+        raise _unusable(path, f"must hold {size} bytes or {2 * size} hex digits")
+    return data
+
+
+def _unusable(path: Path, why: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        "KEY_FILE_UNUSABLE", f"the key file {path.name} {why}", metadata={"file": path.name}
+    )
