@@ -51,7 +51,7 @@ async def assemble(nodes: Nodes, registry: Registry, clock: Clock, heartbeat: fl
     tasks, metrics, inventory = Tasks(), Metrics(), Inventory(clock)
     catalogue = Catalogue(registry, nodes, inventory, clock)
     fleet = Fleet(nodes, registry, inventory, clock, tasks)
-    commands = Commands(nodes, inventory, fleet, tasks)
+    commands = Commands(nodes, registry, inventory, fleet, tasks)
     launcher = Launcher(nodes, registry, inventory, catalogue, fleet, commands, clock, tasks, metrics)
     starter = Starter(launcher, inventory, catalogue, fleet, commands, clock, tasks)
     serving = Serving(starter, nodes, catalogue, clock, metrics)
@@ -60,6 +60,8 @@ async def assemble(nodes: Nodes, registry: Registry, clock: Clock, heartbeat: fl
     )
     stored = await registry.load()
     catalogue.load(stored.deployments, stored.last_use or {})
+    for captured in stored.captured:
+        inventory.put_captured(captured)
     fleet.load(stored.nodes, stored.intents)
     tasks.spawn(reconciler.run(), "reconcile")
     return Controller(

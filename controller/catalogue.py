@@ -9,7 +9,7 @@ from typing import Final
 
 from controller import policy
 from controller.inventory import Inventory
-from controller.model import Checkpoint, Deployment, StartMode
+from controller.model import Checkpoint, Deployment, NodeState, StartMode, Storage
 from controller.ports import Clock, Nodes, Registry
 from dumont.errors import (
     Aborted,
@@ -30,6 +30,7 @@ class Draft:
     start_mode: StartMode
     checkpoint_enabled: bool | None = None
     checkpoint_ttl: float | None = None
+    checkpoint_storage: Storage = Storage.LOCAL
     idle_timeout: float | None = None
     park_timeout: float | None = None
 
@@ -37,11 +38,10 @@ class Draft:
 # Paths of an update mask and the draft's fields they replace.
 MUTABLE: Final[Mapping[str, tuple[str, ...]]] = {
     "start_mode": ("start_mode",),
-    "checkpoint": ("checkpoint_enabled", "checkpoint_ttl"),
+    "checkpoint": ("checkpoint_enabled", "checkpoint_ttl", "checkpoint_storage"),
     "checkpoint.enabled": ("checkpoint_enabled",),
     "checkpoint.ttl": ("checkpoint_ttl",),
-    # Only one storage exists so far and the request was checked for it, so there is nothing to keep.
-    "checkpoint.storage": (),
+    "checkpoint.storage": ("checkpoint_storage",),
     "idle_timeout": ("idle_timeout",),
     "park_timeout": ("park_timeout",),
 }
@@ -100,7 +100,7 @@ class Catalogue:
         Raises:
             AlreadyExists: the id is taken.
             InvalidArgument: the settings contradict each other, or the model cannot be served.
-            NotFound, FailedPrecondition: what a node says of the model.
+            NotFound, FailedPrecondition: what a node says of the model; OBJECT_STORE_NOT_CONFIGURED.
             Unavailable: NO_NODE, no node can check the model.
         """
         checkpoint = _checkpoint(draft)
@@ -114,6 +114,7 @@ class Catalogue:
                 field="deployment_id",
                 metadata={"deployment": f"deployments/{identifier}"},
             )
+        self._check_storage(checkpoint)
         engine = await self._resolve(draft)
         now = self._clock.moment().wall
         deployment = Deployment(
@@ -141,6 +142,18 @@ class Catalogue:
         except (NotFound, FailedPrecondition, InvalidArgument) as error:
             raise _at_field(error, "deployment.model") from error
 
+    def _check_storage(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.storage is Storage.LOCAL:
+            return
+        ready = [node for node in self._inventory.nodes.values() if node.state is NodeState.READY]
+        if not any(node.object_store for node in ready):
+            raise FailedPrecondition(
+                "OBJECT_STORE_NOT_CONFIGURED",
+                f"none of the {len(ready)} ready nodes has an object store; start a snapshotd with "
+                "--store-url, or use STORAGE_LOCAL",
+                field="deployment.checkpoint.storage",
+            )
+
     async def update(self, identifier: str, draft: Draft, paths: frozenset[str], etag: str) -> Deployment:
         """Replace the fields that ``paths`` name; an empty ``etag`` means whichever there is.
 
@@ -148,6 +161,7 @@ class Catalogue:
             NotFound: there is no such deployment.
             InvalidArgument: UNKNOWN_FIELD, IMMUTABLE_FIELD or contradicting settings.
             Aborted: ETAG_MISMATCH.
+            FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED.
         """
         old = self.get_active(identifier)
         fields = _changed_fields(old, draft, paths)
@@ -164,16 +178,20 @@ class Catalogue:
             start_mode=old.start_mode,
             checkpoint_enabled=None,
             checkpoint_ttl=old.checkpoint.ttl,
+            checkpoint_storage=old.checkpoint.storage,
             idle_timeout=old.idle_timeout,
             park_timeout=old.park_timeout,
         )
         merged = replace(current, **{name: getattr(draft, name) for name in fields})
         if "checkpoint_enabled" not in fields and "start_mode" not in fields:
             merged = replace(merged, checkpoint_enabled=old.checkpoint.enabled)
+        checkpoint = _checkpoint(merged)
+        if checkpoint.storage is not old.checkpoint.storage:
+            self._check_storage(checkpoint)
         new = replace(
             old,
             start_mode=merged.start_mode,
-            checkpoint=_checkpoint(merged),
+            checkpoint=checkpoint,
             idle_timeout=merged.idle_timeout,
             park_timeout=merged.park_timeout,
             update_time=self._clock.moment().wall,
@@ -232,7 +250,7 @@ def _checkpoint(draft: Draft) -> Checkpoint:
             field="deployment.checkpoint.enabled",
         )
     enabled = wanted if draft.checkpoint_enabled is None else draft.checkpoint_enabled
-    return Checkpoint(enabled=enabled, ttl=draft.checkpoint_ttl)
+    return Checkpoint(enabled=enabled, ttl=draft.checkpoint_ttl, storage=draft.checkpoint_storage)
 
 
 def _changed_fields(old: Deployment, draft: Draft, paths: frozenset[str]) -> set[str]:

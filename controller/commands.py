@@ -10,10 +10,10 @@ import structlog
 from controller.fleet import Fleet
 from controller.inventory import Inventory
 from controller.machine import SAW, Event
-from controller.model import Instance, NodeState, Report, Snapshot
-from controller.ports import Nodes
+from controller.model import Captured, Instance, NodeState, Pruned, Report, Snapshot, StoredSnapshot, Verified
+from controller.ports import Nodes, Registry
 from controller.tasks import Tasks
-from dumont.errors import DumontError, NotFound, Unavailable
+from dumont.errors import DumontError, FailedPrecondition, NotFound, Unavailable
 
 log = structlog.get_logger()
 
@@ -23,8 +23,11 @@ NODE_UNAVAILABLE = "NODE_UNAVAILABLE"
 class Commands:
     """Each command runs to its end once it was sent, even when its caller leaves."""
 
-    def __init__(self, nodes: Nodes, inventory: Inventory, fleet: Fleet, tasks: Tasks) -> None:
+    def __init__(
+        self, nodes: Nodes, registry: Registry, inventory: Inventory, fleet: Fleet, tasks: Tasks
+    ) -> None:
         self._nodes = nodes
+        self._registry = registry
         self._inventory = inventory
         self._fleet = fleet
         self._tasks = tasks
@@ -53,7 +56,33 @@ class Commands:
         await self._command(instance, Event.STOP, self._stop, force)
 
     async def delete_snapshot(self, snapshot: str) -> None:
-        """Delete it; one that is gone already counts as deleted.
+        """Delete it on every ready node and in the object store; gone already counts as deleted.
+
+        Raises:
+            NotFound: the controller knows no such snapshot.
+            Unavailable: no node that reaches it can be reached.
+            DumontError: what a node says.
+        """
+        self._inventory.snapshot(snapshot)
+        copies = self._inventory.copies(snapshot)
+        holders = [copy for copy in copies if copy.local] or list(copies)
+        ready = [copy.node for copy in holders if self._ready(copy.node)]
+        if not ready:
+            self.check_reachable(holders[0].node)
+        for node in ready:
+            try:
+                await self._nodes.delete_snapshot(node, snapshot)
+            except NotFound:
+                log.info("snapshot_was_gone", snapshot=snapshot, node=node)
+        gone = [copy for copy in copies if copy.node in ready or not copy.local]
+        for copy in gone:
+            self._inventory.drop_snapshot(snapshot, copy.node)
+        if len(gone) == len(copies):
+            await self._registry.drop_captured(snapshot)
+            self._inventory.captured.pop(snapshot, None)
+
+    async def publish(self, snapshot: str) -> None:
+        """Have the node that holds it upload it, and wait until it is published.
 
         Raises:
             NotFound: the controller knows no such snapshot.
@@ -61,17 +90,65 @@ class Commands:
         """
         known = self._inventory.snapshot(snapshot)
         self.check_reachable(known.node)
+        made = Captured(known.id, known.deployment, known.manifest_digest)
+        # Again, because the first time may have failed: published without it, nobody would restore it.
+        await self._registry.save_captured(made)
+        self._inventory.put_captured(made)
+        self._inventory.put_snapshot(await self._nodes.publish(known.node, snapshot))
+        for node in self._inventory.nodes.values():
+            if node.object_store and node.id != known.node and self._ready(node.id):
+                await self._fleet.refresh_snapshots(node.id)
+
+    async def stored(self, snapshot: Snapshot) -> StoredSnapshot | None:
+        """What a published snapshot takes in the object store; None when no node can say."""
         try:
-            await self._nodes.delete_snapshot(known.node, snapshot)
-        except NotFound:
-            log.info("snapshot_was_gone", snapshot=snapshot, node=known.node)
-        self._inventory.drop_snapshot(snapshot)
+            return (await self._nodes.get_snapshot(snapshot.node, snapshot.id)).stored
+        except DumontError as error:
+            log.info("sizes_unknown", snapshot=snapshot.id, node=snapshot.node, reason=error.reason)
+            return None
+
+    async def verify(self, snapshot: str) -> Verified:
+        """Read all of it, on its node and in the object store.
+
+        Raises:
+            NotFound: the controller knows no such snapshot.
+            DataLoss: it is damaged, and quarantined.
+        """
+        known = self._inventory.snapshot(snapshot)
+        self.check_reachable(known.node)
+        try:
+            return await self._nodes.verify(known.node, snapshot)
+        except DumontError:
+            await self._fleet.refresh_snapshots(known.node)
+            raise
+
+    def store_node(self) -> str:
+        """A ready node with an object store.
+
+        Raises:
+            FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, there is none.
+        """
+        for node in self._inventory.nodes.values():
+            if node.object_store and self._ready(node.id):
+                return node.id
+        raise FailedPrecondition(
+            "OBJECT_STORE_NOT_CONFIGURED",
+            "no ready node has an object store; start a snapshotd with --store-url",
+        )
+
+    async def prune(self, node: str, dry_run: bool) -> Pruned:
+        """Delete from a node's object store what no published snapshot needs."""
+        return await self._nodes.prune(node, dry_run)
+
+    def _ready(self, node: str) -> bool:
+        return self._inventory.nodes[node].state is NodeState.READY
 
     async def capture(self, instance: str, snapshot: str) -> Snapshot:
         """Make a snapshot of an instance. The move to CAPTURING happens before anything is awaited.
 
         Raises:
             FailedPrecondition: INSTANCE_BUSY, ILLEGAL_TRANSITION, or what the node says.
+            Unavailable: it was made, and could not be written down.
         """
         known = self._inventory.begin(instance, Event.CAPTURE)
         try:
@@ -79,8 +156,11 @@ class Commands:
         except BaseException:
             self._inventory.finish(instance, Event.REFUSED)
             raise
+        made = Captured(captured.id, captured.deployment, captured.manifest_digest)
+        self._inventory.put_captured(made)
         self._inventory.put_snapshot(captured)
         self._inventory.finish(instance, Event.CAPTURED)
+        await self._registry.save_captured(made)
         return captured
 
     def check_reachable(self, node: str) -> None:

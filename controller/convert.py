@@ -25,6 +25,8 @@ from controller.model import (
     SnapshotFile,
     StartInfo,
     StartMode,
+    Storage,
+    StoredSnapshot,
     Tier,
 )
 from dumont.controller.v1 import deployment_service_pb2 as deployments_pb
@@ -32,7 +34,7 @@ from dumont.controller.v1 import inference_service_pb2 as inference_pb
 from dumont.controller.v1 import instance_service_pb2 as instances_pb
 from dumont.controller.v1 import node_service_pb2 as nodes_pb
 from dumont.controller.v1 import snapshot_service_pb2 as snapshots_pb
-from dumont.errors import FailedPrecondition, InvalidArgument
+from dumont.errors import InvalidArgument
 from dumont.snapshotd.v1 import instance_service_pb2 as node_instances_pb
 from dumont.snapshotd.v1 import snapshot_service_pb2 as node_snapshots_pb
 
@@ -44,10 +46,20 @@ MODES: Final = {
     deployments_pb.START_MODE_CHECKPOINT: StartMode.CHECKPOINT,
 }
 MODES_BACK: Final = {mode: value for value, mode in MODES.items()}
+STORAGES: Final = {
+    deployments_pb.STORAGE_UNSPECIFIED: Storage.LOCAL,
+    deployments_pb.STORAGE_LOCAL: Storage.LOCAL,
+    deployments_pb.STORAGE_S3: Storage.S3,
+}
+STORAGES_BACK: Final = {
+    Storage.LOCAL: deployments_pb.STORAGE_LOCAL,
+    Storage.S3: deployments_pb.STORAGE_S3,
+}
 TIERS: Final = {
     Tier.RESIDENT: inference_pb.TIER_RESIDENT,
     Tier.PARKED: inference_pb.TIER_PARKED,
     Tier.LOCAL: inference_pb.TIER_LOCAL,
+    Tier.REMOTE: inference_pb.TIER_REMOTE,
     Tier.COLD: inference_pb.TIER_COLD,
 }
 _NODE_STATES = node_instances_pb.Instance.State
@@ -101,7 +113,6 @@ def draft(message: deployments_pb.Deployment) -> Draft:
 
     Raises:
         InvalidArgument: a field is wrong.
-        FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED.
     """
     if not message.model.strip():
         raise InvalidArgument(
@@ -110,13 +121,13 @@ def draft(message: deployments_pb.Deployment) -> Draft:
     _check_text(message.model, "deployment.model")
     _check_text(message.engine, "deployment.engine")
     checkpoint = message.checkpoint
-    _check_storage(checkpoint)
     return Draft(
         model=message.model,
         engine=message.engine,
         start_mode=_start_mode(message.start_mode),
         checkpoint_enabled=checkpoint.enabled if checkpoint.HasField("enabled") else None,
         checkpoint_ttl=_duration(checkpoint, "ttl", "deployment.checkpoint.ttl"),
+        checkpoint_storage=_storage(checkpoint),
         idle_timeout=_duration(message, "idle_timeout", "deployment.idle_timeout"),
         park_timeout=_duration(message, "park_timeout", "deployment.park_timeout"),
     )
@@ -182,16 +193,11 @@ def _start_mode(value: int) -> StartMode:
     )
 
 
-def _check_storage(checkpoint: deployments_pb.CheckpointSettings) -> None:
+def _storage(checkpoint: deployments_pb.CheckpointSettings) -> Storage:
+    if checkpoint.storage in STORAGES:
+        return STORAGES[checkpoint.storage]
     field = "deployment.checkpoint.storage"
-    if checkpoint.storage == deployments_pb.STORAGE_S3:
-        raise FailedPrecondition(
-            "OBJECT_STORE_NOT_CONFIGURED",
-            "no object store is configured for this controller; use STORAGE_LOCAL",
-            field=field,
-        )
-    if checkpoint.storage not in (deployments_pb.STORAGE_UNSPECIFIED, deployments_pb.STORAGE_LOCAL):
-        raise InvalidArgument("INVALID_STORAGE", f"{field} must be STORAGE_LOCAL", field=field)
+    raise InvalidArgument("INVALID_STORAGE", f"{field} must be STORAGE_LOCAL or STORAGE_S3", field=field)
 
 
 def _duration(message: Message, name: str, field: str) -> float | None:
@@ -230,7 +236,7 @@ def deployment(
         checkpoint=deployments_pb.CheckpointSettings(
             enabled=facts.checkpoint.enabled,
             ttl=duration(facts.ttl_seconds),
-            storage=deployments_pb.STORAGE_LOCAL,
+            storage=STORAGES_BACK[facts.checkpoint.storage],
         ),
         idle_timeout=duration(facts.idle_seconds),
         park_timeout=duration(facts.park_seconds),
@@ -307,6 +313,22 @@ def snapshot(node: str, message: node_snapshots_pb.Snapshot) -> Snapshot:
         compatibility=dict(message.compatibility),
         files=tuple(SnapshotFile(file.name, file.size_bytes, file.digest) for file in message.files),
         manifest_digest=message.manifest_digest,
+        local=message.local,
+        published=message.published,
+        incompatibility=message.incompatibility,
+        stored=_stored(message.stored) if message.HasField("stored") else None,
+    )
+
+
+def _stored(message: node_snapshots_pb.StoredSnapshot) -> StoredSnapshot:
+    return StoredSnapshot(
+        message.image_bytes,
+        message.data_bytes,
+        message.stored_bytes,
+        message.unique_bytes,
+        message.chunk_count,
+        message.encrypted,
+        message.signer,
     )
 
 
@@ -329,7 +351,21 @@ def snapshot_message(facts: Snapshot, last_use: float | None, ttl: float | None)
         ],
         manifest_digest=facts.manifest_digest,
         quarantine_reason=facts.quarantine_reason,
+        local=facts.local,
+        published=facts.published,
     )
+    if (stored := facts.stored) is not None:
+        message.stored.CopyFrom(
+            snapshots_pb.StoredSnapshot(
+                image_bytes=stored.image_bytes,
+                data_bytes=stored.data_bytes,
+                stored_bytes=stored.stored_bytes,
+                unique_bytes=stored.unique_bytes,
+                chunk_count=stored.chunk_count,
+                encrypted=stored.encrypted,
+                signer=stored.signer,
+            )
+        )
     if last_use is not None:
         message.last_use_time.CopyFrom(timestamp(last_use))
     if ttl is not None:
@@ -361,6 +397,7 @@ def node(identifier: str, message: nodes_pb.Node) -> Node:
         cpu_count=message.cpu_count,
         checkpoint_capable=message.checkpoint_capable,
         findings=tuple(Finding(f.check, f.passed, f.message) for f in message.findings),
+        object_store=message.object_store,
     )
 
 
@@ -382,6 +419,7 @@ def node_message(facts: Node) -> nodes_pb.Node:
         findings=[
             nodes_pb.NodeFinding(check=f.check, passed=f.passed, message=f.message) for f in facts.findings
         ],
+        object_store=facts.object_store,
     )
 
 

@@ -19,6 +19,7 @@ from controller.model import (
     NodeState,
     Snapshot,
     StartMode,
+    Storage,
 )
 
 FAILED_KEPT: Final = 300.0
@@ -87,6 +88,17 @@ class DeleteSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Publish:
+    snapshot: str
+    reason: str
+
+    @property
+    def target(self) -> str:
+        # Not the snapshot alone: an upload under way must not put off deleting it.
+        return f"snapshots/{self.snapshot}/upload"
+
+
+@dataclass(frozen=True, slots=True)
 class KeepWarm:
     deployment: str
     reason: str
@@ -121,7 +133,7 @@ class GiveUp:
         return f"nodes/{self.node}"
 
 
-Action = Park | Stop | DeleteSnapshot | KeepWarm | Forget | GiveUp
+Action = Park | Stop | DeleteSnapshot | Publish | KeepWarm | Forget | GiveUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +164,9 @@ def _rules(facts: Facts, now: Moment) -> Iterator[tuple[float, Action]]:
         if _within_reach(facts, instance.node) and instance.deployment and not instance.busy:
             yield from _instance(facts, instance, now)
     for snapshot in facts.snapshots:
-        if _within_reach(facts, snapshot.node) and snapshot.deployment:
+        # What only lies in the store and was made by another controller is not ours to delete.
+        ours = snapshot.local or snapshot.trusted or snapshot.quarantined
+        if _within_reach(facts, snapshot.node) and snapshot.deployment and ours:
             yield from _snapshot(facts, snapshot, now)
     for deployment in facts.deployments.values():
         yield from _deployment(facts, deployment, now)
@@ -232,15 +246,29 @@ def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[f
         (
             s
             for s in facts.snapshots
-            if s.deployment == snapshot.deployment and not s.quarantined and _within_reach(facts, s.node)
+            if s.deployment == snapshot.deployment
+            and (s.local or s.trusted)
+            and not s.quarantined
+            and _within_reach(facts, s.node)
         ),
         key=lambda s: (s.create_time, s.id),
     )
+    if _unpublished(facts, deployment, snapshot) and newest.id == snapshot.id:
+        yield now.steady, Publish(snapshot.id, "its deployment keeps snapshots in the object store")
     if newest.id != snapshot.id:
         yield now.steady, DeleteSnapshot(snapshot.id, f"snapshots/{newest.id} has replaced it")
     elif not users:
         used = max(snapshot.create_time, facts.last_use.get(snapshot.deployment, 0.0))
         yield after(used), DeleteSnapshot(snapshot.id, "ttl has passed since its last use")
+
+
+def _unpublished(facts: Facts, deployment: Deployment, snapshot: Snapshot) -> bool:
+    return (
+        deployment.checkpoint.storage is Storage.S3
+        and snapshot.local
+        and not snapshot.published
+        and bool(facts.nodes[snapshot.node].object_store)
+    )
 
 
 def _deployment(facts: Facts, deployment: Deployment, now: Moment) -> Iterator[tuple[float, Action]]:
@@ -252,7 +280,11 @@ def _deployment(facts: Facts, deployment: Deployment, now: Moment) -> Iterator[t
 
     instances = [i for i in facts.instances if i.deployment == deployment.id and reachable(i.node)]
     if deployment.deleting:
-        snapshots = [s for s in facts.snapshots if s.deployment == deployment.id and reachable(s.node)]
+        snapshots = [
+            s
+            for s in facts.snapshots
+            if s.deployment == deployment.id and (s.local or s.trusted) and reachable(s.node)
+        ]
         if not instances and not snapshots:
             yield now.steady, Forget(deployment.id, "nothing of it is left")
     elif deployment.start_mode is StartMode.WARM and not any(i.state in LIVE for i in instances):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from controller import machine
 from controller.machine import Event
-from controller.model import Instance, InstanceState, Intent, Node, NodeState, Report, Snapshot
+from controller.model import Captured, Instance, InstanceState, Intent, Node, NodeState, Report, Snapshot
 from controller.ports import Clock, Removed, Synchronized
 from dumont.errors import FailedPrecondition, NotFound
 
@@ -30,7 +30,9 @@ class Inventory:
         self._watchers: list[_Watcher] = []
         self.nodes: dict[str, Node] = {}
         self.instances: dict[str, Instance] = {}
-        self.snapshots: dict[str, Snapshot] = {}
+        # By node and id: a snapshot may be on several nodes, and published besides.
+        self._copies: dict[tuple[str, str], Snapshot] = {}
+        self.captured: dict[str, Captured] = {}
 
     # Looking
 
@@ -46,17 +48,40 @@ class Inventory:
             raise _not_found("instance", instance)
         return self.instances[instance]
 
+    @property
+    def snapshots(self) -> dict[str, Snapshot]:
+        """Every snapshot once, as the node sees it that can do most with it."""
+        best: dict[str, Snapshot] = {}
+        for copy in self._copies.values():
+            other = best.get(copy.id)
+            if other is None:
+                best[copy.id] = copy
+                continue
+            better = max(copy, other, key=self._worth)
+            best[copy.id] = replace(better, published=copy.published or other.published)
+        return best
+
+    def _worth(self, copy: Snapshot) -> tuple[bool, bool, bool, str]:
+        ready = copy.node in self.nodes and self.nodes[copy.node].state is NodeState.READY
+        return ready, not copy.quarantined, copy.local, copy.node
+
     def snapshot(self, snapshot: str) -> Snapshot:
         """Raises: NotFound."""
-        if snapshot not in self.snapshots:
+        known = self.snapshots
+        if snapshot not in known:
             raise _not_found("snapshot", snapshot)
-        return self.snapshots[snapshot]
+        return known[snapshot]
+
+    def copies(self, snapshot: str) -> tuple[Snapshot, ...]:
+        """The snapshot as each node sees it."""
+        return tuple(copy for copy in self._copies.values() if copy.id == snapshot)
 
     def instances_of(self, deployment: str) -> tuple[Instance, ...]:
         return tuple(i for i in self.instances.values() if i.deployment == deployment)
 
     def snapshots_of(self, deployment: str) -> tuple[Snapshot, ...]:
-        return tuple(s for s in self.snapshots.values() if s.deployment == deployment)
+        """Those of a deployment, as each node sees them."""
+        return tuple(copy for copy in self._copies.values() if copy.deployment == deployment)
 
     async def until(self, predicate: Callable[[], bool]) -> None:
         """Wait until ``predicate`` holds; it is asked after every change."""
@@ -111,17 +136,39 @@ class Inventory:
         self.move_node(node, NodeState.READY)
 
     def learn_snapshots(self, node: str, snapshots: Iterable[Snapshot]) -> None:
-        kept = {key: value for key, value in self.snapshots.items() if value.node != node}
-        self.snapshots = kept | {snapshot.id: snapshot for snapshot in snapshots}
+        self._copies = {key: copy for key, copy in self._copies.items() if copy.node != node}
+        for snapshot in snapshots:
+            self._copies[node, snapshot.id] = self._judge(snapshot)
         self.notify()
 
     def put_snapshot(self, snapshot: Snapshot) -> None:
-        self.snapshots[snapshot.id] = snapshot
+        self._copies[snapshot.node, snapshot.id] = self._judge(snapshot)
         self.notify()
 
-    def drop_snapshot(self, snapshot: str) -> None:
-        self.snapshots.pop(snapshot, None)
+    def put_captured(self, captured: Captured) -> None:
+        """This controller had it made: its manifest must never hash to anything else."""
+        self.captured[captured.id] = captured
+
+    def drop_snapshot(self, snapshot: str, node: str) -> None:
+        """The node neither holds nor reaches it any more."""
+        self._copies.pop((node, snapshot), None)
         self.notify()
+
+    def _judge(self, snapshot: Snapshot) -> Snapshot:
+        """What a node says of a snapshot, against what is known of its making."""
+        made = self.captured.get(snapshot.id)
+        if made is None:
+            return snapshot
+        # A manifest that cannot be read names no deployment, and says so by its quarantine.
+        snapshot = replace(snapshot, deployment=snapshot.deployment or made.deployment)
+        if snapshot.quarantined or snapshot.manifest_digest == made.manifest_digest:
+            return replace(snapshot, trusted=not snapshot.quarantined)
+        return replace(
+            snapshot,
+            quarantined=True,
+            quarantine_reason=f"MANIFEST_REPLACED: its manifest is {snapshot.manifest_digest[:16]}… and was "
+            f"{made.manifest_digest[:16]}… when it was captured",
+        )
 
     # Reports
 

@@ -171,6 +171,7 @@ class Launcher:
             Tier.RESIDENT: f"capture of instances/{decision.instance}",
             Tier.PARKED: f"resume of instances/{decision.instance}",
             Tier.LOCAL: f"restore from snapshots/{decision.snapshot}",
+            Tier.REMOTE: f"restore from snapshots/{decision.snapshot} in the object store",
             Tier.COLD: f"cold start on nodes/{decision.node}",
         }[decision.tier]
         reason = f"{what} failed: {error.reason}: {error.message}"
@@ -219,7 +220,9 @@ class Launcher:
             self._phase(attempt, "record", before)
             before = self._clock.moment().steady
             if snapshot:
-                report = await self._nodes.restore(node, instance, deployment.id, snapshot)
+                made = self._inventory.captured.get(snapshot)
+                digest = made.manifest_digest if made else ""
+                report = await self._nodes.restore(node, instance, deployment.id, snapshot, digest)
             else:
                 report = await self._nodes.start(
                     node, instance, deployment.id, deployment.model, deployment.engine
@@ -231,6 +234,9 @@ class Launcher:
                 await self._refresh_snapshots(node)
             raise
         self._inventory.finish(instance, SAW[report.state], report)
+        if snapshot and not any(c.local for c in self._inventory.copies(snapshot) if c.node == node):
+            # Fetched: the node holds it now.
+            self._tasks.spawn(self._refresh_snapshots(node), f"refresh snapshots of {node}")
         self._node_phases(attempt, report, before)
         self._tasks.spawn(self._registry.drop_intent(instance), f"drop intent {instance}")
         return instance

@@ -32,7 +32,16 @@ class Tier(Enum):
     RESIDENT = "resident"
     PARKED = "parked"
     LOCAL = "local"
+    REMOTE = "remote"
     COLD = "cold"
+
+
+class Storage(Enum):
+    """Where a deployment's snapshots are kept."""
+
+    LOCAL = "local"
+    # In the object store as well.
+    S3 = "s3"
 
 
 class DeploymentState(Enum):
@@ -78,6 +87,7 @@ class Checkpoint:
 
     enabled: bool
     ttl: float | None = None
+    storage: Storage = Storage.LOCAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +184,35 @@ class SnapshotFile:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredSnapshot:
+    """What a snapshot takes in the object store; ``unique_bytes`` is what no other snapshot uses."""
+
+    image_bytes: int
+    data_bytes: int
+    stored_bytes: int
+    unique_bytes: int
+    chunk_count: int
+    encrypted: bool
+    signer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A snapshot that this controller had made, and the digest of the manifest it was made with."""
+
+    id: str
+    deployment: str
+    manifest_digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
+    """A snapshot as one node sees it.
+
+    ``local``: the node holds it. ``published``: it is in the node's object store. ``incompatibility``
+    says why that node cannot restore it, and is empty when it can.
+    """
+
     id: str
     deployment: str
     node: str
@@ -187,6 +225,30 @@ class Snapshot:
     compatibility: Mapping[str, str] = field(default_factory=dict)
     files: tuple[SnapshotFile, ...] = ()
     manifest_digest: str = ""
+    local: bool = True
+    published: bool = False
+    incompatibility: str = ""
+    # Published, and made by this controller: only such a one is restored from the store.
+    trusted: bool = False
+    stored: StoredSnapshot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Bytes of a snapshot that were read and found right."""
+
+    local_bytes: int
+    published_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was deleted from the object store, or would be; ``objects`` names the first of them."""
+
+    objects: tuple[str, ...]
+    object_count: int
+    size_bytes: int
+    kept_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +272,8 @@ class Node:
     cpu_count: int = 0
     checkpoint_capable: bool = False
     findings: tuple[Finding, ...] = ()
+    # Where it publishes snapshots; empty: nowhere.
+    object_store: str = ""
     heartbeat_time: float = 0.0
     heartbeat_at: float = 0.0
     since: float = 0.0

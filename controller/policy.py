@@ -14,6 +14,7 @@ from controller.model import (
     NodeState,
     Snapshot,
     StartMode,
+    Storage,
     Tier,
 )
 from dumont.errors import Unavailable
@@ -37,7 +38,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Do this. ``instance`` is set for resident and parked, ``snapshot`` for local."""
+    """Do this. ``instance`` is set for resident and parked, ``snapshot`` for local and remote."""
 
     tier: Tier
     node: str
@@ -88,6 +89,7 @@ def decide(facts: Facts, now: float) -> Start | Wait:
         or _join(reachable, tuple(JOINABLE))
         or _unsure(facts)
         or _local(facts)
+        or _remote(facts)
         or _cold(facts, now)
     )
 
@@ -140,7 +142,9 @@ def _usable(facts: Facts) -> list[Snapshot]:
     return [
         snapshot
         for snapshot in facts.snapshots
-        if not snapshot.quarantined
+        if (snapshot.local or (snapshot.published and snapshot.trusted))
+        and not snapshot.quarantined
+        and not snapshot.incompatibility
         and f"snapshots/{snapshot.id}" not in facts.failed
         and _ready(facts, snapshot.node)
         and facts.nodes[snapshot.node].checkpoint_capable
@@ -150,7 +154,8 @@ def _usable(facts: Facts) -> list[Snapshot]:
 def _local(facts: Facts) -> Start | None:
     if facts.deployment.start_mode is not StartMode.CHECKPOINT:
         return None
-    newest = max(_usable(facts), key=lambda s: (s.create_time, s.id), default=None)
+    held = (snapshot for snapshot in _usable(facts) if snapshot.local)
+    newest = max(held, key=lambda s: (s.create_time, s.id), default=None)
     if newest is None:
         return None
     return Start(
@@ -158,8 +163,20 @@ def _local(facts: Facts) -> Start | None:
     )
 
 
-def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset()) -> Node:
-    """The ready node with the most free memory.
+def _remote(facts: Facts) -> Start | None:
+    if facts.deployment.start_mode is not StartMode.CHECKPOINT:
+        return None
+    published = [s for s in _usable(facts) if s.published and f"nodes/{s.node}" not in facts.failed]
+    if not published:
+        return None
+    newest = max(published, key=lambda s: (s.create_time, s.id)).id
+    within_reach = {s.node: facts.nodes[s.node] for s in published if s.id == newest}
+    node = place(within_reach)
+    return Start(Tier.REMOTE, node.id, f"snapshots/{newest} is in the object store", snapshot=newest)
+
+
+def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset(), publishing: bool = False) -> Node:
+    """The ready node with the most free memory; with ``publishing``, one with an object store before others.
 
     Raises:
         Unavailable: NO_NODE, there is none.
@@ -171,13 +188,25 @@ def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset()) -> No
             "no node is ready; start a snapshotd that registers here, or see dumont node ls",
             retry_after=1.0,
         )
-    return min(ready, key=lambda n: (not n.checkpoint_capable, -n.memory_available_bytes, n.id))
+    return min(
+        ready,
+        key=lambda n: (
+            not n.checkpoint_capable,
+            publishing and not n.object_store,
+            -n.memory_available_bytes,
+            n.id,
+        ),
+    )
 
 
 def _cold(facts: Facts, now: float) -> Start:
-    node = place(facts.nodes, facts.failed)
+    node = place(facts.nodes, facts.failed, publishing=facts.deployment.checkpoint.storage is Storage.S3)
     if facts.deployment.start_mode is StartMode.CHECKPOINT:
-        reason = "no instance and no usable snapshot"
+        reason = "no instance and no usable snapshot" + "".join(
+            f"; snapshots/{snapshot.id} is quarantined on nodes/{snapshot.node}: {snapshot.quarantine_reason}"
+            for snapshot in facts.snapshots
+            if snapshot.quarantined
+        )
     else:
         reason = f"no instance, and start mode {facts.deployment.start_mode.value} uses no snapshot"
     capture = node.checkpoint_capable and _wants_capture(facts, now)

@@ -18,7 +18,18 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from controller.model import Deployment, Intent, Moment, Node, Report, ResolvedModel, Snapshot
+from controller.model import (
+    Captured,
+    Deployment,
+    Intent,
+    Moment,
+    Node,
+    Pruned,
+    Report,
+    ResolvedModel,
+    Snapshot,
+    Verified,
+)
 
 
 class Clock(Protocol):
@@ -69,8 +80,14 @@ class Nodes(Protocol):
     async def start(self, node: str, instance: str, deployment: str, model: str, engine: str) -> Report:
         """Load a model in a new instance and wait until it serves. Repeating it joins the first."""
 
-    async def restore(self, node: str, instance: str, deployment: str, snapshot: str) -> Report:
-        """Make an instance from a snapshot and wait until it serves."""
+    async def restore(
+        self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
+    ) -> Report:
+        """Make an instance from a snapshot and wait until it serves.
+
+        Args:
+            manifest_digest: what the snapshot's manifest must hash to; empty: not checked.
+        """
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         """Make a snapshot under the given id; the instance serves again when this returns."""
@@ -81,7 +98,19 @@ class Nodes(Protocol):
 
     async def stop(self, node: str, instance: str) -> None: ...
 
-    async def delete_snapshot(self, node: str, snapshot: str) -> None: ...
+    async def get_snapshot(self, node: str, snapshot: str) -> Snapshot: ...
+
+    async def delete_snapshot(self, node: str, snapshot: str) -> None:
+        """On this node and in its object store."""
+
+    async def publish(self, node: str, snapshot: str) -> Snapshot:
+        """Upload a snapshot of the node and wait until it is published. Repeating it joins the first."""
+
+    async def verify(self, node: str, snapshot: str) -> Verified:
+        """Read all of it. Raises: DataLoss, it is damaged and now quarantined."""
+
+    async def prune(self, node: str, dry_run: bool) -> Pruned:
+        """Delete from the node's object store what no published snapshot needs."""
 
     def stream_logs(
         self, node: str, instance: str, tail_lines: int, follow: bool
@@ -102,6 +131,7 @@ class Stored:
     deployments: tuple[Deployment, ...] = ()
     nodes: tuple[Node, ...] = ()
     intents: tuple[Intent, ...] = ()
+    captured: tuple[Captured, ...] = ()
     last_use: Mapping[str, float] | None = None
 
 
@@ -138,6 +168,12 @@ class Registry(Protocol):
     async def save_intent(self, intent: Intent) -> None: ...
 
     async def drop_intent(self, instance: str) -> None:
+        """Absent is fine."""
+
+    async def save_captured(self, captured: Captured) -> None:
+        """Store it, in place of an earlier one with its id."""
+
+    async def drop_captured(self, snapshot: str) -> None:
         """Absent is fine."""
 
     async def close(self) -> None: ...

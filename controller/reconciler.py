@@ -11,7 +11,7 @@ from controller import expiry
 from controller.backoff import Backoff
 from controller.catalogue import Catalogue
 from controller.commands import NODE_UNAVAILABLE, Commands
-from controller.expiry import DeleteSnapshot, Forget, GiveUp, KeepWarm, Park, Stop
+from controller.expiry import DeleteSnapshot, Forget, GiveUp, KeepWarm, Park, Publish, Stop
 from controller.fleet import Fleet
 from controller.inventory import Inventory
 from controller.metrics import Metrics
@@ -130,6 +130,8 @@ class Reconciler:
                 await self._commands.stop(action.instance)
             case DeleteSnapshot():
                 await self._commands.delete_snapshot(action.snapshot)
+            case Publish():
+                await self._commands.publish(action.snapshot)
             case KeepWarm():
                 await self._keep_warm(action.deployment)
             case Forget():

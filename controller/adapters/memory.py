@@ -8,18 +8,29 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 
 from controller.model import (
+    Captured,
     Deployment,
     InstanceState,
     Intent,
     Moment,
     Node,
     Phase,
+    Pruned,
     Report,
     ResolvedModel,
     Snapshot,
+    Verified,
 )
 from controller.ports import Change, Clock, Removed, Stored, Synchronized
-from dumont.errors import Aborted, AlreadyExists, DumontError, FailedPrecondition, NotFound, Unavailable
+from dumont.errors import (
+    Aborted,
+    AlreadyExists,
+    DataLoss,
+    DumontError,
+    FailedPrecondition,
+    NotFound,
+    Unavailable,
+)
 
 
 class ManualClock:
@@ -58,6 +69,7 @@ class MemoryRegistry:
         self._deployments: dict[str, Deployment] = {}
         self._nodes: dict[str, Node] = {}
         self._intents: dict[str, Intent] = {}
+        self._captured: dict[str, Captured] = {}
         self._last_use: dict[str, float] = {}
 
     async def load(self) -> Stored:
@@ -65,6 +77,7 @@ class MemoryRegistry:
             tuple(self._deployments.values()),
             tuple(self._nodes.values()),
             tuple(self._intents.values()),
+            tuple(self._captured.values()),
             dict(self._last_use),
         )
 
@@ -101,6 +114,12 @@ class MemoryRegistry:
     async def drop_intent(self, instance: str) -> None:
         self._intents.pop(instance, None)
 
+    async def save_captured(self, captured: Captured) -> None:
+        self._captured[captured.id] = captured
+
+    async def drop_captured(self, snapshot: str) -> None:
+        self._captured.pop(snapshot, None)
+
     async def close(self) -> None:
         return None
 
@@ -113,6 +132,8 @@ class MemoryNode:
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     watchers: list[asyncio.Queue[Change | DumontError]] = field(default_factory=list)
     up: bool = True
+    # Whether it reaches the object store that all nodes share.
+    store: bool = False
 
 
 class MemoryNodes:
@@ -125,6 +146,7 @@ class MemoryNodes:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.world: dict[str, MemoryNode] = {}
+        self.bucket: dict[str, Snapshot] = {}
         self.calls: list[tuple[str, str, str]] = []
         self.cancelled: list[tuple[str, str, str]] = []
         self.timeouts: list[float | None] = []
@@ -230,15 +252,21 @@ class MemoryNodes:
 
     async def list_snapshots(self, node: str) -> list[Snapshot]:
         await self._call("list_snapshots", node, "")
-        return list(self._reach(node).snapshots.values())
+        self._reach(node)
+        return self._snapshots(node)
 
     async def start(self, node: str, instance: str, deployment: str, model: str, engine: str) -> Report:
         return await self._create("start", node, Report(instance, deployment, InstanceState.STARTING))
 
-    async def restore(self, node: str, instance: str, deployment: str, snapshot: str) -> Report:
+    async def restore(
+        self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
+    ) -> Report:
         report = Report(instance, deployment, InstanceState.STARTING, snapshot=snapshot)
-        if snapshot not in self.world[node].snapshots:
+        known = {held.id: held for held in self._snapshots(node)}
+        if snapshot not in known:
             raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
+        if manifest_digest and known[snapshot].manifest_digest != manifest_digest:
+            raise DataLoss("MANIFEST_REPLACED", f"snapshots/{snapshot} is another one")
         return await self._create("restore", node, report)
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
@@ -252,7 +280,10 @@ class MemoryNodes:
         finally:
             if instance in self.world[node].instances:
                 self.tell(node, source)
-        made = Snapshot(snapshot, source.deployment, node, self._clock.moment().wall)
+        now = self._clock.moment().wall
+        made = Snapshot(
+            snapshot, source.deployment, node, now, manifest_digest=f"digest of {snapshot} at {now}"
+        )
         self.world[node].snapshots[snapshot] = made
         return made
 
@@ -271,8 +302,30 @@ class MemoryNodes:
 
     async def delete_snapshot(self, node: str, snapshot: str) -> None:
         await self._call("delete_snapshot", node, snapshot)
-        if self.world[node].snapshots.pop(snapshot, None) is None:
+        published = self.bucket.pop(snapshot, None)
+        if self.world[node].snapshots.pop(snapshot, None) is None and published is None:
             raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
+
+    async def get_snapshot(self, node: str, snapshot: str) -> Snapshot:
+        await self._call("get_snapshot", node, snapshot)
+        for known in self._snapshots(node):
+            if known.id == snapshot:
+                return known
+        raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
+
+    async def publish(self, node: str, snapshot: str) -> Snapshot:
+        await self._call("publish", node, snapshot)
+        self.bucket[snapshot] = self.world[node].snapshots[snapshot]
+        return next(known for known in self._snapshots(node) if known.id == snapshot)
+
+    async def verify(self, node: str, snapshot: str) -> Verified:
+        await self._call("verify", node, snapshot)
+        known = await self.get_snapshot(node, snapshot)
+        return Verified(known.size_bytes if known.local else 0, known.size_bytes if known.published else 0)
+
+    async def prune(self, node: str, dry_run: bool) -> Pruned:
+        await self._call("prune", node, "dry run" if dry_run else "")
+        return Pruned((), 0, 0, len(self.bucket))
 
     async def stream_logs(
         self, node: str, instance: str, tail_lines: int, follow: bool
@@ -307,6 +360,17 @@ class MemoryNodes:
         return None
 
     # Inside
+
+    def _snapshots(self, node: str) -> list[Snapshot]:
+        """What the node holds, and what is published if it has a store."""
+        known = self.world[node]
+        if not known.store:
+            return list(known.snapshots.values())
+        held = {key: replace(value, published=key in self.bucket) for key, value in known.snapshots.items()}
+        published = {
+            key: replace(value, node=node, local=False, published=True) for key, value in self.bucket.items()
+        }
+        return list((published | held).values())
 
     async def _create(self, method: str, node: str, report: Report) -> Report:
         known = self._reach(node)

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from controller import convert
 from controller.commands import NODE_UNAVAILABLE
-from controller.model import Report, ResolvedModel, Snapshot
+from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified
 from controller.ports import Change, Removed, Synchronized
 from dumont.errors import DeadlineExceeded, DumontError, Internal, Unavailable
 from dumont.rpc.status import from_rpc_error, from_status
@@ -145,9 +145,14 @@ class GrpcNodes:
             begun = link.instances.StartInstance(request, timeout=LONG)
             return convert.report(await self._outcome(link, begun, instances.Instance()))
 
-    async def restore(self, node: str, instance: str, deployment: str, snapshot: str) -> Report:
+    async def restore(
+        self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
+    ) -> Report:
         request = instances.RestoreInstanceRequest(
-            instance_id=instance, deployment=f"deployments/{deployment}", snapshot=f"snapshots/{snapshot}"
+            instance_id=instance,
+            deployment=f"deployments/{deployment}",
+            snapshot=f"snapshots/{snapshot}",
+            manifest_digest=manifest_digest,
         )
         async with self._errors(node) as link:
             begun = link.instances.RestoreInstance(request, timeout=LONG)
@@ -173,6 +178,31 @@ class GrpcNodes:
         request = instances.StopInstanceRequest(name=f"instances/{instance}")
         async with self._errors(node) as link:
             await link.instances.StopInstance(request, timeout=LONG)
+
+    async def get_snapshot(self, node: str, snapshot: str) -> Snapshot:
+        request = snapshots.GetSnapshotRequest(name=f"snapshots/{snapshot}")
+        async with self._errors(node) as link:
+            return convert.snapshot(node, await link.snapshots.GetSnapshot(request, timeout=LONG))
+
+    async def publish(self, node: str, snapshot: str) -> Snapshot:
+        request = snapshots.PublishSnapshotRequest(name=f"snapshots/{snapshot}")
+        async with self._errors(node) as link:
+            begun = link.snapshots.PublishSnapshot(request, timeout=LONG)
+            return convert.snapshot(node, await self._outcome(link, begun, snapshots.Snapshot()))
+
+    async def verify(self, node: str, snapshot: str) -> Verified:
+        request = snapshots.VerifySnapshotRequest(name=f"snapshots/{snapshot}")
+        async with self._errors(node) as link:
+            begun = link.snapshots.VerifySnapshot(request, timeout=LONG)
+            found = await self._outcome(link, begun, snapshots.VerifySnapshotResponse())
+        return Verified(found.local_bytes, found.published_bytes)
+
+    async def prune(self, node: str, dry_run: bool) -> Pruned:
+        request = snapshots.PruneSnapshotsRequest(dry_run=dry_run)
+        async with self._errors(node) as link:
+            begun = link.snapshots.PruneSnapshots(request, timeout=LONG)
+            found = await self._outcome(link, begun, snapshots.PruneSnapshotsResponse())
+        return Pruned(tuple(found.objects), found.object_count, found.size_bytes, found.kept_bytes)
 
     async def delete_snapshot(self, node: str, snapshot: str) -> None:
         request = snapshots.DeleteSnapshotRequest(name=f"snapshots/{snapshot}")

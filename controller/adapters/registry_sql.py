@@ -13,7 +13,7 @@ from alembic.config import Config as AlembicConfig
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from controller.model import Checkpoint, Deployment, Finding, Intent, Node, StartMode
+from controller.model import Captured, Checkpoint, Deployment, Finding, Intent, Node, StartMode, Storage
 from controller.ports import Stored
 from dumont.errors import Aborted, AlreadyExists, Unavailable
 
@@ -28,6 +28,7 @@ DEPLOYMENTS = sa.Table(
     sa.Column("start_mode", sa.String(16), nullable=False),
     sa.Column("checkpoint_enabled", sa.Boolean, nullable=False),
     sa.Column("checkpoint_ttl", sa.Double),
+    sa.Column("checkpoint_storage", sa.String(16), nullable=False),
     sa.Column("idle_timeout", sa.Double),
     sa.Column("park_timeout", sa.Double),
     sa.Column("create_time", sa.Double, nullable=False),
@@ -53,6 +54,13 @@ INTENTS = sa.Table(
     sa.Column("snapshot", sa.String(63), nullable=False),
     sa.Column("create_time", sa.Double, nullable=False),
 )
+CAPTURED = sa.Table(
+    "captured",
+    METADATA,
+    sa.Column("id", sa.String(63), primary_key=True),
+    sa.Column("deployment", sa.String(63), nullable=False),
+    sa.Column("manifest_digest", sa.String(64), nullable=False),
+)
 
 
 class SqlRegistry:
@@ -66,10 +74,12 @@ class SqlRegistry:
             deployments = (await connection.execute(sa.select(DEPLOYMENTS))).mappings().all()
             nodes = (await connection.execute(sa.select(NODES))).mappings().all()
             intents = (await connection.execute(sa.select(INTENTS))).mappings().all()
+            captured = (await connection.execute(sa.select(CAPTURED))).mappings().all()
         return Stored(
             deployments=tuple(_deployment(row) for row in deployments),
             nodes=tuple(_node(row) for row in nodes),
             intents=tuple(Intent(**row) for row in intents),
+            captured=tuple(Captured(**row) for row in captured),
             last_use={
                 row["id"]: row["last_use_time"] for row in deployments if row["last_use_time"] is not None
             },
@@ -142,6 +152,21 @@ class SqlRegistry:
     async def drop_intent(self, instance: str) -> None:
         async with self._transaction() as connection:
             await connection.execute(sa.delete(INTENTS).where(INTENTS.c.instance == instance))
+
+    async def save_captured(self, captured: Captured) -> None:
+        async with self._transaction() as connection:
+            await connection.execute(sa.delete(CAPTURED).where(CAPTURED.c.id == captured.id))
+            await connection.execute(
+                sa.insert(CAPTURED).values(
+                    id=captured.id,
+                    deployment=captured.deployment,
+                    manifest_digest=captured.manifest_digest,
+                )
+            )
+
+    async def drop_captured(self, snapshot: str) -> None:
+        async with self._transaction() as connection:
+            await connection.execute(sa.delete(CAPTURED).where(CAPTURED.c.id == snapshot))
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -228,6 +253,7 @@ def _row(deployment: Deployment) -> dict[str, Any]:
         "start_mode": deployment.start_mode.value,
         "checkpoint_enabled": deployment.checkpoint.enabled,
         "checkpoint_ttl": deployment.checkpoint.ttl,
+        "checkpoint_storage": deployment.checkpoint.storage.value,
         "idle_timeout": deployment.idle_timeout,
         "park_timeout": deployment.park_timeout,
         "create_time": deployment.create_time,
@@ -245,7 +271,9 @@ def _deployment(row: Mapping[Any, Any]) -> Deployment:
         model=row["model"],
         engine=row["engine"],
         start_mode=StartMode(row["start_mode"]),
-        checkpoint=Checkpoint(row["checkpoint_enabled"], row["checkpoint_ttl"]),
+        checkpoint=Checkpoint(
+            row["checkpoint_enabled"], row["checkpoint_ttl"], Storage(row["checkpoint_storage"])
+        ),
         idle_timeout=row["idle_timeout"],
         park_timeout=row["park_timeout"],
         create_time=row["create_time"],
@@ -265,6 +293,7 @@ def _facts(node: Node) -> dict[str, Any]:
         "cpu_count": node.cpu_count,
         "checkpoint_capable": node.checkpoint_capable,
         "findings": [[f.check, f.passed, f.message] for f in node.findings],
+        "object_store": node.object_store,
         "heartbeat_time": node.heartbeat_time,
     }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from google.longrunning import operations_pb2
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from controller import convert
 from controller.catalogue import Catalogue
@@ -53,12 +56,49 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
         metadata = pb.CreateSnapshotMetadata(
             deployment=request.deployment,
             stage="waiting",
-            create_time=convert.timestamp(self._clock.moment().wall),
+            create_time=self._now(),
         )
         return self._operations.start("snapshot", work, metadata)
 
     async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: object) -> pb.Snapshot:
-        return self._message(self._inventory.snapshot(names.parse(request.name, "snapshots", "name")))
+        known = self._inventory.snapshot(names.parse(request.name, "snapshots", "name"))
+        if known.published:
+            # What it takes in the store changes with every other snapshot, so its node is asked.
+            known = replace(known, stored=await self._commands.stored(known))
+        return self._message(known)
+
+    async def VerifySnapshot(
+        self, request: pb.VerifySnapshotRequest, context: object
+    ) -> operations_pb2.Operation:
+        known = self._inventory.snapshot(names.parse(request.name, "snapshots", "name"))
+
+        async def work(progress: Progress) -> pb.VerifySnapshotResponse:
+            found = await self._commands.verify(known.id)
+            return pb.VerifySnapshotResponse(
+                local_bytes=found.local_bytes, published_bytes=found.published_bytes
+            )
+
+        metadata = pb.VerifySnapshotMetadata(
+            snapshot=request.name, node=f"nodes/{known.node}", create_time=self._now()
+        )
+        return self._operations.start("verify", work, metadata)
+
+    async def PruneSnapshots(
+        self, request: pb.PruneSnapshotsRequest, context: object
+    ) -> operations_pb2.Operation:
+        node = self._commands.store_node()
+
+        async def work(progress: Progress) -> pb.PruneSnapshotsResponse:
+            found = await self._commands.prune(node, request.dry_run)
+            return pb.PruneSnapshotsResponse(
+                objects=found.objects,
+                object_count=found.object_count,
+                size_bytes=found.size_bytes,
+                kept_bytes=found.kept_bytes,
+            )
+
+        metadata = pb.PruneSnapshotsMetadata(node=f"nodes/{node}", create_time=self._now())
+        return self._operations.start("prune", work, metadata)
 
     async def ListSnapshots(
         self, request: pb.ListSnapshotsRequest, context: object
@@ -66,7 +106,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
         known = self._inventory.snapshots
         if request.deployment:
             deployment = names.parse(request.deployment, "deployments", "deployment")
-            known = {snapshot.id: snapshot for snapshot in self._inventory.snapshots_of(deployment)}
+            known = {key: value for key, value in known.items() if value.deployment == deployment}
         found, token = page(known, request.page_size, request.page_token)
         return pb.ListSnapshotsResponse(
             snapshots=[self._message(snapshot) for snapshot in found], next_page_token=token
@@ -75,6 +115,9 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
     async def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, context: object) -> Empty:
         await self._commands.delete_snapshot(names.parse(request.name, "snapshots", "name"))
         return Empty()
+
+    def _now(self) -> Timestamp:
+        return convert.timestamp(self._clock.moment().wall)
 
     def _new_id(self, wanted: str, deployment: str) -> str:
         if not wanted:

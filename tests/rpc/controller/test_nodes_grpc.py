@@ -185,7 +185,7 @@ async def test_an_operations_error_arrives_as_itself(node) -> None:
 
     snapshotd.outcome = damaged
     with pytest.raises(DataLoss) as failure:
-        await nodes.restore("n1", "qa-1", "qa", "s1")
+        await nodes.restore("n1", "qa-1", "qa", "s1", "")
     assert failure.value.reason == "CANARY_MISMATCH"
     assert snapshotd.requests[0].snapshot == "snapshots/s1"
 
