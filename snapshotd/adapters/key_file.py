@@ -44,5 +44,5 @@ class KeyFile:
         except (InvalidTag, ValueError):
             raise DataLoss(
                 "KEY_DAMAGED",
-                "the snapshot's data key does not open: it was wrapped by another key or for another snapshot",
+                "the data key does not open: it was wrapped by another key or for another snapshot",
             ) from None

@@ -44,7 +44,9 @@ class Codec:
         self.snapshot = snapshot
         self._cipher = None if data_key is None else AESGCM(data_key)
         self._name_key = (
-            None if data_key is None else blake3(data_key, derive_key_context="dumont v1 chunk names").digest()
+            None
+            if data_key is None
+            else blake3(data_key, derive_key_context="dumont v1 chunk names").digest()
         )
 
     def name(self, plain: bytes) -> str:
@@ -89,7 +91,7 @@ class Codec:
             raise damaged(name, "it does not open with this snapshot's key") from None
 
     def _decompress(self, name: str, packed: bytes, size: int) -> bytes:
-        options = {zstd.DecompressionParameter.window_log_max: LARGEST_WINDOW_LOG}
+        options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: LARGEST_WINDOW_LOG}
         decompressor = zstd.ZstdDecompressor(options=options)
         try:
             # One byte more than it may have, so that a larger one is seen and never unpacked.

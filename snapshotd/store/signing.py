@@ -34,16 +34,15 @@ class Signer:
         Raises:
             FailedPrecondition: others may read it, or it is no key.
         """
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return cls(Ed25519PrivateKey.from_private_bytes(read_secret(path, 32)))
-        private = Ed25519PrivateKey.generate()
-        with open(descriptor, "wb") as file:
-            file.write(private.private_bytes_raw())
-            file.flush()
-            os.fsync(file.fileno())
-        return cls(private)
+        if not path.exists():
+            scratch = path.with_name(f".{path.name}-{os.getpid()}")
+            descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(Ed25519PrivateKey.generate().private_bytes_raw())
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.rename(path)
+        return cls(Ed25519PrivateKey.from_private_bytes(read_secret(path, 32)))
 
     def sign(self, document: bytes) -> bytes:
         return self._private.sign(DOMAIN + document)

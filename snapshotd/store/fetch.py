@@ -1,0 +1,146 @@
+"""Bring a published snapshot's files back, every byte verified before it is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, ResourceExhausted
+from snapshotd.failpoints import Failpoints
+from snapshotd.store.chunking import write_piece
+from snapshotd.store.codec import OVERHEAD, Codec, damaged
+from snapshotd.store.layout import chunk_key
+from snapshotd.store.model import Piece, PublishedSnapshot
+from snapshotd.store.ports import ObjectStore, Progress
+from snapshotd.store.workers import Counter, Workers
+
+# Left free on the disk beside what a fetch writes, in bytes.
+ROOM_TO_SPARE = 64 << 20
+
+
+class Fetch:
+    """Reads the chunks of one published snapshot."""
+
+    def __init__(
+        self,
+        published: PublishedSnapshot,
+        codec: Codec,
+        objects: ObjectStore,
+        workers: Workers,
+        failpoints: Failpoints,
+    ) -> None:
+        self._published = published
+        self._codec = codec
+        self._objects = objects
+        self._workers = workers
+        self._failpoints = failpoints
+
+    async def into(self, folder: Path, progress: Progress) -> None:
+        """Write all files into ``folder``; on failure it holds a part of them.
+
+        Raises:
+            DataLoss: a chunk is missing or damaged.
+            ResourceExhausted: the disk has no room.
+        """
+        await self._workers.compute(self._lay_out, folder)
+
+        async def write(pieces: list[Piece]) -> None:
+            self._failpoints.hit("fetch.chunk")
+            plain = await self._read(pieces[0])
+            await self._workers.compute(_write, folder, pieces, plain)
+            self._failpoints.hit("fetch.chunk.after")
+
+        await self._each_chunk(write, progress)
+
+    async def check(self, progress: Progress) -> None:
+        """Read every chunk and write nothing.
+
+        Raises:
+            DataLoss: chunks are missing or damaged; all of their files are named.
+        """
+        failures: list[tuple[Piece, DumontError]] = []
+
+        async def look(pieces: list[Piece]) -> None:
+            try:
+                await self._read(pieces[0])
+            except DataLoss as error:
+                failures.extend((piece, error) for piece in pieces)
+
+        await self._each_chunk(look, progress)
+        if failures:
+            files = sorted({piece.file for piece, _ in failures})
+            first = failures[0][1]
+            raise DataLoss(
+                first.reason,
+                f"{len(failures)} pieces of {len(files)} files of snapshots/{self._published.manifest.id} "
+                f"are lost, in {', '.join(files[:8])}; the first: {first.message}",
+                metadata={**first.metadata, "pieces": str(len(failures)), "files": ",".join(files[:64])},
+            )
+
+    async def _each_chunk(self, work: Callable[[list[Piece]], Awaitable[None]], progress: Progress) -> None:
+        # A chunk that belongs in several places is fetched once.
+        places: dict[tuple[str, int], list[Piece]] = {}
+        for piece in self._published.pieces():
+            places.setdefault((piece.chunk, piece.size), []).append(piece)
+        counter = Counter(sum(size * len(pieces) for (_, size), pieces in places.items()), progress)
+
+        async def counted(pieces: list[Piece]) -> None:
+            await work(pieces)
+            counter.add(sum(piece.size for piece in pieces))
+
+        await self._workers.each(places.values(), counted)
+
+    async def _read(self, piece: Piece) -> bytes:
+        try:
+            try:
+                stored = await self._objects.get(chunk_key(piece.chunk), piece.size + OVERHEAD)
+            except NotFound:
+                raise DataLoss(
+                    "CHUNK_MISSING",
+                    f"chunk {piece.chunk[:16]}… is not in the store",
+                    metadata={"chunk": piece.chunk},
+                ) from None
+            except DataLoss as error:
+                raise damaged(piece.chunk, error.message) from None
+            return await self._workers.compute(self._codec.open, piece.chunk, stored, piece.size)
+        except DataLoss as error:
+            error.metadata |= {"file": piece.file, "snapshot": self._published.manifest.id}
+            raise
+
+    def _lay_out(self, folder: Path) -> None:
+        """Make the files at their sizes, all holes."""
+        needed, free = self._published.data_size, shutil.disk_usage(folder).free
+        if needed + ROOM_TO_SPARE > free:
+            raise _full(f"snapshots/{self._published.manifest.id} needs {needed} bytes and {free} are free")
+        for file in self._published.files:
+            try:
+                descriptor = os.open(
+                    folder / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600
+                )
+            except FileExistsError:
+                raise FailedPrecondition(
+                    "FETCH_INTO_USED_DIRECTORY",
+                    f"{file.name} is in the directory already; fetch into an empty one",
+                    metadata={"file": file.name},
+                ) from None
+            try:
+                os.truncate(descriptor, file.size)
+            finally:
+                os.close(descriptor)
+
+
+def _write(folder: Path, pieces: list[Piece], plain: bytes) -> None:
+    try:
+        for piece in pieces:
+            write_piece(folder / piece.file, piece.offset, plain)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full("the disk filled up while a snapshot was fetched") from None
+        raise
+
+
+def _full(why: str) -> ResourceExhausted:
+    return ResourceExhausted("DISK_FULL", f"{why}; delete snapshots or give the cache more room")

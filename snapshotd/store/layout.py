@@ -1,0 +1,36 @@
+"""Where things lie in the store: the same keys in a directory and in a bucket."""
+
+from __future__ import annotations
+
+import re
+
+CHUNKS = "chunks/"
+SNAPSHOTS = "snapshots/"
+DELETED = "deleted/"
+# What is being written; what a killed writer left here is garbage once it is old.
+TEMPORARY = "tmp/"
+
+_MANIFEST = re.compile(r"snapshots/([a-z][a-z0-9-]{0,62})/manifest")
+
+
+def chunk_key(chunk: str) -> str:
+    return f"{CHUNKS}{chunk[:2]}/{chunk}"
+
+
+def chunk_of(key: str) -> str:
+    """The chunk that a key under ``chunks/`` is of."""
+    return key.rpartition("/")[2]
+
+
+def manifest_key(snapshot: str) -> str:
+    return f"{SNAPSHOTS}{snapshot}/manifest"
+
+
+def snapshot_of(key: str) -> str | None:
+    """The snapshot whose manifest a key is; None: it is something else."""
+    found = _MANIFEST.fullmatch(key)
+    return found and found[1]
+
+
+def tombstone_key(snapshot: str, digest: str) -> str:
+    return f"{DELETED}{snapshot}/{digest}"

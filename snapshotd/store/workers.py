@@ -1,0 +1,63 @@
+"""Bounded work: so many items in flight, whatever their number."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from snapshotd.store.ports import Progress
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Workers:
+    """Tasks that wait on the store, and threads that hash, compress and encrypt for them.
+
+    Args:
+        count: items in flight at once; each holds a few chunks' worth of memory.
+        threads: threads for work that keeps a core busy.
+    """
+
+    def __init__(self, count: int, threads: int) -> None:
+        self.count = count
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
+
+    async def each(self, items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
+        """Do ``work`` for every item; the first error ends the rest and is raised."""
+        source = iter(items)
+
+        async def worker() -> None:
+            # All workers draw from one iterator: an item is taken only when a worker is free for it.
+            for item in source:
+                await work(item)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self.count):
+                    group.create_task(worker())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def compute(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``work`` in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Counter:
+    """Adds up what several workers have done and tells it."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.done = 0
+        self.total = total
+        self._progress = progress
+        progress(0, total)
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self._progress(self.done, self.total)

@@ -1,0 +1,90 @@
+"""A real S3 server on loopback: SeaweedFS, from its wheel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import urllib3
+from minio import Minio
+
+BUCKET = "dumont"
+ACCESS_KEY = "test-access-key"
+SECRET_KEY = "test-secret-key"
+START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where it listens and how to reach its bucket."""
+
+    endpoint: str
+    pid: int
+    bucket: str = BUCKET
+    access_key: str = ACCESS_KEY
+    secret_key: str = SECRET_KEY
+
+    def environment(self) -> dict[str, str]:
+        """The variables that the services read."""
+        return {
+            "S3_ENDPOINT": self.endpoint,
+            "S3_ACCESS_KEY": self.access_key,
+            "S3_SECRET_KEY": self.secret_key,
+        }
+
+
+@contextmanager
+def s3_server(binary: Path, folder: Path, free_port: Callable[[], int]) -> Iterator[S3Server]:
+    """Run a server with one empty bucket; its data lies in ``folder``. It ends with the context."""
+    names = ["s3", "master", "volume", "filer", "admin"]
+    ports = {name: free_port() for name in names}
+    # The ports for its parts' own talk are chosen too, else they are the others plus 10000.
+    flags = [f"-{name}.port={port}" for name, port in ports.items()]
+    flags += [f"-{name}.port.grpc={free_port()}" for name in names]
+    command = [
+        str(binary), "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        "-s3.autoCreateBucket=false",
+        f"-bucket={BUCKET}", *flags,
+    ]  # fmt: skip
+    environment = {
+        "HOME": str(folder),
+        "PATH": os.environ.get("PATH", ""),
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+    }
+    log = folder.with_suffix(".log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=folder)
+    try:
+        _wait(process, ports["s3"], log)
+        yield S3Server(f"http://127.0.0.1:{ports['s3']}", process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Return once the bucket takes an object and gives it back."""
+    client = Minio(
+        f"127.0.0.1:{port}",
+        ACCESS_KEY,
+        SECRET_KEY,
+        secure=False,
+        region="us-east-1",
+        http_client=urllib3.PoolManager(retries=False, timeout=5),
+    )
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            if client.bucket_exists(BUCKET):
+                return
+        except Exception as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the S3 server did not start: {log.read_text()[-2000:]}") from error
+        time.sleep(0.1)
