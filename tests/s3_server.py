@@ -48,9 +48,8 @@ def s3_server(binary: Path, folder: Path, free_port: Callable[[], int]) -> Itera
     flags += [f"-{name}.port.grpc={free_port()}" for name in names]
     command = [
         str(binary), "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        "-s3.autoCreateBucket=false",
-        f"-bucket={BUCKET}", *flags,
+        "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0",
+        "-s3.port.lance=0", "-s3.autoCreateBucket=false", f"-bucket={BUCKET}", *flags,
     ]  # fmt: skip
     environment = {
         "HOME": str(folder),
