@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     CliImplicitFlag,
@@ -41,6 +41,41 @@ class Settings(BaseSettings):
     node_id: str = Field("", description="empty: the host's name and a number kept in the state directory")
     models_dir: Path = Field(
         default_factory=lambda: cache_directory() / "models", description="the node's models"
+    )
+    cache_dir: Path | None = Field(
+        None, description="the node's own snapshots, on disk or tmpfs; unset: in the state directory"
+    )
+    cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes they may take; beyond it published ones leave, oldest use first; 0: no limit",
+    )
+    store_url: str = Field(
+        "", description="object store: s3://BUCKET/PREFIX or file:///DIRECTORY; empty: none"
+    )
+    store_grace_seconds: float = Field(
+        86400.0, ge=0, description="younger chunks are never pruned; the same on all nodes of a store"
+    )
+    s3_endpoint: str = Field(
+        default_factory=lambda: os.environ.get("S3_ENDPOINT", ""),
+        description="http://HOST:PORT or https://HOST; unset: S3_ENDPOINT",
+    )
+    s3_access_key: str = Field(
+        default_factory=lambda: os.environ.get("S3_ACCESS_KEY", ""), description="unset: S3_ACCESS_KEY"
+    )
+    s3_secret_key: SecretStr = Field(
+        default_factory=lambda: SecretStr(os.environ.get("S3_SECRET_KEY", "")),
+        description="better in the environment than among flags; unset: S3_SECRET_KEY",
+    )
+    s3_region: str = Field(
+        default_factory=lambda: os.environ.get("S3_REGION", "us-east-1"), description="unset: S3_REGION"
+    )
+    s3_ca_file: Path | None = Field(None, description="PEM certificates that the endpoint's may be signed by")
+    encryption_key_file: Path | None = Field(
+        None, description="32 bytes, as hex or raw, that chunks are encrypted under; unset: not encrypted"
+    )
+    trusted_keys_file: Path | None = Field(
+        None, description="public keys of the nodes whose snapshots are restored here, one a line"
     )
     device: Literal["auto", "cpu"] = Field(
         "auto", description="where models run; auto: a GPU if there is one"

@@ -14,6 +14,8 @@ from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
 from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
 from snapshotd.model import Finding, Instance, Model, Phase, Snapshot, State
+from snapshotd.snapshots import Refused
+from snapshotd.store.model import GcPlan, PublishedSnapshot, Usage
 
 STATES = {
     State.STARTING: instances_pb2.Instance.STATE_STARTING,
@@ -27,6 +29,8 @@ STATES = {
     State.FAILED: instances_pb2.Instance.STATE_FAILED,
 }
 PAGE_BYTES = 4096
+# Objects of a prune that are named; all are counted.
+MOST_NAMED = 1000
 
 
 def instance(fact: Instance) -> instances_pb2.Instance:
@@ -47,7 +51,7 @@ def instance(fact: Instance) -> instances_pb2.Instance:
     )
 
 
-def snapshot(fact: Snapshot) -> snapshots_pb2.Snapshot:
+def snapshot(fact: Snapshot, incompatibility: str = "") -> snapshots_pb2.Snapshot:
     manifest = fact.manifest
     state = (
         snapshots_pb2.Snapshot.STATE_QUARANTINED
@@ -71,6 +75,41 @@ def snapshot(fact: Snapshot) -> snapshots_pb2.Snapshot:
         ],
         manifest_digest=fact.digest,
         quarantine_reason=fact.quarantine_reason,
+        local=fact.local,
+        published=fact.published,
+        incompatibility=incompatibility,
+    )
+
+
+def refused(fact: Refused) -> snapshots_pb2.Snapshot:
+    """Published under a snapshot's name, and so little to be trusted that nothing else is known of it."""
+    return snapshots_pb2.Snapshot(
+        name=names.build("snapshots", fact.snapshot),
+        state=snapshots_pb2.Snapshot.STATE_QUARANTINED,
+        quarantine_reason=fact.reason,
+        published=True,
+    )
+
+
+def stored(published: PublishedSnapshot, usage: Usage) -> snapshots_pb2.StoredSnapshot:
+    return snapshots_pb2.StoredSnapshot(
+        image_bytes=usage.image_bytes,
+        data_bytes=usage.data_bytes,
+        stored_bytes=usage.stored_bytes,
+        unique_bytes=usage.unique_bytes,
+        chunk_count=usage.chunks,
+        encrypted=published.encrypted,
+        signer=published.signer,
+    )
+
+
+def prune(plan: GcPlan) -> snapshots_pb2.PruneSnapshotsResponse:
+    doomed = [*plan.garbage, *plan.tombstones]
+    return snapshots_pb2.PruneSnapshotsResponse(
+        objects=[item.key for item in doomed[:MOST_NAMED]],
+        object_count=len(doomed),
+        size_bytes=sum(item.size for item in doomed),
+        kept_bytes=plan.kept_bytes,
     )
 
 

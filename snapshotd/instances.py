@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from dumont.errors import Aborted, AlreadyExists, DumontError, FailedPrecondition, NotFound
+from dumont.errors import Aborted, AlreadyExists, DumontError, NotFound
 from snapshotd import jobs
-from snapshotd.executor import Observer, Step, run_job
+from snapshotd.executor import Action, Observer, Step, run_job
 from snapshotd.failpoints import Failpoints
 from snapshotd.jobs import Node
 from snapshotd.journal import Journal
@@ -113,10 +113,14 @@ class Instances:
         record = self._record(instance)
         return await self._settle(record, "start", jobs.start(self.node, record, model))
 
-    async def restore(self, instance: str, snapshot: Snapshot) -> Instance:
+    async def restore(self, instance: str, snapshot: Snapshot, fetch: Action | None = None) -> Instance:
+        """
+        Args:
+            fetch: brings the snapshot to this node; None: it is here.
+        """
         record = self._record(instance)
         with self._pin(snapshot.manifest.id):
-            return await self._settle(record, "restore", jobs.restore(self.node, record, snapshot))
+            return await self._settle(record, "restore", jobs.restore(self.node, record, snapshot, fetch))
 
     async def capture(self, instance: str, snapshot: str) -> Snapshot:
         record = self._record(instance)
@@ -153,16 +157,6 @@ class Instances:
         for instance in self.all():
             with contextlib.suppress(DumontError):
                 await self.stop(instance.id)
-
-    async def delete_snapshot(self, snapshot: str) -> None:
-        """Delete a snapshot unless a restore reads it."""
-        if self.pinned.get(snapshot):
-            raise FailedPrecondition(
-                "SNAPSHOT_IN_USE",
-                f"snapshots/{snapshot} is being restored; delete it when that is done",
-                metadata={"snapshot": snapshot},
-            )
-        await self.node.store.delete(snapshot)
 
     # Taking over from an earlier daemon.
 

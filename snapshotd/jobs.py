@@ -152,8 +152,12 @@ def start(node: Node, subject: Subject, model: Model) -> list[Step]:
     ]
 
 
-def restore(node: Node, subject: Subject, snapshot: Snapshot) -> list[Step]:
-    """Make an instance from a snapshot of this node."""
+def restore(node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | None = None) -> list[Step]:
+    """Make an instance from a snapshot.
+
+    Args:
+        fetch: brings the snapshot to this node; None: it is here.
+    """
     instance = subject.instance
     manifest = snapshot.manifest
 
@@ -218,6 +222,7 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot) -> list[Step]:
 
     return [
         Step("check", check_facts),
+        *([Step("fetch", fetch)] if fetch else []),
         Step("verify", verify),
         Step("directory", lambda: _make_directory(node, instance), lambda: _remove_directory(node, instance)),
         Step("criu", bring_back, lambda: _release(subject)),

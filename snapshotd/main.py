@@ -15,7 +15,7 @@ from prometheus_client import start_http_server
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from dumont.errors import DumontError, FailedPrecondition
+from dumont.errors import DumontError, FailedPrecondition, ResourceExhausted, Unauthenticated, Unavailable
 from dumont.rpc import operations as rpc_operations
 from dumont.rpc.logs import configure_logs
 from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
@@ -35,11 +35,16 @@ from snapshotd.images.format import ImageFormat
 from snapshotd.instances import Instances
 from snapshotd.jobs import Deadlines, HostSettings, Node
 from snapshotd.journal import Journal
+from snapshotd.object_store import open_remote
 from snapshotd.observer import Observers
 from snapshotd.service.inference import Inference
 from snapshotd.service.instances import InstanceServicer
 from snapshotd.service.node import NodeServicer
 from snapshotd.service.snapshots import SnapshotServicer
+from snapshotd.snapshots import Snapshots
+from snapshotd.store.journal import UploadJournal
+from snapshotd.store.remote import RemoteStore, check_conditional_create
+from snapshotd.uploads import Uploads
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +55,7 @@ SERVICES = tuple(
 )
 # Where Python and the CUDA driver find their files on this machine.
 INHERITED = ("LD_LIBRARY_PATH", "PYTHONPATH")
-FOLDERS = ("instances", "journal", "shims")
+FOLDERS = ("damaged", "instances", "journal", "shims", "uploads")
 
 
 async def run(settings: Settings) -> None:
@@ -67,8 +72,13 @@ async def run(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         lock = prepare_state(settings.state_dir)
         stack.callback(os.close, lock)
-        store = DirectoryStore(settings.state_dir / "snapshots", settings.threads)
+        store = DirectoryStore(settings.cache_dir or settings.state_dir / "snapshots", settings.threads)
         store.open()
+        failpoints = Failpoints.parse(settings.failpoints)
+        remote = open_remote(settings, failpoints)
+        if remote is not None:
+            stack.callback(remote.close)
+            await check_store(remote)
         hosts = ShimPool(settings.state_dir / "shims", criu.binary, criu.pycriu)
         nvml = Nvml.open() if settings.device != "cpu" else None
         agent = CudaAgent()
@@ -89,19 +99,20 @@ async def run(settings: Settings) -> None:
         )
         stack.push_async_callback(agent.close)
         observers = Observers()
-        instances = Instances(
-            node, Journal(settings.state_dir / "journal"), observers, Failpoints.parse(settings.failpoints)
-        )
+        instances = Instances(node, Journal(settings.state_dir / "journal"), observers, failpoints)
+        snapshots = connect(store, remote, settings, instances)
         operations = rpc_operations.Operations(DOMAIN)
         inference = Inference(instances)
-        node_servicer = NodeServicer(node, node_id(settings), findings)
+        node_servicer = NodeServicer(node, node_id(settings), findings, settings.store_url)
 
         server = new_server(DOMAIN, ServerLimits())
         server.add_generic_rpc_handlers((inference.handler(),))
         instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
-            InstanceServicer(instances, operations, observers), server
+            InstanceServicer(instances, snapshots, operations, observers), server
         )
-        snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(SnapshotServicer(instances), server)
+        snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(
+            SnapshotServicer(node, snapshots, operations), server
+        )
         node_service_pb2_grpc.add_NodeServiceServicer_to_server(node_servicer, server)
         operations.register(server)
         health = add_standard_services(server, (*SERVICES, rpc_operations.SERVICE_NAME))
@@ -111,6 +122,9 @@ async def run(settings: Settings) -> None:
         if settings.stop_instances_on_exit:
             stack.push_async_callback(instances.stop_all)
         stack.push_async_callback(instances.detach)
+        if snapshots.uploads is not None:
+            stack.push_async_callback(snapshots.uploads.close)
+            snapshots.uploads.resume()
         await instances.take_over()
         hosts.prepare()
         if nvml:
@@ -134,6 +148,41 @@ async def run(settings: Settings) -> None:
             )
             stack.callback(registration.cancel)
         await run_until_signalled(server, health, settings.drain_seconds)
+
+
+async def check_store(remote: RemoteStore) -> None:
+    """Refuse a store in which two nodes could publish over each other.
+
+    Raises:
+        FailedPrecondition: it is such a store, or it does not exist.
+    """
+    try:
+        await check_conditional_create(remote.objects)
+    except (Unavailable, Unauthenticated, ResourceExhausted) as error:
+        # A node serves without its store; nothing is published before the check has passed.
+        log.warning("object store cannot be used now", reason=error.reason, error=error.message)
+
+
+def connect(
+    store: DirectoryStore, remote: RemoteStore | None, settings: Settings, instances: Instances
+) -> Snapshots:
+    """The node's snapshots and those of its object store, if there is one."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    def published(snapshot: str) -> None:
+        # Only now may it leave the node.
+        task = asyncio.create_task(snapshots.keep_budget(), name=f"keep budget after {snapshot}")
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    uploads = None
+    if remote is not None:
+        journal = UploadJournal(settings.state_dir / "uploads")
+        uploads = Uploads(store, remote, journal, published)
+    snapshots = Snapshots(
+        store, remote, uploads, settings.state_dir / "damaged", settings.cache_bytes, instances.pinned
+    )
+    return snapshots
 
 
 def prepare_state(directory: Path) -> int:

@@ -138,15 +138,27 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A manifest in a store, and whether it may be restored."""
+    """A manifest, whether it may be restored, and where its files are: on this node, in the object store."""
 
     manifest: Manifest
     digest: str
     quarantine_reason: str = ""
+    local: bool = True
+    published: bool = False
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.manifest.files)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a snapshot takes on this node, in bytes, and when it was last used, in seconds since the epoch."""
+
+    snapshot: str
+    size: int
+    last_use: float
+    published: bool
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from snapshotd.model import ImageFile, Json, Manifest, Model, Snapshot
+from snapshotd.model import Entry, ImageFile, Json, Manifest, Model, Snapshot
 
 
 class Clock(Protocol):
@@ -125,17 +125,39 @@ class SnapshotStore(Protocol):
         """Name, size and digest of every image file that is staged."""
         ...
 
-    async def commit(self, manifest: Manifest) -> Snapshot: ...
+    async def commit(self, manifest: Manifest, fetched: bool = False) -> Snapshot:
+        """Make what is staged a snapshot.
+
+        Args:
+            fetched: it is published and can be fetched again, so it need not survive the machine.
+        """
+        ...
 
     async def get(self, snapshot: str) -> Snapshot: ...
 
-    async def verify(self, snapshot: Snapshot) -> None:
-        """Read every file and compare; raises ``DataLoss`` naming the file that differs."""
+    async def verify(self, snapshot: Snapshot, again: bool = False) -> None:
+        """Compare every file; raises ``DataLoss`` naming the file that differs.
+
+        Args:
+            again: read also what nobody has written to since it was last read and found right.
+        """
         ...
 
     def images(self, snapshot: Snapshot) -> Path: ...
 
     async def quarantine(self, snapshot: str, reason: str) -> None: ...
+
+    async def note_published(self, snapshot: str) -> None:
+        """Remember that it is in the object store."""
+        ...
+
+    async def touch(self, snapshot: str) -> None:
+        """It is in use now."""
+        ...
+
+    async def entries(self) -> Sequence[Entry]:
+        """What each snapshot takes."""
+        ...
 
     async def delete(self, snapshot: str) -> None: ...
 

@@ -1,7 +1,9 @@
 """The SnapshotStore port over a directory of this node.
 
 ``snapshots/<id>/`` holds the image files and, written last, ``manifest.json``; ``snapshots/.staged-<id>/``
-is a snapshot in the making, which no list shows and the next start of the daemon removes.
+is a snapshot in the making, which no list shows and the next start of the daemon removes. ``published``
+in it says that it is in the object store as well, ``fetched`` that it came from there, with the boot in
+which it did: nothing of it was synced, so after another boot it is removed and fetched again.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from blake3 import blake3
 
 from dumont.errors import AlreadyExists, DataLoss, DumontError, NotFound
 from snapshotd import manifest as manifests
-from snapshotd.model import ImageFile, Manifest, Snapshot
+from snapshotd.model import Entry, ImageFile, Manifest, Snapshot
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +29,9 @@ Identity = tuple[int, int, int]
 
 STAGED = ".staged-"
 QUARANTINE = "quarantine"
+PUBLISHED = "published"
+FETCHED = "fetched"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 BLOCK = 4 << 20
 
 
@@ -43,6 +49,10 @@ class DirectoryStore:
         for leftover in self.root.glob(f"{STAGED}*"):
             log.warning("unfinished snapshot removed", snapshot=leftover.name.removeprefix(STAGED))
             shutil.rmtree(leftover)
+        for mark in self.root.glob(f"*/{FETCHED}"):
+            if mark.read_text() != BOOT_ID.read_text():
+                log.info("fetched snapshot of an earlier boot removed", snapshot=mark.parent.name)
+                shutil.rmtree(mark.parent)
 
     async def stage(self, snapshot: str) -> Path:
         if (self.root / snapshot).exists():
@@ -65,8 +75,8 @@ class DirectoryStore:
     async def digest(self, snapshot: str) -> list[ImageFile]:
         return await digest_files(self._staged(snapshot), self.threads)
 
-    async def commit(self, manifest: Manifest) -> Snapshot:
-        return await asyncio.to_thread(self._commit, manifest)
+    async def commit(self, manifest: Manifest, fetched: bool = False) -> Snapshot:
+        return await asyncio.to_thread(self._commit, manifest, fetched)
 
     async def get(self, snapshot: str) -> Snapshot:
         # The files never change once they are there, so only their presence is asked again.
@@ -89,10 +99,10 @@ class DirectoryStore:
                 )
         return found
 
-    async def verify(self, snapshot: Snapshot) -> None:
+    async def verify(self, snapshot: Snapshot, again: bool = False) -> None:
         """As the port says; files that nobody has written to since they were last read are not read again."""
         identities = await asyncio.to_thread(self._identify, snapshot)
-        if identities is not None and self._verified.get(snapshot.manifest.id) == identities:
+        if not again and identities is not None and self._verified.get(snapshot.manifest.id) == identities:
             return
         await self._read_all(snapshot)
         if identities is not None:
@@ -124,6 +134,26 @@ class DirectoryStore:
         (self.root / snapshot / QUARANTINE).write_text(reason)
         self._cache.pop(snapshot, None)
 
+    async def note_published(self, snapshot: str) -> None:
+        (self.root / snapshot / PUBLISHED).touch(mode=0o600)
+        self._cache.pop(snapshot, None)
+
+    async def touch(self, snapshot: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.root / snapshot / manifests.NAME)
+
+    async def entries(self) -> Sequence[Entry]:
+        return await asyncio.to_thread(self._entries)
+
+    def _entries(self) -> Sequence[Entry]:
+        found = []
+        for path in sorted(self.root.glob(f"*/{manifests.NAME}")):
+            with contextlib.suppress(FileNotFoundError):
+                size = sum(file.stat().st_blocks * 512 for file in path.parent.iterdir())
+                published = (path.parent / PUBLISHED).exists()
+                found.append(Entry(path.parent.name, size, path.stat().st_mtime, published))
+        return found
+
     async def delete(self, snapshot: str) -> None:
         path = self.root / snapshot
         if not path.is_dir():
@@ -149,22 +179,28 @@ class DirectoryStore:
     def _staged(self, snapshot: str) -> Path:
         return self.root / f"{STAGED}{snapshot}"
 
-    def _commit(self, manifest: Manifest) -> Snapshot:
+    def _commit(self, manifest: Manifest, fetched: bool) -> Snapshot:
         staged = self._staged(manifest.id)
-        for file in manifest.files:
-            _sync(staged / file.name)
         data = manifests.encode(manifest)
-        (staged / manifests.NAME).write_bytes(data)
-        _sync(staged / manifests.NAME)
-        _sync(staged)
+        if fetched:
+            (staged / PUBLISHED).touch(mode=0o600)
+            (staged / FETCHED).write_text(BOOT_ID.read_text())
+            (staged / manifests.NAME).write_bytes(data)
+        else:
+            for file in manifest.files:
+                _sync(staged / file.name)
+            (staged / manifests.NAME).write_bytes(data)
+            _sync(staged / manifests.NAME)
+            _sync(staged)
         target = self.root / manifest.id
         if target.exists():
             raise AlreadyExists(
                 "SNAPSHOT_EXISTS", f"snapshots/{manifest.id} exists", metadata={"snapshot": manifest.id}
             )
         staged.rename(target)
-        _sync(self.root)
-        return Snapshot(manifest, manifests.digest(data))
+        if not fetched:
+            _sync(self.root)
+        return Snapshot(manifest, manifests.digest(data), published=fetched)
 
     def _read(self, snapshot: str) -> Snapshot:
         folder = self.root / snapshot
@@ -182,7 +218,7 @@ class DirectoryStore:
         reason = ""
         with contextlib.suppress(FileNotFoundError):
             reason = (folder / QUARANTINE).read_text()
-        return Snapshot(manifest, manifests.digest(data), reason)
+        return Snapshot(manifest, manifests.digest(data), reason, published=(folder / PUBLISHED).exists())
 
 
 async def digest_files(folder: Path, threads: int) -> list[ImageFile]:

@@ -61,6 +61,7 @@ async def _register(stub: pb2_grpc.NodeServiceAsyncStub, node: NodeServicer, end
             memory_available_bytes=described.memory_available_bytes,
             cpu_count=described.cpu_count,
             checkpoint_capable=described.checkpoint_capable,
+            object_store=described.object_store,
             findings=[
                 pb2.NodeFinding(check=finding.check, passed=finding.passed, message=finding.message)
                 for finding in described.findings

@@ -20,13 +20,18 @@ from snapshotd.model import Instance, State
 from snapshotd.observer import Observers
 from snapshotd.service.logs import read_log
 from snapshotd.service.pages import page
+from snapshotd.service.snapshots import told
+from snapshotd.snapshots import Snapshots
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InstanceServicer(pb2_grpc.InstanceServiceServicer):
-    def __init__(self, instances: Instances, operations: Operations, observers: Observers) -> None:
+    def __init__(
+        self, instances: Instances, snapshots: Snapshots, operations: Operations, observers: Observers
+    ) -> None:
         self.instances = instances
+        self.snapshots = snapshots
         self.operations = operations
         self.observers = observers
         # The operation of each instance's start or restore, and the request that began it.
@@ -55,7 +60,9 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         instance = names.check_id(request.instance_id, "instance_id")
         if (begun := self._same(instance, request)) is not None:
             return begun
-        snapshot = await self.instances.node.store.get(names.parse(request.snapshot, "snapshots", "snapshot"))
+        snapshot = await self.snapshots.get_exactly(
+            names.parse(request.snapshot, "snapshots", "snapshot"), request.manifest_digest
+        )
         manifest = snapshot.manifest
         deployment = request.deployment or manifest.deployment
         self.instances.admit(
@@ -63,8 +70,13 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         )
 
         async def work(progress: Progress) -> pb2.Instance:
+            async def fetch() -> None:
+                await self.snapshots.fetch(snapshot, told(progress))
+
             with self._watched(instance, progress):
-                return convert.instance(await self.instances.restore(instance, snapshot))
+                return convert.instance(
+                    await self.instances.restore(instance, snapshot, None if snapshot.local else fetch)
+                )
 
         return self._begin("restore", instance, request, work)
 

@@ -20,10 +20,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class NodeServicer(pb2_grpc.NodeServiceServicer):
-    def __init__(self, node: Node, node_id: str, findings: Sequence[Finding]) -> None:
+    def __init__(self, node: Node, node_id: str, findings: Sequence[Finding], object_store: str = "") -> None:
         self.node = node
         self.node_id = node_id
         self.findings = findings
+        self.object_store = object_store
 
     async def GetNode(self, request: pb2.GetNodeRequest, context: Context) -> pb2.Node:
         return self.describe()
@@ -45,4 +46,5 @@ class NodeServicer(pb2_grpc.NodeServiceServicer):
             cpu_count=os.cpu_count() or 1,
             findings=convert.findings(self.findings),
             checkpoint_capable=all(finding.passed for finding in self.findings),
+            object_store=self.object_store,
         )

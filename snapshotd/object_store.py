@@ -1,0 +1,149 @@
+"""The object store that this node is configured for, opened. Run as a program it says whether that works."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
+from snapshotd.adapters.directory_objects import DirectoryObjects
+from snapshotd.adapters.key_file import KeyFile
+from snapshotd.adapters.s3_objects import S3Objects, S3Settings
+from snapshotd.config import Settings
+from snapshotd.failpoints import Failpoints
+from snapshotd.store.layout import TEMPORARY
+from snapshotd.store.model import CHUNK
+from snapshotd.store.ports import ObjectStore
+from snapshotd.store.remote import RemoteStore, check_conditional_create
+from snapshotd.store.signing import Signer, TrustedKeys
+from snapshotd.store.workers import Workers
+
+SIGNING_KEY = "signing.key"
+# The line that other nodes need among their trusted keys to restore what this one captured.
+PUBLIC_KEY = "signing.pub"
+# Chunks in flight, each with about 12 MiB of memory.
+IN_FLIGHT = 8
+
+
+def open_objects(settings: Settings) -> ObjectStore | None:
+    """The bucket or directory of ``store_url``; None when there is none. Nothing is sent yet.
+
+    Raises:
+        InvalidArgument: the URL or the endpoint has the wrong form.
+        FailedPrecondition: there are no credentials for a bucket.
+    """
+    url = settings.store_url
+    if not url:
+        return None
+    if url.startswith("file://"):
+        path = Path(url.removeprefix("file://"))
+        if not path.is_absolute():
+            raise InvalidArgument("INVALID_STORE_URL", f"a directory must be file:///PATH; got {url!r}")
+        return DirectoryObjects(path)
+    secret = settings.s3_secret_key.get_secret_value()
+    if not settings.s3_access_key or not secret:
+        raise FailedPrecondition(
+            "STORE_CREDENTIALS_MISSING", "a bucket needs S3_ACCESS_KEY and S3_SECRET_KEY in the environment"
+        )
+    return S3Objects(
+        S3Settings.from_url(
+            url, settings.s3_endpoint, settings.s3_access_key, secret, settings.s3_region, settings.s3_ca_file
+        ),
+        IN_FLIGHT,
+    )
+
+
+def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | None:
+    """Published snapshots as this node reads and writes them; None when no store is configured.
+
+    Raises:
+        InvalidArgument, FailedPrecondition: a setting or a key file is wrong.
+    """
+    objects = open_objects(settings)
+    if objects is None:
+        return None
+    signer = Signer.open(settings.state_dir / SIGNING_KEY)
+    (settings.state_dir / PUBLIC_KEY).write_text(f"{signer.line()}\n")
+    trusted = settings.trusted_keys_file.read_text() if settings.trusted_keys_file else ""
+    return RemoteStore(
+        objects,
+        signer,
+        TrustedKeys.parse(trusted, signer),
+        KeyFile(settings.encryption_key_file) if settings.encryption_key_file else None,
+        workers=IN_FLIGHT,
+        threads=settings.threads,
+        grace=timedelta(seconds=settings.store_grace_seconds),
+        failpoints=failpoints,
+    )
+
+
+async def check(settings: Settings) -> dict[str, object]:
+    """Whether the configured store can be used, as a finding."""
+    try:
+        objects = open_objects(settings)
+        if objects is None:
+            return _finding(True, "none is configured; snapshots stay on their nodes")
+        await check_conditional_create(objects)
+    except DumontError as error:
+        return _finding(False, f"{settings.store_url}: {error.message} ({error.reason})")
+    return _finding(True, f"{settings.store_url}: only one of two writers wins, as it must be")
+
+
+def _finding(passed: bool, message: str) -> dict[str, object]:
+    return {"check": "object_store", "passed": passed, "message": message}
+
+
+async def measure(settings: Settings, size: int) -> dict[str, float]:
+    """Megabytes a second that the store itself writes and reads, with as many calls at once as snapshots use.
+
+    Args:
+        size: bytes to write and read back, in pieces as large as chunks.
+    """
+    objects = open_objects(settings)
+    if objects is None:
+        raise FailedPrecondition("OBJECT_STORE_NOT_CONFIGURED", "set DUMONT_SNAPSHOTD_STORE_URL")
+    name = f"{TEMPORARY}speed-{os.urandom(8).hex()}"
+    keys = [f"{name}-{number}" for number in range(max(1, -(-size // CHUNK)))]
+    data = os.urandom(CHUNK)
+    workers = Workers(IN_FLIGHT, 1)
+    speeds = {}
+
+    async def write(key: str) -> None:
+        await objects.put(key, data)
+
+    async def read(key: str) -> None:
+        await objects.get(key, CHUNK)
+
+    try:
+        for what, work in (("raw_write_mb_per_s", write), ("raw_read_mb_per_s", read)):
+            before = time.monotonic()
+            await workers.each(keys, work)
+            speeds[what] = len(keys) * CHUNK / 1e6 / (time.monotonic() - before)
+    finally:
+        await workers.each(keys, objects.delete)
+        workers.close()
+    return speeds
+
+
+def main() -> None:
+    """``python -m snapshotd.object_store check`` or ``measure BYTES``: prints one line of JSON."""
+    work: dict[str, Callable[[Settings], object]] = {
+        "check": lambda settings: asyncio.run(check(settings)),
+        "measure": lambda settings: asyncio.run(measure(settings, int(sys.argv[2]))),
+    }
+    try:
+        sys.stdout.write(json.dumps(work[sys.argv[1]](Settings.model_validate({}))) + "\n")
+    except (DumontError, ValidationError) as error:
+        raise SystemExit(f"snapshotd.object_store: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
