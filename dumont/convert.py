@@ -132,6 +132,21 @@ def snapshot(message: snapshot_service_pb2.Snapshot) -> types.Snapshot:
         files=tuple(types.SnapshotFile(file.name, file.size_bytes, file.digest) for file in message.files),
         manifest_digest=message.manifest_digest,
         quarantine_reason=message.quarantine_reason,
+        local=message.local,
+        published=message.published,
+        stored=stored(message.stored) if message.HasField("stored") else None,
+    )
+
+
+def stored(message: snapshot_service_pb2.StoredSnapshot) -> types.StoredSnapshot:
+    return types.StoredSnapshot(
+        image_bytes=message.image_bytes,
+        data_bytes=message.data_bytes,
+        stored_bytes=message.stored_bytes,
+        unique_bytes=message.unique_bytes,
+        chunk_count=message.chunk_count,
+        encrypted=message.encrypted,
+        signer=message.signer,
     )
 
 
@@ -148,4 +163,5 @@ def node(message: node_service_pb2.Node) -> types.Node:
         checkpoint_capable=message.checkpoint_capable,
         heartbeat_time=time(message, "heartbeat_time"),
         findings=tuple(types.Finding(f.check, f.passed, f.message) for f in message.findings),
+        object_store=message.object_store,
     )

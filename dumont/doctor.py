@@ -30,7 +30,7 @@ class Check:
 
 def examine(endpoint: str | None = None) -> list[Check]:
     """Everything that is checked, in the order in which to repair it."""
-    return [_python(), _kernel(), *_node(), _models(), _endpoint(endpoint)]
+    return [_python(), _kernel(), *_node(), *_object_store(), _models(), _endpoint(endpoint)]
 
 
 def _python() -> Check:
@@ -62,18 +62,27 @@ def _node() -> list[Check]:
                 "only the client is here; to run models on this machine, install 'dumont[controller,node]'",
             )
         ]  # fmt: skip
-    command = [sys.executable, "-m", "snapshotd.preflight", "--json"]
+    return _ask("preflight", [sys.executable, "-m", "snapshotd.preflight", "--json"])
+
+
+def _object_store() -> list[Check]:
+    """Whether the bucket that this machine's environment names takes conditional writes, as it must."""
+    if not os.environ.get("DUMONT_SNAPSHOTD_STORE_URL") or not find_spec("snapshotd"):
+        return []
+    return _ask("object_store", [sys.executable, "-m", "snapshotd.object_store", "check"])
+
+
+def _ask(check: str, command: list[str]) -> list[Check]:
+    """What a part of snapshotd finds, run as a program of its own."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PREFLIGHT_SECONDS, check=False)
         findings = json.loads(done.stdout)
         return [Check(found["check"], found["passed"], True, found["message"]) for found in findings]
     except subprocess.TimeoutExpired:
-        return [
-            Check("preflight", False, True, f"no answer in {PREFLIGHT_SECONDS} seconds: {' '.join(command)}")
-        ]
+        return [Check(check, False, True, f"no answer in {PREFLIGHT_SECONDS} seconds: {' '.join(command)}")]
     except (ValueError, KeyError, TypeError):
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return [Check("preflight", False, True, f"{' '.join(command)} failed: {said}")]
+        return [Check(check, False, True, f"{' '.join(command)} failed: {said}")]
 
 
 def models_dir() -> Path:

@@ -11,7 +11,7 @@ from dumont.arguments import full_name
 from dumont.connection import Connection
 from dumont.controller.v1 import instance_service_pb2, node_service_pb2, snapshot_service_pb2
 from dumont.errors import NotFound
-from dumont.types import Instance, Node, Snapshot, SnapshotProgress
+from dumont.types import Instance, Node, Pruned, Snapshot, SnapshotProgress, Verified
 
 
 class AsyncInstances:
@@ -165,6 +165,43 @@ class AsyncSnapshots:
         request = snapshot_service_pb2.DeleteSnapshotRequest(name=full_name(name, "snapshots", "name"))
         with self._connection.errors():
             await self._connection.snapshots.DeleteSnapshot(request)
+
+    async def verify(self, name: str) -> Verified:
+        """Read all of a snapshot, on its node and in the object store.
+
+        Raises:
+            DataLoss: it is damaged, and quarantined now.
+        """
+        request = snapshot_service_pb2.VerifySnapshotRequest(name=full_name(name, "snapshots", "name"))
+        with self._connection.errors():
+            operation = await self._connection.snapshots.VerifySnapshot(request)
+        found = await operations.follow(
+            self._connection,
+            operation,
+            snapshot_service_pb2.VerifySnapshotResponse(),
+            snapshot_service_pb2.VerifySnapshotMetadata(),
+        )
+        return Verified(found.local_bytes, found.published_bytes)
+
+    async def prune(self, *, dry_run: bool = False) -> Pruned:
+        """Delete from the object store what no published snapshot needs.
+
+        Args:
+            dry_run: only say what would be deleted.
+
+        Raises:
+            FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, no node has one.
+        """
+        request = snapshot_service_pb2.PruneSnapshotsRequest(dry_run=dry_run)
+        with self._connection.errors():
+            operation = await self._connection.snapshots.PruneSnapshots(request)
+        found = await operations.follow(
+            self._connection,
+            operation,
+            snapshot_service_pb2.PruneSnapshotsResponse(),
+            snapshot_service_pb2.PruneSnapshotsMetadata(),
+        )
+        return Pruned(tuple(found.objects), found.object_count, found.size_bytes, found.kept_bytes, dry_run)
 
     async def list(self, deployment: str | None = None) -> list[Snapshot]:
         """All snapshots, or those of one deployment."""

@@ -20,9 +20,11 @@ from dumont.types import (
     Generation,
     Instance,
     Node,
+    Pruned,
     Snapshot,
     SnapshotProgress,
     StartInfo,
+    Verified,
 )
 
 UNWIND_SECONDS: Final = 5.0
@@ -339,6 +341,14 @@ class Snapshots:
     def delete(self, name: str) -> None:
         """Delete a snapshot; refused while a restore reads it."""
         self._loop.run(self._snapshots.delete(name))
+
+    def verify(self, name: str) -> Verified:
+        """Read all of a snapshot; see ``AsyncSnapshots.verify``."""
+        return self._loop.run(self._snapshots.verify(name))
+
+    def prune(self, *, dry_run: bool = False) -> Pruned:
+        """Delete from the object store what no published snapshot needs; ``dry_run``: only say what."""
+        return self._loop.run(self._snapshots.prune(dry_run=dry_run))
 
     def list(self, deployment: str | None = None) -> list[Snapshot]:
         """All snapshots, or those of one deployment."""

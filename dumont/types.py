@@ -19,8 +19,8 @@ class Phase:
 class StartInfo:
     """Where an answer's instance came from.
 
-    ``tier`` is ``resident``, ``parked``, ``local`` or ``cold``; ``reasons`` say why that one, and what was
-    tried before it. ``seconds`` run from the request's arrival to an instance that serves.
+    ``tier`` is ``resident``, ``parked``, ``local``, ``remote`` or ``cold``; ``reasons`` say why that one, and
+    what was tried before it. ``seconds`` run from the request's arrival to an instance that serves.
     """
 
     tier: str
@@ -117,8 +117,30 @@ class SnapshotFile:
 
 
 @dataclass(frozen=True)
+class StoredSnapshot:
+    """A snapshot in the object store.
+
+    ``image_bytes`` are those of its files, ``data_bytes`` the same without zeros, ``stored_bytes`` what its
+    chunks take, and ``unique_bytes`` what of that no other snapshot uses. ``signer`` is the key that signed
+    its manifest.
+    """
+
+    image_bytes: int
+    data_bytes: int
+    stored_bytes: int
+    unique_bytes: int
+    chunk_count: int
+    encrypted: bool
+    signer: str
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """A stored instance. ``compatibility`` is what must be equal on the machine that restores it."""
+    """A stored instance. ``compatibility`` is what must be equal on the machine that restores it.
+
+    ``local``: a reachable node holds it. ``published``: it is in the object store, and ``stored`` is what it
+    takes there, told only when a single snapshot is asked for.
+    """
 
     name: str
     deployment: str
@@ -134,6 +156,31 @@ class Snapshot:
     files: tuple[SnapshotFile, ...]
     manifest_digest: str
     quarantine_reason: str
+    local: bool
+    published: bool
+    stored: StoredSnapshot | None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Bytes of a snapshot that were read and found right, on its node and in the object store."""
+
+    local_bytes: int
+    published_bytes: int
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was deleted from the object store, or would be.
+
+    ``objects`` names the first thousand of ``object_count``; ``kept_bytes`` is what is left of chunks.
+    """
+
+    objects: tuple[str, ...]
+    object_count: int
+    size_bytes: int
+    kept_bytes: int
+    dry_run: bool
 
 
 @dataclass(frozen=True)
@@ -155,7 +202,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Node:
-    """One snapshotd and the machine it runs on."""
+    """One snapshotd and the machine it runs on. ``object_store`` is where it publishes, empty: nowhere."""
 
     name: str
     endpoint: str
@@ -168,3 +215,4 @@ class Node:
     checkpoint_capable: bool
     heartbeat_time: datetime | None
     findings: tuple[Finding, ...]
+    object_store: str

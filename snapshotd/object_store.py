@@ -85,8 +85,8 @@ def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | Non
     )
 
 
-async def check(settings: Settings) -> dict[str, object]:
-    """Whether the configured store can be used, as a finding."""
+async def check(settings: Settings) -> list[dict[str, object]]:
+    """Whether the configured store can be used, as a list of one finding."""
     try:
         objects = open_objects(settings)
         if objects is None:
@@ -97,8 +97,8 @@ async def check(settings: Settings) -> dict[str, object]:
     return _finding(True, f"{settings.store_url}: only one of two writers wins, as it must be")
 
 
-def _finding(passed: bool, message: str) -> dict[str, object]:
-    return {"check": "object_store", "passed": passed, "message": message}
+def _finding(passed: bool, message: str) -> list[dict[str, object]]:
+    return [{"check": "object_store", "passed": passed, "message": message}]
 
 
 async def measure(settings: Settings, size: int) -> dict[str, float]:

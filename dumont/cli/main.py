@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from dumont.cli import deployments, doctor, inference, instances, nodes, snapshots, up
+from dumont.cli import bench, deployments, doctor, inference, instances, nodes, snapshots, up
 
 EXIT_INTERRUPTED: Final = 130
 
@@ -47,6 +47,7 @@ for function in (
     instances.stop,
     instances.logs,
     doctor.doctor,
+    bench.bench,
 ):
     app.command()(function)
 app.add_typer(snapshots.app, name="snapshot")

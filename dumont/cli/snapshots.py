@@ -1,4 +1,4 @@
-"""``dumont snapshot create``, ``ls``, ``inspect`` and ``rm``."""
+"""``dumont snapshot create``, ``ls``, ``inspect``, ``verify``, ``prune`` and ``rm``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dumont.cli.output import (
     size,
     span,
 )
-from dumont.types import Snapshot, SnapshotProgress
+from dumont.types import Snapshot, SnapshotProgress, StoredSnapshot
 
-app = typer.Typer(help="Make, list and delete snapshots.", no_args_is_help=True)
+app = typer.Typer(help="Make, list, check and delete snapshots.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="The snapshot.")]
 
@@ -62,13 +62,14 @@ def ls(
         print_json(found)
         return
     print_table(
-        ("SNAPSHOT", "DEPLOYMENT", "STATE", "NODE", "SIZE", "AGE", "LAST USE"),
+        ("SNAPSHOT", "DEPLOYMENT", "STATE", "NODE", "KEPT", "SIZE", "AGE", "LAST USE"),
         (
             (
                 short(snapshot.name),
                 short(snapshot.deployment),
                 snapshot.state,
                 short(snapshot.node),
+                places(snapshot),
                 size(snapshot.size_bytes),
                 age(snapshot.create_time),
                 age(snapshot.last_use_time),
@@ -81,7 +82,7 @@ def ls(
 @app.command()
 @command
 def inspect(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
-    """Show one snapshot: its files, and what must be equal where it is restored."""
+    """Show one snapshot: its files, its sizes, and what must be equal where it is restored."""
     with sync.Client(endpoint) as client:
         snapshot = client.snapshots.get(name)
     if json:
@@ -101,8 +102,48 @@ def inspect(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
 
 @app.command()
 @command
+def verify(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
+    """Read all of a snapshot, on its node and in the object store. Exit status 1: it is damaged."""
+    with sync.Client(endpoint) as client:
+        found = client.snapshots.verify(name)
+    if json:
+        print_json(found)
+        return
+    print_facts(
+        {
+            "snapshot": short(name),
+            "on its node": f"{size(found.local_bytes)} read, all right" if found.local_bytes else "not there",
+            "object store": f"{size(found.published_bytes)} read, all right"
+            if found.published_bytes
+            else "not there",
+        }
+    )
+
+
+@app.command()
+@command
+def prune(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Delete from the object store what no published snapshot needs."""
+    with sync.Client(endpoint) as client:
+        found = client.snapshots.prune(dry_run=dry_run)
+    if json:
+        print_json(found)
+        return
+    for name in found.objects if dry_run else ():
+        console().print(name)
+    verb = "would delete" if dry_run else "deleted"
+    kept = f"{size(found.kept_bytes)} of chunks stay"
+    console().print(f"{verb} {found.object_count} objects, {size(found.size_bytes)}; {kept}")
+
+
+@app.command()
+@command
 def rm(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
-    """Delete a snapshot."""
+    """Delete a snapshot, on all nodes and in the object store."""
     with sync.Client(endpoint) as client:
         client.snapshots.delete(name)
     if json:
@@ -117,10 +158,30 @@ def describe(snapshot: Snapshot) -> dict[str, str]:
         "node": short(snapshot.node),
         "state": snapshot.state,
         "quarantined": snapshot.quarantine_reason,
+        "kept": places(snapshot),
         "size": size(snapshot.size_bytes),
+        **(describe_stored(snapshot.stored) if snapshot.stored else {}),
         "source paused": span(snapshot.source_pause_seconds),
         "made": snapshot.create_time.isoformat() if snapshot.create_time else "",
         "last use": snapshot.last_use_time.isoformat() if snapshot.last_use_time else "",
         "expires": snapshot.expire_time.isoformat() if snapshot.expire_time else "",
         "manifest": snapshot.manifest_digest,
+    }
+
+
+def places(snapshot: Snapshot) -> str:
+    """Where it is kept."""
+    kept = ("node" if snapshot.local else "", "store" if snapshot.published else "")
+    return "+".join(filter(None, kept))
+
+
+def describe_stored(stored: StoredSnapshot) -> dict[str, str]:
+    shared = stored.stored_bytes - stored.unique_bytes
+    share = stored.stored_bytes / stored.image_bytes if stored.image_bytes else 0.0
+    return {
+        "without zeros": size(stored.data_bytes),
+        "stored": f"{size(stored.stored_bytes)} in {stored.chunk_count} chunks, {share:.1%} of the image",
+        "shared": f"{size(shared)} with other snapshots",
+        "encrypted": "yes" if stored.encrypted else "no",
+        "signed by": stored.signer,
     }

@@ -1,0 +1,285 @@
+"""What the object store costs and gives on this machine, measured with a snapshotd of its own.
+
+Everything is measured in one run: what the store itself reads and writes, an upload, restores that find the
+snapshot on the node and one that must fetch it, and what a second capture and a second instance add.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.protobuf.message import Message
+
+from dumont.errors import DeadlineExceeded, FailedPrecondition, Internal
+from dumont.rpc.status import from_rpc_error, from_status
+from dumont.snapshotd.v1 import (
+    instance_service_pb2,
+    instance_service_pb2_grpc,
+    snapshot_service_pb2,
+    snapshot_service_pb2_grpc,
+)
+
+STORE_VARIABLE: Final = "DUMONT_SNAPSHOTD_STORE_URL"
+START_SECONDS: Final = 60.0
+STEP_SECONDS: Final = 1800.0
+LOCAL_RESTORES: Final = 3
+# A cold-cache restore may take its bytes at the store's own speed, and a quarter more.
+ALLOWANCE: Final = 1.25
+
+Response = TypeVar("Response", bound=Message)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StoreBench:
+    """Megabytes are 10^6 bytes.
+
+    ``bytes_fetched`` are those that came over the wire for the cold-cache restore, which is within its limit
+    when it takes no longer than ``cold_cache_limit_seconds``: a local one and these bytes at the store's own
+    speed, and a quarter of that. ``stored_bytes`` are those of the first snapshot, ``second_capture_bytes``
+    what another of the same instance added, ``second_deployment_bytes`` what one of a newly loaded instance
+    did. ``peak_rss_mb`` is the largest of the snapshotds that ran.
+    """
+
+    upload_mb_per_s: float
+    raw_write_mb_per_s: float
+    raw_read_mb_per_s: float
+    local_restore_seconds: float
+    cold_cache_restore_seconds: float
+    cold_cache_limit_seconds: float
+    within_limit: bool
+    fetch_seconds: float
+    bytes_fetched: int
+    image_bytes: int
+    data_bytes: int
+    stored_bytes: int
+    second_capture_bytes: int
+    second_deployment_bytes: int
+    peak_rss_mb: float
+
+
+def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
+    """Measure the store that ``DUMONT_SNAPSHOTD_STORE_URL`` names, under a prefix that is empty afterwards.
+
+    Args:
+        model: a Hugging Face id in the node's cache, or a directory.
+        directory: an empty one, for the state of the snapshotd that is started.
+        port: where it listens, on loopback.
+        say: told what is being done.
+
+    Raises:
+        FailedPrecondition: no store is configured, or snapshotd does not start.
+        DumontError: what snapshotd says.
+    """
+    base = os.environ.get(STORE_VARIABLE, "")
+    if not base:
+        raise FailedPrecondition(
+            "OBJECT_STORE_NOT_CONFIGURED",
+            f"set {STORE_VARIABLE} to s3://BUCKET/PREFIX or file:///DIRECTORY, and for a bucket S3_ENDPOINT, "
+            "S3_ACCESS_KEY and S3_SECRET_KEY",
+        )
+    prefix = f"{base.rstrip('/')}/bench-{secrets.token_hex(4)}"
+
+    def daemon(cache: str, *flags: str) -> _Node:
+        return _Node(
+            directory / f"{cache}.log", port,
+            "--state-dir", str(directory / "state"), "--cache-dir", str(directory / cache),
+            "--store-url", prefix, "--store-grace-seconds", "0", "--stop-instances-on-exit", *flags,
+        )  # fmt: skip
+
+    with daemon("cache") as node:
+        say(f"loading {model} and capturing it twice")
+        node.start("one", model)
+        node.capture("one", "first")
+        say("uploading")
+        upload_seconds = _timed(partial(node.publish, "first"))
+        first = node.get("first").stored
+        node.capture("one", "second")
+        node.publish("second")
+        second = node.get("second").stored
+        say("loading and capturing another instance")
+        node.stop("one")
+        node.start("other", model)
+        node.capture("other", "third")
+        node.publish("third")
+        third = node.get("third").stored
+        node.stop("other")
+        say("restoring from the node")
+        local = [
+            _timed(partial(node.restore, f"local-{number}", "first")) for number in range(LOCAL_RESTORES)
+        ]
+        peak = node.peak_rss()
+    say("measuring the store itself")
+    raw = _measure(prefix, first.data_bytes)
+    with daemon("empty-cache") as node:
+        say("restoring from the store")
+        before = time.monotonic()
+        fetched = node.restore("cold", "first")
+        cold_seconds = time.monotonic() - before
+        peak = max(peak, node.peak_rss())
+        for snapshot in ("first", "second", "third"):
+            node.delete(snapshot)
+        # A deletion is remembered for the grace time, which is none: the first prune takes what it covered.
+        node.prune()
+        node.prune()
+    limit = statistics.median(local) + first.stored_bytes / 1e6 / raw["raw_read_mb_per_s"] * ALLOWANCE
+    return StoreBench(
+        upload_mb_per_s=first.data_bytes / 1e6 / upload_seconds,
+        raw_write_mb_per_s=raw["raw_write_mb_per_s"],
+        raw_read_mb_per_s=raw["raw_read_mb_per_s"],
+        local_restore_seconds=statistics.median(local),
+        cold_cache_restore_seconds=cold_seconds,
+        cold_cache_limit_seconds=limit,
+        within_limit=cold_seconds <= limit,
+        fetch_seconds=next(p.duration.ToNanoseconds() / 1e9 for p in fetched.phases if p.name == "fetch"),
+        bytes_fetched=first.stored_bytes,
+        image_bytes=first.image_bytes,
+        data_bytes=first.data_bytes,
+        stored_bytes=first.stored_bytes,
+        second_capture_bytes=second.unique_bytes,
+        second_deployment_bytes=third.unique_bytes,
+        peak_rss_mb=peak / 1e6,
+    )
+
+
+def _timed(work: Callable[[], object]) -> float:
+    before = time.monotonic()
+    work()
+    return time.monotonic() - before
+
+
+def _measure(store: str, size: int) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", "snapshotd.object_store", "measure", str(size)],
+        env={**os.environ, STORE_VARIABLE: store},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        speeds: dict[str, float] = json.loads(done.stdout)
+    except ValueError:
+        raise Internal("MEASURE_FAILED", f"the store could not be measured: {done.stderr[-500:]}") from None
+    return speeds
+
+
+class _Node:
+    """A snapshotd that runs while it is entered, and its API."""
+
+    def __init__(self, log: Path, port: int, *flags: str) -> None:
+        self.log = log
+        self.address = f"127.0.0.1:{port}"
+        self.flags = flags
+
+    def __enter__(self) -> _Node:
+        command = [sys.executable, "-m", "snapshotd.main", "--listen", self.address, *self.flags]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        self.channel = grpc.insecure_channel(self.address)
+        self.instances: Any = instance_service_pb2_grpc.InstanceServiceStub(self.channel)
+        self.snapshots: Any = snapshot_service_pb2_grpc.SnapshotServiceStub(self.channel)
+        self.operations: Any = operations_pb2_grpc.OperationsStub(self.channel)
+        ready = grpc.channel_ready_future(self.channel)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                ready.result(timeout=0.1)
+                return self
+            except grpc.FutureTimeoutError:
+                if self.process.poll() is None and time.monotonic() < deadline:
+                    continue
+                self.__exit__()
+                tail = self.log.read_text(errors="replace").rstrip().splitlines()[-1:]
+                raise FailedPrecondition(
+                    "SERVICE_ENDED", f"snapshotd does not serve: {' '.join(tail)}"
+                ) from None
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+
+    def start(self, instance: str, model: str) -> None:
+        request = instance_service_pb2.StartInstanceRequest(instance_id=instance, model=model)
+        self._run(self.instances.StartInstance, request, instance_service_pb2.Instance())
+
+    def stop(self, instance: str) -> None:
+        with _errors():
+            self.instances.StopInstance(
+                instance_service_pb2.StopInstanceRequest(name=f"instances/{instance}")
+            )
+
+    def capture(self, instance: str, snapshot: str) -> None:
+        request = instance_service_pb2.CaptureInstanceRequest(
+            name=f"instances/{instance}", snapshot_id=snapshot
+        )
+        self._run(self.instances.CaptureInstance, request, snapshot_service_pb2.Snapshot())
+
+    def restore(self, instance: str, snapshot: str) -> instance_service_pb2.Instance:
+        request = instance_service_pb2.RestoreInstanceRequest(
+            instance_id=instance, snapshot=f"snapshots/{snapshot}"
+        )
+        return self._run(self.instances.RestoreInstance, request, instance_service_pb2.Instance())
+
+    def publish(self, snapshot: str) -> None:
+        request = snapshot_service_pb2.PublishSnapshotRequest(name=f"snapshots/{snapshot}")
+        self._run(self.snapshots.PublishSnapshot, request, snapshot_service_pb2.Snapshot())
+
+    def get(self, snapshot: str) -> snapshot_service_pb2.Snapshot:
+        request = snapshot_service_pb2.GetSnapshotRequest(name=f"snapshots/{snapshot}")
+        with _errors():
+            found: snapshot_service_pb2.Snapshot = self.snapshots.GetSnapshot(request)
+            return found
+
+    def delete(self, snapshot: str) -> None:
+        request = snapshot_service_pb2.DeleteSnapshotRequest(name=f"snapshots/{snapshot}")
+        with _errors():
+            self.snapshots.DeleteSnapshot(request)
+
+    def prune(self) -> None:
+        request = snapshot_service_pb2.PruneSnapshotsRequest()
+        self._run(self.snapshots.PruneSnapshots, request, snapshot_service_pb2.PruneSnapshotsResponse())
+
+    def peak_rss(self) -> int:
+        """Bytes of memory that it ever had resident."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+
+    def _run(self, method: Any, request: Message, response: Response) -> Response:
+        with _errors():
+            operation = method(request)
+            wait = operations_pb2.WaitOperationRequest(name=operation.name)
+            wait.timeout.FromSeconds(int(STEP_SECONDS))
+            operation = self.operations.WaitOperation(wait)
+        if not operation.done:
+            raise DeadlineExceeded(
+                "STEP_TIMEOUT", f"{operation.name} did not end in {STEP_SECONDS:.0f} seconds"
+            )
+        if operation.HasField("error"):
+            raise from_status(operation.error)
+        operation.response.Unpack(response)
+        return response
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error
