@@ -179,7 +179,8 @@ class S3Objects:
             response = self._minio.get_object(self._settings.bucket, self._prefix + key)
             with closing(response):
                 expected = int(response.headers.get("Content-Length", -1))
-                data = b"" if expected > limit else response.read(limit + 1)
+                # Of known length it is read at once, which is bounded and spares a copy.
+                data = b"" if expected > limit else response.read(limit + 1 if expected < 0 else None)
                 if expected > limit or len(data) > limit:
                     raise DataLoss(
                         "OBJECT_TOO_LARGE",

@@ -1,0 +1,77 @@
+"""A process that walks through all of a store's life and dies where its failpoint says.
+
+``python -m tests.contracts.store_process STORE KEY IMAGES INTO FAILPOINT``
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from snapshotd.adapters.directory_objects import DirectoryObjects
+from snapshotd.adapters.s3_objects import S3Objects, S3Settings
+from snapshotd.failpoints import Failpoints
+from snapshotd.manifest import decode
+from snapshotd.store.ports import ObjectStore
+from snapshotd.store.remote import RemoteStore
+from snapshotd.store.signing import Signer, TrustedKeys
+
+# The points that the life below passes, in its order.
+POINTS = (
+    "upload.chunk",
+    "upload.chunk.after",
+    "upload.manifest",
+    "upload.manifest.after",
+    "fetch.chunk",
+    "fetch.chunk.after",
+    "delete.tombstone",
+    "delete.manifest",
+    "delete.manifest.after",
+    "gc.chunk",
+    "gc.chunk.after",
+    "gc.tombstone",
+    "gc.tombstone.after",
+)
+
+
+def open_objects(location: str) -> ObjectStore:
+    """A directory, or the JSON of S3's settings."""
+    return (
+        S3Objects(S3Settings(**json.loads(location)))
+        if location.startswith("{")
+        else DirectoryObjects(Path(location))
+    )
+
+
+def open_store(location: str, key: Path, failpoints: str = "") -> RemoteStore:
+    signer = Signer.open(key)
+    return RemoteStore(
+        open_objects(location),
+        signer,
+        TrustedKeys([signer.public]),
+        workers=2,
+        threads=1,
+        grace=timedelta(0),
+        failpoints=Failpoints.parse(failpoints),
+    )
+
+
+async def collect(store: RemoteStore) -> None:
+    """Collect whatever is garbage; a bucket's clock counts whole seconds and may be ahead."""
+    await store.execute_gc(await store.plan_gc(datetime.now(UTC) + timedelta(seconds=5)))
+
+
+async def live(store: RemoteStore, images: Path, into: Path) -> None:
+    """Publish ``new``, fetch it, delete ``old``, collect."""
+    manifest = decode((images / "manifest.json").read_bytes())
+    await store.fetch(await store.publish(manifest, images), into)
+    await store.delete("old")
+    await collect(store)
+
+
+if __name__ == "__main__":
+    location, key, images, into, failpoint = sys.argv[1:]
+    asyncio.run(live(open_store(location, Path(key), f"{failpoint}=exit"), Path(images), Path(into)))
