@@ -102,6 +102,18 @@ async def test_a_snapshot_published_after_the_plan_keeps_its_chunks(tmp_path: Pa
     await writer.verify(newer)
 
 
+async def test_what_is_named_stays_however_old_it_is_said_to_be(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    store = a_node(objects)
+    await publish(store, tmp_path, "s1", 2)
+    await store.delete("s1")
+    # A plan of a node whose clock is ahead: to it, everything is old.
+    plan = await store.plan_gc(objects.clock() + timedelta(days=9))
+    newer = await publish(store, tmp_path, "s2", 2)
+    assert (await store.execute_gc(plan)).spared == 2
+    await store.verify(newer)
+
+
 async def test_a_snapshot_deleted_while_another_counts_on_its_chunks(tmp_path: Path) -> None:
     """s2 does not send an old chunk, because s1 names it. Then s1 is deleted before s2 is published."""
     objects = MemoryObjects()

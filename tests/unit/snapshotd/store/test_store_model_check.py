@@ -7,6 +7,7 @@ garbage collected, exactly what the listed snapshots name is left.
 from __future__ import annotations
 
 import asyncio
+import random
 import tempfile
 from collections.abc import Coroutine
 from datetime import timedelta
@@ -35,29 +36,55 @@ POINTS = [
 ]  # fmt: skip
 
 
+class DieOnce(Failpoints):
+    """Dies at the named point once, as a process does; the next one lives."""
+
+    def hit(self, name: str) -> None:
+        try:
+            super().hit(name)
+        except DumontError:
+            self.actions.clear()
+            raise
+
+
+class SlowObjects(MemoryObjects):
+    """Between any two requests others may run, and time may pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = random.Random(0)
+        self.haste = 1.0
+
+    async def _called(self, method: str, key: str) -> None:
+        await super()._called(method, key)
+        for _ in range(self.random.choice((0, 0, 1, 3, 9))):
+            await asyncio.sleep(0)
+        if self.random.random() > self.haste:
+            # An upload of some requests stays within half the grace, or it looks again.
+            self.clock.advance(timedelta(minutes=20))
+
+
 class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.objects = MemoryObjects()
-        self.failpoints = Failpoints()
+        self.objects = SlowObjects()
+        self.failpoints = DieOnce()
         signers = [a_signer(), a_signer()]
         self.nodes = [
-            a_node(self.objects, signer, trusts=tuple(signers), grace=GRACE, workers=2) for signer in signers
+            a_node(self.objects, signer, trusts=tuple(signers), workers=2, failpoints=self.failpoints)
+            for signer in signers
         ]
-        for node in self.nodes:
-            node._failpoints = self.failpoints
         self.plans: list[GcPlan] = []
         self.folder = tempfile.TemporaryDirectory()
         self.images = 0
 
     def teardown(self) -> None:
-        self.die_never()
-        self.objects.clock.advance(2 * GRACE)
-        self.run(self.collect(0))
-        # The second sees what the first one's tombstones still held.
-        self.objects.clock.advance(2 * GRACE)
-        self.run(self.collect(1))
+        self.failpoints.actions.clear()
+        for node in (0, 1):
+            # The second time what the first one's tombstones still held is garbage too.
+            self.objects.clock.advance(2 * GRACE)
+            self.run(self.collect(node))
         listed = self.run(self.nodes[0].list())
         needed = {manifest_key(found.manifest.id) for found in listed}
         needed |= {chunk_key(chunk) for found in listed for chunk in found.chunks()}
@@ -70,65 +97,74 @@ class StoreMachine(RuleBasedStateMachine):
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
 
-    def attempt(self, work: Coroutine[Any, Any, object]) -> None:
-        """Run; a refusal and a death at a failpoint are both ordinary."""
+    async def attempt(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do it; a refusal and a death at a failpoint are both ordinary."""
         try:
-            self.run(work)
+            await work
         except (AlreadyExists, NotFound):
             pass
         except DumontError as error:
-            assert error.reason == "FAILPOINT"  # noqa: PT017
+            if error.reason != "FAILPOINT":
+                raise
 
     async def collect(self, node: int) -> None:
         await self.nodes[node].execute_gc(await self.nodes[node].plan_gc())
 
-    @rule(node=NODES, snapshot=IDS, blocks=BLOCKS)
-    def publish(self, node: int, snapshot: str, blocks: list[int]) -> None:
+    async def publish(self, node: int, snapshot: str, blocks: list[int]) -> None:
         self.images += 1
         folder = Path(self.folder.name, str(self.images))
-        manifest = an_image(
-            folder, snapshot, {f"f-{place}.img": noise(500, block) for place, block in enumerate(blocks)}
-        )
-        self.attempt(self.nodes[node].publish(manifest, folder))
+        content = {f"f-{place}.img": noise(500, block) for place, block in enumerate(blocks)}
+        await self.attempt(self.nodes[node].publish(an_image(folder, snapshot, content), folder))
+
+    async def delete(self, node: int, snapshot: str) -> None:
+        await self.attempt(self.nodes[node].delete(snapshot))
+
+    @rule(node=NODES, snapshot=IDS, blocks=BLOCKS)
+    def one_publishes(self, node: int, snapshot: str, blocks: list[int]) -> None:
+        self.run(self.publish(node, snapshot, blocks))
 
     @rule(node=NODES, snapshot=IDS)
-    def delete(self, node: int, snapshot: str) -> None:
-        self.attempt(self.nodes[node].delete(snapshot))
+    def one_deletes(self, node: int, snapshot: str) -> None:
+        self.run(self.delete(node, snapshot))
 
     @rule(node=NODES)
-    def plan(self, node: int) -> None:
+    def one_plans(self, node: int) -> None:
         self.plans.append(self.run(self.nodes[node].plan_gc()))
 
     @rule(node=NODES)
-    def execute(self, node: int) -> None:
+    def one_executes_an_old_plan(self, node: int) -> None:
         if self.plans:
-            self.attempt(self.nodes[node].execute_gc(self.plans.pop(0)))
+            self.run(self.attempt(self.nodes[node].execute_gc(self.plans.pop(0))))
 
-    @rule(node=NODES, snapshot=IDS, blocks=BLOCKS, other=NODES)
-    def publish_while_another_collects(self, node: int, snapshot: str, blocks: list[int], other: int) -> None:
-        async def both() -> None:
-            folder = Path(self.folder.name, str(self.images))
-            manifest = an_image(
-                folder, snapshot, {f"f-{place}.img": noise(500, block) for place, block in enumerate(blocks)}
-            )
-            await asyncio.gather(
-                self.nodes[node].publish(manifest, folder), self.collect(other), return_exceptions=True
-            )
+    @rule(
+        publisher=NODES, snapshot=IDS, blocks=BLOCKS, deleted=IDS, collector=NODES, seed=st.integers(0, 9999)
+    )
+    def all_at_once(
+        self, publisher: int, snapshot: str, blocks: list[int], deleted: str, collector: int, seed: int
+    ) -> None:
+        async def together() -> None:
+            work = [
+                self.publish(publisher, snapshot, blocks),
+                self.attempt(self.collect(collector)),
+                self.attempt(self.collect(1 - collector)),
+            ]
+            if deleted != snapshot:
+                work.append(self.delete(1 - publisher, deleted))
+            await asyncio.gather(*work)
 
-        self.images += 1
-        self.run(both())
+        self.objects.random, self.objects.haste = random.Random(seed), 0.9
+        try:
+            self.run(together())
+        finally:
+            self.objects.haste = 1.0
 
     @rule(hours=st.integers(1, 6))
     def time_passes(self, hours: int) -> None:
         self.objects.clock.advance(timedelta(hours=hours))
 
     @rule(point=st.sampled_from(POINTS))
-    def die_at(self, point: str) -> None:
+    def the_next_dies_at(self, point: str) -> None:
         self.failpoints.actions = {point: "error"}
-
-    @rule()
-    def die_never(self) -> None:
-        self.failpoints.actions = {}
 
     @invariant()
     def every_listed_snapshot_is_whole(self) -> None:
@@ -137,8 +173,8 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=30,
-    stateful_step_count=25,
+    max_examples=40,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -130,7 +130,7 @@ def a_node(
     trusts: tuple[Signer, ...] = (),
     wrapper: KeyWrapper | None = None,
     clock: Clock | None = None,
-    failpoints: Mapping[str, str] | None = None,
+    failpoints: Failpoints | Mapping[str, str] | None = None,
     workers: int = 4,
     grace: timedelta = GRACE,
 ) -> RemoteStore:
@@ -145,7 +145,7 @@ def a_node(
         threads=1,
         grace=grace,
         now=clock or getattr(objects, "clock", None) or Clock(),
-        failpoints=Failpoints(failpoints),
+        failpoints=failpoints if isinstance(failpoints, Failpoints) else Failpoints(failpoints),
     )
 
 
