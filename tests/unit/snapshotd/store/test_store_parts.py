@@ -1,0 +1,184 @@
+"""The store's parts: chunks, codec, keys, the key file, the journal."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dumont.errors import DataLoss, DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted
+from snapshotd.adapters.directory_objects import DirectoryObjects
+from snapshotd.adapters.key_file import KeyFile
+from snapshotd.store import fetch as fetching
+from snapshotd.store.chunking import join_pieces, pieces_of, read_piece
+from snapshotd.store.codec import OVERHEAD, Codec
+from snapshotd.store.journal import PendingUpload, UploadJournal
+from snapshotd.store.model import CHUNK, SealedKey
+from snapshotd.store.signing import Signer, TrustedKeys
+from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, an_image, noise
+
+
+@given(plain=st.binary(min_size=1, max_size=2000), encrypted=st.booleans())
+def test_a_packed_chunk_opens_to_what_it_was_and_hardly_grows(plain: bytes, encrypted: bool) -> None:
+    codec = Codec("s1", bytes(32) if encrypted else None)
+    name = codec.name(plain)
+    stored = codec.pack(name, plain)
+    assert len(stored) <= len(plain) + OVERHEAD
+    assert codec.open(name, stored, len(plain)) == plain
+
+
+@given(stored=st.binary(max_size=300), encrypted=st.booleans())
+def test_whatever_else_is_opened_is_refused(stored: bytes, encrypted: bool) -> None:
+    codec = Codec("s1", bytes(32) if encrypted else None)
+    with pytest.raises(DataLoss):
+        codec.open("ab" * 32, stored, 100)
+
+
+def test_a_chunk_is_sealed_to_its_snapshot_and_name() -> None:
+    codec, plain = Codec("s1", bytes(32)), noise(1000)
+    name = codec.name(plain)
+    stored = codec.pack(name, plain)
+    assert codec.pack(name, plain) != stored
+    for other in (Codec("s2", bytes(32)), Codec("s1", bytes(31) + b"\1")):
+        with pytest.raises(DataLoss):
+            other.open(other.name(plain), stored, len(plain))
+
+
+def test_what_does_not_shrink_is_stored_as_it_is() -> None:
+    codec = Codec("s1", None)
+    plain = noise(10_000)
+    assert len(codec.pack(codec.name(plain), plain)) == len(plain) + 1
+    assert len(codec.pack("", b"a" * 10_000)) < 100
+
+
+def test_a_file_is_runs_of_chunks_and_holes() -> None:
+    file = join_pieces("a.img", 4 * CHUNK + 5, ["x", None, None, "y", "z"])
+    assert [(run.pieces, run.chunks) for run in file.runs] == [(1, ("x",)), (2, ()), (2, ("y", "z"))]
+    assert [(piece.offset, piece.size, piece.chunk) for piece in file.pieces()] == [
+        (0, CHUNK, "x"),
+        (3 * CHUNK, CHUNK, "y"),
+        (4 * CHUNK, 5, "z"),
+    ]
+    assert [pieces_of(size) for size in (0, 1, CHUNK, CHUNK + 1)] == [0, 1, 1, 2]
+
+
+def test_a_file_cut_short_while_it_is_read_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "a.img").write_bytes(b"12345")
+    with pytest.raises(DataLoss):
+        read_piece(tmp_path / "a.img", 0, 6)
+
+
+def test_a_signing_key_is_made_once_and_private(tmp_path: Path) -> None:
+    first, second = Signer.open(tmp_path / "key"), Signer.open(tmp_path / "key")
+    assert first.key_id == second.key_id
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+    (tmp_path / "key").chmod(0o640)
+    with pytest.raises(FailedPrecondition, match="read by others"):
+        Signer.open(tmp_path / "key")
+
+
+def test_a_list_of_trusted_keys_is_read_with_its_comments() -> None:
+    own, friend, stranger = a_signer(), a_signer(), a_signer()
+    trusted = TrustedKeys.parse(f"# nodes\n\n{friend.line()} node two\n", own)
+    for signer in (own, friend):
+        trusted.verify(signer.key_id, b"text", signer.sign(b"text"))
+    for signer, text in ((stranger, b"text"), (friend, b"other")):
+        with pytest.raises(DumontError):
+            trusted.verify(signer.key_id, text, signer.sign(b"text"))
+
+
+@pytest.mark.parametrize("line", ["rsa AAAA", "ed25519", "ed25519 AAAA", "ed25519 !!!!", "x"])
+def test_a_line_that_is_no_key_is_named(line: str) -> None:
+    with pytest.raises(FailedPrecondition) as refusal:
+        TrustedKeys.parse(f"\n{line}", a_signer())
+    assert refusal.value.reason == "TRUSTED_KEYS_UNREADABLE"
+    assert refusal.value.metadata["line"] == "2"
+
+
+def test_a_key_file_wraps_for_one_context(tmp_path: Path) -> None:
+    keys = KeyFile(a_key_file(tmp_path / "key"))
+    wrapped = keys.wrap(b"k" * 32, b"s1")
+    assert keys.unwrap(wrapped, b"s1") == b"k" * 32
+    assert keys.key_id == KeyFile(tmp_path / "key").key_id
+    for keeper, data, context in (
+        (keys, wrapped, b"s2"),
+        (keys, wrapped[:-1], b"s1"),
+        (keys, b"", b"s1"),
+        (KeyFile(a_key_file(tmp_path / "other")), wrapped, b"s1"),
+    ):
+        with pytest.raises(DataLoss):
+            keeper.unwrap(data, context)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode"), [(None, 0o600), (b"short", 0o600), (b"x" * 64, 0o600), (bytes(32), 0o644)]
+)
+def test_a_key_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes | None, mode: int) -> None:
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content)
+        path.chmod(mode)
+    with pytest.raises(FailedPrecondition) as refusal:
+        KeyFile(path)
+    assert refusal.value.reason == "KEY_FILE_UNUSABLE"
+
+
+def test_the_journal_remembers_uploads_until_they_are_done(tmp_path: Path) -> None:
+    journal = UploadJournal(tmp_path / "uploads")
+    journal.open()
+    sealed = SealedKey("key", b"\0\1wrapped")
+    journal.add(PendingUpload.of("s1", None))
+    journal.add(PendingUpload.of("s2", sealed))
+    (tmp_path / "uploads" / "broken.json").write_text("{")
+
+    resumed = UploadJournal(tmp_path / "uploads").pending()
+
+    assert [(upload.snapshot, upload.key) for upload in resumed] == [("s1", None), ("s2", sealed)]
+    journal.remove("s1")
+    journal.remove("s1")
+    assert [upload.snapshot for upload in journal.pending()] == ["s2"]
+
+
+async def test_a_disk_that_fills_up_in_the_middle_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = a_node(MemoryObjects())
+    snapshot = await store.publish(an_image(tmp_path / "images"), tmp_path / "images")
+
+    def full(path: Path, offset: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fetching, "write_piece", full)
+    (tmp_path / "into").mkdir()
+    with pytest.raises(ResourceExhausted) as refusal:
+        await store.fetch(snapshot, tmp_path / "into")
+    assert refusal.value.reason == "DISK_FULL"
+
+
+@pytest.mark.parametrize("key", ["../x", "/etc/x", "a//b", "a/../b", "", ".hidden", "a\0b", "a/"])
+async def test_a_directory_never_leaves_itself(tmp_path: Path, key: str) -> None:
+    objects = DirectoryObjects(tmp_path / "objects")
+    with pytest.raises(InvalidArgument):
+        await objects.put(key, b"")
+    assert not (tmp_path / "x").exists()
+
+
+async def test_a_directory_that_is_full_or_broken_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = DirectoryObjects(tmp_path / "objects")
+    for number, reason in ((errno.ENOSPC, "STORE_FULL"), (errno.EIO, "STORE_UNAVAILABLE")):
+
+        def fail(descriptor: int, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(DumontError) as refusal:
+            await objects.put("a", b"data")
+        assert refusal.value.reason == reason
+        assert [path for path in (tmp_path / "objects").rglob("*") if path.is_file()] == []
