@@ -1,123 +1,275 @@
-"""Two nodes and one object store: what one has captured the other restores, or refuses before CRIU."""
+"""Two nodes and one bucket: what one has captured the other serves, whatever the network does."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import pytest
+from minio import Minio
 
-from dumont.errors import DumontError
-from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
+from dumont.errors import DataLoss, DumontError
+from dumont.rpc.status import from_rpc_error
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
+from tests.fault_proxy import FaultProxy
 from tests.node.daemon import Daemon
+from tests.node.store_nodes import (
+    StoreNodes,
+    capture,
+    delete,
+    listed,
+    prune,
+    publish,
+    refused,
+    restore,
+    verify,
+)
 from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.node
 
 
-@dataclass
-class Pair:
-    """Nodes with state directories of their own and one store, one after the other."""
-
-    root: Path
-    port: Callable[[], int]
-    store: str
-    answer: str = ""
-    digest: str = ""
-    flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def trusted(self) -> Path:
-        return self.root / "trusted"
-
-    def node(self, name: str, *flags: str) -> Daemon:
-        """A node that trusts all that captured here before it was started."""
-        self.trusted.touch()
-        return Daemon(
-            self.root / name,
-            self.port(),
-            "--store-url", self.store, "--trusted-keys-file", str(self.trusted), *flags,
-        )  # fmt: skip
-
-    def trust(self, name: str) -> None:
-        with self.trusted.open("a") as file:
-            file.write((self.root / name / "signing.pub").read_text())
-
-
-def publish(daemon: Daemon, snapshot: str = "one") -> snapshots_pb2.Snapshot:
-    request = snapshots_pb2.PublishSnapshotRequest(name=f"snapshots/{snapshot}")
-    answer = snapshots_pb2.Snapshot()
-    daemon.wait(daemon.snapshots.PublishSnapshot(request), answer)
-    return answer
-
-
-def capture(daemon: Daemon, model: Path, snapshot: str = "one") -> snapshots_pb2.Snapshot:
-    daemon.start_instance("source", model)
-    request = instances_pb2.CaptureInstanceRequest(name="instances/source", snapshot_id=snapshot)
-    answer = snapshots_pb2.Snapshot()
-    daemon.wait(daemon.instances.CaptureInstance(request), answer)
-    return answer
-
-
-def restore(daemon: Daemon, instance: str, snapshot: str = "one", digest: str = "") -> instances_pb2.Instance:
-    request = instances_pb2.RestoreInstanceRequest(
-        instance_id=instance, snapshot=f"snapshots/{snapshot}", manifest_digest=digest
-    )
-    answer = instances_pb2.Instance()
-    daemon.wait(daemon.instances.RestoreInstance(request), answer)
-    return answer
-
-
-def listed(daemon: Daemon) -> dict[str, snapshots_pb2.Snapshot]:
-    answer = daemon.snapshots.ListSnapshots(snapshots_pb2.ListSnapshotsRequest())
-    return {snapshot.name.removeprefix("snapshots/"): snapshot for snapshot in answer.snapshots}
-
-
 @pytest.fixture(scope="module")
-def pair(
-    criu: Path,
-    instruct_model: Path,
-    s3_server: S3Server,
-    free_port: Callable[[], int],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Pair]:
-    """A snapshot that node ``a`` has captured and published; nothing else is left of ``a``."""
+def bucket(s3_server: S3Server) -> Iterator[S3Server]:
+    """The bucket, named in the environment of the nodes."""
     os.environ.update(s3_server.environment())
-    made = Pair(tmp_path_factory.mktemp("pair"), free_port, f"s3://{s3_server.bucket}/pair")
-    with made.node("a", "--stop-instances-on-exit") as a:
-        captured = capture(a, instruct_model)
-        made.digest = captured.manifest_digest
-        assert (captured.local, captured.published) == (True, False)
-        assert publish(a).published
-        made.answer = a.generate("source")
-        made.trust("a")
-    shutil.rmtree(made.root / "a")
-    yield made
+    yield s3_server
     for name in s3_server.environment():
         del os.environ[name]
 
 
-def test_a_node_that_never_saw_the_model_serves_it_from_the_store(pair: Pair) -> None:
-    with pair.node("b", "--stop-instances-on-exit") as b:
-        # given: it holds nothing and knows what is published
-        known = listed(b)["one"]
-        assert (known.local, known.published, known.incompatibility) == (False, True, "")
-        assert known.manifest_digest == pair.digest
+@pytest.fixture(scope="module")
+def nodes(
+    criu: Path,
+    instruct_model: Path,
+    bucket: S3Server,
+    free_port: Callable[[], int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> StoreNodes:
+    """A snapshot that node ``a`` has captured and published; nothing else is left of ``a``."""
+    made = StoreNodes(tmp_path_factory.mktemp("nodes"), free_port, f"s3://{bucket.bucket}/nodes")
+    with made.node("a") as a:
+        a.start_instance("source", instruct_model)
+        captured = capture(a)
+        assert (captured.local, captured.published) == (True, False)
+        assert publish(a).published
+        made.answer, made.digest = a.generate("source"), captured.manifest_digest
+        made.trust("a")
+    shutil.rmtree(made.root / "a")
+    return made
 
-        # when
-        instance = restore(b, "back", digest=pair.digest)
 
-        # then
-        assert [phase.name for phase in instance.phases][:3] == ["check", "fetch", "verify"]
-        assert len(pair.answer) > 2
-        assert b.generate("back") == pair.answer
-        assert listed(b)["one"].local
+@pytest.fixture
+def b(nodes: StoreNodes) -> Iterator[Daemon]:
+    """A node that holds nothing."""
+    with nodes.node("b") as daemon:
+        yield daemon
+    shutil.rmtree(nodes.root / "b")
 
-        # and the next one is local
-        again = restore(b, "again", digest=pair.digest)
-        assert "fetch" not in [phase.name for phase in again.phases]
-        assert b.generate("again") == pair.answer
+
+def test_a_node_that_never_saw_the_snapshot_serves_it_from_the_bucket(nodes: StoreNodes, b: Daemon) -> None:
+    # given: it holds nothing and knows what is published
+    known = listed(b)["one"]
+    assert (known.local, known.published, known.incompatibility) == (False, True, "")
+    assert known.manifest_digest == nodes.digest
+
+    # when
+    instance = restore(b, "back", digest=nodes.digest)
+
+    # then
+    assert [phase.name for phase in instance.phases][:3] == ["check", "fetch", "verify"]
+    assert len(nodes.answer) > 2
+    assert b.generate("back") == nodes.answer
+
+    # and from then on it has it
+    assert listed(b)["one"].local
+    again = restore(b, "again", digest=nodes.digest)
+    assert "fetch" not in [phase.name for phase in again.phases]
+    assert b.generate("again") == nodes.answer
+
+
+def test_what_a_snapshot_takes_is_told_and_all_of_it_can_be_verified(nodes: StoreNodes, b: Daemon) -> None:
+    found = b.snapshots.GetSnapshot(snapshots_pb2.GetSnapshotRequest(name="snapshots/one"))
+    stored = found.stored
+    assert 0 < stored.stored_bytes == stored.unique_bytes < stored.data_bytes <= stored.image_bytes
+    assert stored.chunk_count > 1
+    assert not stored.encrypted
+
+    only_there = verify(b)
+    assert (only_there.local_bytes, only_there.published_bytes) == (0, stored.data_bytes)
+
+    restore(b, "back")
+    both = verify(b)
+    assert (both.local_bytes, both.published_bytes) == (stored.image_bytes, stored.data_bytes)
+
+
+def test_another_manifest_than_the_one_asked_for_is_refused(b: Daemon) -> None:
+    error = refused(b, "victim", digest="0" * 64)
+    assert isinstance(error, DataLoss)
+    assert error.reason == "MANIFEST_REPLACED"
+
+
+def test_a_fetched_snapshot_leaves_a_full_cache_and_comes_again(
+    nodes: StoreNodes, instruct_model: Path
+) -> None:
+    with nodes.node("small", "--cache-bytes", str(300 << 20)) as small:
+        restore(small, "one")
+        small.stop_instance("one")
+        assert listed(small)["one"].local
+
+        # when: another snapshot needs the room, and is published
+        small.start_instance("source", instruct_model)
+        capture(small, snapshot="two")
+        publish(small, "two")
+        restore(small, "two", "two")
+
+        # then: the one used longest ago has left, and both still serve
+        restore(small, "one-again")
+        assert small.generate("one-again") == small.generate("two") == nodes.answer
+        assert [name for name, found in listed(small).items() if found.local] == ["one"]
+        delete(small, "two")
+
+
+def test_deleted_here_is_deleted_everywhere_and_pruned_later(
+    nodes: StoreNodes, instruct_model: Path, bucket: S3Server
+) -> None:
+    with nodes.node("c", "--store-grace-seconds", "0", store=f"s3://{bucket.bucket}/deleted") as c:
+        c.start_instance("source", instruct_model)
+        capture(c)
+        publish(c)
+        assert prune(c, dry_run=True).object_count == 0
+
+        delete(c)
+        assert listed(c) == {}
+        would = prune(c, dry_run=True)
+        assert would.object_count > 1
+        assert keys(bucket, "deleted/chunks/")
+        prune(c)
+        prune(c)
+        assert keys(bucket, "deleted/") == []
+
+
+def test_nothing_of_an_encrypted_snapshot_can_be_read_without_its_key(
+    nodes: StoreNodes, instruct_model: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given: a model host whose memory holds a marker, and nodes with and without the key
+    marker = f"marker-{os.urandom(16).hex()}"
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nonexistent/{marker}")
+    key = nodes.root / "key"
+    key.write_text(os.urandom(32).hex())
+    key.chmod(0o600)
+    store = f"s3://{bucket.bucket}/encrypted"
+    with nodes.node("d", "--encryption-key-file", str(key), store=store) as d:
+        d.start_instance("source", instruct_model)
+        capture(d)
+        # the marker is in the image, so a search would find it
+        assert any(
+            marker.encode() in path.read_bytes() for path in (nodes.root / "d/snapshots/one").iterdir()
+        )
+        publish(d)
+        assert d.snapshots.GetSnapshot(
+            snapshots_pb2.GetSnapshotRequest(name="snapshots/one")
+        ).stored.encrypted
+        nodes.trust("d")
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+
+    # then: the bucket does not hold it
+    assert keys(bucket, "encrypted/chunks/")
+    assert [name for name in keys(bucket, "encrypted/") if marker.encode() in content(bucket, name)] == []
+
+    # and a node without the key refuses, one with it serves
+    with nodes.node("e", store=store) as e:
+        assert refused(e, "victim").reason == "KEY_MISSING"
+        assert list((nodes.root / "e/snapshots").iterdir()) == []
+    with nodes.node("f", "--encryption-key-file", str(key), store=store) as f:
+        restore(f, "back")
+        assert f.generate("back") == nodes.answer
+
+
+@pytest.fixture
+def proxy(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """What the nodes take for the bucket."""
+    with FaultProxy(bucket.endpoint) as running:
+        monkeypatch.setenv("S3_ENDPOINT", running.endpoint)
+        yield running
+
+
+@pytest.mark.parametrize("fault", ["errors", "cut", "slow"])
+def test_a_store_that_stumbles_delays_a_restore_and_does_not_fail_it(
+    nodes: StoreNodes, proxy: FaultProxy, b: Daemon, fault: str
+) -> None:
+    proxy.stumble(fault, connections=3)
+    restore(b, "back", digest=nodes.digest)
+    assert b.generate("back") == nodes.answer
+    assert proxy.stumbled
+
+
+def test_while_the_store_is_down_what_is_here_serves_and_the_rest_is_unavailable(
+    nodes: StoreNodes, proxy: FaultProxy, b: Daemon, instruct_model: Path
+) -> None:
+    # given: one snapshot is here, one only there
+    b.start_instance("source", instruct_model)
+    capture(b, snapshot="here")
+    proxy.down()
+
+    # then
+    assert refused(b, "there").reason == "STORE_UNAVAILABLE"
+    assert list(listed(b)) == ["here"]
+    restore(b, "here", "here")
+    assert b.generate("here") == nodes.answer
+
+    # and an upload that begins meanwhile ends when the store is back
+    begun = b.snapshots.PublishSnapshot(snapshots_pb2.PublishSnapshotRequest(name="snapshots/here"))
+    proxy.up()
+    assert b.wait(begun, snapshots_pb2.Snapshot()).published
+    restore(b, "there")
+    delete(b, "here")
+
+
+def test_wrong_credentials_are_told_to_the_operator_and_never_printed(
+    nodes: StoreNodes, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S3_SECRET_KEY", "not-the-secret")
+    with nodes.node("g") as g:
+        assert refused(g, "victim").reason == "STORE_CREDENTIALS_REFUSED"
+        log = g.log()
+    assert "STORE_CREDENTIALS_REFUSED" in log
+    assert "not-the-secret" not in log
+    assert bucket.secret_key not in log
+
+
+def test_a_snapshot_that_nobody_published_is_not_found(b: Daemon) -> None:
+    for call, request in (
+        (b.snapshots.GetSnapshot, snapshots_pb2.GetSnapshotRequest(name="snapshots/no")),
+        (b.snapshots.DeleteSnapshot, snapshots_pb2.DeleteSnapshotRequest(name="snapshots/no")),
+    ):
+        with pytest.raises(grpc.RpcError) as failure:
+            call(request)
+        assert from_rpc_error(failure.value).reason == "SNAPSHOT_NOT_FOUND"
+    with pytest.raises(DumontError) as refusal:
+        publish(b, "no")
+    assert refusal.value.reason == "SNAPSHOT_NOT_FOUND"
+
+
+def client(bucket: S3Server) -> Minio:
+    return Minio(
+        bucket.endpoint.removeprefix("http://"), bucket.access_key, bucket.secret_key, secure=False,
+        region="us-east-1",
+    )  # fmt: skip
+
+
+def keys(bucket: S3Server, prefix: str) -> list[str]:
+    found = client(bucket).list_objects(bucket.bucket, prefix, recursive=True)
+    return [item.object_name for item in found if item.object_name]
+
+
+def content(bucket: S3Server, key: str) -> bytes:
+    response = client(bucket).get_object(bucket.bucket, key)
+    try:
+        return bytes(response.read())
+    finally:
+        response.close()
+        response.release_conn()
