@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import structlog
 
@@ -65,19 +66,23 @@ class Commands:
         """
         self._inventory.snapshot(snapshot)
         copies = self._inventory.copies(snapshot)
-        holders = [copy for copy in copies if copy.local] or list(copies)
-        ready = [copy.node for copy in holders if self._ready(copy.node)]
+        ready = [copy for copy in copies if self._ready(copy.node)]
         if not ready:
-            self.check_reachable(holders[0].node)
-        for node in ready:
+            self.check_reachable(copies[0].node)
+        # Any node deletes it from the object store, and each that holds it from itself.
+        told = [copy.node for copy in ready if copy.local] or [ready[0].node]
+        for node in told:
             try:
                 await self._nodes.delete_snapshot(node, snapshot)
             except NotFound:
                 log.info("snapshot_was_gone", snapshot=snapshot, node=node)
-        gone = [copy for copy in copies if copy.node in ready or not copy.local]
-        for copy in gone:
+        left = [copy for copy in copies if copy.local and copy.node not in told]
+        for copy in copies:
             self._inventory.drop_snapshot(snapshot, copy.node)
-        if len(gone) == len(copies):
+        for copy in left:
+            # On a node that does not answer now; it is deleted when that does.
+            self._inventory.put_snapshot(replace(copy, published=False))
+        if not left:
             await self._registry.drop_captured(snapshot)
             self._inventory.captured.pop(snapshot, None)
 

@@ -165,7 +165,7 @@ def _rules(facts: Facts, now: Moment) -> Iterator[tuple[float, Action]]:
             yield from _instance(facts, instance, now)
     for snapshot in facts.snapshots:
         # What only lies in the store and was made by another controller is not ours to delete.
-        ours = snapshot.local or snapshot.trusted or snapshot.quarantined
+        ours = snapshot.local or snapshot.ours
         if _within_reach(facts, snapshot.node) and snapshot.deployment and ours:
             yield from _snapshot(facts, snapshot, now)
     for deployment in facts.deployments.values():
@@ -247,7 +247,7 @@ def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[f
             s
             for s in facts.snapshots
             if s.deployment == snapshot.deployment
-            and (s.local or s.trusted)
+            and (s.local or s.ours)
             and not s.quarantined
             and _within_reach(facts, s.node)
         ),
@@ -283,7 +283,7 @@ def _deployment(facts: Facts, deployment: Deployment, now: Moment) -> Iterator[t
         snapshots = [
             s
             for s in facts.snapshots
-            if s.deployment == deployment.id and (s.local or s.trusted) and reachable(s.node)
+            if s.deployment == deployment.id and (s.local or s.ours) and reachable(s.node)
         ]
         if not instances and not snapshots:
             yield now.steady, Forget(deployment.id, "nothing of it is left")

@@ -160,9 +160,9 @@ class Inventory:
         if made is None:
             return snapshot
         # A manifest that cannot be read names no deployment, and says so by its quarantine.
-        snapshot = replace(snapshot, deployment=snapshot.deployment or made.deployment)
+        snapshot = replace(snapshot, deployment=snapshot.deployment or made.deployment, ours=True)
         if snapshot.quarantined or snapshot.manifest_digest == made.manifest_digest:
-            return replace(snapshot, trusted=not snapshot.quarantined)
+            return snapshot
         return replace(
             snapshot,
             quarantined=True,

@@ -228,8 +228,8 @@ class Snapshot:
     local: bool = True
     published: bool = False
     incompatibility: str = ""
-    # Published, and made by this controller: only such a one is restored from the store.
-    trusted: bool = False
+    # This controller had it made: only such a one is restored from the store, or deleted there.
+    ours: bool = False
     stored: StoredSnapshot | None = None
 
 

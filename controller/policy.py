@@ -142,7 +142,7 @@ def _usable(facts: Facts) -> list[Snapshot]:
     return [
         snapshot
         for snapshot in facts.snapshots
-        if (snapshot.local or (snapshot.published and snapshot.trusted))
+        if (snapshot.local or (snapshot.published and snapshot.ours))
         and not snapshot.quarantined
         and not snapshot.incompatibility
         and f"snapshots/{snapshot.id}" not in facts.failed

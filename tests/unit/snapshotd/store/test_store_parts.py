@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from snapshotd.store.codec import OVERHEAD, Codec
 from snapshotd.store.journal import PendingUpload, UploadJournal
 from snapshotd.store.model import CHUNK, SealedKey
 from snapshotd.store.signing import Signer, TrustedKeys
+from snapshotd.store.workers import Workers
 from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, an_image, noise
 
 
@@ -142,6 +145,27 @@ def test_the_journal_remembers_uploads_until_they_are_done(tmp_path: Path) -> No
     journal.remove("s1")
     journal.remove("s1")
     assert [upload.snapshot for upload in journal.pending()] == ["s2"]
+
+
+async def test_cancelled_work_has_ended_when_the_cancellation_is_seen() -> None:
+    workers = Workers(1, 1)
+    began, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        may_end.wait(10)
+        ended.set()
+
+    task = asyncio.create_task(workers.compute(work))
+    await asyncio.to_thread(began.wait, 10)
+    task.cancel()
+    await asyncio.wait([task], timeout=0)
+    assert not task.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+    workers.close()
 
 
 async def test_a_disk_that_fills_up_in_the_middle_is_said(
