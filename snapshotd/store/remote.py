@@ -23,7 +23,7 @@ from snapshotd.store.model import GcPlan, GcResult, ObjectInfo, PublishedSnapsho
 from snapshotd.store.ports import KeyWrapper, ObjectStore, Progress
 from snapshotd.store.signing import Signer, TrustedKeys
 from snapshotd.store.upload import Upload
-from snapshotd.store.workers import Workers
+from snapshotd.store.workers import Workers, to_the_end
 
 log = structlog.get_logger(__name__)
 
@@ -122,7 +122,8 @@ class RemoteStore:
         data, published = document.encode(manifest, files, key, self._signer)
         self._failpoints.hit("upload.manifest")
         try:
-            await self.objects.create(manifest_key(manifest.id), data)
+            # Whoever cancels this, to delete the snapshot, must then find what there is to delete.
+            await to_the_end(self.objects.create(manifest_key(manifest.id), data))
         except AlreadyExists:
             # It may have been our own, whose answer was lost on the way.
             published = await self._published_by_us(manifest) or published

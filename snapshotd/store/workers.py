@@ -42,11 +42,21 @@ class Workers:
             raise errors.exceptions[0] from None
 
     async def compute(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``work`` in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+        """Run ``work`` in a thread, to its end: nobody takes its files away while it writes to them."""
+        return await to_the_end(asyncio.wrap_future(self._threads.submit(work, *args, **kwargs)))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+async def to_the_end(work: Awaitable[T]) -> T:
+    """Await ``work``; a cancellation is passed on only when it has ended, however it did."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise
 
 
 class Counter:

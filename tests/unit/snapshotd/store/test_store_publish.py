@@ -212,6 +212,27 @@ async def test_cancelling_an_upload_publishes_nothing(tmp_path: Path) -> None:
     assert await store.list() == []
 
 
+async def test_a_manifest_does_not_appear_after_its_upload_was_cancelled(tmp_path: Path) -> None:
+    creating, may_end = asyncio.Event(), asyncio.Event()
+
+    class Slow(MemoryObjects):
+        async def create(self, key: str, data: bytes) -> None:
+            creating.set()
+            await may_end.wait()
+            await super().create(key, data)
+
+    store = a_node(Slow())
+    task = asyncio.create_task(published(store, tmp_path))
+    await creating.wait()
+    task.cancel()
+    asyncio.get_running_loop().call_soon(may_end.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    # It went through, so it is there to be deleted, and stays deleted.
+    await store.delete("s1")
+    assert await store.list() == []
+
+
 async def test_a_deleted_snapshot_is_gone_at_once(tmp_path: Path) -> None:
     store = a_node(MemoryObjects())
     await published(store, tmp_path)
