@@ -129,7 +129,8 @@ class SnapshotStore(Protocol):
         """Make what is staged a snapshot.
 
         Args:
-            fetched: it is published and can be fetched again, so it need not survive the machine.
+            fetched: it was verified on its way here and can be fetched again, so it need not survive the
+                machine.
         """
         ...
 

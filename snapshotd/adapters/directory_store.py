@@ -76,7 +76,12 @@ class DirectoryStore:
         return await digest_files(self._staged(snapshot), self.threads)
 
     async def commit(self, manifest: Manifest, fetched: bool = False) -> Snapshot:
-        return await asyncio.to_thread(self._commit, manifest, fetched)
+        snapshot = await asyncio.to_thread(self._commit, manifest, fetched)
+        identities = self._identify(snapshot) if fetched else None
+        if identities is not None:
+            # Every chunk was verified before it was written here.
+            self._verified[manifest.id] = identities
+        return snapshot
 
     async def get(self, snapshot: str) -> Snapshot:
         # The files never change once they are there, so only their presence is asked again.

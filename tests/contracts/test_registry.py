@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from controller.adapters.memory import MemoryRegistry
 from controller.adapters.registry_sql import METADATA, open_registry
-from controller.model import Checkpoint, Deployment, Finding, Intent, Node, StartMode
+from controller.model import Captured, Checkpoint, Deployment, Finding, Intent, Node, StartMode, Storage
 from controller.ports import Registry
 from dumont.errors import Aborted, AlreadyExists, Unavailable
 
@@ -57,7 +57,7 @@ def deployment(identifier: str = "qa", **changes: object) -> Deployment:
         model="org/model",
         engine="causal_lm",
         start_mode=StartMode.CHECKPOINT,
-        checkpoint=Checkpoint(True, 3600.5),
+        checkpoint=Checkpoint(True, 3600.5, Storage.S3),
         idle_timeout=None,
         park_timeout=0.0,
         create_time=1_700_000_000.123456,
@@ -82,6 +82,7 @@ async def test_what_was_stored_is_there_for_the_next_controller(registry: Regist
         checkpoint_capable=True,
         findings=(Finding("criu", True, "4.1"),),
         heartbeat_time=5.5,
+        object_store="s3://bucket/prefix",
     )
     intent = Intent("qa-1", "qa", "n1", "", 7.25)
     await registry.create_deployment(deployment())
@@ -165,6 +166,21 @@ async def test_a_node_is_replaced_and_an_intent_dropped_once(registry: Registry)
     stored = await registry.load()
     assert [node.endpoint for node in stored.nodes] == ["b:2"]
     assert stored.intents == ()
+
+
+async def test_a_captured_snapshot_is_remembered_with_its_digest_until_it_is_dropped(
+    registry: Registry, reopen: Reopen
+) -> None:
+    await registry.save_captured(Captured("s1", "qa", "older"))
+    await registry.save_captured(Captured("s1", "qa", "newer"))
+    await registry.save_captured(Captured("s2", "qa", "other"))
+    assert set((await (await reopen()).load()).captured) == {
+        Captured("s1", "qa", "newer"),
+        Captured("s2", "qa", "other"),
+    }
+    for _ in range(2):
+        await registry.drop_captured("s1")
+    assert [captured.id for captured in (await registry.load()).captured] == ["s2"]
 
 
 async def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:

@@ -33,10 +33,16 @@ class World:
         self.nodes.abandoned = False
         self.nodes.release_all()
 
-    async def node(self, identifier: str = "n1", *, capable: bool = True, memory: int = 1 << 30) -> None:
-        self.nodes.add_node(identifier)
+    async def node(
+        self, identifier: str = "n1", *, capable: bool = True, memory: int = 1 << 30, object_store: str = ""
+    ) -> None:
+        self.nodes.add_node(identifier).store = bool(object_store)
         facts = Node(
-            identifier, f"{identifier}:7071", checkpoint_capable=capable, memory_available_bytes=memory
+            identifier,
+            f"{identifier}:7071",
+            checkpoint_capable=capable,
+            memory_available_bytes=memory,
+            object_store=object_store,
         )
         await self.controller.fleet.register(facts)
         await self.until(lambda: self.inventory.nodes[identifier].state is NodeState.READY)

@@ -1,0 +1,179 @@
+"""Snapshots in the object store, as the controller uses, publishes, distrusts and deletes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_policy import NOW, deployment, node, snapshot
+
+from controller.model import Captured, Snapshot, StartMode, Storage, Tier
+from controller.policy import Facts, Start, decide
+from dumont.errors import FailedPrecondition, Unavailable
+
+SHARED = {"local": False, "published": True, "ours": True}
+
+
+def facts(*snapshots: Snapshot, mode: StartMode = StartMode.CHECKPOINT, **known: object) -> Facts:
+    nodes = {name: node(identifier=name, object_store="s3://bucket") for name in ("n1", "n2")}
+    return replace(Facts(deployment(mode), (), snapshots, nodes), **known)
+
+
+def chosen(known: Facts) -> Start:
+    decision = decide(known, NOW)
+    assert isinstance(decision, Start)
+    return decision
+
+
+# Which tier
+
+
+def test_a_snapshot_on_a_node_comes_before_one_in_the_store() -> None:
+    older = snapshot("s1")
+    newer = snapshot("s2", node="n2", create_time=99.0, **SHARED)
+    assert (chosen(facts(older, newer)).tier, chosen(facts(older, newer)).snapshot) == (Tier.LOCAL, "s1")
+
+
+def test_a_published_one_is_restored_on_the_node_with_most_memory_among_those_that_reach_it() -> None:
+    known = facts(snapshot(node="n1", **SHARED), snapshot(node="n2", **SHARED))
+    nodes = {**known.nodes, "n2": replace(known.nodes["n2"], memory_available_bytes=1 << 40)}
+    decision = chosen(replace(known, nodes=nodes))
+    assert (decision.tier, decision.node, decision.snapshot) == (Tier.REMOTE, "n2", "s1")
+    assert not decision.capture
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ours": False},
+        {"quarantined": True, "quarantine_reason": "CHUNK_DAMAGED: a chunk"},
+        {"incompatibility": "its kernel differs"},
+    ],
+    ids=["another controller made it", "quarantined", "incompatible"],
+)
+def test_a_published_one_is_not_restored_when(change: dict[str, object]) -> None:
+    decision = chosen(facts(snapshot(**{**SHARED, **change})))
+    assert decision.tier is Tier.COLD
+    assert decision.capture
+
+
+def test_a_cold_start_says_which_snapshot_is_quarantined_and_why() -> None:
+    bad = snapshot(**SHARED, quarantined=True, quarantine_reason="CHUNK_DAMAGED: a chunk")
+    assert "snapshots/s1 is quarantined on nodes/n1: CHUNK_DAMAGED" in chosen(facts(bad)).reason
+
+
+def test_other_start_modes_use_no_published_snapshot() -> None:
+    assert chosen(facts(snapshot(**SHARED), mode=StartMode.COLD)).tier is Tier.COLD
+
+
+# From deploying to deleting
+
+
+@pytest.fixture
+async def two_nodes(world):
+    """Two nodes with one store, and a deployment that keeps its snapshots there."""
+    for name in ("n1", "n2"):
+        await world.node(name, object_store="s3://bucket")
+    await world.deploy(checkpoint_storage=Storage.S3)
+    return world
+
+
+async def published(world) -> str:
+    """The deployment has served, and its snapshot is in the store."""
+    await world.ask()
+    await world.until(lambda: bool(world.nodes.bucket) and _settled(world))
+    (snapshot,) = world.nodes.bucket
+    return snapshot
+
+
+def _settled(world) -> bool:
+    copies = [copy for key in world.nodes.bucket for copy in world.inventory.copies(key)]
+    return len(copies) == 2 and all(copy.published for copy in copies)
+
+
+async def test_no_storage_in_s3_without_a_node_that_has_one(world) -> None:
+    await world.node()
+    with pytest.raises(FailedPrecondition) as refusal:
+        await world.deploy(checkpoint_storage=Storage.S3)
+    assert refusal.value.reason == "OBJECT_STORE_NOT_CONFIGURED"
+    assert refusal.value.field == "deployment.checkpoint.storage"
+
+
+async def test_a_snapshot_is_published_once_and_every_node_knows(two_nodes) -> None:
+    snapshot = await published(two_nodes)
+    assert len(two_nodes.nodes.named("publish")) == 1
+    (first, second) = sorted(two_nodes.inventory.copies(snapshot), key=lambda copy: not copy.local)
+    assert (first.local, first.published, first.ours) == (True, True, True)
+    assert (second.local, second.published, second.ours) == (False, True, True)
+
+
+async def test_local_storage_is_never_published(world) -> None:
+    await world.node("n1", object_store="s3://bucket")
+    await world.deploy()
+    await world.ask()
+    assert world.nodes.named("publish") == []
+
+
+async def test_when_the_capturing_node_is_gone_another_one_restores_from_the_store(two_nodes) -> None:
+    snapshot = await published(two_nodes)
+    (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
+    two_nodes.nodes.cut(holder)
+    await two_nodes.controller.fleet.give_up(holder)
+
+    info, _ = await two_nodes.ask()
+
+    assert info.tier is Tier.REMOTE
+    assert info.node != holder
+
+
+async def test_an_older_snapshot_under_the_same_id_is_refused_by_its_digest(two_nodes) -> None:
+    snapshot = await published(two_nodes)
+    (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
+    (other,) = {"n1", "n2"} - {holder}
+    two_nodes.nodes.bucket[snapshot] = replace(two_nodes.nodes.bucket[snapshot], manifest_digest="older")
+    await two_nodes.controller.fleet.refresh_snapshots(other)
+
+    (seen,) = [copy for copy in two_nodes.inventory.copies(snapshot) if copy.node == other]
+
+    assert seen.quarantined
+    assert seen.quarantine_reason.startswith("MANIFEST_REPLACED")
+
+
+async def test_a_restore_names_the_digest_that_was_captured(two_nodes) -> None:
+    snapshot = await published(two_nodes)
+    (stored,) = (await two_nodes.registry.load()).captured
+    assert stored == Captured(snapshot, "qa", two_nodes.nodes.bucket[snapshot].manifest_digest)
+
+
+async def test_deleting_a_deployment_empties_the_store_too(two_nodes) -> None:
+    await published(two_nodes)
+    await two_nodes.controller.catalogue.begin_delete("qa")
+    await two_nodes.until(lambda: "qa" not in two_nodes.controller.catalogue.deployments)
+    assert two_nodes.nodes.bucket == {}
+    assert (await two_nodes.registry.load()).captured == ()
+
+
+async def test_what_another_controller_published_is_left_alone(two_nodes) -> None:
+    theirs = Snapshot("theirs", "forgotten", "n1", 1.0)
+    two_nodes.nodes.bucket["theirs"] = theirs
+    await two_nodes.controller.fleet.refresh_snapshots("n1")
+    two_nodes.controller.reconciler.step()
+    assert "theirs" in two_nodes.inventory.snapshots
+    assert two_nodes.nodes.named("delete_snapshot") == []
+
+
+async def test_a_snapshot_that_no_reachable_node_knows_cannot_be_deleted_now(two_nodes) -> None:
+    snapshot = await published(two_nodes)
+    for name in ("n1", "n2"):
+        two_nodes.nodes.cut(name)
+        await two_nodes.controller.fleet.give_up(name)
+    with pytest.raises(Unavailable):
+        await two_nodes.controller.commands.delete_snapshot(snapshot)
+    assert snapshot in two_nodes.nodes.bucket
+
+
+async def test_a_prune_needs_a_node_with_a_store(world) -> None:
+    await world.node()
+    with pytest.raises(FailedPrecondition) as refusal:
+        world.controller.commands.store_node()
+    assert refusal.value.reason == "OBJECT_STORE_NOT_CONFIGURED"
