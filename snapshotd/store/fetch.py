@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -12,7 +13,7 @@ from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, R
 from snapshotd.failpoints import Failpoints
 from snapshotd.store.chunking import write_piece
 from snapshotd.store.codec import OVERHEAD, Codec, damaged
-from snapshotd.store.layout import chunk_key
+from snapshotd.store.layout import chunk_key, damage_key
 from snapshotd.store.model import Piece, PublishedSnapshot
 from snapshotd.store.ports import ObjectStore, Progress
 from snapshotd.store.workers import Counter, Workers
@@ -107,6 +108,10 @@ class Fetch:
                 raise damaged(piece.chunk, error.message) from None
             return await self._workers.compute(self._codec.open, piece.chunk, stored, piece.size)
         except DataLoss as error:
+            if error.reason == "CHUNK_DAMAGED":
+                # So that no upload counts on it. What is wrong with it is told, whatever becomes of this.
+                with contextlib.suppress(DumontError):
+                    await self._objects.put(damage_key(piece.chunk), b"")
             error.metadata |= {"file": piece.file, "snapshot": self._published.manifest.id}
             raise
 

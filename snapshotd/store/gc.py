@@ -15,7 +15,7 @@ from datetime import datetime
 from dumont.errors import DataLoss, FailedPrecondition, NotFound
 from snapshotd.failpoints import Failpoints
 from snapshotd.store import document
-from snapshotd.store.layout import CHUNKS, DELETED, SNAPSHOTS, TEMPORARY, chunk_of, snapshot_of
+from snapshotd.store.layout import CHUNKS, DAMAGED, DELETED, SNAPSHOTS, TEMPORARY, chunk_of, snapshot_of
 from snapshotd.store.model import GcPlan, GcResult, ObjectInfo
 from snapshotd.store.ports import ObjectStore
 from snapshotd.store.workers import Workers
@@ -65,14 +65,18 @@ class Marks:
 async def plan(objects: ObjectStore, cutoff: datetime, pins: Pins) -> GcPlan:
     """Find what can go. Reads only."""
     marked = await Marks(objects).named(cutoff)
+    damaged = {chunk_of(item.key): item async for item in objects.list(DAMAGED)}
     garbage, kept = [], 0
     async for item in objects.list(CHUNKS):
         chunk = chunk_of(item.key)
         if item.modified > cutoff or chunk in marked or chunk in pins():
             kept += item.size
+            damaged.pop(chunk, None)
         else:
             garbage.append(item)
     garbage += [item async for item in objects.list(TEMPORARY) if item.modified <= cutoff]
+    # What is left is said of chunks that are gone.
+    garbage += [item for item in damaged.values() if item.modified <= cutoff]
     tombstones = [item async for item in objects.list(DELETED) if item.modified <= cutoff]
     return GcPlan(tuple(garbage), tuple(tombstones), kept, cutoff)
 

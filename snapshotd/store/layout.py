@@ -7,6 +7,7 @@ import re
 CHUNKS = "chunks/"
 SNAPSHOTS = "snapshots/"
 DELETED = "deleted/"
+DAMAGED = "damaged/"
 # What is being written; what a killed writer left here is garbage once it is old.
 TEMPORARY = "tmp/"
 
@@ -17,8 +18,12 @@ def chunk_key(chunk: str) -> str:
     return f"{CHUNKS}{chunk[:2]}/{chunk}"
 
 
+def damage_key(chunk: str) -> str:
+    return f"{DAMAGED}{chunk}"
+
+
 def chunk_of(key: str) -> str:
-    """The chunk that a key under ``chunks/`` is of."""
+    """The chunk that a key under ``chunks/`` or ``damaged/`` is of."""
     return key.rpartition("/")[2]
 
 

@@ -126,7 +126,8 @@ class GcPlan:
     """What garbage collection would delete.
 
     Attributes:
-        garbage: chunks that no snapshot names and leftovers of killed writers, all older than the grace.
+        garbage: chunks that no snapshot names, what is said of them, and leftovers of killed writers, all
+            older than the grace.
         tombstones: records of deletions that are older than the grace.
         kept_bytes: stored bytes of everything else under ``chunks/``.
         cutoff: what was written after this is kept, whoever needs it.

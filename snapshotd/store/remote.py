@@ -18,7 +18,15 @@ from snapshotd.model import Manifest
 from snapshotd.store import document, gc
 from snapshotd.store.codec import DATA_KEY, Codec
 from snapshotd.store.fetch import Fetch
-from snapshotd.store.layout import SNAPSHOTS, chunk_key, manifest_key, snapshot_of, tombstone_key
+from snapshotd.store.layout import (
+    DAMAGED,
+    SNAPSHOTS,
+    chunk_key,
+    chunk_of,
+    manifest_key,
+    snapshot_of,
+    tombstone_key,
+)
 from snapshotd.store.model import GcPlan, GcResult, ObjectInfo, PublishedSnapshot, SealedKey, Usage
 from snapshotd.store.ports import KeyWrapper, ObjectStore, Progress
 from snapshotd.store.signing import Signer, TrustedKeys
@@ -116,6 +124,7 @@ class RemoteStore:
             self._failpoints,
             self._now,
             self.grace,
+            frozenset([chunk_of(item.key) async for item in self.objects.list(DAMAGED)]),
             lambda: gc.Marks(self.objects).named(None),
         )
         files = await upload.run(progress)

@@ -12,7 +12,7 @@ from snapshotd.failpoints import Failpoints
 from snapshotd.model import ImageFile, Manifest
 from snapshotd.store.chunking import join_pieces, pieces_of, read_piece
 from snapshotd.store.codec import Codec
-from snapshotd.store.layout import chunk_key
+from snapshotd.store.layout import chunk_key, damage_key
 from snapshotd.store.model import CHUNK, ObjectInfo, PublishedFile
 from snapshotd.store.ports import ObjectStore, Progress
 from snapshotd.store.workers import Counter, Workers
@@ -35,9 +35,11 @@ class Upload:
 
     A chunk that is already there counts only while garbage collection will surely leave it alone until
     the manifest is published: it is younger than half the grace, or a snapshot names it (whose deletion
-    would keep it for the whole grace). Any other is written again, which makes it young.
+    would keep it for the whole grace). Any other is written again, which makes it young; so is one that
+    somebody found damaged, which heals it for all snapshots that name it.
 
     Args:
+        damaged: chunks not to count on.
         named: the chunks that published snapshots name; asked at most once.
     """
 
@@ -51,6 +53,7 @@ class Upload:
         failpoints: Failpoints,
         now: Callable[[], datetime],
         grace: timedelta,
+        damaged: frozenset[str],
         named: Callable[[], Awaitable[frozenset[str]]],
     ) -> None:
         self._manifest = manifest
@@ -61,6 +64,7 @@ class Upload:
         self._failpoints = failpoints
         self._now = now
         self._trusted_age = grace / 2
+        self._damaged = damaged
         self._named = named
         self._named_chunks: frozenset[str] | None = None
         self._names: dict[str, list[str | None]] = {
@@ -111,11 +115,13 @@ class Upload:
             return
         self._claimed.add(name)
         found = await self._objects.stat(chunk_key(name))
-        if found is not None:
+        if found is not None and name not in self._damaged:
             if await self._will_stay(name, found):
                 return
             self._rewritten.append(place)
         await self._put(name, plain)
+        if name in self._damaged:
+            await self._objects.delete(damage_key(name))
 
     async def _put(self, name: str, plain: bytes) -> None:
         self._failpoints.hit("upload.chunk")

@@ -18,6 +18,7 @@ from snapshotd.store.model import CHUNK, PublishedSnapshot
 from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer
 from tests.unit.snapshotd.store.world import (
+    GRACE,
     MemoryObjects,
     a_key_file,
     a_node,
@@ -124,6 +125,38 @@ async def test_verify_reads_everything_and_names_every_hurt_file(world: World) -
         await world.reader.verify(snapshot)
     assert error.value.reason == "CHUNK_DAMAGED"
     assert error.value.metadata["files"] == "pages-1.img,pages-2.img"
+
+
+async def test_a_damaged_chunk_is_healed_by_the_next_snapshot_that_has_it(tmp_path: Path) -> None:
+    world = World(tmp_path, encrypted=False)
+    first = await world.publish("s1")
+    chunk = next(first.pieces()).chunk
+    world.objects.change(chunk_key(chunk), flip)
+    with pytest.raises(DataLoss):
+        await world.reader.verify(first)
+
+    second = await world.publish("s2")
+
+    await world.reader.verify(second)
+    await world.reader.verify(first)
+    assert world.objects.sent().count(chunk_key(chunk)) == 2
+    assert world.objects.keys("damaged/") == set()
+
+
+async def test_what_is_said_of_a_damaged_chunk_goes_with_it(tmp_path: Path) -> None:
+    world = World(tmp_path, encrypted=False)
+    snapshot = await world.publish("s1")
+    world.objects.change(chunk_key(next(snapshot.pieces()).chunk), flip)
+    with pytest.raises(DataLoss):
+        await world.reader.verify(snapshot)
+    world.objects.clock.advance(2 * GRACE)
+    await world.source.execute_gc(await world.source.plan_gc())
+    assert len(world.objects.keys("damaged/")) == 1
+
+    await world.source.delete("s1")
+    world.objects.clock.advance(2 * GRACE)
+    await world.source.execute_gc(await world.source.plan_gc())
+    assert world.objects.objects == {}
 
 
 async def test_a_manifest_edited_anywhere(world: World) -> None:
