@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dumont.errors import DataLoss, DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted
@@ -25,6 +25,7 @@ from snapshotd.store.workers import Workers
 from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, an_image, noise
 
 
+@settings(deadline=None)
 @given(plain=st.binary(min_size=1, max_size=2000), encrypted=st.booleans())
 def test_a_packed_chunk_opens_to_what_it_was_and_hardly_grows(plain: bytes, encrypted: bool) -> None:
     codec = Codec("s1", bytes(32) if encrypted else None)
@@ -34,6 +35,7 @@ def test_a_packed_chunk_opens_to_what_it_was_and_hardly_grows(plain: bytes, encr
     assert codec.open(name, stored, len(plain)) == plain
 
 
+@settings(deadline=None)
 @given(stored=st.binary(max_size=300), encrypted=st.booleans())
 def test_whatever_else_is_opened_is_refused(stored: bytes, encrypted: bool) -> None:
     codec = Codec("s1", bytes(32) if encrypted else None)
