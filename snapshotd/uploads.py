@@ -77,9 +77,7 @@ class Uploads:
         name = snapshot.manifest.id
         upload = self._running.get(name)
         if upload is None:
-            pending = PendingUpload.of(name, self.remote.new_key(name))
-            await asyncio.to_thread(self.journal.add, pending)
-            upload = self._running.get(name) or self._begin(pending)
+            upload = self._begin(PendingUpload.of(name, self.remote.new_key(name)))
         upload.listeners.append(progress)
         assert upload.task is not None
         try:
@@ -139,6 +137,7 @@ class Uploads:
 
     async def _upload(self, pending: PendingUpload, upload: Upload) -> None:
         snapshot = pending.snapshot
+        await asyncio.to_thread(self.journal.add, pending)
         pause = self.retry_seconds
         while True:
             try:
@@ -154,6 +153,7 @@ class Uploads:
                     error=error.message,
                     pause=pause,
                 )
+                _end_if_cancelled()
             except DumontError:
                 self.journal.remove(snapshot)
                 raise
@@ -164,3 +164,10 @@ class Uploads:
         self.journal.remove(snapshot)
         log.info("snapshot published", snapshot=snapshot)
         self.published(snapshot)
+
+
+def _end_if_cancelled() -> None:
+    # A failure of several workers at once can hide the cancellation that ended them.
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -137,3 +137,54 @@ async def test_a_manifest_under_another_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataLoss):
         await store.get("s2")
     assert await store.list() == []
+
+
+async def test_what_is_published_says_so_from_then_on(store: SnapshotStore) -> None:
+    assert not (await committed(store, "s1")).published
+    await store.note_published("s1")
+    assert (await store.get("s1")).published
+    assert [entry.published for entry in await store.entries()] == [True]
+
+
+async def test_entries_tell_sizes_and_the_order_of_use(store: SnapshotStore) -> None:
+    for snapshot in ("s1", "s2"):
+        await committed(store, snapshot)
+    await store.touch("s1")
+    first, second = sorted(await store.entries(), key=lambda entry: entry.last_use)
+    assert (first.snapshot, second.snapshot) == ("s2", "s1")
+    assert first.size >= sum(map(len, CONTENT.values()))
+
+
+async def test_a_fetched_snapshot_is_published_and_verified_already(store: SnapshotStore) -> None:
+    snapshot = await store.commit(await staged(store, "s1"), fetched=True)
+    assert snapshot.published
+    assert await store.get("s1") == snapshot
+    await store.verify(snapshot)
+
+
+async def test_verifying_again_reads_what_was_found_right_before(store: SnapshotStore) -> None:
+    snapshot = await committed(store, "s1")
+    await store.verify(snapshot)
+    await store.verify(snapshot, again=True)
+    (store.images(snapshot) / "inventory.img").write_bytes(b"x" * 100)
+    with pytest.raises(DataLoss):
+        await store.verify(snapshot, again=True)
+
+
+async def test_what_was_fetched_before_the_machine_started_is_removed_and_the_rest_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = DirectoryStore(tmp_path / "snapshots", threads=1)
+    directory.open()
+    await directory.commit(await staged(directory, "fetched"), fetched=True)
+    await committed(directory, "captured")
+
+    directory.open()
+    assert len(await directory.list()) == 2
+
+    other_boot = tmp_path / "boot_id"
+    other_boot.write_text("another boot\n")
+    monkeypatch.setattr("snapshotd.adapters.directory_store.BOOT_ID", other_boot)
+    after = DirectoryStore(tmp_path / "snapshots", threads=1)
+    after.open()
+    assert [snapshot.manifest.id for snapshot in await after.list()] == ["captured"]

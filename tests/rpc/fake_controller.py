@@ -20,7 +20,14 @@ from dumont.controller.v1 import node_service_pb2 as nodes
 from dumont.controller.v1 import node_service_pb2_grpc as nodes_grpc
 from dumont.controller.v1 import snapshot_service_pb2 as snapshots
 from dumont.controller.v1 import snapshot_service_pb2_grpc as snapshots_grpc
-from dumont.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
+from dumont.errors import (
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from dumont.inference.v1 import inference_pb2
 from dumont.rpc.operations import Operations, Progress
 from dumont.rpc.server import bind, new_server
@@ -205,6 +212,17 @@ class FakeController(
             size_bytes=214_000_000,
             compatibility={"criu": "4.1.1"},
             manifest_digest="ab12",
+            local=True,
+            published=True,
+            stored=snapshots.StoredSnapshot(
+                image_bytes=200 << 20,
+                data_bytes=100 << 20,
+                stored_bytes=50 << 20,
+                unique_bytes=10 << 20,
+                chunk_count=25,
+                encrypted=True,
+                signer="5af3",
+            ),
         )
         snapshot.files.add(name="pages-1.img", size_bytes=4096, digest="cd34")
         snapshot.source_pause_duration.FromMilliseconds(304)
@@ -218,6 +236,24 @@ class FakeController(
         if request.name != "snapshots/one":
             raise NotFound("SNAPSHOT_NOT_FOUND", f"no {request.name}", field="name")
         return Empty()
+
+    async def VerifySnapshot(self, request: Any, context: Any) -> Any:
+        async def work(progress: Progress) -> snapshots.VerifySnapshotResponse:
+            if request.name != "snapshots/one":
+                raise DataLoss("CHUNK_DAMAGED", "a chunk is damaged", metadata={"chunk": "ab"})
+            return snapshots.VerifySnapshotResponse(local_bytes=2048, published_bytes=1024)
+
+        return self.operations.start("verify", work, snapshots.VerifySnapshotMetadata(snapshot=request.name))
+
+    async def PruneSnapshots(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+
+        async def work(progress: Progress) -> snapshots.PruneSnapshotsResponse:
+            return snapshots.PruneSnapshotsResponse(
+                objects=["chunks/ab/ab12"], object_count=1, size_bytes=1 << 20, kept_bytes=3 << 20
+            )
+
+        return self.operations.start("prune", work, snapshots.PruneSnapshotsMetadata(node="nodes/one"))
 
     def _instance(self, name: str) -> instances.Instance:
         try:

@@ -246,3 +246,48 @@ def test_every_command_offers_json(cli: Cli) -> None:
     ]  # fmt: skip
     offered = [command for command in commands if "--json" in cli(*command.split(), "--help").stdout]
     assert offered == commands
+
+
+def test_a_snapshot_is_verified_where_it_is_kept(cli: Cli) -> None:
+    assert cli.document("snapshot", "verify", "one") == {"local_bytes": 2048, "published_bytes": 1024}
+    shown = cli("snapshot", "verify", "one").stdout
+    assert "2.0 KiB read, all right" in shown
+    assert "1.0 KiB read, all right" in shown
+
+
+def test_a_damaged_snapshot_fails_its_verification_by_name(cli: Cli) -> None:
+    result = cli("snapshot", "verify", "two", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout.splitlines()[-1])["error"]["reason"] == "CHUNK_DAMAGED"
+
+
+@pytest.mark.parametrize(
+    ("flags", "dry_run", "verb"), [((), False, "deleted"), (("--dry-run",), True, "would")]
+)
+def test_prune_says_what_it_deletes_or_would(
+    cli: Cli, flags: tuple[str, ...], dry_run: bool, verb: str
+) -> None:
+    shown = cli("snapshot", "prune", *flags).stdout
+    assert shown.splitlines()[-1].startswith(verb)
+    assert "1 objects, 1.0 MiB; 3.0 MiB of chunks stay" in shown
+    assert ("chunks/ab/ab12" in shown) is dry_run
+    assert cli.served.controller.requests[-1].dry_run is dry_run
+    document = cli.document("snapshot", "prune", *flags)
+    assert (document["object_count"], document["dry_run"]) == (1, dry_run)
+
+
+def test_inspect_tells_what_a_snapshot_takes_in_the_store(cli: Cli) -> None:
+    shown = " ".join(cli("snapshot", "inspect", "one").stdout.split())
+    assert "50.0 MiB in 25 chunks, 25.0% of the image" in shown
+    assert "shared 40.0 MiB with other snapshots" in shown
+    assert "encrypted yes" in shown
+    assert "kept node+store" in shown
+    assert cli.document("snapshot", "inspect", "one")["stored"]["unique_bytes"] == 10 << 20
+
+
+def test_a_bench_must_be_told_what_to_measure_and_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DUMONT_SNAPSHOTD_STORE_URL", raising=False)
+    assert "--store" in cli("bench").output
+    result = cli("bench", "--store", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout.splitlines()[-1])["error"]["reason"] == "OBJECT_STORE_NOT_CONFIGURED"
