@@ -167,9 +167,13 @@ async def test_a_node_is_replaced_and_an_intent_dropped_once(registry: Registry)
     assert stored.intents == ()
 
 
-async def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "url", ["postgresql+asyncpg://127.0.0.1:1/none", "sqlite+aiosqlite:///{folder}/damaged.db"]
+)
+async def test_a_database_that_cannot_be_used_is_unavailable(tmp_path: Path, url: str) -> None:
+    (tmp_path / "damaged.db").write_bytes(b"not a database" * 1000)
     with pytest.raises(Unavailable) as failure:
-        await open_registry(f"sqlite+aiosqlite:///{tmp_path}/no/such/directory/c.db")
+        await open_registry(url.format(folder=tmp_path))
     assert failure.value.reason == "DATABASE_UNAVAILABLE"
     assert failure.value.retry_after
 
