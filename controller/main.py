@@ -51,15 +51,21 @@ log = structlog.get_logger()
 
 
 def add_services(
-    server: grpc.aio.Server, controller: Controller, running: Operations, settings: Config
+    server: grpc.aio.Server,
+    controller: Controller,
+    running: Operations,
+    settings: Config,
+    draining: asyncio.Event,
 ) -> None:
-    """Register every service of the API."""
+    """Register every service of the API; streams without an end of their own end with ``draining``."""
     deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server(
         DeploymentService(controller.catalogue, controller.starter, controller.inventory), server
     )
     InferenceService(controller.serving, settings.max_new_tokens).register(server)
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
-        InstanceService(controller.inventory, controller.catalogue, controller.commands, controller.nodes),
+        InstanceService(
+            controller.inventory, controller.catalogue, controller.commands, controller.nodes, draining
+        ),
         server,
     )
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(
@@ -96,7 +102,7 @@ async def serve(settings: Config) -> None:
     running = Operations(DOMAIN)
     controller = await assemble(nodes, registry, SystemClock(), settings.heartbeat_seconds)
     try:
-        add_services(server, controller, running, settings)
+        add_services(server, controller, running, settings, health.draining)
         if settings.metrics_listen:
             _show_metrics(settings.metrics_listen, controller)
         await server.start()

@@ -19,10 +19,11 @@ from dumont.errors import Aborted, AlreadyExists, DumontError, FailedPreconditio
 from snapshotd import jobs
 from snapshotd.executor import Observer, Step, run_job
 from snapshotd.failpoints import Failpoints
-from snapshotd.jobs import Node
+from snapshotd.jobs import moves
 from snapshotd.journal import Journal
 from snapshotd.machine import Event, Job, advance
 from snapshotd.model import Instance, Model, Phase, Snapshot, State
+from snapshotd.node import Node, uses_cuda
 from snapshotd.ports import Host
 
 log = structlog.get_logger(__name__)
@@ -195,7 +196,7 @@ class Instances:
         """Bring a found model host to a state that the table knows, or raise."""
         if (await host.status())["frozen"]:
             return replace(instance, pid=host.pid, state=State.PARKED)
-        if jobs.uses_cuda(instance.device) and await jobs.settle_cuda(self.node, instance, host):
+        if uses_cuda(instance.device) and await moves.settle_cuda(self.node, instance, host):
             return replace(instance, pid=host.pid, state=State.PARKED)
         status = await host.call("status", self.node.deadlines.serve)
         state = status["state"]
@@ -203,8 +204,8 @@ class Instances:
             await host.call("accept", self.node.deadlines.serve)
         elif state in ("QUIESCED", "AWAKE"):
             if state == "QUIESCED":
-                await jobs.wake_host(self.node, instance.id, host)
-            await jobs.serve_host(self.node, instance.id, host)
+                await moves.wake_host(self.node, instance.id, host)
+            await moves.serve_host(self.node, instance.id, host)
         elif state != "SERVING":
             raise Aborted("START_INTERRUPTED", f"it was {state} when its snapshotd ended")
         return replace(instance, pid=host.pid, state=State.SERVING)

@@ -33,8 +33,8 @@ from snapshotd.config import Settings, node_id
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
 from snapshotd.instances import Instances
-from snapshotd.jobs import Deadlines, HostSettings, Node
 from snapshotd.journal import Journal
+from snapshotd.node import Deadlines, HostSettings, Node
 from snapshotd.observer import Observers
 from snapshotd.service.inference import Inference
 from snapshotd.service.instances import InstanceServicer
@@ -97,14 +97,14 @@ async def run(settings: Settings) -> None:
         node_servicer = NodeServicer(node, node_id(settings), findings)
 
         server = new_server(DOMAIN, ServerLimits())
+        health = add_standard_services(server, (*SERVICES, rpc_operations.SERVICE_NAME))
         server.add_generic_rpc_handlers((inference.handler(),))
         instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
-            InstanceServicer(instances, operations, observers), server
+            InstanceServicer(instances, operations, observers, health.draining), server
         )
         snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(SnapshotServicer(instances), server)
         node_service_pb2_grpc.add_NodeServiceServicer_to_server(node_servicer, server)
         operations.register(server)
-        health = add_standard_services(server, (*SERVICES, rpc_operations.SERVICE_NAME))
         endpoint = bind(server, settings.listen)
 
         stack.push_async_callback(hosts.close)
@@ -176,7 +176,7 @@ def host_settings(settings: Settings) -> HostSettings:
         "TOKENIZERS_PARALLELISM": "false",
         # Compute threads that spin while they wait make a busy machine forty times slower, and a quiet one
         # hardly faster.
-        "GOMP_SPINCOUNT": "2000",
+        "GOMP_SPINCOUNT": "10000",
         "HF_HUB_OFFLINE": "1",
     }
     environment |= {name: os.environ[name] for name in INHERITED if name in os.environ}

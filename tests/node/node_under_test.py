@@ -22,10 +22,10 @@ from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
 from snapshotd.instances import Instances
-from snapshotd.jobs import Deadlines, Node
 from snapshotd.journal import Journal
 from snapshotd.main import host_settings, prepare_state
 from snapshotd.model import Instance, Json, Snapshot, State
+from snapshotd.node import Deadlines, Node
 from snapshotd.observer import Observers
 from snapshotd.preflight import find_criu
 from snapshotd.shim.freezer import cgroup2_root

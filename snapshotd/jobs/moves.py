@@ -1,0 +1,109 @@
+"""The single moves that jobs are made of, on the instance that a job works on."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+
+import structlog
+
+from dumont.errors import DumontError, FailedPrecondition, Internal
+from snapshotd.cuda import tree
+from snapshotd.executor import Action, Step
+from snapshotd.model import Canary, Instance, Json, State
+from snapshotd.node import Node, Subject
+from snapshotd.ports import Cuda, Host
+
+log = structlog.get_logger(__name__)
+
+SOCKET = "/run/dumont/host.sock"
+
+
+def host_of(subject: Subject) -> Host:
+    if subject.host is None:
+        raise Internal("NO_HOST", f"instances/{subject.instance.id} has no process")
+    return subject.host
+
+
+async def serve_host(node: Node, instance: str, host: Host) -> None:
+    """Open its socket."""
+    await host.call("serve", node.deadlines.serve, socket=SOCKET, instance=instance)
+
+
+async def wake_host(node: Node, instance: str, host: Host) -> None:
+    """End its quiescence; it has a new identity then and draws other random numbers than its twins."""
+    await host.call("wake", node.deadlines.wake, instance=instance, entropy=secrets.token_hex(32))
+
+
+def cuda_of(node: Node) -> Cuda:
+    if node.cuda is None:
+        raise FailedPrecondition("NO_GPU", "this node has no CUDA driver, and the process needs one")
+    return node.cuda
+
+
+async def drain(node: Node, subject: Subject) -> None:
+    """Refuse new requests and answer the running ones."""
+    seconds = node.deadlines.drain
+    await host_of(subject).call("drain", seconds * 2, deadline_seconds=seconds)
+
+
+async def suspend_cuda(node: Node, subject: Subject) -> None:
+    await tree.suspend(cuda_of(node), [host_of(subject).pid], node.deadlines.cuda_lock)
+
+
+async def rouse_cuda(node: Node, subject: Subject) -> None:
+    await tree.rouse(cuda_of(node), [host_of(subject).pid])
+
+
+async def settle_cuda(node: Node, instance: Instance, host: Host) -> bool:
+    """After a crash of the daemon: True when the process is parked; else its CUDA runs again."""
+    cuda = cuda_of(node)
+    if instance.state is State.PARKED and await cuda.state(host.pid) == "checkpointed":
+        return True
+    await tree.rouse(cuda, [host.pid])
+    return False
+
+
+async def serve(node: Node, subject: Subject) -> None:
+    await serve_host(node, subject.instance.id, host_of(subject))
+
+
+async def wake(node: Node, subject: Subject) -> None:
+    await wake_host(node, subject.instance.id, host_of(subject))
+
+
+async def accept(node: Node, subject: Subject) -> None:
+    await host_of(subject).call("accept", node.deadlines.serve)
+
+
+async def unless_lost(subject: Subject, action: Action) -> None:
+    """Bring a source back to serving or, where that fails, end it: it must not stay in between."""
+    try:
+        await action()
+    except DumontError as error:
+        log.error("instance could not be brought back", instance=subject.instance.id, reason=error.reason)
+        await release(subject)
+
+
+async def release(subject: Subject) -> None:
+    host, subject.host = subject.host, None
+    if host is not None:
+        await host.release()
+
+
+def directory_step(node: Node, instance: Instance) -> Step:
+    """Make the instance's directory; undone, it is gone with everything in it."""
+
+    async def make() -> None:
+        node.instance_directory(instance.id).mkdir(mode=0o700)
+
+    return Step("directory", make, lambda: remove_directory(node, instance))
+
+
+async def remove_directory(node: Node, instance: Instance) -> None:
+    await asyncio.to_thread(shutil.rmtree, node.instance_directory(instance.id), ignore_errors=True)
+
+
+def canary_of(answer: Json) -> Canary:
+    return Canary(tuple(answer["tokens"]), float(answer["logprob"]))
