@@ -24,11 +24,8 @@ async def until_draining(source: AsyncIterator[Item], draining: asyncio.Event) -
             try:
                 await asyncio.wait({item, drained}, return_when=asyncio.FIRST_COMPLETED)
                 if not item.done():
-                    raise Unavailable(
-                        "SERVICE_DRAINING",
-                        "the service is ending; watch again once it is back",
-                        retry_after=1.0,
-                    )
+                    message = "the service is ending; watch again once it is back"
+                    raise Unavailable("SERVICE_DRAINING", message, retry_after=1.0)
                 yield item.result()
             except StopAsyncIteration:
                 return

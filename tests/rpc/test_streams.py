@@ -24,11 +24,14 @@ async def test_items_pass_until_the_drain_and_the_source_is_closed() -> None:
     draining, closed = asyncio.Event(), asyncio.Event()
     seen: list[str] = []
 
-    with pytest.raises(Unavailable) as ended:
+    async def read() -> None:
         async for item in until_draining(watch(closed, "one", "two"), draining):
             seen.append(item)
             if item == "two":
                 draining.set()
+
+    with pytest.raises(Unavailable) as ended:
+        await read()
 
     assert seen == ["one", "two"]
     assert ended.value.reason == "SERVICE_DRAINING"
