@@ -72,15 +72,10 @@ class Capture:
 
     async def accept(self) -> None:
         if self.paused_at and not self.asleep:
-            await moves.unless_lost(self.subject, self._accept)
-
-    async def _accept(self) -> None:
-        status = await moves.host_of(self.subject).call("status", self.node.deadlines.serve)
-        if status["draining"]:
-            await moves.host_of(self.subject).call("accept", self.node.deadlines.serve)
+            await moves.unless_lost(self.subject, lambda: moves.accept_if_drained(self.node, self.subject))
 
     async def quiesce(self) -> None:
-        await moves.host_of(self.subject).call("quiesce", self.node.deadlines.quiesce)
+        await moves.quiesce(self.node, self.subject)
         self.asleep = True
 
     async def rouse(self) -> None:

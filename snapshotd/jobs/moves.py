@@ -48,6 +48,19 @@ async def drain(node: Node, subject: Subject) -> None:
     await host_of(subject).call("drain", seconds * 2, deadline_seconds=seconds)
 
 
+async def quiesce(node: Node, subject: Subject) -> None:
+    """Close everything that a snapshot could not hold; weights leave the GPU."""
+    await host_of(subject).call("quiesce", node.deadlines.quiesce)
+
+
+async def wake_and_serve(node: Node, subject: Subject) -> None:
+    """End a quiescence that a job began, if it came that far."""
+    status = await host_of(subject).call("status", node.deadlines.serve)
+    if status["state"] == "QUIESCED":
+        await wake(node, subject)
+        await serve(node, subject)
+
+
 async def suspend_cuda(node: Node, subject: Subject) -> None:
     await tree.suspend(cuda_of(node), [host_of(subject).pid], node.deadlines.cuda_lock)
 
@@ -75,6 +88,12 @@ async def wake(node: Node, subject: Subject) -> None:
 
 async def accept(node: Node, subject: Subject) -> None:
     await host_of(subject).call("accept", node.deadlines.serve)
+
+
+async def accept_if_drained(node: Node, subject: Subject) -> None:
+    """Take requests again if a job stopped them."""
+    if (await host_of(subject).call("status", node.deadlines.serve))["draining"]:
+        await accept(node, subject)
 
 
 async def unless_lost(subject: Subject, action: Action) -> None:
