@@ -20,7 +20,7 @@ from model_host.engine import Engine, Phases, Settings
 from model_host.gate import Gate
 from model_host.machine import Command, State, advance
 from model_host.ports import Server, World
-from model_host.process import EXPECTED
+from model_host.process import EXPECTED, is_gpu_drivers
 from model_host.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,11 @@ class Loaded:
     engine: Engine
     scheduler: Scheduler
     server: Server
-    descriptors: frozenset[int]  # open for as long as the model is: a GPU driver's
+
+    def may_hold(self, descriptor: int, leads_to: str) -> bool:
+        """Whether a snapshot may find this descriptor open."""
+        cuda = self.engine.device.startswith("cuda")
+        return descriptor in EXPECTED or (cuda and is_gpu_drivers(leads_to))
 
 
 class Host:
@@ -118,10 +122,7 @@ class Host:
             scheduler.close()
             raise
         self._world.settle()
-        descriptors = EXPECTED
-        if engine.device.startswith("cuda"):
-            descriptors |= self._world.open_descriptors().keys()
-        self._model = Loaded(engine, scheduler, server, descriptors)
+        self._model = Loaded(engine, scheduler, server)
         return {
             "engine": engine.name,
             "device": engine.device,
@@ -168,7 +169,7 @@ class Host:
         try:
             model.scheduler.call(model.engine.quiesce)
             self._world.release_memory()
-            dirty = self._world.wait_for_descriptors(model.descriptors)
+            dirty = self._world.wait_for_descriptors(model.may_hold)
             if dirty:
                 raise FailedPrecondition(
                     "QUIESCE_DIRTY",

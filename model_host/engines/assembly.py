@@ -59,6 +59,9 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
+    if device.type == "cuda":
+        # It compiles a kernel for each new shape, 0.6 s each time, and its compiler stays in every snapshot.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     with phases.measure("import_model"):
         model_class = _model_class(files)
     with phases.measure("load_weights"):

@@ -71,7 +71,17 @@ class CausalLM:
         self._keeps_logits = "logits_to_keep" in takes
 
     def warm_up(self) -> None:
-        """Prefill and two steps, drawing; the chat template and the tokenizer both ways."""
+        """Prefill and steps, drawing and greedy; the chat template and the tokenizer both ways.
+
+        On a GPU also prompts of other lengths: for each the libraries choose kernels, and load them then.
+        """
+        if self._device.type == "cuda":
+            for length in (1, 5, 64, 256):
+                prompt = [
+                    position % self._vocabulary for position in range(min(length, self.context_length // 2))
+                ]
+                for _ in self._answer(Generation(), prompt, max_new_tokens=4):
+                    pass
         text = "Hello"
         if self._template:
             text = self._template.render([Message("user", text)])
