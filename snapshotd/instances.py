@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,10 @@ log = structlog.get_logger(__name__)
 
 # How many failed instances are remembered for their reason.
 FAILED_KEPT = 64
+# Half a stop or half a resume is no state to be in: they end as begun, whoever still waits.
+RUN_TO_THE_END = ("stop", "resume")
+# What a daemon that ended in them left behind was never checked, or not wanted any more.
+UNFINISHED = (State.STARTING, State.RESTORING, State.STOPPING)
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Record:
     instance: Instance
     host: Host | None = None
     # The job under way; a stop cancels it.
-    job: asyncio.Task[object] | None = None
+    job: asyncio.Task[None] | None = None
     watch: asyncio.Task[None] | None = None
     # What the model host says its load was made of.
     load_parts: tuple[Phase, ...] = ()
@@ -70,6 +75,8 @@ class Instances:
         self.pinned: dict[str, int] = {}
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._listeners: set[asyncio.Queue[Change]] = set()
+        # Held here: the caller of a job may leave before its end.
+        self._settling: set[asyncio.Task[Instance]] = set()
 
     # What there is.
 
@@ -144,10 +151,6 @@ class Instances:
         """End an instance in whatever state; a job under way is cancelled and unwinds first."""
         record = self._record(instance)
         self._move(record, Event.STOP)
-        if record.job is not None:
-            record.job.cancel()
-            with contextlib.suppress(asyncio.CancelledError, DumontError):
-                await record.job
         await self._settle(record, "stop", jobs.stop(self.node, record))
 
     async def stop_all(self) -> None:
@@ -179,8 +182,7 @@ class Instances:
                 record.instance = await self._recover(instance, host)
             except DumontError as error:
                 log.warning("instance not taken over", instance=instance.id, reason=error.reason)
-                await self._clean_up(record)
-                self.journal.forget(instance.id)
+                await self._forget(record)
                 continue
             self._records[instance.id] = record
             self._watch(record, host)
@@ -190,10 +192,32 @@ class Instances:
             )
         for host in hosts.values():
             # Its journal entry was removed: it was being stopped.
-            await host.release()
+            try:
+                await host.release()
+            except DumontError as error:
+                log.error("model host not ended", instance=host.instance, reason=error.reason)
+        await asyncio.to_thread(self._sweep, frozenset(self._records))
+
+    async def _forget(self, record: Record) -> None:
+        """End what is left of an instance that is not taken over; the daemon starts in any case."""
+        instance = record.instance.id
+        try:
+            await self._clean_up(record)
+        except DumontError as error:
+            log.error("instance not cleaned up", instance=instance, reason=error.reason)
+        self.journal.forget(instance)
+
+    def _sweep(self, known: frozenset[str]) -> None:
+        """Remove the directories of instances that an earlier daemon had given up."""
+        for path in self.node.instance_directory("").iterdir():
+            if path.name not in known:
+                log.warning("directory of no instance removed", instance=path.name)
+                shutil.rmtree(path, ignore_errors=True)
 
     async def _recover(self, instance: Instance, host: Host) -> Instance:
         """Bring a found model host to a state that the table knows, or raise."""
+        if instance.state in UNFINISHED:
+            raise Aborted("INTERRUPTED", f"it was {instance.state.name} when its snapshotd ended")
         if (await host.status())["frozen"]:
             return replace(instance, pid=host.pid, state=State.PARKED)
         if uses_cuda(instance.device) and await moves.settle_cuda(self.node, instance, host):
@@ -207,11 +231,13 @@ class Instances:
                 await moves.wake_host(self.node, instance.id, host)
             await moves.serve_host(self.node, instance.id, host)
         elif state != "SERVING":
-            raise Aborted("START_INTERRUPTED", f"it was {state} when its snapshotd ended")
+            raise Aborted("INTERRUPTED", f"its model host was {state} when its snapshotd ended")
         return replace(instance, pid=host.pid, state=State.SERVING)
 
     async def detach(self) -> None:
-        """Let go of every instance; they run on for the next daemon."""
+        """Let go of every instance, once what was begun has ended; they run on for the next daemon."""
+        if self._settling:
+            await asyncio.wait(self._settling)
         for record in self._records.values():
             if record.watch is not None:
                 record.watch.cancel()
@@ -221,14 +247,51 @@ class Instances:
     async def _settle(
         self, record: Record, job: str, steps: Sequence[Step], phases: list[Phase] | None = None
     ) -> Instance:
-        """Run a job and put its end into the machine."""
+        """Run a job, after the one it takes the place of has unwound, and put its end into the machine.
+
+        A caller who leaves takes the job along, unless it must run to its end. Either way the machine
+        hears how it ended.
+        """
         done: list[Phase] = [] if phases is None else phases
-        observer = self.observer(record.instance.id)
         task = asyncio.create_task(
-            run_job(job, steps, self.node.clock, observer, self.failpoints, done),
-            name=f"{job} {record.instance.id}",
+            self._run(record, job, steps, done, record.job), name=f"{job} {record.instance.id}"
         )
         record.job = task
+        settling = asyncio.create_task(
+            self._conclude(record, job, task, done, record.host), name=f"{job} {record.instance.id} ends"
+        )
+        self._settling.add(settling)
+        settling.add_done_callback(self._settled)
+        try:
+            return await asyncio.shield(settling)
+        except asyncio.CancelledError:
+            if job not in RUN_TO_THE_END:
+                task.cancel()
+            await asyncio.wait([settling])
+            raise
+
+    def _settled(self, settling: asyncio.Task[Instance]) -> None:
+        self._settling.discard(settling)
+        error = None if settling.cancelled() else settling.exception()
+        if error is not None and not isinstance(error, DumontError):
+            log.error("job could not be concluded", task=settling.get_name(), exc_info=error)
+
+    async def _run(
+        self,
+        record: Record,
+        job: str,
+        steps: Sequence[Step],
+        done: list[Phase],
+        previous: asyncio.Task[None] | None,
+    ) -> None:
+        if previous is not None:
+            previous.cancel()
+            await asyncio.wait([previous])
+        await run_job(job, steps, self.node.clock, self.observer(record.instance.id), self.failpoints, done)
+
+    async def _conclude(
+        self, record: Record, job: str, task: asyncio.Task[None], done: list[Phase], host: Host | None
+    ) -> Instance:
         try:
             await task
         except asyncio.CancelledError:
@@ -236,11 +299,18 @@ class Instances:
             await self._fail(record, error)
             raise error from None
         except DumontError as error:
-            await self._fail(record, error)
+            if job == "stop":
+                # Kept, so that the next stop has something to end.
+                record.host = record.host or host
+                self._move(record, Event.FAILED, error.reason, error.message)
+            else:
+                await self._fail(record, error)
             raise
         finally:
             if record.job is task:
                 record.job = None
+        if record.instance.state is State.STOPPING and job != "stop":
+            raise Aborted("CANCELLED", f"instances/{record.instance.id} was stopped at the end of its {job}")
         if job in ("start", "restore", "resume"):
             record.instance = replace(record.instance, phases=_with_parts(done, record.load_parts))
         self._move(record, Event.SUCCEEDED)
@@ -321,6 +391,7 @@ class Instances:
             raise NotFound(
                 "INSTANCE_NOT_FOUND",
                 f"this node has no instances/{instance}",
+                field="name",
                 metadata={"instance": instance},
             ) from None
 
@@ -331,6 +402,8 @@ class Instances:
             yield
         finally:
             self.pinned[snapshot] -= 1
+            if not self.pinned[snapshot]:
+                del self.pinned[snapshot]
 
 
 def _with_parts(phases: Sequence[Phase], parts: Sequence[Phase]) -> tuple[Phase, ...]:
