@@ -37,11 +37,13 @@ class Loaded:
     engine: Engine
     scheduler: Scheduler
     server: Server
+    # What was open when the model was there: on a GPU the driver's own pipes and sockets.
+    baseline: frozenset[int]
 
     def may_hold(self, descriptor: int, leads_to: str) -> bool:
         """Whether a snapshot may find this descriptor open."""
         cuda = self.engine.device.startswith("cuda")
-        return descriptor in EXPECTED or (cuda and is_gpu_drivers(leads_to))
+        return descriptor in self.baseline or (cuda and is_gpu_drivers(leads_to))
 
 
 class Host:
@@ -122,7 +124,10 @@ class Host:
             scheduler.close()
             raise
         self._world.settle()
-        self._model = Loaded(engine, scheduler, server)
+        baseline = EXPECTED
+        if engine.device.startswith("cuda"):
+            baseline |= self._world.open_descriptors().keys()
+        self._model = Loaded(engine, scheduler, server, baseline)
         return {
             "engine": engine.name,
             "device": engine.device,

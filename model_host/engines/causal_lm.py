@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CANARY_TOKENS: Final = 16
+WARM_UP_LENGTHS: Final = (1, 5, 64, 256)
 PREFILL_TOKENS: Final = 512  # computed at once; between chunks a call can be stopped
 MAX_STOPS: Final = 16
 DEFAULT_CONTEXT: Final = 2048
@@ -76,10 +77,8 @@ class CausalLM:
         On a GPU also prompts of other lengths: for each the libraries choose kernels, and load them then.
         """
         if self._device.type == "cuda":
-            for length in (1, 5, 64, 256):
-                prompt = [
-                    position % self._vocabulary for position in range(min(length, self.context_length // 2))
-                ]
+            for length in WARM_UP_LENGTHS:
+                prompt = [0] * min(length, self.context_length // 2)
                 for _ in self._answer(Generation(), prompt, max_new_tokens=4):
                     pass
         text = "Hello"
