@@ -144,6 +144,8 @@ class Instances:
 
     async def resume(self, instance: str) -> Instance:
         record = self._record(instance)
+        # Before anything moves: without room it stays parked.
+        moves.check_gpu_memory(self.node, record.instance.device, record.instance.gpu_bytes)
         self._move(record, Event.RESUME)
         return await self._settle(record, "resume", jobs.resume(self.node, record))
 

@@ -86,6 +86,7 @@ async def run(settings: Settings) -> None:
             cuda=agent if nvml else None,
             gpus=tuple(nvml.gpus()) if nvml else (),
             gpu_facts=nvml.facts() if nvml else {},
+            gpu_memory=nvml,
         )
         stack.push_async_callback(agent.close)
         observers = Observers()

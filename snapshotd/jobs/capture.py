@@ -75,6 +75,7 @@ class Capture:
             await moves.unless_lost(self.subject, lambda: moves.accept_if_drained(self.node, self.subject))
 
     async def quiesce(self) -> None:
+        moves.note_gpu_memory(self.node, self.subject)
         await moves.quiesce(self.node, self.subject)
         self.asleep = True
 
@@ -129,6 +130,7 @@ class Capture:
                 mounts=tuple(self.layout["mounts"]),
                 pipes=self.layout["pipes"],
                 files=tuple(await self.node.store.digest(self.snapshot)),
+                gpu_bytes=instance.gpu_bytes,
                 gpus=tuple(gpu.uuid for gpu in self.node.gpus) if uses_cuda(instance.device) else (),
             )
         )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
+from dataclasses import replace
 
 import structlog
 
-from dumont.errors import DumontError, FailedPrecondition, Internal
+from dumont.errors import DumontError, FailedPrecondition, Internal, ResourceExhausted
 from snapshotd.cuda import tree
 from snapshotd.executor import Action, Step
 from snapshotd.model import Canary, Instance, Json, State
-from snapshotd.node import Node, Subject
+from snapshotd.node import Node, Subject, uses_cuda
 from snapshotd.ports import Cuda, Host
 
 log = structlog.get_logger(__name__)
@@ -63,6 +64,30 @@ async def wake_and_serve(node: Node, subject: Subject) -> None:
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
     await tree.suspend(cuda_of(node), [host_of(subject).pid], node.deadlines.cuda_lock)
+
+
+def note_gpu_memory(node: Node, subject: Subject) -> None:
+    """Remember what the process holds on the GPU, while it does: to come back it needs as much."""
+    if node.gpu_memory is not None:
+        used = node.gpu_memory.used_by(host_of(subject).pid)
+        subject.instance = replace(subject.instance, gpu_bytes=used)
+
+
+def check_gpu_memory(node: Node, device: str, needed: int) -> None:
+    """Refuse before the driver begins: a CUDA restore that runs out of memory strands its process.
+
+    Raises:
+        ResourceExhausted: the GPU has less free than ``needed`` bytes.
+    """
+    if node.gpu_memory is None or not uses_cuda(device):
+        return
+    free = node.gpu_memory.free(int(device.partition(":")[2] or 0))
+    if free < needed:
+        raise ResourceExhausted(
+            "GPU_MEMORY",
+            f"{device} has {free >> 20} MiB free and the process needs {needed >> 20}; park or stop another",
+            metadata={"device": device, "free_bytes": str(free), "needed_bytes": str(needed)},
+        )
 
 
 async def rouse_cuda(node: Node, subject: Subject) -> None:

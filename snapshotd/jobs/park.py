@@ -28,6 +28,7 @@ def park(node: Node, subject: Subject) -> list[Step]:
         await moves.unless_lost(subject, moves.host_of(subject).thaw)
 
     async def quiesce() -> None:
+        moves.note_gpu_memory(node, subject)
         await moves.quiesce(node, subject)
 
     async def serve() -> None:

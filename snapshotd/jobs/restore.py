@@ -30,6 +30,8 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot) -> list[Step]:
         here = {**node.facts_of(manifest.device), "weights": digest}
         compatibility.check(manifest.id, manifest.compatibility, here)
 
+        moves.check_gpu_memory(node, manifest.device, manifest.gpu_bytes)
+
     async def verify() -> None:
         try:
             await node.store.verify(snapshot)
