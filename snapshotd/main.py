@@ -7,7 +7,6 @@ import fcntl
 import os
 import sys
 from contextlib import AsyncExitStack
-from importlib.metadata import version
 from pathlib import Path
 
 import structlog
@@ -196,7 +195,7 @@ def main() -> None:
     """The command ``dumont-snapshotd``."""
     try:
         settings = CliApp.run(Settings)
-        configure_logs(settings.log_format, version=version("dumont"))
+        configure_logs(settings.log_format)
         asyncio.run(run(settings))
     except ValidationError as error:
         raise SystemExit(f"dumont-snapshotd: {error}") from None
