@@ -12,7 +12,7 @@ import contextlib
 import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -48,6 +48,8 @@ class Record:
     watch: asyncio.Task[None] | None = None
     # What the model host says its load was made of.
     load_parts: tuple[Phase, ...] = ()
+    # Held by what ends its process: a stop must not answer while that still goes on.
+    ending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Instances:
             AlreadyExists: its id is in use; nothing changed.
         """
         existing = self._records.get(instance.id)
-        if existing is not None and existing.instance.state is not State.FAILED:
+        if existing is not None and (existing.instance.state is not State.FAILED or existing.ending.locked()):
             raise AlreadyExists(
                 "INSTANCE_EXISTS",
                 f"instances/{instance.id} exists and is {existing.instance.state.name}; choose another id",
@@ -289,7 +291,9 @@ class Instances:
         if previous is not None:
             previous.cancel()
             await asyncio.wait([previous])
-        await run_job(job, steps, self.node.clock, self.observer(record.instance.id), self.failpoints, done)
+        observer = self.observer(record.instance.id)
+        async with record.ending if job == "stop" else contextlib.nullcontext():
+            await run_job(job, steps, self.node.clock, observer, self.failpoints, done)
 
     async def _conclude(
         self, record: Record, job: str, task: asyncio.Task[None], done: list[Phase], host: Host | None
@@ -334,9 +338,9 @@ class Instances:
 
     async def _clean_up(self, record: Record) -> None:
         steps = jobs.stop(self.node, record)
-        await run_job(
-            "clean_up", steps, self.node.clock, self.observer(record.instance.id), self.failpoints, []
-        )
+        observer = self.observer(record.instance.id)
+        async with record.ending:
+            await run_job("clean_up", steps, self.node.clock, observer, self.failpoints, [])
 
     def _move(self, record: Record, event: Event, reason: str = "", message: str = "") -> Job | None:
         """Take the machine's step, tell the journal and whoever listens, and say what must follow."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dumont.errors import Aborted, NotFound
+from dumont.errors import Aborted, AlreadyExists, NotFound
 from snapshotd.failpoints import Failpoints
 from snapshotd.instances import Instances
 from snapshotd.journal import Journal
@@ -218,6 +218,25 @@ async def test_a_stop_that_failed_is_told_and_can_be_repeated(world: World) -> N
     assert host.released
     with pytest.raises(NotFound):
         world.instances.get("one")
+
+
+async def test_a_stop_of_what_failed_waits_until_its_process_is_gone(world: World) -> None:
+    host = await world.started()
+    host.gates["release"] = gate = asyncio.Event()
+    host.lost.set()
+    await host.reached.wait()
+    assert world.instances.get("one").state is State.FAILED
+    with pytest.raises(AlreadyExists):
+        world.instances.admit(an_instance(State.STARTING))
+
+    stop = asyncio.create_task(world.instances.stop("one"))
+    await asyncio.sleep(0.01)
+    assert not stop.done()
+    gate.set()
+    await stop
+
+    assert host.released
+    assert world.instances.all() == []
 
 
 async def test_a_stop_in_the_middle_of_a_park_waits_until_that_has_unwound(world: World) -> None:
