@@ -66,7 +66,15 @@ class DirectoryStore:
         return await digest_files(self._staged(snapshot), self.threads)
 
     async def commit(self, manifest: Manifest) -> Snapshot:
-        return await asyncio.to_thread(self._commit, manifest)
+        # To its end also when cancelled: a thread goes on, and would publish what is being discarded.
+        committing = asyncio.create_task(asyncio.to_thread(self._commit, manifest))
+        try:
+            return await asyncio.shield(committing)
+        except asyncio.CancelledError:
+            await asyncio.wait([committing])
+            if not committing.exception():
+                await self.delete(manifest.id)
+            raise
 
     async def get(self, snapshot: str) -> Snapshot:
         # The files never change once they are there, so only their presence is asked again.
@@ -78,6 +86,8 @@ class DirectoryStore:
     async def list(self) -> list[Snapshot]:
         found = []
         for path in sorted(self.root.glob(f"*/{manifests.NAME}")):
+            if path.parent.name.startswith(STAGED):
+                continue
             try:
                 found.append(await self.get(path.parent.name))
             except DumontError as error:
@@ -100,6 +110,13 @@ class DirectoryStore:
 
     async def _read_all(self, snapshot: Snapshot) -> None:
         actual = {file.name: file for file in await digest_files(self.images(snapshot), self.threads)}
+        # CRIU reads whatever lies there under a name that it knows.
+        if strangers := sorted(set(actual) - {file.name for file in snapshot.manifest.files}):
+            raise DataLoss(
+                "IMAGE_DAMAGED",
+                f"{strangers[0]} of snapshots/{snapshot.manifest.id} was not written with it",
+                metadata={"file": strangers[0], "snapshot": snapshot.manifest.id},
+            )
         for file in snapshot.manifest.files:
             found = actual.get(file.name)
             if found != file:
@@ -121,8 +138,10 @@ class DirectoryStore:
         return self.root / snapshot.manifest.id
 
     async def quarantine(self, snapshot: str, reason: str) -> None:
-        (self.root / snapshot / QUARANTINE).write_text(reason)
         self._cache.pop(snapshot, None)
+        # Deleted meanwhile, there is nothing left to keep from being restored.
+        with contextlib.suppress(FileNotFoundError):
+            (self.root / snapshot / QUARANTINE).write_text(reason)
 
     async def delete(self, snapshot: str) -> None:
         path = self.root / snapshot
@@ -136,12 +155,15 @@ class DirectoryStore:
         await asyncio.to_thread(shutil.rmtree, doomed)
 
     def _identify(self, snapshot: Snapshot) -> tuple[Identity, ...] | None:
-        """What the file system says of every file; None when one is missing.
+        """What the file system says of every file; None when one is missing or one too many.
 
         Any write changes a file's change time, which nobody can set back.
         """
+        folder = self.images(snapshot)
+        if {path.name for path in folder.glob("*.img")} != {file.name for file in snapshot.manifest.files}:
+            return None
         try:
-            statuses = [(self.images(snapshot) / file.name).stat() for file in snapshot.manifest.files]
+            statuses = [(folder / file.name).stat() for file in snapshot.manifest.files]
         except FileNotFoundError:
             return None
         return tuple((status.st_ino, status.st_size, status.st_ctime_ns) for status in statuses)
