@@ -120,8 +120,7 @@ async def run(settings: Settings) -> None:
         await server.start()
         await health.set_all(True)
         if settings.metrics_listen:
-            address, _, port = settings.metrics_listen.rpartition(":")
-            start_http_server(int(port), address)
+            show_metrics(settings.metrics_listen)
         log.info("snapshotd serves", endpoint=endpoint, node=node_servicer.node_id, criu=criu.version)
         if settings.controller:
             registration = asyncio.create_task(
@@ -134,6 +133,23 @@ async def run(settings: Settings) -> None:
             )
             stack.callback(registration.cancel)
         await run_until_signalled(server, health, settings.drain_seconds)
+
+
+def show_metrics(address: str) -> None:
+    """Open the Prometheus page.
+
+    Raises:
+        FailedPrecondition: the address cannot be used.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        start_http_server(int(port), host or "127.0.0.1")
+    except (OSError, OverflowError, ValueError) as error:
+        raise FailedPrecondition(
+            "ADDRESS_UNUSABLE",
+            f"metrics cannot be shown on {address}: {error}",
+            metadata={"address": address},
+        ) from error
 
 
 def prepare_state(directory: Path) -> int:

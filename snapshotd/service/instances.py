@@ -148,6 +148,8 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         metadata = pb2.OperationMetadata(instance=names.build("instances", instance))
         metadata.create_time.CopyFrom(convert.timestamp(self.instances.node.clock.now()))
         operation = self.operations.start(prefix, work, metadata)
+        living = {known.id for known in self.instances.all()}
+        self._begun = {known: begun for known, begun in self._begun.items() if known in living}
         self._begun[instance] = (request.SerializeToString(deterministic=True), operation.name)
         return operation
 

@@ -167,6 +167,11 @@ def test_bad_requests_are_refused_with_reason_and_field(
     assert [item.name for item in after.instances] == [item.name for item in before.instances]
 
 
+def test_bytes_that_are_no_message_are_refused(daemon: Daemon) -> None:
+    call = daemon.channel.unary_stream("/dumont.snapshotd.v1.InferenceService/Generate")
+    assert refusal(lambda: list(call(b"\xff\xff"))).reason == "MALFORMED_REQUEST"
+
+
 def test_a_second_snapshotd_on_the_state_directory_or_the_port_is_refused(
     daemon: Daemon, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
