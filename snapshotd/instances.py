@@ -31,8 +31,9 @@ log = structlog.get_logger(__name__)
 
 # How many failed instances are remembered for their reason.
 FAILED_KEPT = 64
-# Half a stop or half a resume is no state to be in: they end as begun, whoever still waits.
-RUN_TO_THE_END = ("stop", "resume")
+# They end as begun, whoever still waits: half a stop or half a resume is no state to be in, and a model
+# host that drains for a park hears of nothing else meanwhile, not even that it need not.
+RUN_TO_THE_END = ("stop", "park", "resume")
 # What a daemon that ended in them left behind was never checked, or not wanted any more.
 UNFINISHED = (State.STARTING, State.RESTORING, State.STOPPING)
 

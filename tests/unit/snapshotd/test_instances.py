@@ -181,6 +181,16 @@ async def test_a_stop_ends_the_instance_also_when_its_caller_leaves(world: World
     assert world.left() == []
 
 
+async def test_a_park_ends_as_begun_also_when_its_caller_leaves(world: World) -> None:
+    host = await world.started()
+    host.gates["drain"] = gate = asyncio.Event()
+
+    await left_by_its_caller(asyncio.create_task(world.instances.park("one")), host, gate)
+
+    assert world.instances.get("one").state is State.PARKED
+    assert not host.released
+
+
 async def test_a_resume_ends_as_begun_also_when_its_caller_leaves(world: World) -> None:
     host = await world.started()
     await world.instances.park("one")
