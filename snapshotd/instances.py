@@ -227,16 +227,7 @@ class Instances:
             return replace(instance, pid=host.pid, state=State.PARKED)
         if uses_cuda(instance.device) and await moves.settle_cuda(self.node, instance, host):
             return replace(instance, pid=host.pid, state=State.PARKED)
-        status = await host.call("status", self.node.deadlines.serve)
-        state = status["state"]
-        if state == "DRAINED":
-            await host.call("accept", self.node.deadlines.serve)
-        elif state in ("QUIESCED", "AWAKE"):
-            if state == "QUIESCED":
-                await moves.wake_host(self.node, instance.id, host)
-            await moves.serve_host(self.node, instance.id, host)
-        elif state != "SERVING":
-            raise Aborted("INTERRUPTED", f"its model host was {state} when its snapshotd ended")
+        await moves.bring_back(self.node, instance.id, host)
         return replace(instance, pid=host.pid, state=State.SERVING)
 
     async def detach(self) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -19,6 +20,7 @@ from blake3 import blake3
 from dumont.errors import AlreadyExists, DataLoss, DumontError, NotFound
 from snapshotd import manifest as manifests
 from snapshotd.model import ImageFile, Manifest, Snapshot
+from snapshotd.threads import finish
 
 log = structlog.get_logger(__name__)
 
@@ -66,13 +68,10 @@ class DirectoryStore:
         return await digest_files(self._staged(snapshot), self.threads)
 
     async def commit(self, manifest: Manifest) -> Snapshot:
-        # To its end also when cancelled: a thread goes on, and would publish what is being discarded.
-        committing = asyncio.create_task(asyncio.to_thread(self._commit, manifest))
         try:
-            return await asyncio.shield(committing)
+            return await finish(partial(self._commit, manifest))
         except asyncio.CancelledError:
-            await asyncio.wait([committing])
-            if not committing.exception():
+            with contextlib.suppress(NotFound):
                 await self.delete(manifest.id)
             raise
 
@@ -215,7 +214,7 @@ async def digest_files(folder: Path, threads: int) -> list[ImageFile]:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(_digest, paths))
 
-    return await asyncio.to_thread(work)
+    return await finish(work)
 
 
 def _digest(path: Path) -> ImageFile:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from dumont.errors import Aborted, FailedPrecondition, Internal
+from dumont.errors import FailedPrecondition, Internal
 from snapshotd.executor import Step
 from snapshotd.images.compact import check, compact
 from snapshotd.jobs import moves
 from snapshotd.model import Json, Manifest, Phase, Snapshot
 from snapshotd.node import Node, Subject, uses_cuda
+from snapshotd.threads import finish
 
 
 @dataclass
@@ -23,7 +24,6 @@ class Capture:
     snapshot: str
     staged: Path | None = None
     layout: Json = field(default_factory=dict)
-    asleep: bool = False
     suspended: bool = False
     paused_at: float = 0.0
     pause_seconds: float = 0.0
@@ -35,8 +35,8 @@ class Capture:
         cuda = uses_cuda(self.subject.instance.device)
         return [
             Step("stage", self.stage, self.discard),
-            Step("drain", self.drain, self.accept),
-            Step("quiesce", self.quiesce, self.rouse),
+            Step("drain", self.drain, self.keep_serving),
+            Step("quiesce", self.quiesce),
             *([Step("cuda_checkpoint", self.suspend, self.revive)] if cuda else []),
             Step("dump", self.dump),
             *([Step("cuda_restore", self.revive)] if cuda else []),
@@ -55,8 +55,21 @@ class Capture:
             await self.node.store.discard(self.snapshot)
 
     async def drain(self) -> None:
-        host = moves.host_of(self.subject)
-        status = await host.call("status", self.node.deadlines.serve)
+        await self._refuse_served()
+        self.paused_at = self.node.clock.monotonic()
+        await moves.drain(self.node, self.subject)
+
+    async def keep_serving(self) -> None:
+        await moves.keep_serving(self.node, self.subject)
+
+    async def quiesce(self) -> None:
+        moves.note_gpu_memory(self.node, self.subject)
+        await moves.quiesce(self.node, self.subject)
+        # Its socket is closed now: a prompt that came, and was refused, while it drained is in its memory.
+        await self._refuse_served()
+
+    async def _refuse_served(self) -> None:
+        status = await moves.host_of(self.subject).call("status", self.node.deadlines.serve)
         if status["served"]:
             raise FailedPrecondition(
                 "INSTANCE_SERVED",
@@ -64,24 +77,6 @@ class Capture:
                 "capture one that has served nobody",
                 metadata={"instance": self.subject.instance.id},
             )
-        self.paused_at = self.node.clock.monotonic()
-        await moves.drain(self.node, self.subject)
-        # A prompt may have slipped in while it drained.
-        if (await host.call("status", self.node.deadlines.serve))["served"]:
-            raise Aborted("INSTANCE_SERVED", "a caller's prompt entered the instance while it drained")
-
-    async def accept(self) -> None:
-        if self.paused_at and not self.asleep:
-            await moves.unless_lost(self.subject, lambda: moves.accept_if_drained(self.node, self.subject))
-
-    async def quiesce(self) -> None:
-        moves.note_gpu_memory(self.node, self.subject)
-        await moves.quiesce(self.node, self.subject)
-        self.asleep = True
-
-    async def rouse(self) -> None:
-        if self.asleep:
-            await moves.unless_lost(self.subject, self.wake)
 
     async def suspend(self) -> None:
         await moves.suspend_cuda(self.node, self.subject)
@@ -98,14 +93,13 @@ class Capture:
     async def wake(self) -> None:
         await moves.wake(self.node, self.subject)
         await moves.serve(self.node, self.subject)
-        self.asleep = False
         self.pause_seconds = self.node.clock.monotonic() - self.paused_at
 
     async def compact(self) -> None:
-        await asyncio.to_thread(compact, self.node.images, self._staged(), self.node.threads)
+        await finish(partial(compact, self.node.images, self._staged(), self.node.threads))
 
     async def verify(self) -> None:
-        await asyncio.to_thread(check, self.node.images, self._staged())
+        await finish(partial(check, self.node.images, self._staged()))
 
     async def commit(self) -> None:
         instance = self.subject.instance

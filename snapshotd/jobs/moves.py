@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import structlog
 
-from dumont.errors import DumontError, FailedPrecondition, Internal, ResourceExhausted
+from dumont.errors import Aborted, DumontError, FailedPrecondition, Internal, ResourceExhausted
 from snapshotd.cuda import tree
 from snapshotd.executor import Action, Step
 from snapshotd.model import Canary, Instance, Json, State
@@ -46,20 +46,12 @@ def cuda_of(node: Node) -> Cuda:
 async def drain(node: Node, subject: Subject) -> None:
     """Refuse new requests and answer the running ones."""
     seconds = node.deadlines.drain
-    await host_of(subject).call("drain", seconds * 2, deadline_seconds=seconds)
+    await host_of(subject).call("drain", seconds + node.deadlines.serve, deadline_seconds=seconds)
 
 
 async def quiesce(node: Node, subject: Subject) -> None:
     """Close everything that a snapshot could not hold; weights leave the GPU."""
     await host_of(subject).call("quiesce", node.deadlines.quiesce)
-
-
-async def wake_and_serve(node: Node, subject: Subject) -> None:
-    """End a quiescence that a job began, if it came that far."""
-    status = await host_of(subject).call("status", node.deadlines.serve)
-    if status["state"] == "QUIESCED":
-        await wake(node, subject)
-        await serve(node, subject)
 
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
@@ -115,10 +107,27 @@ async def accept(node: Node, subject: Subject) -> None:
     await host_of(subject).call("accept", node.deadlines.serve)
 
 
-async def accept_if_drained(node: Node, subject: Subject) -> None:
-    """Take requests again if a job stopped them."""
-    if (await host_of(subject).call("status", node.deadlines.serve))["draining"]:
-        await accept(node, subject)
+async def bring_back(node: Node, instance: str, host: Host) -> None:
+    """Make a model host serve again, in whatever state a job or a crash left it.
+
+    Raises:
+        Aborted: it was on its way in or out, and cannot serve.
+    """
+    # It answers only when it has ended what it is doing, and that may be a drain.
+    state = (await host.call("status", node.deadlines.drain + node.deadlines.serve))["state"]
+    if state == "DRAINED":
+        await host.call("accept", node.deadlines.serve)
+    elif state in ("QUIESCED", "AWAKE"):
+        if state == "QUIESCED":
+            await wake_host(node, instance, host)
+        await serve_host(node, instance, host)
+    elif state != "SERVING":
+        raise Aborted("INTERRUPTED", f"the model host of instances/{instance} was {state}")
+
+
+async def keep_serving(node: Node, subject: Subject) -> None:
+    """The undo of whatever stopped an instance from serving: it serves again, or it is ended."""
+    await unless_lost(subject, lambda: bring_back(node, subject.instance.id, host_of(subject)))
 
 
 async def unless_lost(subject: Subject, action: Action) -> None:
@@ -131,9 +140,10 @@ async def unless_lost(subject: Subject, action: Action) -> None:
 
 
 async def release(subject: Subject) -> None:
-    host, subject.host = subject.host, None
-    if host is not None:
-        await host.release()
+    if subject.host is not None:
+        # Known until it is gone: what fails here is tried again by the next who ends it.
+        await subject.host.release()
+        subject.host = None
 
 
 def directory_step(node: Node, instance: Instance) -> Step:

@@ -18,8 +18,8 @@ def park(node: Node, subject: Subject) -> list[Step]:
     async def drain() -> None:
         await moves.drain(node, subject)
 
-    async def accept() -> None:
-        await moves.unless_lost(subject, lambda: moves.accept_if_drained(node, subject))
+    async def keep_serving() -> None:
+        await moves.keep_serving(node, subject)
 
     async def freeze() -> None:
         await moves.host_of(subject).freeze()
@@ -31,9 +31,6 @@ def park(node: Node, subject: Subject) -> list[Step]:
         moves.note_gpu_memory(node, subject)
         await moves.quiesce(node, subject)
 
-    async def serve() -> None:
-        await moves.unless_lost(subject, lambda: moves.wake_and_serve(node, subject))
-
     async def suspend() -> None:
         await moves.suspend_cuda(node, subject)
 
@@ -42,11 +39,11 @@ def park(node: Node, subject: Subject) -> list[Step]:
 
     if uses_cuda(subject.instance.device):
         return [
-            Step("drain", drain, accept),
-            Step("quiesce", quiesce, serve),
+            Step("drain", drain, keep_serving),
+            Step("quiesce", quiesce),
             Step("cuda_checkpoint", suspend, rouse),
         ]
-    return [Step("drain", drain, accept), Step("freeze", freeze, thaw)]
+    return [Step("drain", drain, keep_serving), Step("freeze", freeze, thaw)]
 
 
 def resume(node: Node, subject: Subject) -> list[Step]:
