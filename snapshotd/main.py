@@ -59,7 +59,7 @@ async def run(settings: Settings) -> None:
         FailedPrecondition: this machine, the state directory or the address cannot be used.
     """
     criu, findings = preflight.find_criu()
-    findings = [*preflight.check_machine(), *findings]
+    findings = [*preflight.check_machine(gpu=settings.device != "cpu"), *findings]
     problems = [finding.message for finding in findings if not finding.passed]
     if criu is None or problems:
         raise FailedPrecondition("MACHINE_UNFIT", "; ".join(problems))

@@ -100,8 +100,8 @@ def _find_pycriu(binary: Path) -> Path | None:
     return distribution if (distribution / "pycriu").is_dir() else None
 
 
-def check_machine() -> list[Finding]:
-    """Everything but CRIU."""
+def check_machine(gpu: bool = True) -> list[Finding]:
+    """Everything but CRIU; ``gpu``: the driver too."""
     architecture = platform.machine()
     return [
         Finding(
@@ -119,7 +119,7 @@ def check_machine() -> list[Finding]:
             else f"{architecture} is not one of {ARCHITECTURES}",
         ),
         _check_cgroup(),
-        _check_gpu(),
+        *([_check_gpu()] if gpu else []),
     ]
 
 

@@ -60,7 +60,7 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
     if device.type == "cuda":
-        # It compiles a kernel for each new shape, 0.6 s each time, and its compiler stays in every snapshot.
+        # It compiles kernels when a shape is new, in the middle of an answer, and keeps its compiler loaded.
         torch.backends.cuda.enable_cudnn_sdp(False)
     with phases.measure("import_model"):
         model_class = _model_class(files)

@@ -115,6 +115,31 @@ def test_a_crash_in_the_middle_of_a_capture_leaves_the_source_serving(
     daemon.stop_instance("victim")
 
 
+@pytest.mark.parametrize("step", ["directory", "criu", "wake", "serve"])
+def test_a_crash_in_the_middle_of_a_restore_leaves_nothing(daemon: Daemon, instance: str, step: str) -> None:
+    daemon.kill()
+    flags, daemon.flags = daemon.flags, (*daemon.flags, "--failpoints", f"restore.{step}.after=exit")
+    daemon.start()
+    daemon.flags = flags
+    request = pb2.RestoreInstanceRequest(instance_id="half", snapshot="snapshots/one")
+
+    with pytest.raises((grpc.RpcError, DumontError)):
+        daemon.wait(daemon.instances.RestoreInstance(request), pb2.Instance())
+    assert daemon.process is not None
+    assert daemon.process.wait(timeout=30) == 70
+    daemon.process = None
+    daemon.start()
+
+    listed = daemon.instances.ListInstances(pb2.ListInstancesRequest()).instances
+    assert [item.name for item in listed] == [f"instances/{instance}"]
+    assert [path.name for path in (daemon.state_dir / "instances").iterdir()] == [instance]
+    assert [path.stem for path in (daemon.state_dir / "journal").glob("*.json")] == [instance]
+    # The snapshot is as good as before.
+    daemon.wait(daemon.instances.RestoreInstance(request), pb2.Instance())
+    assert daemon.generate("half")
+    daemon.stop_instance("half")
+
+
 def test_the_same_start_twice_is_one_start(daemon: Daemon, instruct_model: Path) -> None:
     request = pb2.StartInstanceRequest(instance_id="twice", model=str(instruct_model))
     first = daemon.instances.StartInstance(request)
