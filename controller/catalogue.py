@@ -68,24 +68,29 @@ class Catalogue:
         self.deployments = {deployment.id: deployment for deployment in deployments}
         self.last_use = dict(last_use)
 
-    def get(self, deployment: str) -> Deployment:
-        """Raises: NotFound."""
+    def get(self, deployment: str, field: str = "name") -> Deployment:
+        """The deployment of this id; ``field`` is the request field that named it.
+
+        Raises:
+            NotFound: there is none.
+        """
         if deployment not in self.deployments:
             raise NotFound(
                 "DEPLOYMENT_NOT_FOUND",
                 f"there is no deployments/{deployment}; create it first, or list what there is",
+                field=field,
                 metadata={"deployment": f"deployments/{deployment}"},
             )
         return self.deployments[deployment]
 
-    def get_active(self, deployment: str) -> Deployment:
+    def get_active(self, deployment: str, field: str = "deployment") -> Deployment:
         """One that is not being deleted.
 
         Raises:
             NotFound: there is none.
             FailedPrecondition: DEPLOYMENT_DELETING.
         """
-        found = self.get(deployment)
+        found = self.get(deployment, field)
         if found.deleting:
             raise FailedPrecondition(
                 "DEPLOYMENT_DELETING",
@@ -163,7 +168,7 @@ class Catalogue:
             Aborted: ETAG_MISMATCH.
             FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED.
         """
-        old = self.get_active(identifier)
+        old = self.get_active(identifier, "deployment.name")
         fields = _changed_fields(old, draft, paths)
         if etag and etag != old.etag:
             raise Aborted(

@@ -45,6 +45,7 @@ MODES: Final = {
     deployments_pb.START_MODE_WARM: StartMode.WARM,
     deployments_pb.START_MODE_CHECKPOINT: StartMode.CHECKPOINT,
 }
+EVERYTHING: Final = frozenset({"model", "engine", "start_mode", "checkpoint", "idle_timeout", "park_timeout"})
 MODES_BACK: Final = {mode: value for value, mode in MODES.items()}
 STORAGES: Final = {
     deployments_pb.STORAGE_UNSPECIFIED: Storage.LOCAL,
@@ -150,11 +151,9 @@ def request_id(value: str) -> str:
 
 def paths(message: deployments_pb.UpdateDeploymentRequest) -> frozenset[str]:
     """What an update changes: its mask, "*" as every field, no mask as every field that is set."""
-    mask = list(message.update_mask.paths)
-    if mask == ["*"]:
-        return frozenset({"model", "engine", "start_mode", "checkpoint", "idle_timeout", "park_timeout"})
-    if mask:
-        return frozenset(mask)
+    if message.update_mask.paths:
+        mask = frozenset(message.update_mask.paths)
+        return EVERYTHING if mask == {"*"} else mask
     found = {field.name for field, _ in message.deployment.ListFields()} - {"checkpoint"}
     return frozenset(found | {f"checkpoint.{f.name}" for f, _ in message.deployment.checkpoint.ListFields()})
 
@@ -181,10 +180,9 @@ def _check_text(value: str, field: str) -> None:
         )
 
 
-def _start_mode(value: int) -> StartMode:
-    for known, mode in MODES.items():
-        if known == value:
-            return mode
+def _start_mode(value: deployments_pb.StartMode.ValueType) -> StartMode:
+    if value in MODES:
+        return MODES[value]
     raise InvalidArgument(
         "START_MODE_REQUIRED",
         "deployment.start_mode must be START_MODE_COLD, START_MODE_WARM or START_MODE_CHECKPOINT",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from dumont.controller.v1 import (
 )
 from dumont.errors import DumontError, FailedPrecondition
 from dumont.rpc import operations
+from dumont.rpc.logs import configure_logs
 from dumont.rpc.operations import Operations
 from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
 
@@ -51,15 +51,21 @@ log = structlog.get_logger()
 
 
 def add_services(
-    server: grpc.aio.Server, controller: Controller, running: Operations, settings: Config
+    server: grpc.aio.Server,
+    controller: Controller,
+    running: Operations,
+    settings: Config,
+    draining: asyncio.Event,
 ) -> None:
-    """Register every service of the API."""
+    """Register every service of the API; streams without an end of their own end with ``draining``."""
     deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server(
         DeploymentService(controller.catalogue, controller.starter, controller.inventory), server
     )
     InferenceService(controller.serving, settings.max_new_tokens).register(server)
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
-        InstanceService(controller.inventory, controller.catalogue, controller.commands, controller.nodes),
+        InstanceService(
+            controller.inventory, controller.catalogue, controller.commands, controller.nodes, draining
+        ),
         server,
     )
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(
@@ -96,7 +102,7 @@ async def serve(settings: Config) -> None:
     running = Operations(DOMAIN)
     controller = await assemble(nodes, registry, SystemClock(), settings.heartbeat_seconds)
     try:
-        add_services(server, controller, running, settings)
+        add_services(server, controller, running, settings, health.draining)
         if settings.metrics_listen:
             _show_metrics(settings.metrics_listen, controller)
         await server.start()
@@ -115,7 +121,7 @@ def main() -> None:
     """The console script."""
     try:
         settings = config.load(sys.argv[1:])
-        _configure_logs(settings)
+        configure_logs(settings.log_format, settings.log_level)
         uvloop.run(serve(settings))
     except DumontError as error:
         sys.exit(f"dumont-controller: {error.message}")
@@ -136,21 +142,6 @@ def _show_metrics(address: str, controller: Controller) -> None:
 def _make_private(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
-
-
-def _configure_logs(settings: Config) -> None:
-    as_json = settings.log_format == "json"
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            *([structlog.processors.format_exc_info] if as_json else []),
-            structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
-    )
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class Serving:
         if known.engine != engine:
             raise FailedPrecondition(
                 "WRONG_ENGINE",
-                f"deployments/{deployment} is a {known.engine} model, and this call needs {engine}",
+                f"deployments/{deployment} runs the engine {known.engine}, and this call needs {engine}",
                 field="deployment",
                 metadata={"engine": known.engine, "needed": engine},
             )

@@ -1,4 +1,4 @@
-"""Build and parse resource names: ``deployments/{id}``, ``instances/{id}``, ``snapshots/{id}``, ``nodes/{id}``."""
+"""Build and parse resource names, such as ``deployments/{id}`` and ``snapshots/{id}``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def check_id(value: str, field: str) -> str:
     if not LABEL.fullmatch(value):
         raise InvalidArgument(
             "INVALID_ID",
-            f"{field} must be 1 to 63 lower-case letters, digits and hyphens, beginning with a letter and not "
-            f"ending with a hyphen; got {value[:80]!r}",
+            f"{field} must be 1 to 63 lower-case letters, digits and hyphens, beginning with a letter "
+            f"and not ending with a hyphen; got {value[:80]!r}",
             field=field,
             metadata={"value": value[:80]},
         )

@@ -115,7 +115,8 @@ async def run(daemons: Sequence[Daemon], ready: Callable[[], None], *, verbose: 
         try:
             began = datetime.now(UTC)
             for daemon in daemons:
-                processes.append(await _start(daemon, verbose))
+                # One by one: when a start fails, the others are known and ended.
+                processes.append(await _start(daemon, verbose))  # noqa: PERF401
             ends = [asyncio.create_task(end) for end in (stopped.wait(), *(p.wait() for p in processes))]
             # Only now: gRPC's threads and a fork do not go together.
             serving = asyncio.create_task(_serving(daemons, began))

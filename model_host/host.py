@@ -20,7 +20,7 @@ from model_host.engine import Engine, Phases, Settings
 from model_host.gate import Gate
 from model_host.machine import Command, State, advance
 from model_host.ports import Server, World
-from model_host.process import EXPECTED
+from model_host.process import EXPECTED, is_gpu_drivers
 from model_host.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,13 @@ class Loaded:
     engine: Engine
     scheduler: Scheduler
     server: Server
-    descriptors: frozenset[int]  # open for as long as the model is: a GPU driver's
+    # What was open when the model was there: on a GPU the driver's own pipes and sockets.
+    baseline: frozenset[int]
+
+    def may_hold(self, descriptor: int, leads_to: str) -> bool:
+        """Whether a snapshot may find this descriptor open."""
+        cuda = self.engine.device.startswith("cuda")
+        return descriptor in self.baseline or (cuda and is_gpu_drivers(leads_to))
 
 
 class Host:
@@ -118,10 +124,10 @@ class Host:
             scheduler.close()
             raise
         self._world.settle()
-        descriptors = EXPECTED
+        baseline = EXPECTED
         if engine.device.startswith("cuda"):
-            descriptors |= self._world.open_descriptors().keys()
-        self._model = Loaded(engine, scheduler, server, descriptors)
+            baseline |= self._world.open_descriptors().keys()
+        self._model = Loaded(engine, scheduler, server, baseline)
         return {
             "engine": engine.name,
             "device": engine.device,
@@ -168,7 +174,7 @@ class Host:
         try:
             model.scheduler.call(model.engine.quiesce)
             self._world.release_memory()
-            dirty = self._world.wait_for_descriptors(model.descriptors)
+            dirty = self._world.wait_for_descriptors(model.may_hold)
             if dirty:
                 raise FailedPrecondition(
                     "QUIESCE_DIRTY",

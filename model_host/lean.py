@@ -8,8 +8,7 @@ that every snapshot would carry. The means, in force during the import only:
   name that is not a submodule runs the body then.
 - Modules that are imported only so that classes can be named, or to mark functions for the compiler, are
   stood in for.
-- torch says that it has no distributed half, and transformers that there is no accelerate. transformers
-  keeps the first answer for the life of the process.
+- torch says that it has no distributed half, and transformers that some optional libraries are absent.
 
 Whatever goes wrong, the class is imported the plain way.
 """
@@ -56,6 +55,13 @@ SHADOWED: Final[dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# Optional libraries that transformers imports wherever they are installed, and text models never use.
+ABSENT: Final = (
+    "is_accelerate_available", "is_scipy_available", "is_sklearn_available", "is_torchvision_available",
+    "is_vision_available",
+)  # fmt: skip
+
+
 def import_class(module: str, name: str) -> type[Any]:
     """Import class ``name`` of ``module``, a module below ``transformers.models``.
 
@@ -91,12 +97,10 @@ def _lean() -> Iterator[None]:
         stack.enter_context(_replaced(torch.distributed.__dict__, {"is_available": lambda: False}))
         stand_ins = {name: _StandIn(name, contents) for name, contents in SHADOWED.items()}
         stack.enter_context(_replaced(sys.modules, stand_ins))
-        answers = {
-            "is_accelerate_available": lambda *_: False,
-            "direct_transformers_import": lambda *_: package,  # else the whole body, a second time
-        }
-        utils = importlib.import_module("transformers.utils")
-        stack.enter_context(_replaced(utils.__dict__, answers))
+        answers: dict[str, Any] = dict.fromkeys(ABSENT, lambda *_: False)
+        answers["direct_transformers_import"] = lambda *_: package  # else the whole body, a second time
+        for module in ("transformers.utils", "transformers.utils.import_utils"):
+            stack.enter_context(_replaced(importlib.import_module(module).__dict__, answers))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -47,5 +48,5 @@ class World(Protocol):
     def open_descriptors(self) -> dict[int, str]:
         """Every open descriptor and what it leads to."""
 
-    def wait_for_descriptors(self, allowed: frozenset[int]) -> dict[int, str]:
-        """Those beyond ``allowed`` that do not close within a moment."""
+    def wait_for_descriptors(self, allowed: Callable[[int, str], bool]) -> dict[int, str]:
+        """Those not ``allowed``, by number and what they lead to, that do not close within a moment."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -24,14 +25,19 @@ def open_descriptors() -> dict[int, str]:
     return found
 
 
-def wait_for_descriptors(allowed: frozenset[int], timeout: float = 2.0) -> dict[int, str]:
-    """The descriptors beyond ``allowed`` still open after at most ``timeout`` seconds.
+def is_gpu_drivers(leads_to: str) -> bool:
+    """Whether a descriptor is the CUDA driver's: it opens them as it goes and closes them at a checkpoint."""
+    return leads_to.startswith("/dev/nvidia") or leads_to == "anon_inode:[eventfd]"
+
+
+def wait_for_descriptors(allowed: Callable[[int, str], bool], timeout: float = 2.0) -> dict[int, str]:
+    """The descriptors not ``allowed`` that are still open after at most ``timeout`` seconds.
 
     gRPC closes its last ones on threads of its own, a moment after its server has stopped.
     """
     end = time.monotonic() + timeout
     while True:
-        extra = {number: leads_to for number, leads_to in open_descriptors().items() if number not in allowed}
+        extra = {number: to for number, to in open_descriptors().items() if not allowed(number, to)}
         if not extra or time.monotonic() >= end:
             return extra
         time.sleep(0.001)

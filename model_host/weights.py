@@ -7,8 +7,11 @@ before the first call and again after every ``detach``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -19,7 +22,8 @@ from model_host.model_files import invalid
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-STAGING_BYTES: Final = 16 * 1024 * 1024
+STAGING_BYTES: Final = 4 * 1024 * 1024
+COPY_THREADS: Final = 8
 
 Transfer = Callable[[Iterable[tuple["Tensor", "Tensor"]]], None]
 
@@ -90,19 +94,52 @@ class Weights:
 
 
 def copy_through_pinned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy host tensors to a GPU through two pinned buffers, one filling while the other drains."""
-    buffers = [torch.empty(STAGING_BYTES, dtype=torch.uint8).pin_memory() for _ in range(2)]
-    drained = [torch.cuda.Event() for _ in buffers]  # type: ignore[no-untyped-call]
-    turn = 0
+    """Copy host tensors to a GPU through pinned buffers, two for each thread: one fills while one drains.
+
+    One thread fills a buffer at the speed of one core's memory copy, a quarter of what the bus takes.
+    """
+    # All targets first: memory that a worker allocated would belong to its stream.
+    pieces = _pieces(list(pairs))
+    taking = Lock()
+
+    def work() -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        buffers = [torch.empty(STAGING_BYTES, dtype=torch.uint8).pin_memory() for _ in range(2)]
+        drained = [torch.cuda.Event() for _ in buffers]  # type: ignore[no-untyped-call]
+        turn = 0
+        with torch.cuda.stream(stream):
+            while True:
+                with taking:
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                source, target = piece
+                drained[turn].synchronize()
+                staged = buffers[turn][: source.numel()]
+                staged.copy_(source)
+                target.copy_(staged, non_blocking=True)
+                drained[turn].record()
+                turn = 1 - turn
+        stream.synchronize()
+
+    threads = min(COPY_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work) for _ in range(threads)]:
+            done.result()
+
+
+def _pieces(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The bytes of each pair, in pieces that fit a buffer."""
     for source, target in pairs:
         source_bytes = source.contiguous().view(-1).view(torch.uint8)
         target_bytes = target.view(-1).view(torch.uint8)
         for start in range(0, source_bytes.numel(), STAGING_BYTES):
-            chunk = source_bytes[start : start + STAGING_BYTES]
-            drained[turn].synchronize()
-            staged = buffers[turn][: chunk.numel()]
-            staged.copy_(chunk)
-            target_bytes[start : start + chunk.numel()].copy_(staged, non_blocking=True)
-            drained[turn].record()
-            turn = 1 - turn
+            yield source_bytes[start : start + STAGING_BYTES], target_bytes[start : start + STAGING_BYTES]
+
+
+def release_cuda_caches() -> None:
+    """Give back what torch keeps of the GPU and of pinned memory: a snapshot would carry all of it."""
     torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    torch._C._host_emptyCache()

@@ -6,13 +6,15 @@ A step's name is its metric label, log field, progress stage, failure reason and
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
-from dumont.errors import DumontError, Internal
+from dumont.errors import DumontError, Internal, ResourceExhausted
 from snapshotd.failpoints import Failpoints
 from snapshotd.model import Phase
 from snapshotd.ports import Clock
@@ -74,9 +76,15 @@ async def run_job(
         phases.append(Phase(step.name, clock.monotonic() - start))
         observer.step_ended(job, phases[-1], failure)
         if failure is not None:
-            # Shielded: a second cancellation must not leave half of the job behind.
-            await asyncio.shield(asyncio.ensure_future(_unwind(job, steps[: position + 1])))
+            await _to_the_end(asyncio.create_task(_unwind(job, steps[: position + 1])))
             raise _as_reported(job, step, failure) from failure
+
+
+async def _to_the_end(unwinding: asyncio.Task[None]) -> None:
+    """Wait for it, also when cancelled again: who hears of the end must find nothing left behind."""
+    while not unwinding.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(unwinding)
 
 
 async def _unwind(job: str, steps: Sequence[Step]) -> None:
@@ -94,6 +102,12 @@ def _as_reported(job: str, step: Step, failure: BaseException) -> BaseException:
     if isinstance(failure, DumontError):
         failure.metadata.setdefault("step", f"{job}.{step.name}")
         return failure
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhausted(
+            "DISK_FULL",
+            f"{job}.{step.name} found no room on this node's disk; delete snapshots or models",
+            metadata={"step": f"{job}.{step.name}"},
+        )
     if isinstance(failure, Exception):
         return Internal(
             "STEP_FAILED",

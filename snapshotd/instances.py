@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -19,16 +20,22 @@ from dumont.errors import Aborted, AlreadyExists, DumontError, NotFound
 from snapshotd import jobs
 from snapshotd.executor import Action, Observer, Step, run_job
 from snapshotd.failpoints import Failpoints
-from snapshotd.jobs import Node
+from snapshotd.jobs import moves
 from snapshotd.journal import Journal
 from snapshotd.machine import Event, Job, advance
 from snapshotd.model import Instance, Model, Phase, Snapshot, State
+from snapshotd.node import Node, uses_cuda
 from snapshotd.ports import Host
 
 log = structlog.get_logger(__name__)
 
 # How many failed instances are remembered for their reason.
 FAILED_KEPT = 64
+# They end as begun, whoever still waits: half a stop or half a resume is no state to be in, and a model
+# host that drains for a park hears of nothing else meanwhile, not even that it need not.
+RUN_TO_THE_END = ("stop", "park", "resume")
+# What a daemon that ended in them left behind was never checked, or not wanted any more.
+UNFINISHED = (State.STARTING, State.RESTORING, State.STOPPING)
 
 
 @dataclass
@@ -38,10 +45,12 @@ class Record:
     instance: Instance
     host: Host | None = None
     # The job under way; a stop cancels it.
-    job: asyncio.Task[object] | None = None
+    job: asyncio.Task[None] | None = None
     watch: asyncio.Task[None] | None = None
     # What the model host says its load was made of.
     load_parts: tuple[Phase, ...] = ()
+    # Held by what ends its process: a stop must not answer while that still goes on.
+    ending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class Instances:
         self.pinned: dict[str, int] = {}
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._listeners: set[asyncio.Queue[Change]] = set()
+        # Held here: the caller of a job may leave before its end.
+        self._settling: set[asyncio.Task[Instance]] = set()
 
     # What there is.
 
@@ -99,7 +110,7 @@ class Instances:
             AlreadyExists: its id is in use; nothing changed.
         """
         existing = self._records.get(instance.id)
-        if existing is not None and existing.instance.state is not State.FAILED:
+        if existing is not None and (existing.instance.state is not State.FAILED or existing.ending.locked()):
             raise AlreadyExists(
                 "INSTANCE_EXISTS",
                 f"instances/{instance.id} exists and is {existing.instance.state.name}; choose another id",
@@ -140,6 +151,8 @@ class Instances:
 
     async def resume(self, instance: str) -> Instance:
         record = self._record(instance)
+        # Before anything moves: without room it stays parked.
+        moves.check_gpu_memory(self.node, record.instance.device, record.instance.gpu_bytes)
         self._move(record, Event.RESUME)
         return await self._settle(record, "resume", jobs.resume(self.node, record))
 
@@ -147,10 +160,6 @@ class Instances:
         """End an instance in whatever state; a job under way is cancelled and unwinds first."""
         record = self._record(instance)
         self._move(record, Event.STOP)
-        if record.job is not None:
-            record.job.cancel()
-            with contextlib.suppress(asyncio.CancelledError, DumontError):
-                await record.job
         await self._settle(record, "stop", jobs.stop(self.node, record))
 
     async def stop_all(self) -> None:
@@ -172,8 +181,7 @@ class Instances:
                 record.instance = await self._recover(instance, host)
             except DumontError as error:
                 log.warning("instance not taken over", instance=instance.id, reason=error.reason)
-                await self._clean_up(record)
-                self.journal.forget(instance.id)
+                await self._forget(record)
                 continue
             self._records[instance.id] = record
             self._watch(record, host)
@@ -183,28 +191,43 @@ class Instances:
             )
         for host in hosts.values():
             # Its journal entry was removed: it was being stopped.
-            await host.release()
+            try:
+                await host.release()
+            except DumontError as error:
+                log.error("model host not ended", instance=host.instance, reason=error.reason)
+        await asyncio.to_thread(self._sweep, frozenset(self._records))
+
+    async def _forget(self, record: Record) -> None:
+        """End what is left of an instance that is not taken over; the daemon starts in any case."""
+        instance = record.instance.id
+        try:
+            await self._clean_up(record)
+        except DumontError as error:
+            log.error("instance not cleaned up", instance=instance, reason=error.reason)
+        self.journal.forget(instance)
+
+    def _sweep(self, known: frozenset[str]) -> None:
+        """Remove the directories of instances that an earlier daemon had given up."""
+        for path in self.node.instance_directory("").iterdir():
+            if path.name not in known:
+                log.warning("directory of no instance removed", instance=path.name)
+                shutil.rmtree(path, ignore_errors=True)
 
     async def _recover(self, instance: Instance, host: Host) -> Instance:
         """Bring a found model host to a state that the table knows, or raise."""
+        if instance.state in UNFINISHED:
+            raise Aborted("INTERRUPTED", f"it was {instance.state.name} when its snapshotd ended")
         if (await host.status())["frozen"]:
             return replace(instance, pid=host.pid, state=State.PARKED)
-        if jobs.uses_cuda(instance.device) and await jobs.settle_cuda(self.node, instance, host):
+        if uses_cuda(instance.device) and await moves.settle_cuda(self.node, instance, host):
             return replace(instance, pid=host.pid, state=State.PARKED)
-        status = await host.call("status", self.node.deadlines.serve)
-        state = status["state"]
-        if state == "DRAINED":
-            await host.call("accept", self.node.deadlines.serve)
-        elif state in ("QUIESCED", "AWAKE"):
-            if state == "QUIESCED":
-                await jobs.wake_host(self.node, instance.id, host)
-            await jobs.serve_host(self.node, instance.id, host)
-        elif state != "SERVING":
-            raise Aborted("START_INTERRUPTED", f"it was {state} when its snapshotd ended")
+        await moves.bring_back(self.node, instance.id, host)
         return replace(instance, pid=host.pid, state=State.SERVING)
 
     async def detach(self) -> None:
-        """Let go of every instance; they run on for the next daemon."""
+        """Let go of every instance, once what was begun has ended; they run on for the next daemon."""
+        if self._settling:
+            await asyncio.wait(self._settling)
         for record in self._records.values():
             if record.watch is not None:
                 record.watch.cancel()
@@ -214,14 +237,53 @@ class Instances:
     async def _settle(
         self, record: Record, job: str, steps: Sequence[Step], phases: list[Phase] | None = None
     ) -> Instance:
-        """Run a job and put its end into the machine."""
+        """Run a job, after the one it takes the place of has unwound, and put its end into the machine.
+
+        A caller who leaves takes the job along, unless it must run to its end. Either way the machine
+        hears how it ended.
+        """
         done: list[Phase] = [] if phases is None else phases
-        observer = self.observer(record.instance.id)
         task = asyncio.create_task(
-            run_job(job, steps, self.node.clock, observer, self.failpoints, done),
-            name=f"{job} {record.instance.id}",
+            self._run(record, job, steps, done, record.job), name=f"{job} {record.instance.id}"
         )
         record.job = task
+        settling = asyncio.create_task(
+            self._conclude(record, job, task, done, record.host), name=f"{job} {record.instance.id} ends"
+        )
+        self._settling.add(settling)
+        settling.add_done_callback(self._settled)
+        try:
+            return await asyncio.shield(settling)
+        except asyncio.CancelledError:
+            if job not in RUN_TO_THE_END:
+                task.cancel()
+            await asyncio.wait([settling])
+            raise
+
+    def _settled(self, settling: asyncio.Task[Instance]) -> None:
+        self._settling.discard(settling)
+        error = None if settling.cancelled() else settling.exception()
+        if error is not None and not isinstance(error, DumontError):
+            log.error("job could not be concluded", task=settling.get_name(), exc_info=error)
+
+    async def _run(
+        self,
+        record: Record,
+        job: str,
+        steps: Sequence[Step],
+        done: list[Phase],
+        previous: asyncio.Task[None] | None,
+    ) -> None:
+        if previous is not None:
+            previous.cancel()
+            await asyncio.wait([previous])
+        observer = self.observer(record.instance.id)
+        async with record.ending if job == "stop" else contextlib.nullcontext():
+            await run_job(job, steps, self.node.clock, observer, self.failpoints, done)
+
+    async def _conclude(
+        self, record: Record, job: str, task: asyncio.Task[None], done: list[Phase], host: Host | None
+    ) -> Instance:
         try:
             await task
         except asyncio.CancelledError:
@@ -229,11 +291,18 @@ class Instances:
             await self._fail(record, error)
             raise error from None
         except DumontError as error:
-            await self._fail(record, error)
+            if job == "stop":
+                # Kept, so that the next stop has something to end.
+                record.host = record.host or host
+                self._move(record, Event.FAILED, error.reason, error.message)
+            else:
+                await self._fail(record, error)
             raise
         finally:
             if record.job is task:
                 record.job = None
+        if record.instance.state is State.STOPPING and job != "stop":
+            raise Aborted("CANCELLED", f"instances/{record.instance.id} was stopped at the end of its {job}")
         if job in ("start", "restore", "resume"):
             record.instance = replace(record.instance, phases=_with_parts(done, record.load_parts))
         self._move(record, Event.SUCCEEDED)
@@ -255,9 +324,9 @@ class Instances:
 
     async def _clean_up(self, record: Record) -> None:
         steps = jobs.stop(self.node, record)
-        await run_job(
-            "clean_up", steps, self.node.clock, self.observer(record.instance.id), self.failpoints, []
-        )
+        observer = self.observer(record.instance.id)
+        async with record.ending:
+            await run_job("clean_up", steps, self.node.clock, observer, self.failpoints, [])
 
     def _move(self, record: Record, event: Event, reason: str = "", message: str = "") -> Job | None:
         """Take the machine's step, tell the journal and whoever listens, and say what must follow."""
@@ -314,6 +383,7 @@ class Instances:
             raise NotFound(
                 "INSTANCE_NOT_FOUND",
                 f"this node has no instances/{instance}",
+                field="name",
                 metadata={"instance": instance},
             ) from None
 
@@ -324,6 +394,8 @@ class Instances:
             yield
         finally:
             self.pinned[snapshot] -= 1
+            if not self.pinned[snapshot]:
+                del self.pinned[snapshot]
 
 
 def _with_parts(phases: Sequence[Phase], parts: Sequence[Phase]) -> tuple[Phase, ...]:

@@ -23,9 +23,13 @@ class Journal:
     def write(self, instance: Instance) -> None:
         path = self._path(instance.id)
         scratch = path.with_suffix(".new")
-        scratch.write_bytes(_ADAPTER.dump_json(instance))
-        # Not synced: it must survive this daemon, and with the machine the instances end too.
-        scratch.replace(path)
+        try:
+            scratch.write_bytes(_ADAPTER.dump_json(instance))
+            # Not synced: it must survive this daemon, and with the machine the instances end too.
+            scratch.replace(path)
+        except OSError as error:
+            # A full disk must not keep an instance from moving on; the next daemon asks its host anyway.
+            log.error("journal entry cannot be written", path=path.name, error=str(error))
 
     def forget(self, instance: str) -> None:
         self._path(instance).unlink(missing_ok=True)

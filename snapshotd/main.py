@@ -7,7 +7,6 @@ import fcntl
 import os
 import sys
 from contextlib import AsyncExitStack
-from importlib.metadata import version
 from pathlib import Path
 
 import structlog
@@ -33,8 +32,8 @@ from snapshotd.config import Settings, node_id
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
 from snapshotd.instances import Instances
-from snapshotd.jobs import Deadlines, HostSettings, Node
 from snapshotd.journal import Journal
+from snapshotd.node import Deadlines, HostSettings, Node
 from snapshotd.object_store import open_remote
 from snapshotd.observer import Observers
 from snapshotd.service.inference import Inference
@@ -65,7 +64,7 @@ async def run(settings: Settings) -> None:
         FailedPrecondition: this machine, the state directory or the address cannot be used.
     """
     criu, findings = preflight.find_criu()
-    findings = [*preflight.check_machine(), *findings]
+    findings = [*preflight.check_machine(gpu=settings.device != "cpu"), *findings]
     problems = [finding.message for finding in findings if not finding.passed]
     if criu is None or problems:
         raise FailedPrecondition("MACHINE_UNFIT", "; ".join(problems))
@@ -96,6 +95,7 @@ async def run(settings: Settings) -> None:
             cuda=agent if nvml else None,
             gpus=tuple(nvml.gpus()) if nvml else (),
             gpu_facts=nvml.facts() if nvml else {},
+            gpu_memory=nvml,
         )
         stack.push_async_callback(agent.close)
         observers = Observers()
@@ -106,16 +106,16 @@ async def run(settings: Settings) -> None:
         node_servicer = NodeServicer(node, node_id(settings), findings, settings.store_url)
 
         server = new_server(DOMAIN, ServerLimits())
+        health = add_standard_services(server, (*SERVICES, rpc_operations.SERVICE_NAME))
         server.add_generic_rpc_handlers((inference.handler(),))
         instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
-            InstanceServicer(instances, snapshots, operations, observers), server
+            InstanceServicer(instances, snapshots, operations, observers, health.draining), server
         )
         snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(
             SnapshotServicer(node, snapshots, operations), server
         )
         node_service_pb2_grpc.add_NodeServiceServicer_to_server(node_servicer, server)
         operations.register(server)
-        health = add_standard_services(server, (*SERVICES, rpc_operations.SERVICE_NAME))
         endpoint = bind(server, settings.listen)
 
         stack.push_async_callback(hosts.close)
@@ -134,8 +134,7 @@ async def run(settings: Settings) -> None:
         await server.start()
         await health.set_all(True)
         if settings.metrics_listen:
-            address, _, port = settings.metrics_listen.rpartition(":")
-            start_http_server(int(port), address)
+            show_metrics(settings.metrics_listen)
         log.info("snapshotd serves", endpoint=endpoint, node=node_servicer.node_id, criu=criu.version)
         if settings.controller:
             registration = asyncio.create_task(
@@ -185,6 +184,23 @@ def connect(
     return snapshots
 
 
+def show_metrics(address: str) -> None:
+    """Open the Prometheus page.
+
+    Raises:
+        FailedPrecondition: the address cannot be used.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        start_http_server(int(port), host or "127.0.0.1")
+    except (OSError, OverflowError, ValueError) as error:
+        raise FailedPrecondition(
+            "ADDRESS_UNUSABLE",
+            f"metrics cannot be shown on {address}: {error}",
+            metadata={"address": address},
+        ) from error
+
+
 def prepare_state(directory: Path) -> int:
     """Make the state directory, private to root, and lock it for this process.
 
@@ -225,7 +241,7 @@ def host_settings(settings: Settings) -> HostSettings:
         "TOKENIZERS_PARALLELISM": "false",
         # Compute threads that spin while they wait make a busy machine forty times slower, and a quiet one
         # hardly faster.
-        "GOMP_SPINCOUNT": "2000",
+        "GOMP_SPINCOUNT": "10000",
         "HF_HUB_OFFLINE": "1",
     }
     environment |= {name: os.environ[name] for name in INHERITED if name in os.environ}
@@ -244,7 +260,7 @@ def main() -> None:
     """The command ``dumont-snapshotd``."""
     try:
         settings = CliApp.run(Settings)
-        configure_logs(settings.log_format, version=version("dumont"))
+        configure_logs(settings.log_format)
         asyncio.run(run(settings))
     except ValidationError as error:
         raise SystemExit(f"dumont-snapshotd: {error}") from None

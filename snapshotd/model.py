@@ -70,6 +70,8 @@ class Instance:
     failure_message: str = ""
     weights_digest: str = ""
     canary: Canary | None = None
+    # Bytes it held on the GPU when it last gave it up.
+    gpu_bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -134,6 +136,8 @@ class Manifest:
     files: tuple[ImageFile, ...]
     # UUIDs of the node's GPUs at capture, in the driver's order; empty for a process without CUDA.
     gpus: tuple[str, ...] = ()
+    # Bytes that its source held on the GPU while it served.
+    gpu_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,18 @@ class Cuda(Protocol):
     async def unlock(self, pid: int) -> None: ...
 
 
+class GpuMemory(Protocol):
+    """Memory of this node's GPUs, in bytes."""
+
+    def used_by(self, pid: int) -> int:
+        """What a process holds, on all GPUs together."""
+        ...
+
+    def free(self, index: int) -> int:
+        """What nobody holds of one GPU."""
+        ...
+
+
 class SnapshotStore(Protocol):
     """Snapshots of this node.
 

@@ -61,14 +61,21 @@ def find_criu() -> tuple[Criu | None, list[Finding]]:
         if pycriu is None:
             problem = f"{binary} has no pycriu beside it; install python3-pycriu or run scripts/setup"
             continue
-        checked = subprocess.run([binary, "check"], capture_output=True, text=True, timeout=30, check=False)
-        if checked.returncode != 0:
-            said = (checked.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-            problem = f"'{binary} check' fails, so this kernel or container cannot checkpoint: {said}"
+        if failure := _criu_check(binary):
+            problem = f"'{binary} check' fails, so this kernel or container cannot checkpoint: {failure}"
             continue
         found = Criu(binary, pycriu if pycriu != Path() else None, version)
         return found, [Finding("criu", True, f"CRIU {version} at {binary} passes its check")]
     return None, [Finding("criu", False, problem)]
+
+
+def _criu_check(binary: Path) -> str:
+    """Why CRIU cannot work here, in its last words; empty when it can."""
+    try:
+        checked = subprocess.run([binary, "check"], capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return "it gave no answer within 30 s"
+    return "" if checked.returncode == 0 else (checked.stderr.strip().splitlines() or ["no reason given"])[-1]
 
 
 def _criu_version(binary: Path) -> str | None:
@@ -76,7 +83,7 @@ def _criu_version(binary: Path) -> str | None:
         said = subprocess.run(
             [binary, "--version"], capture_output=True, text=True, timeout=30, check=False
         ).stdout
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.search(r"Version: (\d+\.\d+(?:\.\d+)?)", said)
     return found.group(1) if found else None
@@ -93,8 +100,8 @@ def _find_pycriu(binary: Path) -> Path | None:
     return distribution if (distribution / "pycriu").is_dir() else None
 
 
-def check_machine() -> list[Finding]:
-    """Everything but CRIU."""
+def check_machine(gpu: bool = True) -> list[Finding]:
+    """Everything but CRIU; ``gpu``: the driver too."""
     architecture = platform.machine()
     return [
         Finding(
@@ -112,7 +119,7 @@ def check_machine() -> list[Finding]:
             else f"{architecture} is not one of {ARCHITECTURES}",
         ),
         _check_cgroup(),
-        _check_gpu(),
+        *([_check_gpu()] if gpu else []),
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config as AlembicConfig
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from controller.model import Captured, Checkpoint, Deployment, Finding, Intent, Node, StartMode, Storage
@@ -230,7 +230,8 @@ async def _errors() -> AsyncIterator[None]:
     except (OperationalError, InterfaceError, OSError) as error:
         raise _unavailable(error) from error
     except DBAPIError as error:
-        if error.connection_invalidated:
+        # The bare class is what SQLite calls a file that is damaged or no database at all.
+        if error.connection_invalidated or type(error) is DatabaseError:
             raise _unavailable(error) from error
         raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -18,14 +19,23 @@ from dumont import names
 from dumont.controller.v1 import instance_service_pb2 as pb
 from dumont.controller.v1 import instance_service_pb2_grpc as pb_grpc
 from dumont.errors import InvalidArgument
+from dumont.rpc.streams import until_draining
 
 
 class InstanceService(pb_grpc.InstanceServiceServicer):
-    def __init__(self, inventory: Inventory, catalogue: Catalogue, commands: Commands, nodes: Nodes) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        catalogue: Catalogue,
+        commands: Commands,
+        nodes: Nodes,
+        draining: asyncio.Event,
+    ) -> None:
         self._inventory = inventory
         self._catalogue = catalogue
         self._commands = commands
         self._nodes = nodes
+        self._draining = draining
 
     async def GetInstance(self, request: pb.GetInstanceRequest, context: object) -> pb.Instance:
         return self._message(self._inventory.instance(names.parse(request.name, "instances", "name")))
@@ -45,7 +55,7 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
     async def WatchInstances(
         self, request: pb.WatchInstancesRequest, context: object
     ) -> AsyncGenerator[pb.WatchInstancesResponse]:
-        async with aclosing(self._inventory.watch()) as changes:
+        async with aclosing(until_draining(self._inventory.watch(), self._draining)) as changes:
             async for change in changes:
                 if isinstance(change, Removed):
                     yield pb.WatchInstancesResponse(removed=f"instances/{change.instance}")
@@ -75,8 +85,8 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
             )
         self._commands.check_reachable(instance.node)
         logs = self._nodes.stream_logs(instance.node, instance.id, request.tail_lines, request.follow)
-        async with aclosing(logs):
-            async for data in logs:
+        async with aclosing(logs), aclosing(until_draining(logs, self._draining)) as lines:
+            async for data in lines:
                 yield pb.StreamInstanceLogsResponse(data=data)
 
     def _message(self, instance: Instance) -> pb.Instance:

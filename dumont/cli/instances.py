@@ -78,7 +78,7 @@ def stop(
 
 @command
 def logs(
-    instance: Annotated[str, typer.Argument(help="The instance.")],
+    target: Annotated[str, typer.Argument(help="An instance, or a deployment for its newest one.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and go on as it prints.")] = False,
     tail: Annotated[int, typer.Option(min=0, help="Begin with this many lines; 0: all that is kept.")] = 0,
     json: Json = False,
@@ -86,7 +86,11 @@ def logs(
 ) -> None:
     """Print what an instance's model host printed."""
     with sync.Client(endpoint) as client:
-        for text in client.instances.logs(instance, tail=tail, follow=follow):
+        found = client.instances.find(target)
+        newest = max(
+            found, key=lambda instance: instance.create_time.timestamp() if instance.create_time else 0.0
+        )
+        for text in client.instances.logs(newest.name, tail=tail, follow=follow):
             if json:
                 print_json({"text": text})
             else:

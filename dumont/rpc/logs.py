@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Literal
 
 import structlog
 
 
-def configure_logs(format: Literal["json", "console"], **fields: str) -> None:
+def configure_logs(format: Literal["json", "console"], level: str = "info") -> None:
     """Send logs to standard error.
 
     Args:
         format: ``json`` for machines, ``console`` for a terminal.
-        fields: stand in every line.
+        level: the least severe that is shown, as ``logging`` names it.
     """
     renderer: structlog.types.Processor = (
         structlog.processors.JSONRenderer() if format == "json" else structlog.dev.ConsoleRenderer()
@@ -26,7 +27,6 @@ def configure_logs(format: Literal["json", "console"], **fields: str) -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=open(2, "w", buffering=1, closefd=False)),  # noqa: SIM115
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
-    structlog.contextvars.bind_contextvars(**fields)

@@ -135,6 +135,8 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
 
     def __init__(self, services: Iterable[str]) -> None:
         super().__init__()
+        # Set when the service begins to end; streams that would never end by themselves watch it.
+        self.draining = asyncio.Event()
         self.services = ("", *services)
         # Before the server starts nobody watches, so the statuses may be set without a loop.
         self._server_status.update(
@@ -193,6 +195,7 @@ async def run_until_signalled(
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, signalled, number.name)
     await stop.wait()
+    health.draining.set()
     await health.enter_graceful_shutdown()
     await server.stop(grace_seconds)
 

@@ -59,6 +59,9 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
+    if device.type == "cuda":
+        # It compiles kernels when a shape is new, in the middle of an answer, and keeps its compiler loaded.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     with phases.measure("import_model"):
         model_class = _model_class(files)
     with phases.measure("load_weights"):

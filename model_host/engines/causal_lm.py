@@ -29,12 +29,13 @@ from model_host.engines.libraries import library_versions
 from model_host.engines.tokens import ChatTemplate, load_tokenizer
 from model_host.model_files import Json, ModelFiles
 from model_host.text import Detokenizer, StopFilter
-from model_host.weights import Weights
+from model_host.weights import Weights, release_cuda_caches
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CANARY_TOKENS: Final = 16
+WARM_UP_LENGTHS: Final = (1, 5, 64, 256)
 PREFILL_TOKENS: Final = 512  # computed at once; between chunks a call can be stopped
 MAX_STOPS: Final = 16
 DEFAULT_CONTEXT: Final = 2048
@@ -71,7 +72,15 @@ class CausalLM:
         self._keeps_logits = "logits_to_keep" in takes
 
     def warm_up(self) -> None:
-        """Prefill and two steps, drawing; the chat template and the tokenizer both ways."""
+        """Prefill and steps, drawing and greedy; the chat template and the tokenizer both ways.
+
+        On a GPU also prompts of other lengths: for each the libraries choose kernels, and load them then.
+        """
+        if self._device.type == "cuda":
+            for length in WARM_UP_LENGTHS:
+                prompt = [0] * min(length, self.context_length // 2)
+                for _ in self._answer(Generation(), prompt, max_new_tokens=4):
+                    pass
         text = "Hello"
         if self._template:
             text = self._template.render([Message("user", text)])
@@ -209,7 +218,7 @@ class CausalLM:
         """Free the GPU of weights and caches; on the CPU there is nothing to free."""
         self._weights.detach()
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_cuda_caches()
 
     def wake(self) -> None:
         self._weights.attach()

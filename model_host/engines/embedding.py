@@ -23,7 +23,7 @@ from model_host.engines.assembly import build
 from model_host.engines.libraries import library_versions
 from model_host.engines.tokens import load_tokenizer
 from model_host.model_files import Json, ModelFiles
-from model_host.weights import Weights
+from model_host.weights import Weights, release_cuda_caches
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -136,7 +136,7 @@ class Embedding:
         """Free the GPU of weights and caches; on the CPU there is nothing to free."""
         self._weights.detach()
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_cuda_caches()
 
     def wake(self) -> None:
         self._weights.attach()

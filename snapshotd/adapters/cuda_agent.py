@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import structlog
 
@@ -23,7 +23,12 @@ OPERATION_TIMEOUT = 300.0
 
 
 class CudaAgent:
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "snapshotd.cuda.agent")) -> None:
+        """
+        Args:
+            command: starts an agent that speaks as ``snapshotd.cuda.agent`` says.
+        """
+        self.command = command
         self._process: Process | None = None
         self._reading: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[Json]] = {}
@@ -89,7 +94,7 @@ class CudaAgent:
 
     async def _start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "snapshotd.cuda.agent", stdin=PIPE, stdout=PIPE, start_new_session=True
+            *self.command, stdin=PIPE, stdout=PIPE, start_new_session=True
         )
         assert self._process.stdout is not None
         try:

@@ -12,8 +12,10 @@ import asyncio
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -22,6 +24,7 @@ from blake3 import blake3
 from dumont.errors import AlreadyExists, DataLoss, DumontError, NotFound
 from snapshotd import manifest as manifests
 from snapshotd.model import Entry, ImageFile, Manifest, Snapshot
+from snapshotd.threads import finish
 
 log = structlog.get_logger(__name__)
 
@@ -76,7 +79,12 @@ class DirectoryStore:
         return await digest_files(self._staged(snapshot), self.threads)
 
     async def commit(self, manifest: Manifest, fetched: bool = False) -> Snapshot:
-        snapshot = await asyncio.to_thread(self._commit, manifest, fetched)
+        try:
+            snapshot = await finish(partial(self._commit, manifest, fetched))
+        except asyncio.CancelledError:
+            with contextlib.suppress(NotFound):
+                await self.delete(manifest.id)
+            raise
         identities = self._identify(snapshot) if fetched else None
         if identities is not None:
             # Every chunk was verified before it was written here.
@@ -93,6 +101,8 @@ class DirectoryStore:
     async def list(self) -> list[Snapshot]:
         found = []
         for path in sorted(self.root.glob(f"*/{manifests.NAME}")):
+            if path.parent.name.startswith(STAGED):
+                continue
             try:
                 found.append(await self.get(path.parent.name))
             except DumontError as error:
@@ -115,6 +125,13 @@ class DirectoryStore:
 
     async def _read_all(self, snapshot: Snapshot) -> None:
         actual = {file.name: file for file in await digest_files(self.images(snapshot), self.threads)}
+        # CRIU reads whatever lies there under a name that it knows.
+        if strangers := sorted(set(actual) - {file.name for file in snapshot.manifest.files}):
+            raise DataLoss(
+                "IMAGE_DAMAGED",
+                f"{strangers[0]} of snapshots/{snapshot.manifest.id} was not written with it",
+                metadata={"file": strangers[0], "snapshot": snapshot.manifest.id},
+            )
         for file in snapshot.manifest.files:
             found = actual.get(file.name)
             if found != file:
@@ -136,16 +153,20 @@ class DirectoryStore:
         return self.root / snapshot.manifest.id
 
     async def quarantine(self, snapshot: str, reason: str) -> None:
-        (self.root / snapshot / QUARANTINE).write_text(reason)
         self._cache.pop(snapshot, None)
+        # Deleted meanwhile, there is nothing left to keep from being restored.
+        with contextlib.suppress(FileNotFoundError):
+            (self.root / snapshot / QUARANTINE).write_text(reason)
 
     async def note_published(self, snapshot: str) -> None:
         (self.root / snapshot / PUBLISHED).touch(mode=0o600)
         self._cache.pop(snapshot, None)
 
     async def touch(self, snapshot: str) -> None:
+        # The time of day, finer than the file system's own idea of now.
+        now = time.time_ns()
         with contextlib.suppress(FileNotFoundError):
-            os.utime(self.root / snapshot / manifests.NAME)
+            os.utime(self.root / snapshot / manifests.NAME, ns=(now, now))
 
     async def entries(self) -> Sequence[Entry]:
         return await asyncio.to_thread(self._entries)
@@ -153,6 +174,8 @@ class DirectoryStore:
     def _entries(self) -> Sequence[Entry]:
         found = []
         for path in sorted(self.root.glob(f"*/{manifests.NAME}")):
+            if path.parent.name.startswith(STAGED):
+                continue
             with contextlib.suppress(FileNotFoundError):
                 size = sum(file.stat().st_blocks * 512 for file in path.parent.iterdir())
                 published = (path.parent / PUBLISHED).exists()
@@ -171,12 +194,15 @@ class DirectoryStore:
         await asyncio.to_thread(shutil.rmtree, doomed)
 
     def _identify(self, snapshot: Snapshot) -> tuple[Identity, ...] | None:
-        """What the file system says of every file; None when one is missing.
+        """What the file system says of every file; None when one is missing or one too many.
 
         Any write changes a file's change time, which nobody can set back.
         """
+        folder = self.images(snapshot)
+        if {path.name for path in folder.glob("*.img")} != {file.name for file in snapshot.manifest.files}:
+            return None
         try:
-            statuses = [(self.images(snapshot) / file.name).stat() for file in snapshot.manifest.files]
+            statuses = [(folder / file.name).stat() for file in snapshot.manifest.files]
         except FileNotFoundError:
             return None
         return tuple((status.st_ino, status.st_size, status.st_ctime_ns) for status in statuses)
@@ -234,7 +260,7 @@ async def digest_files(folder: Path, threads: int) -> list[ImageFile]:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(_digest, paths))
 
-    return await asyncio.to_thread(work)
+    return await finish(work)
 
 
 def _digest(path: Path) -> ImageFile:

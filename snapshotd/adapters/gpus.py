@@ -54,8 +54,16 @@ class Nvml:
             "nvidia_driver": self.driver,
         }
 
-    def memory_free(self, index: int) -> int:
-        """Free bytes of a GPU now."""
+    def used_by(self, pid: int) -> int:
+        handles = map(self.library.nvmlDeviceGetHandleByIndex, range(self.library.nvmlDeviceGetCount()))
+        processes = (
+            process
+            for handle in handles
+            for process in self.library.nvmlDeviceGetComputeRunningProcesses(handle)
+        )
+        return sum(int(process.usedGpuMemory or 0) for process in processes if process.pid == pid)
+
+    def free(self, index: int) -> int:
         handle = self.library.nvmlDeviceGetHandleByIndex(index)
         return int(self.library.nvmlDeviceGetMemoryInfo(handle).free)
 

@@ -116,6 +116,17 @@ class NodeModels:
             name, engine or _engine_of(config, False), None, (), sum(file.size or 0 for file in weights), 0
         )
 
+    def _known_digests(self) -> Json:
+        try:
+            known = json.loads(self.digests.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            # As a power cut may leave it. Reading the weights again is all it costs.
+            log.warning("remembered digests cannot be read", path=self.digests.name)
+            return {}
+        return known if isinstance(known, dict) else {}
+
     def _digest(self, model: Model) -> str:
         identity = [
             f"{path.resolve()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
@@ -123,7 +134,7 @@ class NodeModels:
             if (status := path.stat())
         ]
         key = blake3("\n".join(identity).encode()).hexdigest()
-        known: Json = json.loads(self.digests.read_text()) if self.digests.exists() else {}
+        known = self._known_digests()
         if key not in known:
             hasher = blake3()
             for path in model.weights:
@@ -136,6 +147,20 @@ class NodeModels:
         return str(known[key])
 
 
+def _weight_files(name: str, directory: Path) -> list[str]:
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    try:
+        files = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise _invalid(name, f"{index.name} has no weight_map") from None
+    for file in files:
+        if not file or Path(file).name != file:
+            raise _invalid(name, f"{index.name} names a file outside the model directory: {file[:120]!r}")
+    return files
+
+
 def _describe(name: str, directory: Path, engine: str) -> Model:
     try:
         config = json.loads((directory / "config.json").read_text())
@@ -143,12 +168,11 @@ def _describe(name: str, directory: Path, engine: str) -> Model:
         raise _invalid(name, "config.json is missing") from None
     except ValueError as error:
         raise _invalid(name, f"config.json is not JSON: {error}") from None
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    weights = tuple(directory / file for file in files)
+    except OSError as error:
+        raise _invalid(name, f"config.json cannot be read: {error.strerror}") from None
+    if not isinstance(config, dict):
+        raise _invalid(name, "config.json is no JSON object")
+    weights = tuple(directory / file for file in _weight_files(name, directory))
     for path in weights:
         _check_weights(name, path)
     return Model(
@@ -157,7 +181,7 @@ def _describe(name: str, directory: Path, engine: str) -> Model:
         directory=directory,
         weights=weights,
         weights_bytes=sum(path.stat().st_size for path in weights),
-        context_length=int(config.get("max_position_embeddings") or 0),
+        context_length=length if isinstance(length := config.get("max_position_embeddings"), int) else 0,
     )
 
 
@@ -170,11 +194,14 @@ def _check_weights(name: str, path: Path) -> None:
         raise _invalid(name, f"{path.name} is missing") from None
     except SafetensorError as error:
         raise _invalid(name, f"{path.name} is damaged or cut short: {error}") from None
+    except OSError as error:
+        raise _invalid(name, f"{path.name} cannot be read: {error.strerror or error}") from None
 
 
 def _engine_of(config: Json, sentence_model: bool) -> str:
-    architectures = config.get("architectures") or [""]
-    if not sentence_model and str(architectures[0]).endswith("ForCausalLM"):
+    architectures = config.get("architectures")
+    first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if not sentence_model and first.endswith("ForCausalLM"):
         return "causal_lm"
     return "embedding"
 

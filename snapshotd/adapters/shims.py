@@ -7,6 +7,9 @@ import contextlib
 import itertools
 import json
 import os
+import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +20,16 @@ import structlog
 from dumont.errors import ERRORS, Aborted, DumontError, Internal, Unavailable
 from dumont.names import new_id
 from snapshotd.model import Json
+from snapshotd.shim.freezer import remove_group
 
 log = structlog.get_logger(__name__)
 
 SHIM_READY_TIMEOUT = 30.0
 SHIM_ANSWER_TIMEOUT = 10.0
+# The kernel takes apart what a large process holds, some of it on a GPU.
+RELEASE_TIMEOUT = 120.0
+# A shim that dumps for a daemon that died answers nobody until CRIU is done.
+FIND_TIMEOUT = 120.0
 # A message of the model host is far below this; the canary of a long prompt is the largest.
 LINE_LIMIT = 1 << 20
 
@@ -39,18 +47,20 @@ class ShimHost:
         self._of_host: set[int] = set()
         self._ids = itertools.count(1)
         self._reading = asyncio.create_task(self._read(reader), name=f"shim-{shim}")
+        # The model host's process, held so that it can be ended without its shim.
+        self._process = -1
 
     @classmethod
-    async def connect(cls, socket: Path) -> ShimHost:
+    async def connect(cls, path: Path) -> ShimHost:
         # By descriptor: a socket's path may have 107 bytes, and a state directory may be deep.
-        folder = os.open(socket.parent, os.O_PATH | os.O_DIRECTORY)
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
         try:
             reader, writer = await asyncio.open_unix_connection(
-                f"/proc/self/fd/{folder}/{socket.name}", limit=LINE_LIMIT
+                f"/proc/self/fd/{folder}/{path.name}", limit=LINE_LIMIT
             )
         finally:
             os.close(folder)
-        return cls(socket.stem, reader, writer)
+        return cls(path.stem, reader, writer)
 
     async def launch(
         self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
@@ -65,7 +75,7 @@ class ShimHost:
             },
             SHIM_ANSWER_TIMEOUT,
         )
-        self.instance, self.pid = instance, answer["pid"]
+        self._hold(instance, answer["pid"])
 
     async def restore(
         self,
@@ -88,7 +98,7 @@ class ShimHost:
             },
             timeout + SHIM_ANSWER_TIMEOUT,
         )
-        self.instance, self.pid = instance, answer["pid"]
+        self._hold(instance, answer["pid"])
 
     async def dump(self, images: Path, timeout: float) -> Json:
         request = {"do": "dump", "images": str(images), "timeout": timeout}
@@ -106,22 +116,66 @@ class ShimHost:
     async def status(self) -> Json:
         return await self._ask({"do": "status"}, SHIM_ANSWER_TIMEOUT)
 
+    async def adopt(self) -> bool:
+        """Learn what an earlier daemon left in it; False when it is empty.
+
+        Raises:
+            Unavailable, Aborted: the shim is gone, or does nothing any more.
+        """
+        status = await self._ask({"do": "status"}, FIND_TIMEOUT)
+        if not status["instance"]:
+            return False
+        self._hold(status["instance"], status["pid"])
+        if status["exit_status"] is not None:
+            self.lost.set()
+        return True
+
     async def release(self) -> None:
         try:
-            await self._ask({"do": "release"}, SHIM_ANSWER_TIMEOUT)
+            await self._ask({"do": "release"}, RELEASE_TIMEOUT)
         except Unavailable:
-            # Already gone, and with it the process it was the parent of the namespace of.
             log.warning("shim was gone before its release", shim=self.shim)
+            await self._end_orphan()
         # The shim closes the connection when it has removed its mounts and ends.
         await self._reading
         await self.disconnect()
 
     async def disconnect(self) -> None:
         """Let go of the shim; it and its model host run on."""
+        if self._process >= 0:
+            os.close(self._process)
+            self._process = -1
         self._reading.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reading
         self._writer.close()
+
+    def kill(self) -> None:
+        """End a shim that does not answer, and its children."""
+        peer = self._writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        shim, _, _ = struct.unpack("iII", peer)
+        with contextlib.suppress(OSError):
+            for child in Path(f"/proc/{shim}/task/{shim}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+            os.kill(shim, signal.SIGKILL)
+
+    @property
+    def connected(self) -> bool:
+        return not self._reading.done()
+
+    def _hold(self, instance: str, pid: int) -> None:
+        self.instance, self.pid = instance, pid
+        with contextlib.suppress(ProcessLookupError):
+            self._process = os.pidfd_open(pid)
+
+    async def _end_orphan(self) -> None:
+        """End the model host of a shim that is gone; a frozen one would stay for ever."""
+        if self._process < 0:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._process, signal.SIGKILL)
+        await _ended(self._process)
+        remove_group(self.shim)
 
     async def _ask(self, message: Json, timeout: float) -> Json:
         number = next(self._ids)
@@ -215,7 +269,7 @@ class ShimPool:
         if host is None or host.lost.is_set():
             host = await self._start()
         self.prepare()
-        self._hosts.add(host)
+        self._hosts = {known for known in self._hosts if known.connected} | {host}
         return host
 
     def prepare(self) -> None:
@@ -224,24 +278,28 @@ class ShimPool:
             self._spare = asyncio.create_task(self._start(), name="spare-shim")
 
     async def find(self) -> list[ShimHost]:
-        found = []
-        for socket in sorted(self.directory.glob("*.sock")):
-            try:
-                host = await ShimHost.connect(socket)
-                status = await host.status()
-            except (OSError, DumontError):
-                # No shim listens any more; its mounts went with it.
-                _forget(socket)
-                continue
-            if status["instance"]:
-                host.instance, host.pid = status["instance"], status["pid"]
-                if status["exit_status"] is not None:
-                    host.lost.set()
-                self._hosts.add(host)
-                found.append(host)
-            else:
-                await host.release()
+        paths = sorted(self.directory.glob("*.sock"))
+        found = [host for host in await asyncio.gather(*map(self._find, paths)) if host is not None]
+        self._hosts |= set(found)
         return found
+
+    async def _find(self, path: Path) -> ShimHost | None:
+        try:
+            host = await ShimHost.connect(path)
+        except OSError:
+            # No shim listens any more; its mounts went with it.
+            _forget(path)
+            return None
+        try:
+            if await host.adopt():
+                return host
+            await host.release()
+        except DumontError as error:
+            log.error("shim did not answer and is ended", shim=host.shim, reason=error.reason)
+            host.kill()
+            await host.disconnect()
+            _forget(path)
+        return None
 
     async def close(self) -> None:
         spare, self._spare = self._spare, None
@@ -253,35 +311,41 @@ class ShimPool:
 
     async def _start(self) -> ShimHost:
         shim = new_id("shim")
-        socket = self.directory / f"{shim}.sock"
+        path = self.directory / f"{shim}.sock"
         command = [
             sys.executable,
             "-m",
             "snapshotd.shim.main",
             "--socket",
-            str(socket),
+            str(path),
             "--criu",
             str(self.criu),
         ]
         if self.pycriu is not None:
             command += ["--pycriu", str(self.pycriu)]
-        process = _spawn(command, socket.with_suffix(".log"))
+        process = _spawn(command, path.with_suffix(".log"))
         ended = asyncio.create_task(_wait(process), name=f"{shim}-ended")
         # Held here: the loop alone would let it be collected.
         self._ends.add(ended)
         ended.add_done_callback(self._ends.discard)
         try:
             async with asyncio.timeout(SHIM_READY_TIMEOUT):
-                while not socket.exists():
+                while not path.exists():
                     if ended.done():
                         raise Internal(
                             "SHIM_FAILED", f"the shim ended with status {process.returncode} at its start"
                         )
                     await asyncio.sleep(0.005)
-        except TimeoutError:
+            return await ShimHost.connect(path)
+        except BaseException as error:
+            # Also when whoever waits for it is cancelled: nobody would know of it.
             process.kill()
-            raise Internal("SHIM_FAILED", f"the shim was not ready within {SHIM_READY_TIMEOUT:g} s") from None
-        return await ShimHost.connect(socket)
+            _forget(path, keep_log=isinstance(error, DumontError))
+            if isinstance(error, TimeoutError):
+                raise Internal(
+                    "SHIM_FAILED", f"the shim was not ready within {SHIM_READY_TIMEOUT:g} s"
+                ) from None
+            raise
 
 
 def _spawn(command: Sequence[str], complaints: Path) -> subprocess.Popen[bytes]:
@@ -292,23 +356,32 @@ def _spawn(command: Sequence[str], complaints: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def _forget(socket: Path) -> None:
-    """Remove the files of a shim that is gone."""
-    socket.unlink(missing_ok=True)
-    socket.with_suffix(".log").unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        socket.with_name(f"{socket.name}.root").rmdir()
+def _forget(path: Path, keep_log: bool = False) -> None:
+    """Remove the files of a shim that is gone; ``keep_log``: but for what it said at its end."""
+    path.unlink(missing_ok=True)
+    path.with_name(f".{path.name}").unlink(missing_ok=True)
+    if not keep_log:
+        path.with_suffix(".log").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.with_name(f"{path.name}.root").rmdir()
 
 
 async def _wait(process: subprocess.Popen[bytes]) -> None:
     """Wait for a child without a thread, so that it leaves no zombie."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
     descriptor = os.pidfd_open(process.pid)
-    loop.add_reader(descriptor, ended.set)
     try:
-        await ended.wait()
+        await _ended(descriptor)
         process.wait()
     finally:
-        loop.remove_reader(descriptor)
         os.close(descriptor)
+
+
+async def _ended(process: int) -> None:
+    """Wait until a process, given by its descriptor, has ended."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(process, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(process)

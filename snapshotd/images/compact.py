@@ -24,6 +24,8 @@ from snapshotd.images.format import PAGE, ImageFormat, PageRun
 # Pages looked at together: small enough for the cache, large enough that Python does not matter.
 BLOCK = 2048
 WORDS = PAGE // 8
+# Bytes copied at once by one thread.
+PIECE = 8 << 20
 # A gap of fewer zero pages than this is kept: a restore pays more for another run than for its pages.
 SMALLEST_GAP = 4
 # An image that would keep more than this share of its pages stays as it is.
@@ -92,7 +94,7 @@ def _rewrite(
         if sum(run.pages for run, page in kept if page >= 0) > WORTH_REWRITING * len(nonzero):
             scratch.unlink()
             return list(runs)
-        _copy(source.fileno(), target.fileno(), kept)
+        _copy(source.fileno(), target.fileno(), kept, threads)
     scratch.replace(pages)
     return [run for run, _ in kept]
 
@@ -168,14 +170,24 @@ def _kept_ranges(nonzero: Flags) -> Iterator[tuple[int, int]]:
         yield first, last - first + 1
 
 
-def _copy(source: int, target: int, kept: Sequence[tuple[PageRun, int]]) -> None:
+def _copy(source: int, target: int, kept: Sequence[tuple[PageRun, int]], threads: int) -> None:
+    """Copy the pages of every run to its place in the new file, several pieces at once."""
+    pieces: list[tuple[int, int, int]] = []
+    end = 0
     for run, page in kept:
         if page < 0:
             continue
-        offset, left = page * PAGE, run.pages * PAGE
-        while left:
-            copied = os.copy_file_range(source, target, left, offset)
-            if copied == 0:
-                raise DataLoss("IMAGE_INCOMPLETE", "the pages file ended early")
-            offset += copied
-            left -= copied
+        for start in range(0, run.pages * PAGE, PIECE):
+            length = min(PIECE, run.pages * PAGE - start)
+            pieces.append((page * PAGE + start, end + start, length))
+        end += run.pages * PAGE
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda piece: _copy_piece(source, target, *piece), pieces))
+
+
+def _copy_piece(source: int, target: int, offset: int, place: int, length: int) -> None:
+    while length:
+        copied = os.copy_file_range(source, target, length, offset, place)
+        if copied == 0:
+            raise DataLoss("IMAGE_INCOMPLETE", "the pages file ended early")
+        offset, place, length = offset + copied, place + copied, length - copied

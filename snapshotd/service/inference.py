@@ -1,6 +1,6 @@
 """``dumont.snapshotd.v1.InferenceService``: bytes in, bytes out, to and from the instance's model host.
 
-A token frame is never decoded here; only the request's first field is read, to find the instance.
+A token frame is never decoded here; a request is read once, to find its instance, and passed on as it came.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from dumont import names
-from dumont.errors import FailedPrecondition, Unavailable
+from dumont.errors import FailedPrecondition, InvalidArgument, Unavailable
 from dumont.rpc.server import remaining
 from dumont.rpc.status import from_rpc_error
 from dumont.snapshotd.v1 import inference_service_pb2 as pb2
@@ -26,6 +27,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 BytesStream = grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
 BytesUnary = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+
+Request = TypeVar("Request", pb2.GenerateRequest, pb2.EmbedRequest)
 
 SERVICE = "dumont.snapshotd.v1.InferenceService"
 HOST_SERVICE = "dumont.model_host.v1.ModelHostService"
@@ -59,7 +62,7 @@ class Inference:
         )
 
     async def generate(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
-        channel = await self._channel(pb2.GenerateRequest.FromString(request).name)
+        channel = await self._channel(_parse(pb2.GenerateRequest(), request).name)
         method: BytesStream = channel.unary_stream(f"/{HOST_SERVICE}/Generate")
         call = method(request, timeout=remaining(context))
         try:
@@ -72,7 +75,7 @@ class Inference:
             call.cancel()
 
     async def embed(self, request: bytes, context: Context) -> bytes:
-        channel = await self._channel(pb2.EmbedRequest.FromString(request).name)
+        channel = await self._channel(_parse(pb2.EmbedRequest(), request).name)
         try:
             method: BytesUnary = channel.unary_unary(f"/{HOST_SERVICE}/Embed")
             return await method(request, timeout=remaining(context))
@@ -121,6 +124,14 @@ class Inference:
         raise FailedPrecondition(
             "INSTANCE_NOT_SERVING", f"instances/{instance.id} is {instance.state.name}", metadata=details
         )
+
+
+def _parse(message: Request, data: bytes) -> Request:
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise InvalidArgument("MALFORMED_REQUEST", "the request is not a valid protobuf message") from error
+    return message
 
 
 def _connect(instance: Instance, directory: Path) -> _Line:

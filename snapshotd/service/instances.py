@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -12,6 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 from dumont import names
 from dumont.errors import NotFound
 from dumont.rpc.operations import Operations, Progress
+from dumont.rpc.streams import until_draining
 from dumont.snapshotd.v1 import instance_service_pb2 as pb2
 from dumont.snapshotd.v1 import instance_service_pb2_grpc as pb2_grpc
 from snapshotd import convert
@@ -28,12 +31,18 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 class InstanceServicer(pb2_grpc.InstanceServiceServicer):
     def __init__(
-        self, instances: Instances, snapshots: Snapshots, operations: Operations, observers: Observers
+        self,
+        instances: Instances,
+        snapshots: Snapshots,
+        operations: Operations,
+        observers: Observers,
+        draining: asyncio.Event,
     ) -> None:
         self.instances = instances
         self.snapshots = snapshots
         self.operations = operations
         self.observers = observers
+        self.draining = draining
         # The operation of each instance's start or restore, and the request that began it.
         self._begun: dict[str, tuple[bytes, str]] = {}
 
@@ -116,6 +125,22 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
     async def WatchInstances(
         self, request: pb2.WatchInstancesRequest, context: Context
     ) -> AsyncIterator[pb2.WatchInstancesResponse]:
+        async with aclosing(until_draining(self._changes(), self.draining)) as changes:
+            async for change in changes:
+                yield change
+
+    async def StreamInstanceLogs(
+        self, request: pb2.StreamInstanceLogsRequest, context: Context
+    ) -> AsyncIterator[pb2.StreamInstanceLogsResponse]:
+        instance = names.parse(request.name, "instances", "name")
+        self.instances.get(instance)
+        path = self.instances.node.instance_directory(instance) / "host.log"
+        lines = until_draining(read_log(path, request.tail_lines, request.follow), self.draining)
+        async with aclosing(lines):
+            async for data in lines:
+                yield pb2.StreamInstanceLogsResponse(data=data)
+
+    async def _changes(self) -> AsyncIterator[pb2.WatchInstancesResponse]:
         async with self.instances.changes() as changes:
             known = changes.qsize()
             while True:
@@ -128,15 +153,6 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
                 else:
                     yield pb2.WatchInstancesResponse(instance=convert.instance(change.instance))
 
-    async def StreamInstanceLogs(
-        self, request: pb2.StreamInstanceLogsRequest, context: Context
-    ) -> AsyncIterator[pb2.StreamInstanceLogsResponse]:
-        instance = names.parse(request.name, "instances", "name")
-        self.instances.get(instance)
-        path = self.instances.node.instance_directory(instance) / "host.log"
-        async for data in read_log(path, request.tail_lines, request.follow):
-            yield pb2.StreamInstanceLogsResponse(data=data)
-
     def _new(
         self, instance: str, deployment: str, model: str, engine: str, state: State, snapshot: str
     ) -> Instance:
@@ -147,6 +163,8 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         metadata = pb2.OperationMetadata(instance=names.build("instances", instance))
         metadata.create_time.CopyFrom(convert.timestamp(self.instances.node.clock.now()))
         operation = self.operations.start(prefix, work, metadata)
+        living = {known.id for known in self.instances.all()}
+        self._begun = {known: begun for known, begun in self._begun.items() if known in living}
         self._begun[instance] = (request.SerializeToString(deterministic=True), operation.name)
         return operation
 

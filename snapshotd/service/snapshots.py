@@ -14,8 +14,8 @@ from dumont.rpc.operations import Operations, Progress, Work
 from dumont.snapshotd.v1 import snapshot_service_pb2 as pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2_grpc as pb2_grpc
 from snapshotd import compatibility, convert
-from snapshotd.jobs import Node
 from snapshotd.model import Snapshot
+from snapshotd.node import Node
 from snapshotd.service.pages import page
 from snapshotd.snapshots import Snapshots
 from snapshotd.store.ports import Progress as Bytes

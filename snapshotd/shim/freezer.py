@@ -19,6 +19,16 @@ def cgroup2_root() -> Path | None:
     return None
 
 
+def remove_group(name: str) -> None:
+    """Remove the cgroup of a process that is gone together with the shim that made it."""
+    if (root := cgroup2_root()) is not None:
+        Freezer(_group(root, name), 0).remove()
+
+
+def _group(root: Path, name: str) -> Path:
+    return root / "dumont" / name
+
+
 @dataclass(frozen=True)
 class Freezer:
     """Freezes one process tree.
@@ -37,7 +47,7 @@ class Freezer:
         root = cgroup2_root()
         if root is None:
             return cls(None, pid)
-        group = root / "dumont" / name
+        group = _group(root, name)
         try:
             group.mkdir(parents=True, exist_ok=True)
             (group / "cgroup.procs").write_text(str(pid))

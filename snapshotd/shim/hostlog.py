@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,10 +18,15 @@ class HostLog:
         self.fd = self._open()
 
     def write(self, data: bytes) -> None:
+        """Append ``data``, or lose it: a disk that is full must not end the model that printed it."""
+        with contextlib.suppress(OSError):
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
         if os.fstat(self.fd).st_size + len(data) > self.limit:
-            os.close(self.fd)
             self.path.rename(self.path.with_name(self.path.name + ".1"))
-            self.fd = self._open()
+            full, self.fd = self.fd, self._open()
+            os.close(full)
         os.write(self.fd, data)
 
     def _open(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import signal
 from pathlib import Path
 
 CLONE_NEWNS = 0x0002_0000
@@ -51,6 +53,15 @@ def unmount(target: str | Path) -> None:
 def become_subreaper() -> None:
     """Orphaned descendants become children of the calling process, which can wait for them."""
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+
+
+def kill_children() -> None:
+    """End every child of the calling process, and wait for it. With a pid namespace's first all in it end."""
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(int(pid), 0)
 
 
 def pivot_root(root: Path) -> None:

@@ -54,6 +54,8 @@ class Shim:
 
         self.externals = mounts.node_mounts()
         self.root = scratch
+        # Of its own, because two daemons may each have an instance of the same id.
+        self.group = scratch.name.partition(".")[0]
         self.pipes = launcher.Pipes.create()
         self.inodes = self.pipes.inodes()
         mounts.bind_root(self.root)
@@ -94,16 +96,21 @@ class Shim:
                 f"the image needs mounts that this node does not have: {', '.join(sorted(unknown))}"
             )
         layout = criu.Layout({name: places[name] for name in message["mounts"]}, message["pipes"])
-        self.pid = criu.restore(
-            self.worker,
-            self.pycriu,
-            Path(message["images"]),
-            self.root,
-            layout,
-            self.pipes.host_ends(),
-            directory,
-            message["timeout"],
-        )
+        try:
+            self.pid = criu.restore(
+                self.worker,
+                self.pycriu,
+                Path(message["images"]),
+                self.root,
+                layout,
+                self.pipes.host_ends(),
+                directory,
+                message["timeout"],
+            )
+        except criu.CriuTimeout:
+            # Nobody is left to end the half of the tree that it had made.
+            linux.kill_children()
+            raise
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
 
@@ -241,7 +248,7 @@ class Shim:
 
     def _adopt(self, instance: str, directory: Path) -> None:
         self.instance = instance
-        self.freezer = Freezer.create(instance, self.pid)
+        self.freezer = Freezer.create(self.group, self.pid)
         self.pipes.close_host_ends()
         self.log = HostLog(directory / "host.log")
         self.host = Line(self.pipes.from_host)
@@ -304,9 +311,11 @@ def private_mounts() -> None:
         tmpfs = {line.split()[4] for line in lines if " - tmpfs " in line}
     cache = Path("/dev/shm/dumont-criu")
     if "/run" not in tmpfs and "/dev/shm" in tmpfs:
-        cache.mkdir(mode=0o700, exist_ok=True)
-        if cache.stat().st_uid == os.getuid() and not cache.is_symlink():
-            linux.mount(str(cache), "/run", None, linux.MS_BIND)
+        # Anybody may have put something else there first; then it takes the 50 ms.
+        with contextlib.suppress(OSError):
+            cache.mkdir(mode=0o700, exist_ok=True)
+            if cache.stat().st_uid == os.getuid() and not cache.is_symlink():
+                linux.mount(str(cache), "/run", None, linux.MS_BIND)
 
 
 def main() -> None:

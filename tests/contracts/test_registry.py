@@ -183,9 +183,13 @@ async def test_a_captured_snapshot_is_remembered_with_its_digest_until_it_is_dro
     assert [captured.id for captured in (await registry.load()).captured] == ["s2"]
 
 
-async def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "url", ["postgresql+asyncpg://127.0.0.1:1/none", "sqlite+aiosqlite:///{folder}/damaged.db"]
+)
+async def test_a_database_that_cannot_be_used_is_unavailable(tmp_path: Path, url: str) -> None:
+    (tmp_path / "damaged.db").write_bytes(b"not a database" * 1000)
     with pytest.raises(Unavailable) as failure:
-        await open_registry(f"sqlite+aiosqlite:///{tmp_path}/no/such/directory/c.db")
+        await open_registry(url.format(folder=tmp_path))
     assert failure.value.reason == "DATABASE_UNAVAILABLE"
     assert failure.value.retry_after
 

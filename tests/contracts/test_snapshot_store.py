@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -99,11 +100,40 @@ async def test_damage_is_found_in_every_file(store: SnapshotStore, name: str, da
     assert refusal.value.metadata["file"] == name
 
 
+async def test_a_file_that_was_not_written_with_it_is_found(store: SnapshotStore) -> None:
+    snapshot = await committed(store, "s1")
+    await store.verify(snapshot)
+    (store.images(snapshot) / "core-1.img").write_bytes(b"planted")
+
+    with pytest.raises(DataLoss) as refusal:
+        await store.verify(snapshot)
+    assert refusal.value.metadata["file"] == "core-1.img"
+
+
 async def test_quarantine_keeps_it_and_says_why(store: SnapshotStore) -> None:
     await committed(store, "s1")
     await store.quarantine("s1", "it answered wrongly")
     assert (await store.get("s1")).quarantine_reason == "it answered wrongly"
     assert len(await store.list()) == 1
+
+
+async def test_a_commit_that_is_cancelled_leaves_no_snapshot(store: SnapshotStore) -> None:
+    commit = asyncio.create_task(store.commit(await staged(store, "s1")))
+    await asyncio.sleep(0)
+    commit.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await commit
+    assert await store.list() == []
+    with pytest.raises(NotFound):
+        await store.get("s1")
+
+
+async def test_quarantine_of_what_was_deleted_is_nothing(store: SnapshotStore) -> None:
+    await committed(store, "s1")
+    await store.delete("s1")
+    await store.quarantine("s1", "too late")
+    assert await store.list() == []
 
 
 async def test_what_is_deleted_is_gone(store: SnapshotStore) -> None:

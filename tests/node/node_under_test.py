@@ -17,15 +17,15 @@ from snapshotd.adapters.clock import SystemClock
 from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.facts import node_facts
 from snapshotd.adapters.models import NodeModels
-from snapshotd.adapters.shims import ShimPool
+from snapshotd.adapters.shims import ShimHost, ShimPool
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
 from snapshotd.instances import Instances
-from snapshotd.jobs import Deadlines, Node
 from snapshotd.journal import Journal
 from snapshotd.main import host_settings, prepare_state
 from snapshotd.model import Instance, Json, Snapshot, State
+from snapshotd.node import Deadlines, Node
 from snapshotd.observer import Observers
 from snapshotd.preflight import find_criu
 from snapshotd.shim.freezer import cgroup2_root
@@ -43,6 +43,8 @@ class NodeUnderTest:
     # What the captured source answered, and the process that did.
     answer: list[int] = field(default_factory=list)
     source_pid: int = 0
+    # Every shim there was: other tests may run on this machine at the same time.
+    shims: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.lock = prepare_state(self.state_dir)
@@ -51,6 +53,7 @@ class NodeUnderTest:
         self.store = DirectoryStore(self.state_dir / "snapshots", threads=2)
         self.store.open()
         self.hosts = ShimPool(self.state_dir / "shims", criu.binary, criu.pycriu)
+        self._start_shim, self.hosts._start = self.hosts._start, self._recorded  # type: ignore[method-assign]
         settings = Settings(state_dir=self.state_dir, device="cpu")
         self.node = Node(
             hosts=self.hosts,
@@ -66,6 +69,11 @@ class NodeUnderTest:
         )
         journal = Journal(self.state_dir / "journal")
         self.instances = Instances(self.node, journal, Observers(), self.failpoints)
+
+    async def _recorded(self) -> ShimHost:
+        host = await self._start_shim()
+        self.shims.add(host.shim)
+        return host
 
     async def start(self, instance: str) -> Instance:
         model = await self.node.models.resolve(str(self.model))
@@ -115,8 +123,10 @@ class NodeUnderTest:
             "mounts": [
                 line for line in Path("/proc/mounts").read_text().splitlines() if str(self.state_dir) in line
             ],
-            "processes": sorted(_model_hosts()),
-            "groups": sorted(path.name for path in (groups / "dumont").glob("*/")) if groups else [],
+            "processes": sorted(_model_hosts(self.state_dir)),
+            "groups": sorted(self.shims & {path.name for path in (groups / "dumont").glob("*/")})
+            if groups
+            else [],
         }
 
 
@@ -124,12 +134,15 @@ def _new(instance: str, model: str, engine: str, state: State, snapshot: str = "
     return Instance(instance, "deployments/test", model, engine, state, datetime.now(UTC), snapshot=snapshot)
 
 
-def _model_hosts() -> list[str]:
-    """Pids of all processes that run a model host, restored ones too."""
+def _model_hosts(state_dir: Path) -> list[str]:
+    """Pids of all model hosts whose instance directory lies below ``state_dir``, whoever is their parent."""
+    # As a mount names it: without the path at which its file system is mounted.
+    below = "/".join(state_dir.parts[-2:]) + "/instances/"
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"\0model_host\0" in path.read_bytes():
+            mounts = path.with_name("mountinfo")
+            if b"\0model_host\0" in path.read_bytes() and below in mounts.read_text():
                 found.append(path.parent.name)
         except OSError:
             continue

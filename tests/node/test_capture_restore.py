@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from snapshotd.adapters import shims
+from snapshotd.adapters.shims import ShimHost
 from snapshotd.jobs import Capture
 from snapshotd.model import Snapshot, State
 from tests.node.node_under_test import NodeUnderTest, refused
@@ -67,7 +70,7 @@ async def test_two_replicas_at_once_answer_the_same_and_draw_differently(
     answers = await asyncio.gather(node.generate("twin-a"), node.generate("twin-b"))
     one, other = await asyncio.gather(node.draws("twin-a"), node.draws("twin-b"))
 
-    assert answers == [node.answer, node.answer]
+    assert list(answers) == [node.answer, node.answer]
     assert set(one) >= {"python", "numpy", "torch", "urandom"}
     assert [name for name in one if one[name] == other[name]] == []
     await node.stop_all()
@@ -190,6 +193,47 @@ async def test_a_process_that_dies_is_noticed_and_cleaned_up(node: NodeUnderTest
     assert await node.remains() == before
 
 
+async def test_a_frozen_process_ends_when_its_shim_was_killed(
+    node: NodeUnderTest, snapshot: Snapshot
+) -> None:
+    await node.stop_all()
+    before = await node.remains()
+    instance = await node.restore("orphan", snapshot)
+    await node.instances.park("orphan")
+
+    async with node.instances.changes() as changes:
+        os.kill(_parent(instance.pid), 9)
+        while (change := await changes.get()).instance is None or change.instance.state is not State.FAILED:
+            pass
+    await node.instances.stop("orphan")
+
+    assert not _runs(instance.pid)
+    assert (await node.remains())["groups"] == before["groups"]
+
+
+async def test_a_shim_that_does_not_answer_is_ended_with_its_process(
+    node: NodeUnderTest, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given: a shim that an earlier daemon left, and that hangs
+    await node.stop_all()
+    instance = await node.restore("hung", snapshot)
+    shim = _parent(instance.pid)
+    host = node.instances._record("hung").host
+    assert isinstance(host, ShimHost)
+    path = node.state_dir / "shims" / f"{host.shim}.sock"
+    os.kill(shim, signal.SIGSTOP)
+    monkeypatch.setattr(shims, "FIND_TIMEOUT", 0.1)
+
+    # when
+    assert await node.hosts._find(path) is None
+
+    # then
+    await host.lost.wait()
+    await node.instances.stop("hung")
+    assert not _runs(instance.pid)
+    assert not list((node.state_dir / "shims").glob(f"*{host.shim}*"))
+
+
 @pytest.mark.parametrize("damage", ["pages", "manifest"])
 async def test_a_damaged_snapshot_is_refused_before_criu_and_leaves_nothing(
     node: NodeUnderTest, snapshot: Snapshot, damage: str
@@ -238,6 +282,18 @@ async def test_a_wrong_canary_ends_the_instance_and_quarantines_the_snapshot(
     assert (await node.store.get("lie")).quarantine_reason
     await node.instances.stop("believer")
     assert await node.remains() == before
+
+
+def _runs(pid: int) -> bool:
+    """False also when only its exit status is left, which is for its new parent to collect."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _cpu_ticks(pid: int) -> int:

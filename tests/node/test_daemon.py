@@ -115,6 +115,31 @@ def test_a_crash_in_the_middle_of_a_capture_leaves_the_source_serving(
     daemon.stop_instance("victim")
 
 
+@pytest.mark.parametrize("step", ["directory", "criu", "wake", "serve"])
+def test_a_crash_in_the_middle_of_a_restore_leaves_nothing(daemon: Daemon, instance: str, step: str) -> None:
+    daemon.kill()
+    flags, daemon.flags = daemon.flags, (*daemon.flags, "--failpoints", f"restore.{step}.after=exit")
+    daemon.start()
+    daemon.flags = flags
+    request = pb2.RestoreInstanceRequest(instance_id="half", snapshot="snapshots/one")
+
+    with pytest.raises((grpc.RpcError, DumontError)):
+        daemon.wait(daemon.instances.RestoreInstance(request), pb2.Instance())
+    assert daemon.process is not None
+    assert daemon.process.wait(timeout=30) == 70
+    daemon.process = None
+    daemon.start()
+
+    listed = daemon.instances.ListInstances(pb2.ListInstancesRequest()).instances
+    assert [item.name for item in listed] == [f"instances/{instance}"]
+    assert [path.name for path in (daemon.state_dir / "instances").iterdir()] == [instance]
+    assert [path.stem for path in (daemon.state_dir / "journal").glob("*.json")] == [instance]
+    # The snapshot is as good as before.
+    daemon.wait(daemon.instances.RestoreInstance(request), pb2.Instance())
+    assert daemon.generate("half")
+    daemon.stop_instance("half")
+
+
 def test_the_same_start_twice_is_one_start(daemon: Daemon, instruct_model: Path) -> None:
     request = pb2.StartInstanceRequest(instance_id="twice", model=str(instruct_model))
     first = daemon.instances.StartInstance(request)
@@ -149,9 +174,9 @@ def test_an_instance_that_is_starting_can_be_stopped(daemon: Daemon, instruct_mo
         (pb2.StartInstanceRequest(instance_id="ok", model="/no/such"), "MODEL_NOT_FOUND", "model"),
         (pb2.RestoreInstanceRequest(instance_id="ok", snapshot="s"), "INVALID_NAME", "snapshot"),
         (pb2.RestoreInstanceRequest(instance_id="ok", snapshot="snapshots/none"), "SNAPSHOT_NOT_FOUND", None),
-        (pb2.CaptureInstanceRequest(name="instances/none", snapshot_id="s"), "INSTANCE_NOT_FOUND", None),
+        (pb2.CaptureInstanceRequest(name="instances/none", snapshot_id="s"), "INSTANCE_NOT_FOUND", "name"),
         (pb2.CaptureInstanceRequest(name="instances/none", snapshot_id="../s"), "INVALID_ID", "snapshot_id"),
-        (pb2.ParkInstanceRequest(name="instances/none"), "INSTANCE_NOT_FOUND", None),
+        (pb2.ParkInstanceRequest(name="instances/none"), "INSTANCE_NOT_FOUND", "name"),
         (pb2.StopInstanceRequest(name="../etc"), "INVALID_NAME", "name"),
         (pb2.ListInstancesRequest(page_size=-1), "INVALID_PAGE_SIZE", "page_size"),
     ],
@@ -165,6 +190,11 @@ def test_bad_requests_are_refused_with_reason_and_field(
     assert (error.reason, error.field) == (reason, field)
     after = daemon.instances.ListInstances(pb2.ListInstancesRequest())
     assert [item.name for item in after.instances] == [item.name for item in before.instances]
+
+
+def test_bytes_that_are_no_message_are_refused(daemon: Daemon) -> None:
+    call = daemon.channel.unary_stream("/dumont.snapshotd.v1.InferenceService/Generate")
+    assert refusal(lambda: list(call(b"\xff\xff"))).reason == "MALFORMED_REQUEST"
 
 
 def test_a_second_snapshotd_on_the_state_directory_or_the_port_is_refused(

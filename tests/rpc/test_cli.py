@@ -153,6 +153,7 @@ def test_stop_and_rm_end_things_quietly(cli: Cli) -> None:
 def test_logs_are_printed_as_they_come(cli: Cli) -> None:
     assert cli("logs", "a", "--follow", "--tail", "2").stdout == "loaded €\nready\n"
     assert cli.lines("logs", "a")[-1] == {"text": "ready\n"}
+    assert cli("logs", "qa").stdout.endswith("ready\n")
 
 
 def test_snapshots_are_made_listed_shown_and_removed(cli: Cli) -> None:

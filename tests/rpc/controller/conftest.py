@@ -38,7 +38,7 @@ async def served() -> AsyncIterator[Served]:
     server = new_server(DOMAIN, LIMITS)
     health = add_standard_services(server, SERVICES)
     running = Operations(DOMAIN)
-    add_services(server, controller, running, Config())
+    add_services(server, controller, running, Config(), asyncio.Event())
     address = bind(server, "127.0.0.1:0")
     await server.start()
     await health.set_all(True)

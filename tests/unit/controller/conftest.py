@@ -1,92 +1,11 @@
-"""A controller over ports in memory, on a clock that stands still."""
+"""Fixtures of the controller's unit tests."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator
 
 import pytest
-
-from controller.adapters.memory import ManualClock, MemoryNodes, MemoryRegistry
-from controller.assembly import Controller, assemble
-from controller.catalogue import Draft
-from controller.model import CAUSAL_LM, Deployment, InstanceState, Node, NodeState, StartInfo, StartMode
-
-
-class World:
-    """Nodes, a registry and a clock that outlive the controllers in them."""
-
-    def __init__(self) -> None:
-        self.clock = ManualClock()
-        self.nodes = MemoryNodes(self.clock)
-        self.registry = MemoryRegistry()
-        self.controller: Controller
-
-    async def boot(self) -> None:
-        self.controller = await assemble(self.nodes, self.registry, self.clock)
-
-    async def crash(self) -> None:
-        """The controller dies without a word; what it began on nodes goes on."""
-        self.nodes.abandoned = True
-        await self.controller.tasks.close()
-        self.nodes.abandoned = False
-        self.nodes.release_all()
-
-    async def node(
-        self, identifier: str = "n1", *, capable: bool = True, memory: int = 1 << 30, object_store: str = ""
-    ) -> None:
-        self.nodes.add_node(identifier).store = bool(object_store)
-        facts = Node(
-            identifier,
-            f"{identifier}:7071",
-            checkpoint_capable=capable,
-            memory_available_bytes=memory,
-            object_store=object_store,
-        )
-        await self.controller.fleet.register(facts)
-        await self.until(lambda: self.inventory.nodes[identifier].state is NodeState.READY)
-
-    async def deploy(
-        self, mode: StartMode = StartMode.CHECKPOINT, identifier: str = "qa", **settings: object
-    ) -> Deployment:
-        draft = Draft(model="org/model", engine="", start_mode=mode, **settings)
-        return await self.controller.catalogue.create(identifier, draft, "")
-
-    async def ask(self, deployment: str = "qa") -> tuple[StartInfo, list[bytes]]:
-        frames = self.controller.serving.generate(deployment, CAUSAL_LM, str.encode, None)
-        async with aclosing(frames):
-            answer = [frame async for frame in frames]
-        return answer[0], answer[1:]
-
-    async def advance(self, seconds: float) -> None:
-        """Time passes while every node keeps sending heartbeats."""
-        end = self.clock.moment().steady + seconds
-        while (left := end - self.clock.moment().steady) > 0:
-            for identifier, node in self.nodes.world.items():
-                if node.up and identifier in self.inventory.nodes:
-                    self.controller.fleet.heartbeat(identifier, 0)
-            self.clock.advance(min(left, max(5.0, seconds / 20)) if left > 5.0 else left)
-            for identifier, node in self.nodes.world.items():
-                if node.up and identifier in self.inventory.nodes:
-                    self.controller.fleet.heartbeat(identifier, 0)
-            await self.settle()
-
-    async def settle(self) -> None:
-        """Let everything that can run without time passing run."""
-        for _ in range(60):
-            await asyncio.sleep(0)
-
-    async def until(self, predicate: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
-            await self.inventory.until(predicate)
-
-    @property
-    def inventory(self):
-        return self.controller.inventory
-
-    def states(self, deployment: str = "qa") -> list[InstanceState]:
-        return [instance.state for instance in self.inventory.instances_of(deployment)]
+from controller_world import World
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 
-from conftest import World
+from controller_world import World
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule

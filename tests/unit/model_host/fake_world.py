@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dumont.errors import FailedPrecondition, Unavailable
@@ -103,5 +103,5 @@ class FakeWorld:
     def open_descriptors(self) -> dict[int, str]:
         return dict(self.descriptors)
 
-    def wait_for_descriptors(self, allowed: frozenset[int]) -> dict[int, str]:
-        return {number: to for number, to in self.descriptors.items() if number not in allowed}
+    def wait_for_descriptors(self, allowed: Callable[[int, str], bool]) -> dict[int, str]:
+        return {number: to for number, to in self.descriptors.items() if not allowed(number, to)}

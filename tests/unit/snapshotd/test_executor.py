@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 
 import pytest
 
-from dumont.errors import Aborted, DumontError, Internal
+from dumont.errors import Aborted, DumontError, Internal, ResourceExhausted
 from snapshotd.executor import Step, run_job
 from snapshotd.failpoints import Failpoints
 from snapshotd.model import Phase
@@ -125,6 +126,37 @@ async def test_a_cancelled_job_unwinds_before_it_ends() -> None:
     with pytest.raises(asyncio.CancelledError):
         await job
     assert recorder.events[-2:] == ["undo two", "undo one"]
+
+
+async def test_a_job_cancelled_again_while_it_unwinds_still_ends_with_nothing_left() -> None:
+    recorder = Recorder()
+    unwinding, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow_undo() -> None:
+        unwinding.set()
+        await go_on.wait()
+        recorder.events.append("undo two")
+
+    steps = recorder.steps("three", Aborted("BUSY", "busy"))
+    steps[1] = Step("two", recorder.action("two"), slow_undo)
+    job = asyncio.create_task(run(recorder, steps))
+    await unwinding.wait()
+    job.cancel()
+    asyncio.get_running_loop().call_soon(go_on.set)
+
+    with pytest.raises(Aborted):
+        await job
+    assert recorder.events[-3:] == ["undo three", "undo two", "undo one"]
+
+
+async def test_a_full_disk_is_told_as_such() -> None:
+    recorder = Recorder()
+
+    with pytest.raises(ResourceExhausted) as failure:
+        await run(recorder, recorder.steps("two", OSError(errno.ENOSPC, "No space left on device")))
+
+    assert failure.value.reason == "DISK_FULL"
+    assert failure.value.metadata == {"step": "job.two"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,7 +69,19 @@ async def test_a_name_that_cannot_be_is_refused(
 
 @pytest.mark.parametrize(
     "damage",
-    ["truncated", "garbage", "empty", "no weights", "no config", "config is no JSON", "missing shard"],
+    [
+        "truncated",
+        "garbage",
+        "empty",
+        "no weights",
+        "weights are a directory",
+        "no config",
+        "config is no JSON",
+        "config is a list",
+        "missing shard",
+        "index is a list",
+        "index leads outside",
+    ],
 )
 async def test_a_damaged_model_is_refused_before_anything_is_started(models: NodeModels, damage: str) -> None:
     directory = write_model(models, "org/name")
@@ -86,8 +98,18 @@ async def test_a_damaged_model_is_refused_before_anything_is_started(models: Nod
         config.unlink()
     elif damage == "config is no JSON":
         config.write_text("{")
+    elif damage == "weights are a directory":
+        weights.unlink()
+        weights.mkdir()
+    elif damage == "config is a list":
+        config.write_text("[]")
     else:
-        index = {"weight_map": {"weight": "model-00001-of-00002.safetensors"}}
+        index: object = {"weight_map": {"weight": "model-00001-of-00002.safetensors"}}
+        if damage == "index is a list":
+            index = []
+        elif damage == "index leads outside":
+            write_model(models, "other")
+            index = {"weight_map": {"weight": "../../other/model.safetensors"}}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
     with pytest.raises(FailedPrecondition) as refusal:
@@ -101,6 +123,10 @@ async def test_the_digest_of_weights_follows_their_bytes(models: NodeModels) -> 
     model = await models.resolve("org/name")
     before = await models.weights_digest(model)
     assert before == await models.weights_digest(model)
+
+    models.digests.write_text("")
+    assert before == await models.weights_digest(model)
+    assert json.loads(models.digests.read_text())
 
     save_file({"weight": np.arange(1000, dtype=np.float32) + 1}, directory / "model.safetensors")
 

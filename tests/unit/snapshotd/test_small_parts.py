@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def test_a_host_log_keeps_its_end_in_two_bounded_files(tmp_path: Path) -> None:
     kept = (tmp_path / "host.log.1").read_bytes() + (tmp_path / "host.log").read_bytes()
     assert kept.endswith(b"line 0099\n")
     assert 100 < len(kept) <= 200
+
+
+def test_a_host_log_that_cannot_be_written_loses_lines_and_raises_nothing(tmp_path: Path) -> None:
+    log = HostLog(tmp_path / "host.log", limit=20)
+    log.write(b"before\n")
+    (tmp_path / "host.log").rename(tmp_path / "moved-away")
+    log.write(b"does not fit into it\n")
+    os.close(log.fd)
+    log.write(b"nowhere to go\n")
+    assert (tmp_path / "moved-away").read_bytes() == b"before\n"
 
 
 def test_a_host_log_continues_after_a_restart(tmp_path: Path) -> None:

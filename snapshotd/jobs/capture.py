@@ -1,0 +1,139 @@
+"""Capture: make a snapshot of an instance, which serves on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from dumont.errors import FailedPrecondition, Internal
+from snapshotd.executor import Step
+from snapshotd.images.compact import check, compact
+from snapshotd.jobs import moves
+from snapshotd.model import Json, Manifest, Phase, Snapshot
+from snapshotd.node import Node, Subject, uses_cuda
+from snapshotd.threads import finish
+
+
+@dataclass
+class Capture:
+    """A capture under way, and what its steps find out for each other."""
+
+    node: Node
+    subject: Subject
+    snapshot: str
+    staged: Path | None = None
+    layout: Json = field(default_factory=dict)
+    suspended: bool = False
+    paused_at: float = 0.0
+    pause_seconds: float = 0.0
+    # Filled by the executor as the steps end; the manifest records those before its own.
+    phases: list[Phase] = field(default_factory=list)
+    result: Snapshot | None = None
+
+    def steps(self) -> list[Step]:
+        cuda = uses_cuda(self.subject.instance.device)
+        return [
+            Step("stage", self.stage, self.discard),
+            Step("drain", self.drain, self.keep_serving),
+            Step("quiesce", self.quiesce),
+            *([Step("cuda_checkpoint", self.suspend, self.revive)] if cuda else []),
+            Step("dump", self.dump),
+            *([Step("cuda_restore", self.revive)] if cuda else []),
+            Step("wake", self.wake),
+            Step("compact", self.compact),
+            Step("verify", self.verify),
+            Step("commit", self.commit, self.retract),
+        ]
+
+    async def stage(self) -> None:
+        self.staged = await self.node.store.stage(self.snapshot)
+
+    async def discard(self) -> None:
+        # What another capture of the same id staged is not ours to remove.
+        if self.staged is not None:
+            await self.node.store.discard(self.snapshot)
+
+    async def drain(self) -> None:
+        await self._refuse_served()
+        self.paused_at = self.node.clock.monotonic()
+        await moves.drain(self.node, self.subject)
+
+    async def keep_serving(self) -> None:
+        await moves.keep_serving(self.node, self.subject)
+
+    async def quiesce(self) -> None:
+        moves.note_gpu_memory(self.node, self.subject)
+        await moves.quiesce(self.node, self.subject)
+        # Its socket is closed now: a prompt that came, and was refused, while it drained is in its memory.
+        await self._refuse_served()
+
+    async def _refuse_served(self) -> None:
+        status = await moves.host_of(self.subject).call("status", self.node.deadlines.serve)
+        if status["served"]:
+            raise FailedPrecondition(
+                "INSTANCE_SERVED",
+                f"a caller's prompt has entered instances/{self.subject.instance.id}; "
+                "capture one that has served nobody",
+                metadata={"instance": self.subject.instance.id},
+            )
+
+    async def suspend(self) -> None:
+        await moves.suspend_cuda(self.node, self.subject)
+        self.suspended = True
+
+    async def revive(self) -> None:
+        if self.suspended:
+            await moves.unless_lost(self.subject, lambda: moves.rouse_cuda(self.node, self.subject))
+            self.suspended = False
+
+    async def dump(self) -> None:
+        self.layout = await moves.host_of(self.subject).dump(self._staged(), self.node.deadlines.dump)
+
+    async def wake(self) -> None:
+        await moves.wake(self.node, self.subject)
+        await moves.serve(self.node, self.subject)
+        self.pause_seconds = self.node.clock.monotonic() - self.paused_at
+
+    async def compact(self) -> None:
+        await finish(partial(compact, self.node.images, self._staged(), self.node.threads))
+
+    async def verify(self) -> None:
+        await finish(partial(check, self.node.images, self._staged()))
+
+    async def commit(self) -> None:
+        instance = self.subject.instance
+        if instance.canary is None:
+            raise Internal("NO_CANARY", f"instances/{instance.id} recorded no canary when it was loaded")
+        self.result = await self.node.store.commit(
+            Manifest(
+                id=self.snapshot,
+                deployment=instance.deployment,
+                model=instance.model,
+                engine=instance.engine,
+                device=instance.device,
+                create_time=self.node.clock.now(),
+                source_pause_seconds=self.pause_seconds,
+                phases=tuple(self.phases),
+                canary=instance.canary,
+                compatibility={
+                    **self.node.facts_of(instance.device),
+                    **instance.versions,
+                    "weights": instance.weights_digest,
+                },
+                mounts=tuple(self.layout["mounts"]),
+                pipes=self.layout["pipes"],
+                files=tuple(await self.node.store.digest(self.snapshot)),
+                gpu_bytes=instance.gpu_bytes,
+                gpus=tuple(gpu.uuid for gpu in self.node.gpus) if uses_cuda(instance.device) else (),
+            )
+        )
+
+    def _staged(self) -> Path:
+        if self.staged is None:
+            raise Internal("NOT_STAGED", f"snapshots/{self.snapshot} has no directory yet")
+        return self.staged
+
+    async def retract(self) -> None:
+        if self.result is not None:
+            await self.node.store.delete(self.snapshot)

@@ -1,0 +1,69 @@
+"""Park and resume: give up the GPU or, without one, the CPU, and take it again; the process stays.
+
+On a GPU the weights leave the process first, as for a capture: they are in their files anyway, and copying
+them out of the GPU and back through the driver's checkpoint takes ten times longer than attaching them.
+"""
+
+from __future__ import annotations
+
+from snapshotd.cuda import tree
+from snapshotd.executor import Step
+from snapshotd.jobs import moves
+from snapshotd.node import Node, Subject, uses_cuda
+
+
+def park(node: Node, subject: Subject) -> list[Step]:
+    """Answer what is running, then give up the GPU or, without one, the CPU."""
+
+    async def drain() -> None:
+        await moves.drain(node, subject)
+
+    async def keep_serving() -> None:
+        await moves.keep_serving(node, subject)
+
+    async def freeze() -> None:
+        await moves.host_of(subject).freeze()
+
+    async def thaw() -> None:
+        await moves.unless_lost(subject, moves.host_of(subject).thaw)
+
+    async def quiesce() -> None:
+        moves.note_gpu_memory(node, subject)
+        await moves.quiesce(node, subject)
+
+    async def suspend() -> None:
+        await moves.suspend_cuda(node, subject)
+
+    async def rouse() -> None:
+        await moves.unless_lost(subject, lambda: moves.rouse_cuda(node, subject))
+
+    if uses_cuda(subject.instance.device):
+        return [
+            Step("drain", drain, keep_serving),
+            Step("quiesce", quiesce),
+            Step("cuda_checkpoint", suspend, rouse),
+        ]
+    return [Step("drain", drain, keep_serving), Step("freeze", freeze, thaw)]
+
+
+def resume(node: Node, subject: Subject) -> list[Step]:
+    """Let a parked instance run and answer again."""
+
+    async def thaw() -> None:
+        await moves.host_of(subject).thaw()
+
+    async def revive() -> None:
+        await tree.revive(moves.cuda_of(node), [moves.host_of(subject).pid], {})
+
+    async def wake() -> None:
+        await moves.wake(node, subject)
+
+    async def serve() -> None:
+        await moves.serve(node, subject)
+
+    async def accept() -> None:
+        await moves.accept(node, subject)
+
+    if uses_cuda(subject.instance.device):
+        return [Step("cuda_restore", revive), Step("wake", wake), Step("serve", serve)]
+    return [Step("thaw", thaw), Step("accept", accept)]

@@ -1,0 +1,15 @@
+"""Stop: end an instance."""
+
+from __future__ import annotations
+
+from snapshotd.executor import Step
+from snapshotd.jobs import moves
+from snapshotd.node import Node, Subject
+
+
+def stop(node: Node, subject: Subject) -> list[Step]:
+    """End an instance and remove what it left."""
+    return [
+        Step("release", lambda: moves.release(subject)),
+        Step("directory", lambda: moves.remove_directory(node, subject.instance)),
+    ]
