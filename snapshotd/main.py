@@ -54,6 +54,8 @@ SERVICES = tuple(
 )
 # Where Python and the CUDA driver find their files on this machine.
 INHERITED = ("LD_LIBRARY_PATH", "PYTHONPATH")
+# A store that is away keeps nobody from being served for longer.
+STORE_SECONDS = 10.0
 FOLDERS = ("damaged", "instances", "journal", "shims", "uploads")
 
 
@@ -155,10 +157,13 @@ async def check_store(remote: RemoteStore) -> None:
     Raises:
         FailedPrecondition: it is such a store, or it does not exist.
     """
+    # A node serves without its store; nothing is published before the check has passed.
     try:
-        await check_conditional_create(remote.objects)
+        async with asyncio.timeout(STORE_SECONDS):
+            await check_conditional_create(remote.objects)
+    except TimeoutError:
+        log.warning("object store cannot be used now", reason="STORE_UNAVAILABLE", error="it does not answer")
     except (Unavailable, Unauthenticated, ResourceExhausted) as error:
-        # A node serves without its store; nothing is published before the check has passed.
         log.warning("object store cannot be used now", reason=error.reason, error=error.message)
 
 

@@ -72,7 +72,7 @@ def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | Non
         return None
     signer = Signer.open(settings.state_dir / SIGNING_KEY)
     (settings.state_dir / PUBLIC_KEY).write_text(f"{signer.line()}\n")
-    trusted = settings.trusted_keys_file.read_text() if settings.trusted_keys_file else ""
+    trusted = read_keys(settings.trusted_keys_file) if settings.trusted_keys_file else ""
     return RemoteStore(
         objects,
         signer,
@@ -83,6 +83,22 @@ def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | Non
         grace=timedelta(seconds=settings.store_grace_seconds),
         failpoints=failpoints,
     )
+
+
+def read_keys(path: Path) -> str:
+    """The list of trusted keys.
+
+    Raises:
+        FailedPrecondition: it cannot be read.
+    """
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FailedPrecondition(
+            "KEY_FILE_UNUSABLE",
+            f"the file of trusted keys {path.name} cannot be read: {error}",
+            metadata={"file": path.name},
+        ) from None
 
 
 async def check(settings: Settings) -> list[dict[str, object]]:
