@@ -23,6 +23,7 @@ from blake3 import blake3
 
 from dumont.errors import AlreadyExists, DataLoss, DumontError, NotFound
 from snapshotd import manifest as manifests
+from snapshotd.digests import update_from
 from snapshotd.model import Entry, ImageFile, Manifest, Snapshot
 from snapshotd.threads import finish
 
@@ -265,7 +266,7 @@ async def digest_files(folder: Path, threads: int) -> list[ImageFile]:
 
 def _digest(path: Path) -> ImageFile:
     hasher = blake3(max_threads=blake3.AUTO) if path.stat().st_size > BLOCK else blake3()
-    hasher.update_mmap(path)
+    update_from(hasher, path)
     return ImageFile(path.name, path.stat().st_size, hasher.hexdigest())
 
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from snapshotd.digests import update_from
 from snapshotd.model import Json, Model
 
 log = structlog.get_logger(__name__)
@@ -138,7 +139,8 @@ class NodeModels:
         if key not in known:
             hasher = blake3()
             for path in model.weights:
-                content = blake3(max_threads=blake3.AUTO).update_mmap(path)
+                content = blake3(max_threads=blake3.AUTO)
+                update_from(content, path)
                 hasher.update(f"{path.name} {content.hexdigest()}\n".encode())
             known[key] = hasher.hexdigest()
             scratch = self.digests.with_suffix(".new")

@@ -113,6 +113,8 @@ def _nonzero_pages(memory: mmap.mmap, threads: int) -> Flags:
         rest = np.flatnonzero(~found)
         found[rest] = block[rest].any(axis=1)
         result[start : start + count] = found
+        # What was looked at stays in the page cache and need not count as memory of this process.
+        memory.madvise(mmap.MADV_DONTNEED, start * PAGE, count * PAGE)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(look, range(0, pages, BLOCK)))
