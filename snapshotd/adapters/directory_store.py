@@ -29,7 +29,7 @@ from snapshotd.threads import finish
 
 log = structlog.get_logger(__name__)
 
-Identity = tuple[int, int, int]
+Identity = tuple[str, int, int, int]
 
 STAGED = ".staged-"
 QUARANTINE = "quarantine"
@@ -77,7 +77,11 @@ class DirectoryStore:
         await asyncio.to_thread(shutil.rmtree, self._staged(snapshot), ignore_errors=True)
 
     async def digest(self, snapshot: str) -> list[ImageFile]:
-        return await digest_files(self._staged(snapshot), self.threads)
+        before = await asyncio.to_thread(identify, self._staged(snapshot))
+        files = await digest_files(self._staged(snapshot), self.threads)
+        # Read whole a moment ago: unless somebody writes to them, the first restore need not read them again.
+        self._verified[snapshot] = before
+        return files
 
     async def commit(self, manifest: Manifest, fetched: bool = False) -> Snapshot:
         try:
@@ -86,10 +90,9 @@ class DirectoryStore:
             with contextlib.suppress(NotFound):
                 await self.delete(manifest.id)
             raise
-        identities = self._identify(snapshot) if fetched else None
-        if identities is not None:
+        if fetched:
             # Every chunk was verified before it was written here.
-            self._verified[manifest.id] = identities
+            self._verified[manifest.id] = await asyncio.to_thread(identify, self.images(snapshot))
         return snapshot
 
     async def get(self, snapshot: str) -> Snapshot:
@@ -117,11 +120,9 @@ class DirectoryStore:
 
     async def verify(self, snapshot: Snapshot, again: bool = False) -> None:
         """As the port says; files that nobody has written to since they were last read are not read again."""
-        identities = await asyncio.to_thread(self._identify, snapshot)
-        if not again and identities is not None and self._verified.get(snapshot.manifest.id) == identities:
-            return
-        await self._read_all(snapshot)
-        if identities is not None:
+        identities = await asyncio.to_thread(identify, self.images(snapshot))
+        if again or self._verified.get(snapshot.manifest.id) != identities:
+            await self._read_all(snapshot)
             self._verified[snapshot.manifest.id] = identities
 
     async def _read_all(self, snapshot: Snapshot) -> None:
@@ -194,20 +195,6 @@ class DirectoryStore:
         path.rename(doomed)
         await asyncio.to_thread(shutil.rmtree, doomed)
 
-    def _identify(self, snapshot: Snapshot) -> tuple[Identity, ...] | None:
-        """What the file system says of every file; None when one is missing or one too many.
-
-        Any write changes a file's change time, which nobody can set back.
-        """
-        folder = self.images(snapshot)
-        if {path.name for path in folder.glob("*.img")} != {file.name for file in snapshot.manifest.files}:
-            return None
-        try:
-            statuses = [(folder / file.name).stat() for file in snapshot.manifest.files]
-        except FileNotFoundError:
-            return None
-        return tuple((status.st_ino, status.st_size, status.st_ctime_ns) for status in statuses)
-
     def _staged(self, snapshot: str) -> Path:
         return self.root / f"{STAGED}{snapshot}"
 
@@ -251,6 +238,15 @@ class DirectoryStore:
         with contextlib.suppress(FileNotFoundError):
             reason = (folder / QUARANTINE).read_text()
         return Snapshot(manifest, manifests.digest(data), reason, published=(folder / PUBLISHED).exists())
+
+
+def identify(folder: Path) -> tuple[Identity, ...]:
+    """What the file system says of every image file in ``folder``.
+
+    Any write changes a file's change time, which nobody can set back.
+    """
+    statuses = [(path.name, path.stat()) for path in sorted(folder.glob("*.img"))]
+    return tuple((name, status.st_ino, status.st_size, status.st_ctime_ns) for name, status in statuses)
 
 
 async def digest_files(folder: Path, threads: int) -> list[ImageFile]:

@@ -110,6 +110,18 @@ async def test_a_file_that_was_not_written_with_it_is_found(store: SnapshotStore
     assert refusal.value.metadata["file"] == "core-1.img"
 
 
+async def test_damage_after_a_verification_is_found_by_the_next(store: SnapshotStore) -> None:
+    snapshot = await committed(store, "s1")
+    await store.verify(snapshot)
+    await store.verify(snapshot)
+    path = store.images(snapshot) / "inventory.img"
+    path.write_bytes(path.read_bytes()[::-1].replace(b"i", b"j"))
+
+    with pytest.raises(DataLoss) as refusal:
+        await store.verify(snapshot)
+    assert refusal.value.metadata["file"] == "inventory.img"
+
+
 async def test_quarantine_keeps_it_and_says_why(store: SnapshotStore) -> None:
     await committed(store, "s1")
     await store.quarantine("s1", "it answered wrongly")
