@@ -28,6 +28,9 @@ from snapshotd.uploads import Uploads
 
 log = structlog.get_logger(__name__)
 
+# A store that is silent for longer is left out of a list: who asks may not wait for ever.
+LIST_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -115,10 +118,11 @@ class Snapshots:
         if self.remote is None:
             return sorted(held.values(), key=_id), []
         try:
-            published = {found.manifest.id: found for found in await self.remote.list()}
-            refused = await self._refused(set(published) | set(held))
-        except DumontError as error:
-            log.warning("published snapshots cannot be listed", reason=error.reason, error=error.message)
+            async with asyncio.timeout(LIST_SECONDS):
+                published = {found.manifest.id: found for found in await self.remote.list()}
+                refused = await self._refused(set(published) | set(held))
+        except (DumontError, TimeoutError) as error:
+            log.warning("published snapshots cannot be listed", error=str(error) or "the store is silent")
             return sorted(held.values(), key=_id), []
         there = {name: self._as_snapshot(found) for name, found in published.items()}
         here = {name: replace(found, published=name in published) for name, found in held.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -227,6 +228,17 @@ def test_while_the_store_is_down_what_is_here_serves_and_the_rest_is_unavailable
     assert b.wait(begun, snapshots_pb2.Snapshot()).published
     restore(b, "there")
     delete(b, "here")
+
+
+def test_a_full_disk_refuses_a_fetch_and_keeps_nothing_of_it(nodes: StoreNodes, tmp_path: Path) -> None:
+    subprocess.run(("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(tmp_path)), check=True)
+    try:
+        with nodes.node("full", "--cache-dir", str(tmp_path / "cache")) as full:
+            assert refused(full, "victim").reason == "DISK_FULL"
+            assert list((tmp_path / "cache").iterdir()) == []
+            assert listed(full)["one"].published
+    finally:
+        subprocess.run(("umount", str(tmp_path)), check=True)
 
 
 def test_wrong_credentials_are_told_to_the_operator_and_never_printed(

@@ -255,6 +255,22 @@ async def test_without_its_store_a_node_lists_what_it_holds(world: World) -> Non
     assert refused == []
 
 
+async def test_a_store_that_never_answers_keeps_nobody_waiting_for_a_list(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = world.node("a")
+    await world.capture(node)
+
+    async def silence() -> list[object]:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    monkeypatch.setattr(node.remote, "list", silence)
+    monkeypatch.setattr("snapshotd.snapshots.LIST_SECONDS", 0.01)
+    found, _ = await node.list()
+    assert [one.manifest.id for one in found] == ["s1"]
+
+
 async def test_another_manifest_than_the_one_wanted_is_refused(world: World) -> None:
     await world.published()
     node = world.node("b")
