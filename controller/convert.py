@@ -21,22 +21,17 @@ from controller.model import (
     NodeState,
     Phase,
     Report,
-    Snapshot,
-    SnapshotFile,
     StartInfo,
     StartMode,
     Storage,
-    StoredSnapshot,
     Tier,
 )
 from dumont.controller.v1 import deployment_service_pb2 as deployments_pb
 from dumont.controller.v1 import inference_service_pb2 as inference_pb
 from dumont.controller.v1 import instance_service_pb2 as instances_pb
 from dumont.controller.v1 import node_service_pb2 as nodes_pb
-from dumont.controller.v1 import snapshot_service_pb2 as snapshots_pb
 from dumont.errors import InvalidArgument
 from dumont.snapshotd.v1 import instance_service_pb2 as node_instances_pb
-from dumont.snapshotd.v1 import snapshot_service_pb2 as node_snapshots_pb
 
 TEN_YEARS: Final = 10 * 365 * 86400
 MODEL_LIMIT: Final = 1024
@@ -82,7 +77,7 @@ def last_segment(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _name(collection: str, identifier: str) -> str:
+def full_name(collection: str, identifier: str) -> str:
     return f"{collection}/{identifier}" if identifier else ""
 
 
@@ -98,12 +93,12 @@ def duration(seconds: float) -> Duration:
     return made
 
 
-def _seconds(message: Timestamp | Duration) -> float:
+def seconds(message: Timestamp | Duration) -> float:
     return message.seconds + message.nanos / 1e9
 
 
 def _phases(phases: Iterable[node_instances_pb.Phase]) -> tuple[Phase, ...]:
-    return tuple(Phase(phase.name, _seconds(phase.duration)) for phase in phases)
+    return tuple(Phase(phase.name, seconds(phase.duration)) for phase in phases)
 
 
 # Requests
@@ -205,9 +200,9 @@ def _duration(message: Message, name: str, field: str) -> float | None:
     if value.seconds < 0 or value.nanos < 0:
         raise InvalidArgument(
             "NEGATIVE_DURATION",
-            f"{field} must not be negative; got {_seconds(value):g} s",
+            f"{field} must not be negative; got {seconds(value):g} s",
             field=field,
-            metadata={"seconds": f"{_seconds(value):g}"},
+            metadata={"seconds": f"{seconds(value):g}"},
         )
     if value.seconds > TEN_YEARS or value.nanos >= 1_000_000_000:
         raise InvalidArgument(
@@ -216,7 +211,7 @@ def _duration(message: Message, name: str, field: str) -> float | None:
             field=field,
             metadata={"seconds": str(value.seconds)},
         )
-    return _seconds(value)
+    return seconds(value)
 
 
 # Deployments
@@ -262,7 +257,7 @@ def report(message: node_instances_pb.Instance) -> Report:
         pid=message.pid,
         device=message.device,
         memory_bytes=message.memory_bytes,
-        create_time=_seconds(message.create_time),
+        create_time=seconds(message.create_time),
         phases=_phases(message.phases),
         failure_reason=message.failure_reason,
         failure_message=message.failure_message,
@@ -273,13 +268,13 @@ def instance(facts: Instance, last_use: float | None) -> instances_pb.Instance:
     told = facts.report
     message = instances_pb.Instance(
         name=f"instances/{facts.id}",
-        deployment=_name("deployments", facts.deployment),
+        deployment=full_name("deployments", facts.deployment),
         node=f"nodes/{facts.node}",
         state=instances_pb.Instance.State.Value(f"STATE_{facts.state.name}"),
         pid=told.pid,
         device=told.device,
         memory_bytes=told.memory_bytes,
-        snapshot=_name("snapshots", told.snapshot),
+        snapshot=full_name("snapshots", told.snapshot),
         create_time=timestamp(told.create_time),
         phases=[
             instances_pb.InstancePhase(name=phase.name, duration=duration(phase.seconds))
@@ -290,85 +285,6 @@ def instance(facts: Instance, last_use: float | None) -> instances_pb.Instance:
     )
     if last_use is not None:
         message.last_use_time.CopyFrom(timestamp(last_use))
-    return message
-
-
-# Snapshots
-
-
-def snapshot(node: str, message: node_snapshots_pb.Snapshot) -> Snapshot:
-    """A snapshot as its node describes it; one in a state this version does not know is not used."""
-    return Snapshot(
-        id=last_segment(message.name),
-        deployment=last_segment(message.deployment),
-        node=node,
-        model=message.model,
-        quarantined=message.state != node_snapshots_pb.Snapshot.State.STATE_ACTIVE,
-        quarantine_reason=message.quarantine_reason,
-        create_time=_seconds(message.create_time),
-        size_bytes=message.size_bytes,
-        source_pause_seconds=_seconds(message.source_pause_duration),
-        compatibility=dict(message.compatibility),
-        files=tuple(SnapshotFile(file.name, file.size_bytes, file.digest) for file in message.files),
-        manifest_digest=message.manifest_digest,
-        local=message.local,
-        published=message.published,
-        incompatibility=message.incompatibility,
-        stored=_stored(message.stored) if message.HasField("stored") else None,
-    )
-
-
-def _stored(message: node_snapshots_pb.StoredSnapshot) -> StoredSnapshot:
-    return StoredSnapshot(
-        message.image_bytes,
-        message.data_bytes,
-        message.stored_bytes,
-        message.unique_bytes,
-        message.chunk_count,
-        message.encrypted,
-        message.signer,
-    )
-
-
-def snapshot_message(facts: Snapshot, last_use: float | None, ttl: float | None) -> snapshots_pb.Snapshot:
-    """For callers; ``last_use`` is the deployment's, ``ttl`` in seconds, None when there is no deployment."""
-    states = snapshots_pb.Snapshot.State
-    message = snapshots_pb.Snapshot(
-        name=f"snapshots/{facts.id}",
-        deployment=_name("deployments", facts.deployment),
-        node=f"nodes/{facts.node}",
-        model=facts.model,
-        state=states.STATE_QUARANTINED if facts.quarantined else states.STATE_ACTIVE,
-        create_time=timestamp(facts.create_time),
-        size_bytes=facts.size_bytes,
-        source_pause_duration=duration(facts.source_pause_seconds),
-        compatibility=dict(facts.compatibility),
-        files=[
-            snapshots_pb.SnapshotFile(name=file.name, size_bytes=file.size_bytes, digest=file.digest)
-            for file in facts.files
-        ],
-        manifest_digest=facts.manifest_digest,
-        quarantine_reason=facts.quarantine_reason,
-        local=facts.local,
-        published=facts.published,
-    )
-    if (stored := facts.stored) is not None:
-        message.stored.CopyFrom(
-            snapshots_pb.StoredSnapshot(
-                image_bytes=stored.image_bytes,
-                data_bytes=stored.data_bytes,
-                stored_bytes=stored.stored_bytes,
-                unique_bytes=stored.unique_bytes,
-                chunk_count=stored.chunk_count,
-                encrypted=stored.encrypted,
-                signer=stored.signer,
-            )
-        )
-    if last_use is not None:
-        message.last_use_time.CopyFrom(timestamp(last_use))
-    if ttl is not None:
-        used = facts.create_time if facts.quarantined else max(facts.create_time, last_use or 0.0)
-        message.expire_time.CopyFrom(timestamp(used + ttl))
     return message
 
 

@@ -12,7 +12,7 @@ import structlog
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
 
-from controller import convert
+from controller import convert, snapshot_messages
 from controller.commands import NODE_UNAVAILABLE
 from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified
 from controller.ports import Change, Removed, Synchronized
@@ -132,7 +132,7 @@ class GrpcNodes:
             request = snapshots.ListSnapshotsRequest(page_size=PAGE, page_token=token)
             async with self._errors(node) as link:
                 page = await link.snapshots.ListSnapshots(request, timeout=SHORT)
-            found += [convert.snapshot(node, snapshot) for snapshot in page.snapshots]
+            found += [snapshot_messages.fact(node, snapshot) for snapshot in page.snapshots]
             token = page.next_page_token
             if not token:
                 return found
@@ -162,7 +162,7 @@ class GrpcNodes:
         request = instances.CaptureInstanceRequest(name=f"instances/{instance}", snapshot_id=snapshot)
         async with self._errors(node) as link:
             begun = link.instances.CaptureInstance(request, timeout=LONG)
-            return convert.snapshot(node, await self._outcome(link, begun, snapshots.Snapshot()))
+            return snapshot_messages.fact(node, await self._outcome(link, begun, snapshots.Snapshot()))
 
     async def park(self, node: str, instance: str) -> Report:
         request = instances.ParkInstanceRequest(name=f"instances/{instance}")
@@ -182,13 +182,13 @@ class GrpcNodes:
     async def get_snapshot(self, node: str, snapshot: str) -> Snapshot:
         request = snapshots.GetSnapshotRequest(name=f"snapshots/{snapshot}")
         async with self._errors(node) as link:
-            return convert.snapshot(node, await link.snapshots.GetSnapshot(request, timeout=LONG))
+            return snapshot_messages.fact(node, await link.snapshots.GetSnapshot(request, timeout=LONG))
 
     async def publish(self, node: str, snapshot: str) -> Snapshot:
         request = snapshots.PublishSnapshotRequest(name=f"snapshots/{snapshot}")
         async with self._errors(node) as link:
             begun = link.snapshots.PublishSnapshot(request, timeout=LONG)
-            return convert.snapshot(node, await self._outcome(link, begun, snapshots.Snapshot()))
+            return snapshot_messages.fact(node, await self._outcome(link, begun, snapshots.Snapshot()))
 
     async def verify(self, node: str, snapshot: str) -> Verified:
         request = snapshots.VerifySnapshotRequest(name=f"snapshots/{snapshot}")

@@ -8,7 +8,7 @@ from google.longrunning import operations_pb2
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from controller import convert
+from controller import convert, snapshot_messages
 from controller.catalogue import Catalogue
 from controller.commands import Commands
 from controller.inventory import Inventory
@@ -135,4 +135,4 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
     def _message(self, snapshot: Snapshot) -> pb.Snapshot:
         owner = self._catalogue.deployments.get(snapshot.deployment)
         last_use = self._catalogue.last_use.get(snapshot.deployment)
-        return convert.snapshot_message(snapshot, last_use, owner.ttl_seconds if owner else None)
+        return snapshot_messages.message(snapshot, last_use, owner.ttl_seconds if owner else None)
