@@ -193,6 +193,8 @@ class Shim:
         messages = self.client.receive()
         if messages is None:
             self._disconnect()
+            # Without a model host there is nothing to outlive the daemon for.
+            self.released = not self.pid
             return
         for message in messages:
             self._handle(message)

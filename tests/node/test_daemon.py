@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -240,6 +241,36 @@ def test_sigterm_drains_and_ends_everything_that_it_was_told_to_end(daemon: Daem
     assert not Path(f"/proc/{pid}").exists()
     assert not list((daemon.state_dir / "shims").iterdir())
     daemon.start()
+
+
+def test_a_spare_shim_ends_with_its_daemon(criu: Path, tmp_path: Path, free_port: Callable[[], int]) -> None:
+    with Daemon(tmp_path / "state", free_port()) as daemon:
+        # given: the spare, once the daemon is connected to it
+        while not (shims := _shims_of(daemon.state_dir)):
+            pass
+        descriptors = [os.pidfd_open(pid) for pid in shims]
+
+        # when
+        daemon.kill()
+
+        # then
+        for descriptor in descriptors:
+            ended, _, _ = select.select([descriptor], [], [], 30)
+            assert ended
+            os.close(descriptor)
+        assert _shims_of(daemon.state_dir) == []
+
+
+def _shims_of(state_dir: Path) -> list[int]:
+    """Pids of the shims whose sockets lie in a state directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"{state_dir}/shims/".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
 
 
 def refusal(call: Callable[[], object]) -> DumontError:
