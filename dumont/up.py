@@ -181,13 +181,14 @@ def _signals(processes: Sequence[asyncio.subprocess.Process]) -> Iterator[asynci
 
 
 async def _serving(daemons: Sequence[Daemon], since: datetime) -> None:
-    """Wait until each service says it serves, and the controller has heard from a node ``since`` then."""
+    """Wait until each service says it serves, and a node that was heard ``since`` then is ready for work."""
     await asyncio.gather(*(_healthy(daemon.endpoint) for daemon in daemons))
     async with AsyncClient(daemons[0].endpoint) as client:
         while True:
-            heartbeats = [node.heartbeat_time for node in await client.nodes.list()]
-            if any(heartbeat and heartbeat >= since for heartbeat in heartbeats):
-                return
+            for node in await client.nodes.list():
+                # One that the controller still asks what it holds is not ready yet.
+                if node.state == "READY" and node.heartbeat_time and node.heartbeat_time >= since:
+                    return
             await asyncio.sleep(RECONNECT_SECONDS)
 
 

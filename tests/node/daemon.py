@@ -49,7 +49,8 @@ class Daemon:
         command += ["--listen", self.address, "--device", "cpu", *self.flags]
         self.output = (self.state_dir.parent / f"{self.state_dir.name}.log").open("ab")
         self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output)
-        self.channel = grpc.insecure_channel(self.address)
+        # Not shared with the channel to the process before, whose connection may be dying yet.
+        self.channel = grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
         self.instances = instances_grpc.InstanceServiceStub(self.channel)
         self.snapshots = snapshots_grpc.SnapshotServiceStub(self.channel)
         self.nodes = nodes_grpc.NodeServiceStub(self.channel)
