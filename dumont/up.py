@@ -187,7 +187,7 @@ async def _serving(daemons: Sequence[Daemon], since: datetime) -> None:
         while True:
             for node in await client.nodes.list():
                 # One that the controller still asks what it holds is not ready yet.
-                if node.state == "READY" and node.heartbeat_time and node.heartbeat_time >= since:
+                if node.state == "ready" and node.heartbeat_time and node.heartbeat_time >= since:
                     return
             await asyncio.sleep(RECONNECT_SECONDS)
 
