@@ -240,7 +240,9 @@ async def test_a_stop_of_what_failed_waits_until_its_process_is_gone(world: Worl
         world.instances.admit(an_instance(State.STARTING))
 
     stop = asyncio.create_task(world.instances.stop("one"))
-    await asyncio.sleep(0.01)
+    # Every turn that it could take without the gate.
+    for _ in range(20):
+        await asyncio.sleep(0)
     assert not stop.done()
     gate.set()
     await stop
