@@ -73,7 +73,7 @@ def write_dump(images: ImageFormat, directory: Path, layout: list[tuple[bool, st
 def read_memory(images: ImageFormat, directory: Path) -> dict[int, bytes]:
     """What a restore would put into memory, less the zero pages of anonymous memory."""
     _, runs = images.read_pagemap(directory / "pagemap-1.img")
-    anonymous = images.read_anonymous(directory / "mm-1.img")
+    anonymous = images.read_vmas(directory / "mm-1.img", {})
     data = (directory / "pages-1.img").read_bytes()
     memory: dict[int, bytes] = {}
     position = 0
