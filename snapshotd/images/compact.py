@@ -6,18 +6,21 @@ Up to half of a model host's touched memory is zeros, and a restore is bound by 
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from dumont.errors import DataLoss
-from snapshotd.images.format import PAGE, ImageFormat
+from snapshotd.images.format import PAGE, ImageFormat, Kind, Vma
 from snapshotd.images.layout import Flags, Layout, Piece, Source, lay_out
 from snapshotd.shim.mounts import MEMORY_MOUNT
 
@@ -26,6 +29,8 @@ BLOCK = 2048
 WORDS = PAGE // 8
 # Bytes copied at once by one thread.
 CHUNK = 8 << 20
+# FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+PUNCH_HOLE = 0x03
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def compact(images: ImageFormat, directory: Path, origin: Path | None, threads: 
 
 
 def check(images: ImageFormat, directory: Path) -> None:
-    """Check that every pagemap in ``directory`` describes its pages file exactly.
+    """Check that every pagemap in ``directory`` describes its pages file exactly, and no mapping ends
+    beyond its memory file.
 
     Raises:
         DataLoss: a file is missing, cut short or of another dump.
@@ -102,6 +108,21 @@ def check(images: ImageFormat, directory: Path) -> None:
                 f"{name} has {actual} bytes and its map describes {expected}",
                 metadata={"file": name},
             )
+    known = images.memory_files(directory, MEMORY_MOUNT)
+    for mm in sorted(directory.glob("mm-[0-9]*.img")):
+        for vma in images.read_vmas(mm, known):
+            if vma.kind is Kind.MAPPED:
+                _check_mapping(vma, directory / known[vma.entry.shmid])
+
+
+def _check_mapping(vma: Vma, file: Path) -> None:
+    size = file.stat().st_size if file.exists() else -1
+    if vma.offset + vma.end - vma.start > size:
+        raise DataLoss(
+            "IMAGE_INCOMPLETE",
+            f"{file.name} has {size} bytes, and memory is mapped from beyond them",
+            metadata={"file": file.name},
+        )
 
 
 def _look(
@@ -142,19 +163,23 @@ def _nonzero_pages(memory: mmap.mmap, threads: int) -> Flags:
 
 
 def _move(process: _Process, pages: Path, memory: Path, origin: Path | None, threads: int) -> None:
-    """Write the new pages file, over the old one, and the memory file."""
-    scratch = pages.with_suffix(".new")
+    """Make the dump's pages file the memory file, and a new pages file of what a restore still reads."""
     layout = process.layout
+    dumped = pages.stat().st_size // PAGE
+    pages.rename(memory)
     with ExitStack() as stack:
-        sources = {Source.DUMP: stack.enter_context(pages.open("rb")).fileno()}
+        sources = {Source.DUMP: stack.enter_context(memory.open("r+b")).fileno()}
         if process.origin and origin is not None:
             sources[Source.ORIGIN] = stack.enter_context((origin / process.origin).open("rb")).fileno()
-        target = stack.enter_context(scratch.open("wb")).fileno()
-        mapped = stack.enter_context(memory.open("wb")).fileno()
-        os.truncate(mapped, layout.memory_pages * PAGE)
+        target = stack.enter_context(pages.open("xb")).fileno()
+        mapped = sources[Source.DUMP]
         _copy(sources, target, _one_behind_the_other(layout.read), threads)
-        _copy(sources, mapped, layout.mapped, threads)
-    scratch.replace(pages)
+        os.truncate(mapped, layout.memory_pages * PAGE)
+        for source in (Source.ORIGIN, Source.DUMP):  # what was written after what it was written over
+            added = [(place, piece) for place, piece in layout.added if piece.source is source]
+            _copy(sources, mapped, added, threads)
+        for first, count in _gaps(layout.kept, dumped):
+            _punch(mapped, first * PAGE, count * PAGE)
 
 
 def _one_behind_the_other(pieces: Iterable[Piece]) -> Iterator[tuple[int, Piece]]:
@@ -163,6 +188,31 @@ def _one_behind_the_other(pieces: Iterable[Piece]) -> Iterator[tuple[int, Piece]
         if piece.source is not Source.ELSEWHERE:
             yield end, piece
             end += piece.run.pages
+
+
+def _gaps(ranges: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """The ranges (first, count) below ``end`` that are in none of ``ranges``, which ascend."""
+    position = 0
+    for first, count in [*ranges, (end, 0)]:
+        if first > position:
+            yield position, first - position
+        position = first + count
+
+
+def _punch(file: int, offset: int, length: int) -> None:
+    """Give the space of a range back to the file system; it reads as zeros from now on."""
+    if libc().fallocate(file, PUNCH_HOLE, offset, length) != 0:
+        error = ctypes.get_errno()
+        # A file system without holes keeps the bytes; nothing maps them.
+        if error != errno.EOPNOTSUPP:
+            raise OSError(error, os.strerror(error))
+
+
+@cache
+def libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return library
 
 
 def _copy(sources: dict[Source, int], target: int, places: Iterable[tuple[int, Piece]], threads: int) -> None:
@@ -176,16 +226,11 @@ def _copy(sources: dict[Source, int], target: int, places: Iterable[tuple[int, P
                 raise DataLoss("IMAGE_INCOMPLETE", "the pages file ended early")
             offset, place, length = offset + copied, place + copied, length - copied
 
-    jobs = [
-        (
-            sources[piece.source],
-            piece.position * PAGE + start,
-            place * PAGE + start,
-            min(CHUNK, length - start),
-        )
-        for place, piece in places
-        for length in (piece.run.pages * PAGE,)
-        for start in range(0, length, CHUNK)
-    ]
+    jobs = []
+    for place, piece in places:
+        length = piece.run.pages * PAGE
+        for start in range(0, length, CHUNK):
+            offset = piece.position * PAGE + start
+            jobs.append((sources[piece.source], offset, place * PAGE + start, min(CHUNK, length - start)))
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, jobs, chunksize=1))
+        list(pool.map(work, jobs))

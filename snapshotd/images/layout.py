@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from dumont.errors import DataLoss
 from snapshotd.images.format import PAGE, PAGE_PRESENT, Kind, PageRun, Vma
 
-# A gap of fewer zero pages than this is kept: a restore pays more for another run than for its pages.
-SMALLEST_GAP: Final = 4
-# Pages of a hole that a mapping may have inside, and the fewest that are worth a mapping.
-LARGEST_HOLE: Final = 16
+# A gap of at most so many zero pages is kept: a restore pays more for another mapping than for its pages.
+LARGEST_GAP: Final = 8
+# The fewest pages that are worth a mapping.
 SMALLEST_MAPPING: Final = 16
 
 Flags = NDArray[np.bool_]
@@ -43,37 +42,30 @@ class Piece:
     Attributes:
         run: their addresses.
         position: the first one's place in the source, in pages.
-        vma: index of their mapping; -1: absence would not mean zero, so the piece stays as it is.
     """
 
     run: PageRun
     source: Source
     position: int
-    vma: int
-
-    @property
-    def start(self) -> int:
-        return self.run.start
-
-    @property
-    def end(self) -> int:
-        return self.run.start + self.run.pages * PAGE
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A process's memory, laid out anew.
+    """A process's memory, laid out anew. The dump's pages file becomes its memory file.
 
     Attributes:
         vmas: its mappings.
         read: what a restore reads, ascending.
-        mapped: what it maps, each with its place in the new memory file, in pages.
-        memory_pages: size of that file.
+        added: what is copied into the memory file, each with its place there, in pages; what comes from
+            the dump is written over what comes from the origin.
+        kept: ranges (first, count) of the dump's pages that are mapped where they are, ascending.
+        memory_pages: size of the memory file.
     """
 
     vmas: list[Vma]
     read: list[Piece]
-    mapped: list[tuple[int, Piece]]
+    added: list[tuple[int, Piece]]
+    kept: list[tuple[int, int]]
     memory_pages: int
 
 
@@ -88,59 +80,48 @@ def lay_out(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags) -> Lay
     Raises:
         DataLoss: the runs describe another number of pages.
     """
-    read: list[Piece] = []
-    mapped: list[tuple[int, Piece]] = []
-    regions: dict[int, list[tuple[int, int, int]]] = {}
-    end = 0
-    for group in _groups(sorted(_pieces(vmas, runs, nonzero), key=lambda piece: piece.start)):
-        start, stop = group[0].start, group[-1].end
-        vma = group[0].vma
-        mappable = vma >= 0 and vmas[vma].kind in (Kind.ANONYMOUS, Kind.MAPPED)
-        if mappable and stop - start >= SMALLEST_MAPPING * PAGE:
-            regions.setdefault(vma, []).append((start, stop, end * PAGE))
-            mapped += [(end + (piece.start - start) // PAGE, piece) for piece in group]
-            end += (stop - start) // PAGE
-        else:
-            read += group
-    cut = [part for index, vma in enumerate(vmas) for part in _cut(vma, regions.get(index, []))]
-    return Layout(cut, read, mapped, end)
-
-
-def _pieces(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags) -> Iterator[Piece]:
-    """All pages that must be somewhere."""
     starts = [vma.start for vma in vmas]
+    layout = Layout([], [], [], [], len(nonzero))
+    regions: dict[int, list[tuple[int, int, int]]] = {}
+    written: dict[int, list[Piece]] = {}
     position = 0
-    dumped: dict[int, list[PageRun]] = {}
     for run in runs:
         if not run.present:
-            yield Piece(run, Source.ELSEWHERE, 0, -1)
+            layout.read.append(Piece(run, Source.ELSEWHERE, 0))
             continue
         for part, index in _by_vma(run, vmas, starts):
-            if index < 0 or vmas[index].kind is Kind.OTHER:
-                yield Piece(part, Source.DUMP, position, -1)
+            kind = vmas[index].kind if index >= 0 else Kind.OTHER
+            if kind is Kind.OTHER:
+                layout.read.append(Piece(part, Source.DUMP, position))
+            elif kind is Kind.MAPPED:
+                written.setdefault(index, []).append(Piece(part, Source.DUMP, position))
             else:
-                dumped.setdefault(index, []).append(part)
                 for first, count in _kept_ranges(nonzero[position : position + part.pages]):
                     kept = replace(part, start=part.start + first * PAGE, pages=count)
-                    yield Piece(kept, Source.DUMP, position + first, index)
+                    if kind is Kind.ANONYMOUS and count >= SMALLEST_MAPPING:
+                        end = kept.start + count * PAGE
+                        regions.setdefault(index, []).append((kept.start, end, (position + first) * PAGE))
+                        layout.kept.append((position + first, count))
+                    else:
+                        layout.read.append(Piece(kept, Source.DUMP, position + first))
             position += part.pages
     if position != len(nonzero):
         raise DataLoss(
             "IMAGE_INCOMPLETE", f"the map describes {position} pages and the file has {len(nonzero)}"
         )
+    end = len(nonzero)
     for index, vma in enumerate(vmas):
         if vma.kind is Kind.MAPPED:
-            yield from _untouched(vma, index, dumped.get(index, []))
-
-
-def _untouched(vma: Vma, index: int, dumped: Iterable[PageRun]) -> Iterator[Piece]:
-    """What a process has not written to of a mapping of its memory file, so that the dump lacks it."""
-    address = vma.start
-    for start, end in [*((run.start, run.start + run.pages * PAGE) for run in dumped), (vma.end, vma.end)]:
-        if start > address:
-            run = PageRun(address, (start - address) // PAGE, PAGE_PRESENT)
-            yield Piece(run, Source.ORIGIN, (vma.offset + address - vma.start) // PAGE, index)
-        address = end
+            # Put together anew at the end of the file: what it was restored from, then what it wrote.
+            pages = (vma.end - vma.start) // PAGE
+            whole = Piece(PageRun(vma.start, pages, PAGE_PRESENT), Source.ORIGIN, vma.offset // PAGE)
+            layout.added.append((end, whole))
+            for piece in written.get(index, []):
+                layout.added.append((end + (piece.run.start - vma.start) // PAGE, piece))
+            regions[index] = [(vma.start, vma.end, end * PAGE)]
+            end += pages
+        layout.vmas.extend(_cut(vma, regions.get(index, [])))
+    return replace(layout, memory_pages=end)
 
 
 def _by_vma(run: PageRun, vmas: Sequence[Vma], starts: Sequence[int]) -> Iterator[tuple[PageRun, int]]:
@@ -162,25 +143,11 @@ def _kept_ranges(nonzero: Flags) -> Iterator[tuple[int, int]]:
     pages = np.flatnonzero(nonzero)
     if len(pages) == 0:
         return
-    breaks = np.flatnonzero(np.diff(pages) > SMALLEST_GAP)
+    breaks = np.flatnonzero(np.diff(pages) > LARGEST_GAP)
     firsts = pages[np.concatenate(([0], breaks + 1))]
     lasts = pages[np.concatenate((breaks, [len(pages) - 1]))]
     for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
         yield first, last - first + 1
-
-
-def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces of one mapping that lie close enough together for one region of the memory file."""
-    group: list[Piece] = []
-    for piece in pieces:
-        near = group and piece.start - group[-1].end <= LARGEST_HOLE * PAGE
-        if not (near and piece.vma >= 0 and piece.vma == group[0].vma):
-            if group:
-                yield group
-            group = []
-        group.append(piece)
-    if group:
-        yield group
 
 
 def _cut(vma: Vma, regions: Iterable[tuple[int, int, int]]) -> Iterator[Vma]:
