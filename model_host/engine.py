@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Final, Protocol, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -100,11 +101,15 @@ class Settings:
         device: ``auto``, ``cpu`` or ``cuda:N``.
         max_new_tokens_limit: the most a caller may ask for.
         threads: compute threads; None leaves the library's choice.
+        loader: socket of the node's loader of weights; None: there is none.
+        gpu: UUID of the GPU that ``device`` is, for the loader.
     """
 
     device: str = "auto"
     max_new_tokens_limit: int = 4096
     threads: int | None = None
+    loader: Path | None = None
+    gpu: str = ""
 
 
 @dataclass
@@ -153,6 +158,14 @@ class Engine(Protocol):
 
     def quiesce(self) -> None:
         """Release what a snapshot must not hold: weights on a GPU, caches."""
+
+    def order_weights(self, loader: Path, gpu: str) -> None:
+        """Let the node's loader begin to bring the weights for ``wake``; uses no GPU.
+
+        Args:
+            loader: the loader's socket.
+            gpu: UUID of the GPU that they must be on.
+        """
 
     def wake(self) -> None:
         """Undo ``quiesce``."""

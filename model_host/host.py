@@ -26,6 +26,7 @@ from model_host.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
+Ranges = list[tuple[int, int]]
 DEFAULT_MAX_QUEUE: Final = 64
 DEFAULT_DRAIN_SECONDS: Final = 10.0
 
@@ -61,12 +62,15 @@ class Host:
         self._clock = clock
         self._gate = Gate()
         self._model: Loaded | None = None
+        self._memory: Ranges = []
         self._commands: dict[Command, Callable[[Arguments], Json]] = {
             Command.LOAD: self._load,
             Command.SERVE: self._serve,
             Command.DRAIN: self._drain,
             Command.ACCEPT: self._accept,
             Command.QUIESCE: self._quiesce,
+            Command.TRIM: self._trim,
+            Command.ORDER_WEIGHTS: self._order_weights,
             Command.WAKE: self._wake,
             Command.CANARY: self._canary,
             Command.DRAWS: self._draws,
@@ -108,6 +112,8 @@ class Host:
                 "max_new_tokens_limit", Settings.max_new_tokens_limit, lowest=1
             ),
             threads=arguments.integer("threads", 0, lowest=0) or None,
+            loader=_path(arguments.text("loader", "")),
+            gpu=arguments.text("gpu", ""),
         )
         folder = Path(arguments.text("model_dir"))
         engine = self._world.load(folder, arguments.text("engine", ""), settings, phases)
@@ -187,7 +193,20 @@ class Host:
             if socket is not None:
                 model.server.start(socket)
             raise
+        self._memory = self._world.memory_ranges()
         return {"open_fds": sorted(self._world.open_descriptors())}
+
+    def _trim(self, arguments: Arguments) -> Json:
+        """Drop the zero pages of memory that came since quiescence.
+
+        A CUDA checkpoint copies all that the process holds on the GPU into it, and most of that was never
+        written to. Nothing here writes there while the process is checkpointed.
+        """
+        return {"bytes": self._world.drop_zero_pages(self._memory)}
+
+    def _order_weights(self, arguments: Arguments) -> Json:
+        self._loaded.engine.order_weights(Path(arguments.text("loader")), arguments.text("gpu"))
+        return {}
 
     def _wake(self, arguments: Arguments) -> Json:
         """Reasons: INVALID_ENTROPY."""
@@ -228,3 +247,7 @@ class Host:
             self._model.server.stop()
             self._model.scheduler.close()
         return {}
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None

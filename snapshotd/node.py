@@ -9,7 +9,7 @@ from typing import Protocol
 
 from snapshotd.images.format import ImageFormat
 from snapshotd.model import Gpu, Instance, Phase
-from snapshotd.ports import Clock, Cuda, GpuMemory, Host, Hosts, Models, SnapshotStore
+from snapshotd.ports import Clock, Cuda, GpuMemory, Host, Hosts, Models, SnapshotStore, WeightLoader
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Node:
     gpus: tuple[Gpu, ...] = ()
     gpu_facts: Mapping[str, str] = field(default_factory=dict)
     gpu_memory: GpuMemory | None = None
+    loader: WeightLoader | None = None
 
     def facts_of(self, device: str) -> dict[str, str]:
         """What a process on ``device`` is bound to here."""

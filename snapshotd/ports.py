@@ -111,6 +111,14 @@ class Cuda(Protocol):
     async def unlock(self, pid: int) -> None: ...
 
 
+class WeightLoader(Protocol):
+    """Brings weights from the node's cache to a GPU, beside whatever the model host does meanwhile."""
+
+    async def ready(self) -> bool:
+        """Whether it can be asked; one that died is started again, for the next."""
+        ...
+
+
 class GpuMemory(Protocol):
     """Memory of this node's GPUs, in bytes."""
 

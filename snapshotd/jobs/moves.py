@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 
 import structlog
@@ -19,6 +20,7 @@ from snapshotd.ports import Cuda, Host
 log = structlog.get_logger(__name__)
 
 SOCKET = "/run/dumont/host.sock"
+LOADER_SOCKET = "/run/dumont-weights/loader.sock"
 
 
 def host_of(subject: Subject) -> Host:
@@ -55,7 +57,39 @@ async def quiesce(node: Node, subject: Subject) -> None:
 
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
+    """Move what the process holds on GPUs to host memory, and let go of the zeros among it."""
     await tree.suspend(cuda_of(node), [host_of(subject).pid], node.deadlines.cuda_lock)
+    try:
+        await host_of(subject).call("trim", node.deadlines.quiesce)
+    except BaseException:
+        await unless_lost(subject, lambda: rouse_cuda(node, subject))
+        raise
+
+
+async def revive_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) -> None:
+    """Bring the process back to its GPUs, its weights on their way meanwhile.
+
+    Args:
+        devices: GPU UUIDs, old to new, every GPU of the node; empty: the same GPUs.
+    """
+    await order_weights(node, subject)
+    await tree.revive(cuda_of(node), [host_of(subject).pid], devices)
+
+
+async def order_weights(node: Node, subject: Subject) -> None:
+    """Let the loader begin; the model host takes over what it brought when it wakes."""
+    if node.loader is not None and await node.loader.ready():
+        await host_of(subject).call(
+            "order_weights",
+            node.deadlines.serve,
+            loader=LOADER_SOCKET,
+            gpu=gpu_of(node, subject.instance.device),
+        )
+
+
+def gpu_of(node: Node, device: str) -> str:
+    """UUID of the GPU that a model host on ``device`` computes on."""
+    return node.gpus[int(device.partition(":")[2] or 0)].uuid
 
 
 def note_gpu_memory(node: Node, subject: Subject) -> None:
@@ -83,6 +117,8 @@ def check_gpu_memory(node: Node, device: str, needed: int) -> None:
 
 
 async def rouse_cuda(node: Node, subject: Subject) -> None:
+    """Bring a source back to running, from whatever state its suspension reached."""
+    await order_weights(node, subject)
     await tree.rouse(cuda_of(node), [host_of(subject).pid])
 
 

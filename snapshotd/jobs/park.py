@@ -6,7 +6,6 @@ them out of the GPU and back through the driver's checkpoint takes ten times lon
 
 from __future__ import annotations
 
-from snapshotd.cuda import tree
 from snapshotd.executor import Step
 from snapshotd.jobs import moves
 from snapshotd.node import Node, Subject, uses_cuda
@@ -53,7 +52,7 @@ def resume(node: Node, subject: Subject) -> list[Step]:
         await moves.host_of(subject).thaw()
 
     async def revive() -> None:
-        await tree.revive(moves.cuda_of(node), [moves.host_of(subject).pid], {})
+        await moves.revive_cuda(node, subject, {})
 
     async def wake() -> None:
         await moves.wake(node, subject)

@@ -65,7 +65,7 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | No
     async def revive() -> None:
         uuids = [gpu.uuid for gpu in node.gpus]
         devices = tree.device_map(manifest.gpus, uuids)
-        await tree.revive(moves.cuda_of(node), [moves.host_of(subject).pid], devices)
+        await moves.revive_cuda(node, subject, devices)
 
     async def wake() -> None:
         await moves.wake(node, subject)
