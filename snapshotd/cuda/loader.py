@@ -1,12 +1,13 @@
 """The loader's process: ``python -m snapshotd.cuda.loader --socket PATH --files DIRECTORY``.
 
 It keeps weight files registered with the GPUs and answers each order, one a connection: a line of JSON
-``{"gpu": UUID, "size": bytes, "pieces": [[file, offset, bytes, place], ...]}`` is answered, when everything is
-on that GPU, by a descriptor of the memory, which belongs to whoever asked from then on. Anything else that
-comes back says what went wrong.
+``{"gpu": UUID, "size": bytes, "pieces": [[file, offset, bytes, place], ...]}`` is answered, when everything
+is on that GPU, by a descriptor of the memory, which belongs to whoever asked from then on. Anything else
+that comes back says what went wrong.
 
 Registered memory is copied at the speed of the bus (54 GB/s on an H100), and registering 15 GB takes 0.4 s:
-too long for a restore, so it is done once, ahead of it, in a process that stays. The files must lie in a tmpfs.
+too long for a restore, so it is done once, ahead of it, in a process that stays. The files must lie in a
+tmpfs.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def reply(connection: socket.socket, data: bytes, descriptors: list[int]) -> Non
         socket.send_fds(connection, [data], descriptors)
     except OSError as error:
         # Whoever asked is gone; what was loaded goes with the descriptor.
-        print(f"an order was not taken: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"an order was not taken: {error}\n")
 
 
 def listen(path: Path) -> socket.socket:
@@ -260,7 +261,8 @@ def main() -> None:
     gpus, files = Gpus(), Files(arguments.files)
     listener = listen(arguments.socket)
     threading.Thread(target=accept, args=(listener, gpus, files), daemon=True).start()
-    print(json.dumps({"ready": True}), flush=True)
+    sys.stdout.write(json.dumps({"ready": True}) + "\n")
+    sys.stdout.flush()
     # Each line says that files have left; the end of input, that snapshotd has.
     for _ in sys.stdin:
         files.forget()
