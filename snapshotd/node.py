@@ -9,7 +9,7 @@ from typing import Protocol
 
 from snapshotd.images.format import ImageFormat
 from snapshotd.model import Gpu, Instance, Phase
-from snapshotd.ports import Clock, Cuda, GpuMemory, Host, Hosts, Models, SnapshotStore
+from snapshotd.ports import Clock, Cuda, GpuMemory, Host, Hosts, Models, SnapshotStore, WeightFiles
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Node:
     hosts: Hosts
     store: SnapshotStore
     models: Models
+    weights: WeightFiles
     images: ImageFormat
     clock: Clock
     settings: HostSettings

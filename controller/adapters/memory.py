@@ -20,6 +20,7 @@ from controller.model import (
     ResolvedModel,
     Snapshot,
     Verified,
+    Weights,
 )
 from controller.ports import Change, Clock, Removed, Stored, Synchronized
 from dumont.errors import (
@@ -255,7 +256,9 @@ class MemoryNodes:
         self._reach(node)
         return self._snapshots(node)
 
-    async def start(self, node: str, instance: str, deployment: str, model: str, engine: str) -> Report:
+    async def start(
+        self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
+    ) -> Report:
         return await self._create("start", node, Report(instance, deployment, InstanceState.STARTING))
 
     async def restore(

@@ -38,7 +38,11 @@ class Refused(Exception):
 class Shim:
     """One model host and the way to it."""
 
-    def __init__(self, scratch: Path, criu_binary: Path, pycriu: Any) -> None:
+    def __init__(self, scratch: Path, criu_binary: Path, pycriu: Any, weights: Path | None) -> None:
+        """
+        Args:
+            weights: the node's weight cache; None: it has none.
+        """
         self.criu_binary = criu_binary
         self.pycriu = pycriu
         self.selector = selectors.DefaultSelector()
@@ -52,14 +56,21 @@ class Shim:
         self.log: HostLog | None = None
         self.released = False
 
-        self.externals = mounts.node_mounts()
+        # What a model host sees besides its root, and where that is on the node; but for its directory.
+        self.places = {name: Path(name) for name in mounts.node_mounts()}
         self.root = scratch
         # Of its own, because two daemons may each have an instance of the same id.
         self.group = scratch.name.partition(".")[0]
         self.pipes = launcher.Pipes.create()
         self.inodes = self.pipes.inodes()
         mounts.bind_root(self.root)
-        (self.root / mounts.INSTANCE_MOUNT.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        points = [mounts.INSTANCE_MOUNT]
+        if weights is not None:
+            mounts.make_read_only(weights)
+            self.places[mounts.WEIGHTS_MOUNT] = weights
+            points.append(mounts.WEIGHTS_MOUNT)
+        for point in points:
+            (self.root / point.lstrip("/")).mkdir(parents=True, exist_ok=True)
         self.worker = criu.Worker.start(criu_binary, list(self.pipes.host_ends().values()))
         self.commands: dict[str, Callable[[Message], Message]] = {
             "launch": self.launch,
@@ -78,9 +89,8 @@ class Shim:
         """Start the model host ``command`` in its namespaces."""
         self._must_be_empty()
         directory = Path(message["directory"])
-        self.pid = launcher.launch(
-            message["command"], message["environment"], self.pipes, self.root, directory, self.externals
-        )
+        places = self.places | {mounts.INSTANCE_MOUNT: directory}
+        self.pid = launcher.launch(message["command"], message["environment"], self.pipes, self.root, places)
         self.worker.close()
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
@@ -89,7 +99,7 @@ class Shim:
         """Bring the model host back from ``images``; its pipes at capture are named in ``pipes``."""
         self._must_be_empty()
         directory = Path(message["directory"])
-        places = {name: Path(name) for name in self.externals} | {mounts.INSTANCE_MOUNT: directory}
+        places = self.places | {mounts.INSTANCE_MOUNT: directory}
         unknown = set(message["mounts"]) - set(places)
         if unknown:
             raise Refused(
@@ -117,7 +127,7 @@ class Shim:
     def dump(self, message: Message) -> Message:
         """Write the model host into ``images``; it runs on. Answers what a restore must be told."""
         self._must_run()
-        names = {name: Path(name) for name in [*self.externals, mounts.INSTANCE_MOUNT]}
+        names = {name: Path(name) for name in [*self.places, mounts.INSTANCE_MOUNT]}
         worker = criu.Worker.start(self.criu_binary)
         layout = criu.Layout(names, self.inodes)
         images = Path(message["images"])
@@ -327,6 +337,7 @@ def main() -> None:
     )
     parser.add_argument("--criu", type=Path, required=True)
     parser.add_argument("--pycriu", default="", help="directory to import pycriu from; empty: the usual path")
+    parser.add_argument("--weights", type=Path, help="the node's weight cache; left out: it has none")
     arguments = parser.parse_args()
     if arguments.pycriu:
         sys.path.insert(0, arguments.pycriu)
@@ -337,7 +348,7 @@ def main() -> None:
     folder, name = arguments.socket.parent.resolve(), arguments.socket.name
     scratch = folder / f"{name}.root"
     scratch.mkdir(mode=0o700, exist_ok=True)
-    shim = Shim(scratch, arguments.criu, pycriu)
+    shim = Shim(scratch, arguments.criu, pycriu, arguments.weights)
     # Relative, because a socket's path may have 107 bytes and a state directory may be deep.
     os.chdir(folder)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
