@@ -145,7 +145,7 @@ class WeightCache:
             async with self._emptying:
                 await asyncio.to_thread(self._remove_evicted)
             async with self._copying:
-                digest = await asyncio.to_thread(copy, source, partial, self.threads)
+                digest = await self._copy(source, partial)
             if digest not in self._entries:
                 partial.rename(self.directory / digest)
                 self._entries[digest] = _Entry(reserved, self._now())
@@ -156,6 +156,9 @@ class WeightCache:
             self._reserved -= reserved
             partial.unlink(missing_ok=True)
             self._show()
+
+    async def _copy(self, source: Path, partial: Path) -> str:
+        return await asyncio.to_thread(copy, source, partial, self.threads)
 
     def _remove_evicted(self) -> None:
         for path in self.directory.glob(f"{EVICTED}*"):

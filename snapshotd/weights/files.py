@@ -126,8 +126,10 @@ class NodeWeightFiles:
         fills = {path: self._fills[identity] for path, identity in identities.items()}
         for fill in fills.values():
             fill.owners.add(instance)
+        # To the end of all, also when one fails: what still comes takes room.
+        await asyncio.wait([fill.task for fill in fills.values()])
         try:
-            return {path: await asyncio.shield(fill.task) for path, fill in fills.items()}
+            return {path: fill.task.result() for path, fill in fills.items()}
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM):
                 raise
