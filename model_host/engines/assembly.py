@@ -71,7 +71,8 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
         except DumontError:
             raise
         except Exception as error:
-            log.warning("%s is loaded by transformers' own loader: %s", files.folder, error)
+            # As text: whoever keeps the record would keep the mapped files with the error.
+            log.warning("%s is loaded by transformers' own loader: %s", files.folder, str(error))
             model, sources = _load_plainly(model_class, files), {}
         model.eval().requires_grad_(False)
         if settings.weights is WeightsPlace.INCLUDED:
