@@ -16,7 +16,7 @@ from typing import Any, Final
 from dumont.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
 from model_host import entropy
 from model_host.arguments import Arguments
-from model_host.engine import Engine, Phases, Settings
+from model_host.engine import Engine, Phases, Settings, WeightsPlace
 from model_host.gate import Gate
 from model_host.machine import Command, State, advance
 from model_host.ports import Server, World
@@ -103,11 +103,15 @@ class Host:
         return self._model
 
     def _load(self, arguments: Arguments) -> Json:
-        """Reasons: MODEL_INVALID, MODEL_UNSUPPORTED, UNKNOWN_ENGINE, INVALID_DEVICE, DEVICE_MISSING."""
+        """Reasons: MODEL_INVALID, MODEL_UNSUPPORTED, UNKNOWN_ENGINE, INVALID_DEVICE, DEVICE_MISSING,
+        INVALID_WEIGHTS.
+        """
         phases = Phases()
         max_queue = arguments.integer("max_queue", DEFAULT_MAX_QUEUE, lowest=1)
         settings = Settings(
             device=arguments.text("device", "auto"),
+            weights=_weights_place(arguments.text("weights", WeightsPlace.DETACHED.value)),
+            weight_files={name: Path(path) for name, path in arguments.texts("weight_files").items()},
             max_new_tokens_limit=arguments.integer(
                 "max_new_tokens_limit", Settings.max_new_tokens_limit, lowest=1
             ),
@@ -251,3 +255,12 @@ class Host:
 
 def _path(text: str) -> Path | None:
     return Path(text) if text else None
+
+
+def _weights_place(name: str) -> WeightsPlace:
+    try:
+        return WeightsPlace(name)
+    except ValueError:
+        raise InvalidArgument(
+            "INVALID_WEIGHTS", f"weights must be detached or included; got {name[:80]!r}", field="weights"
+        ) from None

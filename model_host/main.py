@@ -29,7 +29,7 @@ class Process:
     wait_for_descriptors = staticmethod(process.wait_for_descriptors)
 
     def load(self, folder: Path, engine: str, settings: Settings, phases: Phases) -> Engine:
-        files = model_files.read(folder)
+        files = model_files.read(folder, settings.weight_files)
         return choice.load(choice.choose(engine, files), files, settings, phases)
 
     def server(self, engine: Engine, scheduler: Scheduler, gate: Gate, max_queue: int) -> Server:

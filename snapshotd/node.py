@@ -9,7 +9,17 @@ from typing import Protocol
 
 from snapshotd.images.format import ImageFormat
 from snapshotd.model import Gpu, Instance, Phase
-from snapshotd.ports import Clock, Cuda, GpuMemory, Host, Hosts, Models, SnapshotStore, WeightLoader
+from snapshotd.ports import (
+    Clock,
+    Cuda,
+    GpuMemory,
+    Host,
+    Hosts,
+    Models,
+    SnapshotStore,
+    WeightFiles,
+    WeightLoader,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Node:
     hosts: Hosts
     store: SnapshotStore
     models: Models
+    weights: WeightFiles
     images: ImageFormat
     clock: Clock
     settings: HostSettings

@@ -17,7 +17,7 @@ from torch import nn
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from model_host import lean
 from model_host.delivery import extents
-from model_host.engine import Phases, Settings
+from model_host.engine import Phases, Settings, WeightsPlace
 from model_host.model_files import ModelFiles, invalid
 from model_host.weights import Weights, map_shards
 
@@ -73,9 +73,14 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
         except DumontError:
             raise
         except Exception as error:
-            log.warning("%s is loaded by transformers' own loader: %s", files.folder, error)
-            model = _load_plainly(model_class, files)
+            # As text: whoever keeps the record would keep the mapped files with the error.
+            log.warning("%s is loaded by transformers' own loader: %s", files.folder, str(error))
+            model, names = _load_plainly(model_class, files), {}
         model.eval().requires_grad_(False)
+        if settings.weights is WeightsPlace.INCLUDED:
+            names = {}
+            if device.type == "cpu":  # what moves to a GPU is copied anyway
+                _own(model)
         weights = _weigh(model, names, tensors, files, device)
         if device.type == "cuda":
             if settings.loader is not None:
@@ -179,6 +184,12 @@ def _load_plainly(model_class: Any, files: ModelFiles) -> Any:
     if missing := sorted(report["missing_keys"]):
         raise invalid(files.shards[0], f"lacks the weights {', '.join(missing[:5])}")
     return model
+
+
+def _own(model: Any) -> None:
+    """Give the model memory of its own in place of mapped files: nobody maps them once it has."""
+    for value in chain(model.parameters(), model.buffers()):  # tied ones once
+        value.data = value.data.clone()
 
 
 def _weigh(

@@ -16,11 +16,12 @@ from snapshotd.executor import Action, Step
 from snapshotd.model import Canary, Instance, Json, State
 from snapshotd.node import Node, Subject, uses_cuda
 from snapshotd.ports import Cuda, Host
+from snapshotd.shim.mounts import WEIGHTS_MOUNT
 
 log = structlog.get_logger(__name__)
 
 SOCKET = "/run/dumont/host.sock"
-LOADER_SOCKET = "/run/dumont-weights/loader.sock"
+LOADER_SOCKET = f"{WEIGHTS_MOUNT}/loader.sock"
 
 
 def host_of(subject: Subject) -> Host:
@@ -78,17 +79,23 @@ async def revive_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) 
 
 async def order_weights(node: Node, subject: Subject) -> None:
     """Let the loader begin; the model host takes over what it brought when it wakes."""
-    if node.loader is not None and await node.loader.ready():
-        await host_of(subject).call(
-            "order_weights",
-            node.deadlines.serve,
-            loader=LOADER_SOCKET,
-            gpu=gpu_of(node, subject.instance.device),
-        )
+    if loader := await loader_of(node, subject, subject.instance.device):
+        await host_of(subject).call("order_weights", node.deadlines.serve, **loader)
+
+
+async def loader_of(node: Node, subject: Subject, device: str) -> dict[str, str]:
+    """What a model host must know to have its weights brought; empty when nobody can bring them.
+
+    Args:
+        device: as configured or as the model host named it.
+    """
+    if node.loader is None or not subject.instance.weight_files or not await node.loader.ready():
+        return {}
+    return {"loader": LOADER_SOCKET, "gpu": gpu_of(node, device)}
 
 
 def gpu_of(node: Node, device: str) -> str:
-    """UUID of the GPU that a model host on ``device`` computes on."""
+    """UUID of the GPU that a model host on ``device`` computes on; ``auto`` is the first."""
     return node.gpus[int(device.partition(":")[2] or 0)].uuid
 
 

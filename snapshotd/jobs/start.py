@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from snapshotd.executor import Step
 from snapshotd.jobs import moves
-from snapshotd.model import Model, Phase
+from snapshotd.model import Model, Phase, Weights
 from snapshotd.node import Node, Subject
+from snapshotd.shim.mounts import WEIGHTS_MOUNT
 
 
 def start(node: Node, subject: Subject, model: Model) -> list[Step]:
@@ -19,6 +20,15 @@ def start(node: Node, subject: Subject, model: Model) -> list[Step]:
     async def fetch() -> None:
         nonlocal found
         found = await node.models.fetch(model)
+
+    async def bring_weights() -> None:
+        # Those that the process is to carry itself, it copies once from their own files.
+        if instance.weights is Weights.DETACHED:
+            files = await node.weights.hold(instance.id, found)
+            subject.instance = replace(subject.instance, weight_files=files)
+
+    async def release_weights() -> None:
+        node.weights.release(instance.id)
 
     async def launch() -> None:
         subject.host = await node.hosts.take()
@@ -31,8 +41,8 @@ def start(node: Node, subject: Subject, model: Model) -> list[Step]:
         subject.instance = replace(subject.instance, pid=subject.host.pid)
 
     async def load() -> None:
-        # The digest is read beside the load: both want the same file in the page cache.
-        digest = asyncio.create_task(node.models.weights_digest(found))
+        # Unless they are cached, the digest is read beside the load: both want the same file's pages.
+        digest = asyncio.create_task(node.weights.digest(found))
         try:
             loaded = await moves.host_of(subject).call(
                 "load",
@@ -40,6 +50,12 @@ def start(node: Node, subject: Subject, model: Model) -> list[Step]:
                 model_dir=str(found.directory),
                 engine=found.engine,
                 device=node.settings.device,
+                weights=instance.weights.value,
+                weight_files={
+                    name: f"{WEIGHTS_MOUNT}/{digest}"
+                    for name, digest in subject.instance.weight_files.items()
+                },
+                **await moves.loader_of(node, subject, node.settings.device),
                 max_queue=node.settings.max_queue,
                 max_new_tokens_limit=node.settings.max_new_tokens,
             )
@@ -61,6 +77,7 @@ def start(node: Node, subject: Subject, model: Model) -> list[Step]:
 
     return [
         Step("fetch", fetch),
+        Step("weights", bring_weights, release_weights),
         moves.directory_step(node, instance),
         Step("launch", launch, lambda: moves.release(subject)),
         Step("load", load),

@@ -15,11 +15,12 @@ from dumont.errors import Aborted, AlreadyExists, NotFound
 from snapshotd.failpoints import Failpoints
 from snapshotd.instances import Instances
 from snapshotd.journal import Journal
-from snapshotd.model import Instance, Json, Model, State
+from snapshotd.model import Instance, Json, Model, State, Weights
 from snapshotd.node import HostSettings, Node
 from snapshotd.observer import JobObserver
 
 MODEL = Model("org/name", "causal_lm", Path("/model"), (), 0, 512)
+FILES = {"model.safetensors": "abc"}
 LOADED: Json = {
     "engine": "causal_lm",
     "device": "cpu",
@@ -105,8 +106,23 @@ class FakeModels:
     async def fetch(self, model: Model) -> Model:
         return model
 
-    async def weights_digest(self, model: Model) -> str:
+
+@dataclass
+class FakeWeights:
+    held: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+    async def digest(self, model: Model) -> str:
         return "digest"
+
+    async def hold(self, instance: str, model: Model) -> Mapping[str, str]:
+        self.held[instance] = FILES
+        return FILES
+
+    def keep(self, instance: str, files: Mapping[str, str]) -> None:
+        self.held[instance] = files
+
+    def release(self, instance: str) -> None:
+        self.held.pop(instance, None)
 
 
 class StillClock:
@@ -121,6 +137,7 @@ class StillClock:
 class World:
     instances: Instances
     hosts: FakeHosts
+    weights: FakeWeights
     directory: Path
 
     async def started(self) -> FakeHost:
@@ -140,12 +157,13 @@ class World:
 def world(tmp_path: Path) -> World:
     for folder in ("instances", "journal"):
         (tmp_path / folder).mkdir()
-    hosts = FakeHosts()
+    hosts, weights = FakeHosts(), FakeWeights()
     unused: Any = None
     node = Node(
         hosts=hosts,
         store=unused,
         models=FakeModels(),
+        weights=weights,
         images=unused,
         clock=StillClock(),
         settings=HostSettings(command=("model_host",), environment={}),
@@ -154,7 +172,9 @@ def world(tmp_path: Path) -> World:
         threads=1,
     )
     observer: Callable[[str], JobObserver] = lambda instance: JobObserver(instance, None)  # noqa: E731
-    return World(Instances(node, Journal(tmp_path / "journal"), observer, Failpoints()), hosts, tmp_path)
+    return World(
+        Instances(node, Journal(tmp_path / "journal"), observer, Failpoints()), hosts, weights, tmp_path
+    )
 
 
 def an_instance(state: State) -> Instance:
@@ -320,6 +340,50 @@ async def test_what_was_whole_is_taken_over(
 
     assert (world.instances.get("one").state, world.instances.get("one").pid) == (expected, host.pid)
     assert not host.released
+
+
+async def test_an_instance_holds_its_weights_for_as_long_as_it_has_a_process(world: World) -> None:
+    await world.started()
+    assert world.weights.held == {"one": FILES}
+    assert world.instances.get("one").weight_files == FILES
+
+    await world.instances.stop("one")
+    assert world.weights.held == {}
+
+
+async def test_weights_are_let_go_when_a_start_fails_and_when_a_process_dies(world: World) -> None:
+    world.hosts.host.failing = {"load"}
+    world.instances.admit(an_instance(State.STARTING))
+    with pytest.raises(Aborted):
+        await world.instances.start("one", MODEL)
+    assert world.weights.held == {}
+
+    world.hosts.host.failing = set()
+    host = await world.started()
+    async with world.instances.changes() as changes:
+        host.lost.set()
+        while (change := await changes.get()).instance is None or change.instance.state is not State.FAILED:
+            pass
+    await world.instances.stop("one")
+    assert world.weights.held == {}
+
+
+async def test_an_instance_taken_over_holds_its_weights_again(world: World) -> None:
+    world.instances.journal.write(replace(an_instance(State.SERVING), weight_files=FILES))
+    world.hosts.found = [FakeHost("one")]
+
+    await world.instances.take_over()
+
+    assert world.weights.held == {"one": FILES}
+
+
+async def test_weights_that_a_snapshot_is_to_carry_are_loaded_from_their_own_files(world: World) -> None:
+    world.instances.admit(replace(an_instance(State.STARTING), weights=Weights.INCLUDED))
+
+    instance = await world.instances.start("one", MODEL)
+
+    assert world.weights.held == {}
+    assert (instance.weights, instance.weights_digest) == (Weights.INCLUDED, "digest")
 
 
 async def test_what_cannot_be_ended_does_not_keep_the_daemon_from_starting(world: World) -> None:
