@@ -37,7 +37,7 @@ class Capture:
             Step("stage", self.stage, self.discard),
             Step("drain", self.drain, self.keep_serving),
             Step("quiesce", self.quiesce),
-            *([Step("cuda_checkpoint", self.suspend, self.revive)] if cuda else []),
+            *([Step("cuda_checkpoint", self.suspend, self.revive), Step("trim", self.trim)] if cuda else []),
             Step("dump", self.dump),
             *([Step("cuda_restore", self.revive)] if cuda else []),
             Step("wake", self.wake),
@@ -81,6 +81,9 @@ class Capture:
     async def suspend(self) -> None:
         await moves.suspend_cuda(self.node, self.subject)
         self.suspended = True
+
+    async def trim(self) -> None:
+        await moves.trim(self.node, self.subject)
 
     async def revive(self) -> None:
         if self.suspended:

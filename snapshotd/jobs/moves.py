@@ -58,13 +58,12 @@ async def quiesce(node: Node, subject: Subject) -> None:
 
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
-    """Move what the process holds on GPUs to host memory, and let go of the zeros among it."""
     await tree.suspend(cuda_of(node), [host_of(subject).pid], node.deadlines.cuda_lock)
-    try:
-        await host_of(subject).call("trim", node.deadlines.quiesce)
-    except BaseException:
-        await unless_lost(subject, lambda: rouse_cuda(node, subject))
-        raise
+
+
+async def trim(node: Node, subject: Subject) -> None:
+    """Let go of the zeros among what came from the GPU: most of it was never written to."""
+    await host_of(subject).call("trim", node.deadlines.quiesce)
 
 
 async def revive_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) -> None:
