@@ -1,4 +1,4 @@
-"""What this machine can do, as named checks. ``python -m snapshotd.preflight [--json|--criu]`` prints them."""
+"""What this machine can do, as named checks. ``python -m snapshotd.preflight`` prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture: for each model the cases below each other, their phases in colours that mean the same in all."""
+"""The picture: the cases of each model below each other, their phases in colours that all of them share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dumont.benchmarks.results import Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+OTHER: Final = "other"
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 GROUPS: Final = {
     "imports": "#E69F00",
@@ -21,7 +22,7 @@ GROUPS: Final = {
     "CUDA restore": "#009E73",
     "wake, attach weights": "#D55E00",
     "first token": "#000000",
-    "other": "#BBBBBB",
+    OTHER: "#BBBBBB",
 }
 # What a phase's name begins with, and the group it is drawn in.
 BEGINNINGS: Final = {
@@ -58,19 +59,25 @@ DOTS_PER_INCH: Final = 150
 def group(phase: str) -> str:
     """The group that a phase is drawn in."""
     own = phase.rpartition(".")[2]
-    return next((name for begin, name in BEGINNINGS.items() if own.startswith(begin)), "other")
+    return next((name for begin, name in BEGINNINGS.items() if own.startswith(begin)), OTHER)
 
 
 def grouped(phases: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by group, in the order of the legend."""
-    seconds = dict.fromkeys(GROUPS, 0.0)
+    """Seconds by group, in the order in which they begin; what is in no group comes last."""
+    seconds: dict[str, float] = {}
     for phase, value in phases.items():
-        seconds[group(phase)] += value
-    return {name: value for name, value in seconds.items() if value > 0}
+        seconds[group(phase)] = seconds.get(group(phase), 0.0) + value
+    other = seconds.pop(OTHER, 0.0)
+    return {name: value for name, value in (*seconds.items(), (OTHER, other)) if value > 0}
+
+
+def seconds_text(seconds: float) -> str:
+    """As it stands beside a bar."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds:.3f} s"
 
 
 def panels(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of one model as they are drawn: all of them, and the short ways once more if there are others."""
+    """The rows of one model as they are drawn: all of them, then the short ones again if there are others."""
     order = list(LABELS)
     every = sorted(rows, key=lambda row: order.index(row.case))
     short = [row for row in every if row.case in SHORT]
@@ -91,7 +98,7 @@ def draw(path: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
     grid = figure.add_gridspec(len(models), columns, height_ratios=heights)
     for line, (model, drawn) in enumerate(models.items()):
         for column, part in enumerate(drawn):
-            title = model if column == 0 else f"{model}: its short ways, enlarged"
+            title = model if column == 0 else f"{model}: the short ones, enlarged"
             _panel(figure.add_subplot(grid[line, column]), part, title)
     used = {name for row in rows for name in grouped(row.phases)}
     handles = [Patch(facecolor=colour, label=name) for name, colour in GROUPS.items() if name in used]
@@ -106,7 +113,9 @@ def draw(path: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
         )
         if value
     )
-    figure.suptitle(f"Seconds to the first token · {described}")
+    figure.suptitle(
+        f"Seconds to the first token (a line below a bar: least to most)\n{described}", fontsize=11
+    )
     figure.savefig(path, format="png")
 
 
@@ -119,9 +128,9 @@ def _panel(axes: Axes, rows: Sequence[Row], title: str) -> None:
                 place, seconds, left=end, height=0.62, color=GROUPS[name], edgecolor="white", linewidth=0.4
             )
             end += seconds
-        axes.plot([row.seconds.min, row.seconds.max], [place, place], color="#555555", linewidth=1)
+        axes.plot([row.seconds.min, row.seconds.max], [place + 0.4] * 2, color="#555555", linewidth=1.5)
         beyond = max(end, row.seconds.max) + longest * 0.012
-        axes.text(beyond, place, f"{row.seconds.median:.2f} s", va="center", fontsize=9, fontweight="bold")
+        axes.text(beyond, place, seconds_text(row.seconds.median), va="center", fontsize=9, fontweight="bold")
     axes.set_yticks(range(len(rows)), [LABELS[row.case] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.14)

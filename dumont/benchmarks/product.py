@@ -22,8 +22,8 @@ SOURCE = "source"
 class Product:
     """One model on a snapshotd that runs while this is entered.
 
-    When it is entered, an instance that no prompt has entered is captured ``rounds`` times, as deployments are;
-    the last of the snapshots is published to a store on the same disk and is the one that is restored.
+    When it is entered, an instance that no prompt has reached is captured ``rounds`` times, as deployments
+    are; the last of the snapshots is published to a store on the same disk and is the one that is restored.
 
     Args:
         model: its directory.
@@ -69,7 +69,7 @@ class Product:
         self._exit.close()
 
     def measure(self, number: int) -> dict[str, Sample]:
-        """Each case once: a cold start, which is parked and resumed, and a restore after its process is gone."""
+        """Each case once: a cold start, which is parked and resumed; a restore, its source long gone."""
         cold = f"cold-{number}"
         began = time.monotonic()
         instance = self.daemon.start(cold, self.model)

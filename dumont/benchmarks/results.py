@@ -91,7 +91,7 @@ def after_imports(sample: Sample) -> Sample:
 
 
 def apart(phases: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Steps without overlap: of a step that is told with its parts, ``load`` and ``load.…``, what they leave."""
+    """Steps without overlap: of one that is told with its parts, ``load`` and ``load.…``, what they leave."""
     seconds: dict[str, float] = {}
     for name, value in phases:
         seconds[name] = seconds.get(name, 0.0) + value

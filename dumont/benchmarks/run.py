@@ -143,9 +143,9 @@ def check_plot() -> None:
 
 @contextmanager
 def workspace(chosen: Path | None, subjects: Sequence[Subject]) -> Iterator[Path]:
-    """A directory for models, images and state: below ``chosen``, else in memory if there is room, else on disk.
+    """A directory for models, images and state, which is gone afterwards.
 
-    It is gone afterwards.
+    It is below ``chosen``, else in memory if there is room, else where temporary files go.
     """
     needed = 4 * max(subject.weights_bytes for subject in subjects) + ROOM_BYTES
     if chosen is None and MEMORY_FILE_SYSTEM.is_dir():

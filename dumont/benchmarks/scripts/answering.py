@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +47,8 @@ def main() -> None:
     directory, exchange, max_new_tokens = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    model.to(device)
 
     def answer(prompt: str) -> None:
         inputs = tokenizer(prompt, return_tensors="pt").to(device)

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,7 +46,8 @@ def main() -> None:
     directory, prompt, max_new_tokens = sys.argv[1:]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    model.to(device)
     loaded = seconds_since_process_start()
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     first_token = FirstToken()

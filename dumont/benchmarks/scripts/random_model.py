@@ -7,6 +7,7 @@
 
 import json
 import sys
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -14,6 +15,9 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SEED = 0
+# Their calls are not typed.
+Model: Any = AutoModelForCausalLM
+FastTokenizer: Any = PreTrainedTokenizerFast
 
 
 def main() -> None:
@@ -22,12 +26,12 @@ def main() -> None:
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(SEED)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = Model.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer(config.vocab_size).save_pretrained(directory)
 
 
-def tokenizer(size: int) -> PreTrainedTokenizerFast:
+def tokenizer(size: int) -> Any:
     """A token for each byte, and a numbered word for every other id: each token that comes out has a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [f"Ġ{number}" for number in range(len(alphabet), size)]
@@ -35,7 +39,7 @@ def tokenizer(size: int) -> PreTrainedTokenizerFast:
     fast = Tokenizer(BPE(vocabulary, []))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=fast)
+    return FastTokenizer(tokenizer_object=fast)
 
 
 if __name__ == "__main__":
