@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OTHER: Final = "other"
-# Okabe and Ito's palette, which colour-blind readers tell apart.
+# In the order in which they happen, in Okabe and Ito's palette, which colour-blind readers tell apart.
 GROUPS: Final = {
     "imports": "#E69F00",
     "load": "#56B4E9",
-    "warm-up, canary": "#F0E442",
     "verify the image": "#CC79A7",
     "CRIU restore": "#0072B2",
     "CUDA restore": "#009E73",
     "wake, attach weights": "#D55E00",
+    "warm-up, canary": "#F0E442",
     "first token": "#000000",
     OTHER: "#BBBBBB",
 }
@@ -44,7 +44,7 @@ LABELS: Final = {
     "plain_cold": "plain script",
     "plain_cold_after_imports": "plain script, after imports",
     "cold": "Dumont, cold",
-    "stock": "stock criu + cuda-checkpoint",
+    "stock": "stock tools",
     "local": "Dumont, local snapshot",
     "parked": "Dumont, parked",
 }
@@ -63,12 +63,11 @@ def group(phase: str) -> str:
 
 
 def grouped(phases: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by group, in the order in which they begin; what is in no group comes last."""
-    seconds: dict[str, float] = {}
+    """Seconds by group, in the order of ``GROUPS``."""
+    seconds = dict.fromkeys(GROUPS, 0.0)
     for phase, value in phases.items():
-        seconds[group(phase)] = seconds.get(group(phase), 0.0) + value
-    other = seconds.pop(OTHER, 0.0)
-    return {name: value for name, value in (*seconds.items(), (OTHER, other)) if value > 0}
+        seconds[group(phase)] += value
+    return {name: value for name, value in seconds.items() if value > 0}
 
 
 def seconds_text(seconds: float) -> str:
@@ -98,7 +97,7 @@ def draw(path: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
     grid = figure.add_gridspec(len(models), columns, height_ratios=heights)
     for line, (model, drawn) in enumerate(models.items()):
         for column, part in enumerate(drawn):
-            title = model if column == 0 else f"{model}: the short ones, enlarged"
+            title = model if column == 0 else "the short ones, enlarged"
             _panel(figure.add_subplot(grid[line, column]), part, title)
     used = {name for row in rows for name in grouped(row.phases)}
     handles = [Patch(facecolor=colour, label=name) for name, colour in GROUPS.items() if name in used]

@@ -101,18 +101,20 @@ def _starts(
             facts, found, date=began, command=["dumont", *sys.argv[1:]], prompt=run.PROMPT, rounds=plan.rounds
         )
 
-    with run.workspace(directory, plan.subjects) as place:
-        progress.print(f"in {place}")
-        for rows in run.measure(plan, place, progress.print):
-            found += rows
-            # After each model, so that a failure of the next one loses nothing.
-            _save(found, document(), facts, plot, output)
+    shown = progress if as_json else console()
+    # After each model, so that a failure of the next one loses nothing.
+    try:
+        with run.workspace(directory, plan.subjects) as place:
+            progress.print(f"in {place}")
+            for rows in run.measure(plan, place, progress.print):
+                found += rows
+                _save(found, document(), facts, plot, output)
+    finally:
+        shown.print(table(report.HEADERS, map(report.cells, found)))
+        for row in found:
+            shown.print(report.phase_line(row), soft_wrap=True)
     if as_json:
         print_json(document())
-    shown = progress if as_json else console()
-    shown.print(table(report.HEADERS, map(report.cells, found)))
-    for row in found:
-        shown.print(report.phase_line(row), soft_wrap=True)
 
 
 def _save(
