@@ -47,7 +47,7 @@ class Product:
     image_bytes: int = 0
     stored_bytes: int = 0
     pauses: list[float] = field(default_factory=list)
-    pause_phases: list[dict[str, float]] = field(default_factory=list)
+    capture_phases: list[dict[str, float]] = field(default_factory=list)
     parks: list[float] = field(default_factory=list)
     gpu_serving: list[int] = field(default_factory=list)
     gpu_parked: list[int] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Product:
             image_bytes=self.image_bytes,
             stored_bytes=self.stored_bytes,
             source_pause=Spread.of(self.pauses),
-            source_pause_phases=results.medians(self.pause_phases),
+            capture_phases=results.medians(self.capture_phases),
         )
         return {"parked": parked, "local": local}
 
@@ -118,7 +118,7 @@ class Product:
             self.snapshot = f"snapshot-{number}"
             made = self.daemon.capture(SOURCE, self.snapshot)
             self.pauses.append(made.source_pause_duration.ToNanoseconds() / 1e9)
-            self.pause_phases.append(dict(_phases(made.phases)))
+            self.capture_phases.append(dict(_phases(made.phases)))
         self.image_bytes = made.size_bytes
         self.daemon.stop(SOURCE)
         self.stored_bytes = self.daemon.publish(self.snapshot).stored_bytes

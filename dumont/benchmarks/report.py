@@ -22,7 +22,7 @@ def _row(row: Row) -> dict[str, Any]:
     costs = row.costs
     optional = {
         "source_pause": _spread(costs.source_pause),
-        "source_pause_phases": _rounded(costs.source_pause_phases) or None,
+        "capture_phases": _rounded(costs.capture_phases) or None,
         "park": _spread(costs.park),
         "gpu_bytes_serving": costs.gpu_bytes_serving,
         "gpu_bytes_parked": costs.gpu_bytes_parked,

@@ -51,7 +51,7 @@ class Costs:
         image_bytes: on disk.
         stored_bytes: compressed, in chunks, as an object store would hold it.
         source_pause: seconds for which the captured process did not serve.
-        source_pause_phases: medians of the steps among them.
+        capture_phases: medians of the steps of the capture, also of those after the pause.
         park: seconds that parking took.
         gpu_bytes_serving: memory of the GPU that the serving instance takes.
         gpu_bytes_parked: the same of the parked one.
@@ -60,7 +60,7 @@ class Costs:
     image_bytes: int | None = None
     stored_bytes: int | None = None
     source_pause: Spread | None = None
-    source_pause_phases: Mapping[str, float] = field(default_factory=dict)
+    capture_phases: Mapping[str, float] = field(default_factory=dict)
     park: Spread | None = None
     gpu_bytes_serving: int | None = None
     gpu_bytes_parked: int | None = None

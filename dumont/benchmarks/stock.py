@@ -80,7 +80,7 @@ class Stock:
         return Costs(
             image_bytes=size,
             source_pause=Spread.of([sum(self.pause.values())]),
-            source_pause_phases=self.pause,
+            capture_phases=self.pause,
         )
 
     def measure(self) -> Sample:
@@ -129,18 +129,17 @@ class Stock:
             self._take(leftover)
 
     def _toggle(self) -> float:
-        command = [str(self.cuda_checkpoint), "--toggle", "--pid", str(self.pid)]
-        return self._command(command, self.log)
+        return self._command([str(self.cuda_checkpoint), "--toggle", "--pid", str(self.pid)])
 
-    def _command(self, command: list[str], log: Path) -> float:
-        """Run a command to its end; the seconds it took."""
+    def _command(self, command: list[str], log: Path | None = None) -> float:
+        """Run a command, which may write a log, to its end; the seconds it took."""
         began = time.monotonic()
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=STEP_SECONDS, check=False)
         except subprocess.TimeoutExpired:
             raise self._late(" ".join(command[:2])) from None
         if done.returncode != 0:
-            said = (done.stderr or done.stdout).strip()[-500:] or tail(log)
+            said = tail(log) if log else (done.stderr or done.stdout).strip()[-500:]
             raise Internal(
                 "STOCK_FAILED",
                 f"{Path(command[0]).name} {command[1]} ended with status {done.returncode}: {said}",

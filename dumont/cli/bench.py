@@ -78,6 +78,9 @@ def bench(
 
     if plot:
         run.check_plot()
+    for file in (plot, output):
+        if file and not file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{file} cannot be written: there is no directory {file.parent}")
     chosen = [case.strip() for case in cases.split(",") if case.strip()]
     models = model or ([] if config else [MODEL])
     plan = run.plan(models, config or [], chosen, rounds, cuda_checkpoint)
@@ -110,7 +113,8 @@ def _starts(
                 found += rows
                 _save(found, document(), facts, plot, output)
     finally:
-        shown.print(table(report.HEADERS, map(report.cells, found)))
+        if found:
+            shown.print(table(report.HEADERS, map(report.cells, found)))
         for row in found:
             shown.print(report.phase_line(row), soft_wrap=True)
     if as_json:

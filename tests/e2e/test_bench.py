@@ -72,7 +72,7 @@ def test_each_case_takes_the_way_that_it_is_named_after(rows: dict[str, dict[str
 def test_images_and_pauses_are_told_where_there_are_any(rows: dict[str, dict[str, Any]]) -> None:
     assert 0 < rows["local"]["stored_bytes"] < rows["local"]["image_bytes"]
     assert rows["stock"]["image_bytes"] > 0
-    assert rows["stock"]["source_pause_phases"].keys() == {"dump"}
+    assert rows["stock"]["capture_phases"].keys() == {"dump"}
     assert rows["local"]["source_pause"]["median"] > 0
     assert rows["parked"]["park"]["median"] > 0
     assert rows["cold"]["image_bytes"] is None

@@ -16,7 +16,7 @@ LOCAL = Row(
         image_bytes=950_000_000,
         stored_bytes=260_000_000,
         source_pause=Spread(1.7, 1.6, 1.8),
-        source_pause_phases={"dump": 1.0},
+        capture_phases={"dump": 1.0},
     ),
 )
 PARKED = Row(
@@ -39,7 +39,7 @@ def test_the_document_holds_machine_run_and_rows() -> None:
             "image_bytes": 950_000_000,
             "stored_bytes": 260_000_000,
             "source_pause": {"median": 1.7, "min": 1.6, "max": 1.8},
-            "source_pause_phases": {"dump": 1.0},
+            "capture_phases": {"dump": 1.0},
         }
     ]
 
