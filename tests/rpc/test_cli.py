@@ -290,9 +290,16 @@ def test_inspect_tells_what_a_snapshot_takes_in_the_store(cli: Cli) -> None:
     assert cli.document("snapshot", "inspect", "one")["stored"]["unique_bytes"] == 10 << 20
 
 
-def test_a_bench_must_be_told_what_to_measure_and_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bench_is_refused_before_it_measures_what_it_cannot(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DUMONT_SNAPSHOTD_STORE_URL", raising=False)
-    assert "--store" in cli("bench").output
+    result = cli("bench", "--cases", "plain_cold,warm", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout.splitlines()[-1])["error"]["reason"] == "UNKNOWN_CASE"
+    result = cli("bench", "--output", "/nowhere/bench.json")
+    assert result.exit_code == 2
+    assert "there is no directory" in result.output
     result = cli("bench", "--store", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout.splitlines()[-1])["error"]["reason"] == "OBJECT_STORE_NOT_CONFIGURED"
