@@ -20,8 +20,8 @@ from dumont.rpc.logs import configure_logs
 from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
 from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc, snapshot_service_pb2_grpc
 from snapshotd import preflight
+from snapshotd.adapters import cuda_backend
 from snapshotd.adapters.clock import SystemClock
-from snapshotd.adapters.cuda_agent import CudaAgent
 from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.facts import node_facts
 from snapshotd.adapters.gpus import Nvml
@@ -67,7 +67,7 @@ async def run(settings: Settings) -> None:
     """
     criu, findings = preflight.find_criu()
     findings = [*preflight.check_machine(gpu=settings.device != "cpu"), *findings]
-    problems = [finding.message for finding in findings if not finding.passed]
+    problems = preflight.problems(findings)
     if criu is None or problems:
         raise FailedPrecondition("MACHINE_UNFIT", "; ".join(problems))
     async with AsyncExitStack() as stack:
@@ -82,7 +82,7 @@ async def run(settings: Settings) -> None:
             await check_store(remote)
         hosts = ShimPool(settings.state_dir / "shims", criu.binary, criu.pycriu)
         nvml = Nvml.open() if settings.device != "cpu" else None
-        agent = CudaAgent()
+        cuda = cuda_backend.choose(settings.cuda_backend, settings.cuda_checkpoint) if nvml else None
         node = Node(
             hosts=hosts,
             store=store,
@@ -94,12 +94,13 @@ async def run(settings: Settings) -> None:
             directory=settings.state_dir,
             threads=settings.threads,
             deadlines=Deadlines(drain=settings.drain_seconds),
-            cuda=agent if nvml else None,
+            cuda=cuda,
             gpus=tuple(nvml.gpus()) if nvml else (),
             gpu_facts=nvml.facts() if nvml else {},
-            gpu_memory=nvml,
+            gpu_status=nvml,
         )
-        stack.push_async_callback(agent.close)
+        if cuda is not None:
+            stack.push_async_callback(cuda.close)
         observers = Observers()
         instances = Instances(node, Journal(settings.state_dir / "journal"), observers, failpoints)
         snapshots = connect(store, remote, settings, instances)
@@ -129,8 +130,8 @@ async def run(settings: Settings) -> None:
             snapshots.uploads.resume()
         await instances.take_over()
         hosts.prepare()
-        if nvml:
-            await agent.prepare()
+        if cuda is not None:
+            await cuda.prepare()
         stack.push_async_callback(inference.close)
         stack.push_async_callback(operations.close)
         await server.start()

@@ -79,8 +79,9 @@ class Capture:
             )
 
     async def suspend(self) -> None:
-        await moves.suspend_cuda(self.node, self.subject)
+        # First: what is half done is undone as well.
         self.suspended = True
+        await moves.suspend_cuda(self.node, self.subject)
 
     async def revive(self) -> None:
         if self.suspended:
@@ -126,6 +127,7 @@ class Capture:
                 files=tuple(await self.node.store.digest(self.snapshot)),
                 gpu_bytes=instance.gpu_bytes,
                 gpus=tuple(gpu.uuid for gpu in self.node.gpus) if uses_cuda(instance.device) else (),
+                gpu=instance.gpu,
             )
         )
 

@@ -6,7 +6,9 @@ them out of the GPU and back through the driver's checkpoint takes ten times lon
 
 from __future__ import annotations
 
-from snapshotd.cuda import tree
+from dataclasses import replace
+
+from snapshotd import placement
 from snapshotd.executor import Step
 from snapshotd.jobs import moves
 from snapshotd.node import Node, Subject, uses_cuda
@@ -46,14 +48,22 @@ def park(node: Node, subject: Subject) -> list[Step]:
     return [Step("drain", drain, keep_serving), Step("freeze", freeze, thaw)]
 
 
-def resume(node: Node, subject: Subject) -> list[Step]:
-    """Let a parked instance run and answer again."""
+def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
+    """Let a parked instance run and answer again.
+
+    Args:
+        gpu: UUID of the GPU to come back on; empty: where it was.
+    """
 
     async def thaw() -> None:
         await moves.host_of(subject).thaw()
 
     async def revive() -> None:
-        await tree.revive(moves.cuda_of(node), [moves.host_of(subject).pid], {})
+        here = [known.uuid for known in node.gpus]
+        target = gpu or subject.instance.gpu
+        devices = placement.device_map(here, here, subject.instance.gpu, target) if target else {}
+        await moves.revive_cuda(node, subject, devices)
+        subject.instance = replace(subject.instance, gpu=target)
 
     async def wake() -> None:
         await moves.wake(node, subject)

@@ -5,22 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dumont.errors import DataLoss, FailedPrecondition
-from snapshotd import compatibility
-from snapshotd.cuda import tree
+from snapshotd import compatibility, placement
 from snapshotd.executor import Action, Step
 from snapshotd.jobs import moves
 from snapshotd.model import Snapshot
 from snapshotd.node import Node, Subject, uses_cuda
 
 
-def restore(node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | None = None) -> list[Step]:
+def restore(
+    node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | None = None, gpu: str = ""
+) -> list[Step]:
     """Make an instance from a snapshot.
 
     Args:
         fetch: brings the snapshot to this node; None: it is here.
+        gpu: UUID or index of the GPU to come back on; empty: where there is most room.
     """
     instance = subject.instance
     manifest = snapshot.manifest
+    uuids = [known.uuid for known in node.gpus]
+    source = manifest.gpu or next(iter(manifest.gpus), "")
 
     async def check_facts() -> None:
         if snapshot.quarantine_reason:
@@ -33,8 +37,14 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | No
         digest = await node.models.weights_digest(model)
         here = {**node.facts_of(manifest.device), "weights": digest}
         compatibility.check(manifest.id, manifest.compatibility, here)
+        if uses_cuda(manifest.device):
+            moves.check_unshared(node, manifest.device)
+            subject.instance = replace(subject.instance, gpu=place())
 
-        moves.check_gpu_memory(node, manifest.device, manifest.gpu_bytes)
+    def place() -> str:
+        places = placement.arrange(manifest.gpus, uuids)
+        home = placement.named(node.gpus, places.get(source, source))
+        return moves.find_room(node, subject.instance, home, gpu, manifest.gpu_bytes)
 
     async def verify() -> None:
         try:
@@ -63,9 +73,8 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | No
         )
 
     async def revive() -> None:
-        uuids = [gpu.uuid for gpu in node.gpus]
-        devices = tree.device_map(manifest.gpus, uuids)
-        await tree.revive(moves.cuda_of(node), [moves.host_of(subject).pid], devices)
+        devices = placement.device_map(manifest.gpus, uuids, source, subject.instance.gpu)
+        await moves.revive_cuda(node, subject, devices)
 
     async def wake() -> None:
         await moves.wake(node, subject)
