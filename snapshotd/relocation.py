@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 
 from dumont.errors import DumontError
+from snapshotd import placement
 from snapshotd.instances import Instances
 from snapshotd.jobs import moves
 from snapshotd.machine import Event, advance
 from snapshotd.model import Instance, State
+from snapshotd.node import uses_cuda
 from snapshotd.threads import whole
 
 
@@ -31,6 +33,8 @@ async def _relocate(instances: Instances, instance: str, gpu: str) -> Instance:
     advance(known.state, Event.PARK if serving else Event.RESUME)
     if serving:
         known = moves.located(node, known, node.family(known.pid))
+    if uses_cuda(known.device):
+        placement.named(node.gpus, gpu)
     # Before anything is touched. The park gives the promise back, and the resume finds its place anew.
     target = moves.find_place(node, known, gpu)
     node.room.release(instance)

@@ -23,7 +23,8 @@ class FakeCuda:
     """Processes by pid; ``faults`` holds a kind by (operation, pid), met once.
 
     Kinds: what the driver says (``refuse``, ``busy``, ``full``), ``die`` and ``hang`` of whoever performs the
-    operation; an operation called ``after-lock`` and so on meets its fault once it is done.
+    operation, ``break``, after which the process is failed for ever. An operation called ``after-lock`` and
+    so on meets its fault once it is done.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
@@ -68,6 +69,9 @@ class FakeCuda:
     def _meet(self, operation: str, pid: int) -> None:
         kind = self.faults.pop((operation, pid), "")
         operation = operation.removeprefix("after-")
+        if kind == "break":
+            self.states[pid] = "failed"
+            kind = "refuse"
         if kind == "die":
             raise operations.lost(operation, pid, "the agent", "ended")
         if kind == "hang":
