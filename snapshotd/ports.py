@@ -52,7 +52,11 @@ class Host(Protocol):
     ) -> None: ...
 
     async def dump(self, images: Path, timeout: float) -> Json:
-        """Write the image; answers the ``mounts`` and ``pipes`` that a restore must be told."""
+        """Write the image.
+
+        Answers the ``mounts`` and ``pipes`` that a restore must be told, and the ``origin``: the directory
+        of the images that it was restored from itself, empty if it was started.
+        """
         ...
 
     async def call(self, command: str, timeout: float, **arguments: object) -> Json: ...

@@ -1,38 +1,36 @@
-"""Drop the zero pages of an image.
+"""Rewrite an image so that a restore has little to read: zero pages dropped, the rest to be mapped.
 
-Up to half of a model host's touched memory is zeros. CRIU writes and restores them like any page, and
-a restore is bound by exactly that. An image without them restores to the same memory, as long as they
-are dropped only from private anonymous memory, where absence means zero.
+Up to half of a model host's touched memory is zeros, and a restore is bound by the pages that it reads.
+``layout`` decides where every page goes; this module looks at the pages and moves them.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dumont.errors import DataLoss
-from snapshotd.images.format import PAGE, ImageFormat, PageRun
+from snapshotd.images.format import PAGE, ImageFormat, Kind, Vma
+from snapshotd.images.layout import Flags, Layout, Piece, Source, lay_out
+from snapshotd.shim.mounts import MEMORY_MOUNT
 
 # Pages looked at together: small enough for the cache, large enough that Python does not matter.
 BLOCK = 2048
 WORDS = PAGE // 8
 # Bytes copied at once by one thread.
-PIECE = 8 << 20
-# A gap of fewer zero pages than this is kept: a restore pays more for another run than for its pages.
-SMALLEST_GAP = 4
-# An image that would keep more than this share of its pages stays as it is.
-WORTH_REWRITING = 0.98
-
-
-Flags = NDArray[np.bool_]
+CHUNK = 8 << 20
+# FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+PUNCH_HOLE = 0x03
 
 
 @dataclass(frozen=True)
@@ -43,23 +41,54 @@ class Compacted:
     after: int
 
 
-def compact(images: ImageFormat, directory: Path, threads: int) -> Compacted:
-    """Rewrite the pages of every process in ``directory`` without its zero pages, in place."""
+@dataclass(frozen=True)
+class _Process:
+    """One process of an image, and its new layout."""
+
+    name: str
+    pages_id: int
+    layout: Layout
+    origin: str
+
+    @property
+    def memory_file(self) -> str:
+        return f"memory-{self.name}.img"
+
+
+def compact(images: ImageFormat, directory: Path, origin: Path | None, threads: int) -> Compacted:
+    """Rewrite the memory of every process in ``directory``, in place.
+
+    Args:
+        origin: holds the memory files that the processes were restored from; None: they were started.
+
+    Raises:
+        DataLoss: the dump is incomplete.
+    """
+    known = images.memory_files(directory, MEMORY_MOUNT)
+    processes = [
+        _look(images, directory, pagemap, known, threads)
+        for pagemap in sorted(directory.glob("pagemap-[0-9]*.img"))
+    ]
     before = after = 0
-    for pagemap in sorted(directory.glob("pagemap-[0-9]*.img")):
-        process = pagemap.stem.removeprefix("pagemap-")
-        pages_id, runs = images.read_pagemap(pagemap)
-        anonymous = images.read_anonymous(directory / f"mm-{process}.img")
-        pages = directory / f"pages-{pages_id}.img"
+    for process in processes:
+        pages = directory / f"pages-{process.pages_id}.img"
         before += pages.stat().st_size
-        kept = _rewrite(pages, runs, anonymous, threads)
-        images.write_pagemap(pagemap, pages_id, kept)
-        after += pages.stat().st_size
+        memory = directory / process.memory_file
+        _move(process, pages, memory, origin, threads)
+        read = [piece.run for piece in process.layout.read]
+        images.write_pagemap(directory / f"pagemap-{process.name}.img", process.pages_id, read)
+        after += pages.stat().st_size + memory.stat().st_blocks * 512
+    sizes = {process.memory_file: process.layout.memory_pages * PAGE for process in processes}
+    ids = images.replace_memory_files(directory, MEMORY_MOUNT, sizes)
+    for process in processes:
+        mm = directory / f"mm-{process.name}.img"
+        images.write_vmas(mm, process.layout.vmas, ids[process.memory_file])
     return Compacted(before, after)
 
 
 def check(images: ImageFormat, directory: Path) -> None:
-    """Check that every pagemap in ``directory`` describes its pages file exactly.
+    """Check that every pagemap in ``directory`` describes its pages file exactly, and no mapping ends
+    beyond its memory file.
 
     Raises:
         DataLoss: a file is missing, cut short or of another dump.
@@ -79,24 +108,36 @@ def check(images: ImageFormat, directory: Path) -> None:
                 f"{name} has {actual} bytes and its map describes {expected}",
                 metadata={"file": name},
             )
+    known = images.memory_files(directory, MEMORY_MOUNT)
+    for mm in sorted(directory.glob("mm-[0-9]*.img")):
+        for vma in images.read_vmas(mm, known):
+            if vma.kind is Kind.MAPPED:
+                _check_mapping(vma, directory / known[vma.entry.shmid])
 
 
-def _rewrite(
-    pages: Path, runs: Sequence[PageRun], anonymous: Sequence[tuple[int, int]], threads: int
-) -> list[PageRun]:
-    if pages.stat().st_size == 0:
-        return list(runs)
-    scratch = pages.with_suffix(".compact")
-    with pages.open("rb") as source, scratch.open("wb") as target:
-        with mmap.mmap(source.fileno(), 0, prot=mmap.PROT_READ) as memory:
-            nonzero = _nonzero_pages(memory, threads)
-        kept = list(_split(runs, anonymous, nonzero))
-        if sum(run.pages for run, page in kept if page >= 0) > WORTH_REWRITING * len(nonzero):
-            scratch.unlink()
-            return list(runs)
-        _copy(source.fileno(), target.fileno(), kept, threads)
-    scratch.replace(pages)
-    return [run for run, _ in kept]
+def _check_mapping(vma: Vma, file: Path) -> None:
+    size = file.stat().st_size if file.exists() else -1
+    if vma.offset + vma.end - vma.start > size:
+        raise DataLoss(
+            "IMAGE_INCOMPLETE",
+            f"{file.name} has {size} bytes, and memory is mapped from beyond them",
+            metadata={"file": file.name},
+        )
+
+
+def _look(
+    images: ImageFormat, directory: Path, pagemap: Path, known: dict[int, str], threads: int
+) -> _Process:
+    name = pagemap.stem.removeprefix("pagemap-")
+    pages_id, runs = images.read_pagemap(pagemap)
+    vmas = images.read_vmas(directory / f"mm-{name}.img", known)
+    nonzero = np.empty(0, dtype=bool)
+    with (directory / f"pages-{pages_id}.img").open("rb") as pages:
+        if os.fstat(pages.fileno()).st_size:
+            with mmap.mmap(pages.fileno(), 0, prot=mmap.PROT_READ) as memory:
+                nonzero = _nonzero_pages(memory, threads)
+    origins = {known[vma.entry.shmid] for vma in vmas if vma.entry.shmid in known}
+    return _Process(name, pages_id, lay_out(vmas, runs, nonzero), origins.pop() if origins else "")
 
 
 def _nonzero_pages(memory: mmap.mmap, threads: int) -> Flags:
@@ -121,75 +162,75 @@ def _nonzero_pages(memory: mmap.mmap, threads: int) -> Flags:
     return result
 
 
-def _split(
-    runs: Sequence[PageRun], anonymous: Sequence[tuple[int, int]], nonzero: Flags
-) -> Iterator[tuple[PageRun, int]]:
-    """The runs to keep, each with the index of its first page in the old pages file."""
-    starts = [start for start, _ in anonymous]
-    position = 0
-    for run in runs:
-        if not run.present:
-            yield run, -1
-            continue
-        for piece, droppable in _by_memory(run, anonymous, starts):
-            if droppable:
-                for first, count in _kept_ranges(nonzero[position : position + piece.pages]):
-                    yield replace(piece, start=piece.start + first * PAGE, pages=count), position + first
-            else:
-                yield piece, position
-            position += piece.pages
-    if position != len(nonzero):
-        raise DataLoss(
-            "IMAGE_INCOMPLETE", f"the map describes {position} pages and the file has {len(nonzero)}"
-        )
+def _move(process: _Process, pages: Path, memory: Path, origin: Path | None, threads: int) -> None:
+    """Make the dump's pages file the memory file, and a new pages file of what a restore still reads."""
+    layout = process.layout
+    dumped = pages.stat().st_size // PAGE
+    pages.rename(memory)
+    with ExitStack() as stack:
+        sources = {Source.DUMP: stack.enter_context(memory.open("r+b")).fileno()}
+        if process.origin and origin is not None:
+            sources[Source.ORIGIN] = stack.enter_context((origin / process.origin).open("rb")).fileno()
+        target = stack.enter_context(pages.open("xb")).fileno()
+        mapped = sources[Source.DUMP]
+        _copy(sources, target, _one_behind_the_other(layout.read), threads)
+        os.truncate(mapped, layout.memory_pages * PAGE)
+        for source in (Source.ORIGIN, Source.DUMP):  # what was written after what it was written over
+            added = [(place, piece) for place, piece in layout.added if piece.source is source]
+            _copy(sources, mapped, added, threads)
+        for first, count in _gaps(layout.kept, dumped):
+            _punch(mapped, first * PAGE, count * PAGE)
 
 
-def _by_memory(
-    run: PageRun, anonymous: Sequence[tuple[int, int]], starts: Sequence[int]
-) -> Iterator[tuple[PageRun, bool]]:
-    """Cut a run at the borders of anonymous memory; True for the pieces inside it."""
-    address, end = run.start, run.start + run.pages * PAGE
-    while address < end:
-        index = bisect_right(starts, address) - 1
-        inside = index >= 0 and address < anonymous[index][1]
-        if inside:
-            stop = min(end, anonymous[index][1])
-        else:
-            stop = min(end, starts[index + 1]) if index + 1 < len(starts) else end
-        yield replace(run, start=address, pages=(stop - address) // PAGE), inside
-        address = stop
-
-
-def _kept_ranges(nonzero: Flags) -> Iterator[tuple[int, int]]:
-    """Ranges (first, count) that cover every True, joined over gaps too short to be worth a run."""
-    pages = np.flatnonzero(nonzero)
-    if len(pages) == 0:
-        return
-    breaks = np.flatnonzero(np.diff(pages) > SMALLEST_GAP)
-    firsts = pages[np.concatenate(([0], breaks + 1))]
-    lasts = pages[np.concatenate((breaks, [len(pages) - 1]))]
-    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-        yield first, last - first + 1
-
-
-def _copy(source: int, target: int, kept: Sequence[tuple[PageRun, int]], threads: int) -> None:
-    """Copy the pages of every run to its place in the new file, several pieces at once."""
-    pieces: list[tuple[int, int, int]] = []
+def _one_behind_the_other(pieces: Iterable[Piece]) -> Iterator[tuple[int, Piece]]:
     end = 0
-    for run, page in kept:
-        if page < 0:
-            continue
-        for start in range(0, run.pages * PAGE, PIECE):
-            length = min(PIECE, run.pages * PAGE - start)
-            pieces.append((page * PAGE + start, end + start, length))
-        end += run.pages * PAGE
+    for piece in pieces:
+        if piece.source is not Source.ELSEWHERE:
+            yield end, piece
+            end += piece.run.pages
+
+
+def _gaps(ranges: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """The ranges (first, count) below ``end`` that are in none of ``ranges``, which ascend."""
+    position = 0
+    for first, count in [*ranges, (end, 0)]:
+        if first > position:
+            yield position, first - position
+        position = first + count
+
+
+def _punch(file: int, offset: int, length: int) -> None:
+    """Give the space of a range back to the file system; it reads as zeros from now on."""
+    if libc().fallocate(file, PUNCH_HOLE, offset, length) != 0:
+        error = ctypes.get_errno()
+        # A file system without holes keeps the bytes; nothing maps them.
+        if error != errno.EOPNOTSUPP:
+            raise OSError(error, os.strerror(error))
+
+
+@cache
+def libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return library
+
+
+def _copy(sources: dict[Source, int], target: int, places: Iterable[tuple[int, Piece]], threads: int) -> None:
+    """Copy pages to their places in ``target``, several pieces at once."""
+
+    def work(job: tuple[int, int, int, int]) -> None:
+        source, offset, place, length = job
+        while length:
+            copied = os.copy_file_range(source, target, length, offset, place)
+            if copied == 0:
+                raise DataLoss("IMAGE_INCOMPLETE", "the pages file ended early")
+            offset, place, length = offset + copied, place + copied, length - copied
+
+    jobs = []
+    for place, piece in places:
+        length = piece.run.pages * PAGE
+        for start in range(0, length, CHUNK):
+            offset = piece.position * PAGE + start
+            jobs.append((sources[piece.source], offset, place * PAGE + start, min(CHUNK, length - start)))
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda piece: _copy_piece(source, target, *piece), pieces))
-
-
-def _copy_piece(source: int, target: int, offset: int, place: int, length: int) -> None:
-    while length:
-        copied = os.copy_file_range(source, target, length, offset, place)
-        if copied == 0:
-            raise DataLoss("IMAGE_INCOMPLETE", "the pages file ended early")
-        offset, place, length = offset + copied, place + copied, length - copied
+        list(pool.map(work, jobs))

@@ -1,4 +1,4 @@
-"""The framing of CRIU's image files, and the two of them that describe memory.
+"""The framing of CRIU's image files, and those of them that describe memory.
 
 An image file is two little-endian magic numbers, then messages, each behind its length (u32).
 pycriu's own reader fails under protobuf 7; its generated messages do not, so only the framing is here.
@@ -7,10 +7,13 @@ Source: CRIU's ``include/image-desc`` magic list, as shipped in ``pycriu.images.
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,20 @@ from dumont.errors import DataLoss
 PAGE = 4096
 
 # Values of CRIU's include/image.h.
+VMA_REGULAR = 1 << 0
+VMA_FILE_PRIVATE = 1 << 6
 VMA_ANON_PRIVATE = 1 << 9
 PAGE_IN_PARENT = 1 << 0
 PAGE_PRESENT = 1 << 2
+
+# What an anonymous mapping may be without being lost as a private file mapping: the kernel takes other
+# flags (growing stacks, locked and huge pages) and other advice (wiped on fork) for anonymous memory only.
+MAP_NORESERVE = 0x4000
+PLAIN_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_STACK | MAP_NORESERVE
+PLAIN_ADVICE = sum(
+    1 << advice
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE, mmap.MADV_DONTFORK, mmap.MADV_DONTDUMP)
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,32 @@ class PageRun:
         return bool(self.flags & PAGE_PRESENT)
 
 
+class Kind(Enum):
+    """What an absent page of a mapping comes back as, and what may be done about it."""
+
+    ANONYMOUS = auto()  # zeros; its pages may as well be mapped from a file
+    ZEROS = auto()  # zeros, but it must stay anonymous
+    MAPPED = auto()  # the bytes of a memory file
+    OTHER = auto()  # bytes that are none of ours
+
+
+@dataclass(frozen=True)
+class Vma:
+    """A mapping of a process.
+
+    Attributes:
+        start: its first address; ``end``: the one behind its last.
+        offset: where it begins in its memory file, in bytes.
+        entry: CRIU's own description.
+    """
+
+    start: int
+    end: int
+    kind: Kind
+    offset: int
+    entry: Any
+
+
 class ImageFormat:
     """Reads and writes image files with pycriu's messages.
 
@@ -51,10 +91,12 @@ class ImageFormat:
             sys.path.insert(0, str(pycriu))
         self._pagemap: Any = import_module("pycriu.images.pagemap_pb2")
         self._mm: Any = import_module("pycriu.images.mm_pb2")
+        self._files: Any = import_module("pycriu.images.fdinfo_pb2")
+        self._mounts: Any = import_module("pycriu.images.mnt_pb2")
         magic: Any = import_module("pycriu.images.magic")
         self._magic = {
             name: struct.pack("<II", magic.by_name["IMG_COMMON"], magic.by_name[name])
-            for name in ("PAGEMAP", "MM")
+            for name in ("PAGEMAP", "MM", "FILES", "MNTS")
         }
 
     def read_pagemap(self, path: Path) -> tuple[int, list[PageRun]]:
@@ -72,15 +114,81 @@ class ImageFormat:
             messages.append(entry.SerializeToString())
         self._write(path, "PAGEMAP", messages)
 
-    def read_anonymous(self, path: Path) -> list[tuple[int, int]]:
-        """Address ranges of a process's private anonymous memory, ascending.
+    def read_vmas(self, path: Path, memory_files: Iterable[int]) -> list[Vma]:
+        """The mappings of a process, ascending.
 
-        Only there does a page that is absent from an image come back as zeros. In a private file
-        mapping it would come back as the file's bytes.
+        Args:
+            memory_files: ids of the files of :meth:`memory_files`.
         """
         (message,) = self._messages(path, "MM")
-        vmas = self._mm.mm_entry.FromString(message).vmas
-        return sorted((vma.start, vma.end) for vma in vmas if vma.status & VMA_ANON_PRIVATE)
+        known = set(memory_files)
+        return [
+            Vma(entry.start, entry.end, _kind(entry, known), entry.pgoff, entry)
+            for entry in self._mm.mm_entry.FromString(message).vmas
+        ]
+
+    def write_vmas(self, path: Path, vmas: Iterable[Vma], memory_file: int) -> None:
+        """Replace the mappings that :meth:`read_vmas` read.
+
+        Args:
+            memory_file: id of the file behind those that are ``MAPPED``.
+        """
+        (message,) = self._messages(path, "MM")
+        mm = self._mm.mm_entry.FromString(message)
+        del mm.vmas[:]
+        mm.vmas.extend(_entry(vma, memory_file) for vma in vmas)
+        self._write(path, "MM", [mm.SerializeToString()])
+
+    def memory_files(self, directory: Path, mount: str) -> dict[int, str]:
+        """Name, by id, of each file directly below ``mount`` that a process had mapped."""
+        entries = map(self._files.file_entry.FromString, self._messages(directory / "files.img", "FILES"))
+        prefix = f"{mount}/"
+        return {
+            entry.id: entry.reg.name.removeprefix(prefix)
+            for entry in entries
+            if entry.HasField("reg") and entry.reg.name.startswith(prefix)
+        }
+
+    def replace_memory_files(self, directory: Path, mount: str, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Name other files below ``mount`` than the dump did.
+
+        Args:
+            sizes: bytes of each, by name.
+
+        Returns:
+            The id of each, by name.
+
+        Raises:
+            DataLoss: the process had nothing mounted there.
+        """
+        path = directory / "files.img"
+        old = self.memory_files(directory, mount)
+        entries = [self._files.file_entry.FromString(message) for message in self._messages(path, "FILES")]
+        entries = [entry for entry in entries if entry.id not in old]
+        mount_id = self._mount_id(directory, mount)
+        free = max((entry.id for entry in entries), default=0) + 1
+        ids = {name: free + index for index, name in enumerate(sorted(sizes))}
+        for name, number in ids.items():
+            entry = self._files.file_entry(type=self._files.REG, id=number)
+            entry.reg.id = number
+            entry.reg.flags = os.O_RDONLY
+            entry.reg.pos = 0
+            entry.reg.fown.SetInParent()
+            for field in ("uid", "euid", "signum", "pid_type", "pid"):
+                setattr(entry.reg.fown, field, 0)
+            entry.reg.name = f"{mount}/{name}"
+            entry.reg.mnt_id = mount_id
+            entry.reg.size = sizes[name]
+            entries.append(entry)
+        self._write(path, "FILES", [entry.SerializeToString() for entry in entries])
+        return ids
+
+    def _mount_id(self, directory: Path, mount: str) -> int:
+        for path in directory.glob("mountpoints-*.img"):
+            for entry in map(self._mounts.mnt_entry.FromString, self._messages(path, "MNTS")):
+                if entry.mountpoint in (mount, f".{mount}"):
+                    return int(entry.mnt_id)
+        raise DataLoss("IMAGE_INCOMPLETE", f"the dump has nothing mounted at {mount}")
 
     def _write(self, path: Path, kind: str, messages: Iterable[bytes]) -> None:
         framed = b"".join(struct.pack("<I", len(message)) + message for message in messages)
@@ -104,3 +212,34 @@ class ImageFormat:
             messages.append(data[position : position + length])
             position += length
         return messages
+
+
+def _kind(entry: Any, memory_files: set[int]) -> Kind:
+    if entry.status & VMA_FILE_PRIVATE and entry.shmid in memory_files:
+        return Kind.MAPPED
+    if not entry.status & VMA_ANON_PRIVATE:
+        return Kind.OTHER
+    plain = (
+        entry.prot & mmap.PROT_READ
+        and not entry.flags & ~PLAIN_FLAGS
+        and not entry.madv & ~PLAIN_ADVICE
+        and entry.status & VMA_REGULAR
+    )
+    return Kind.ANONYMOUS if plain else Kind.ZEROS
+
+
+def _entry(vma: Vma, memory_file: int) -> Any:
+    entry = type(vma.entry)()
+    entry.CopyFrom(vma.entry)
+    entry.start, entry.end = vma.start, vma.end
+    if vma.kind is Kind.MAPPED:
+        entry.status = VMA_REGULAR | VMA_FILE_PRIVATE
+        entry.flags = mmap.MAP_PRIVATE
+        entry.shmid, entry.pgoff = memory_file, vma.offset
+        entry.fdflags = os.O_RDONLY
+    elif vma.kind is Kind.ANONYMOUS and entry.status & VMA_FILE_PRIVATE:
+        entry.status = VMA_REGULAR | VMA_ANON_PRIVATE
+        entry.flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        entry.shmid = entry.pgoff = 0
+        entry.ClearField("fdflags")
+    return entry

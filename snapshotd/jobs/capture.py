@@ -97,7 +97,8 @@ class Capture:
         self.pause_seconds = self.node.clock.monotonic() - self.paused_at
 
     async def compact(self) -> None:
-        await finish(partial(compact, self.node.images, self._staged(), self.node.threads))
+        origin = Path(self.layout["origin"]) if self.layout.get("origin") else None
+        await finish(partial(compact, self.node.images, self._staged(), origin, self.node.threads))
 
     async def verify(self) -> None:
         await finish(partial(check, self.node.images, self._staged()))

@@ -51,6 +51,8 @@ class Shim:
         self.freezer: Freezer | None = None
         self.log: HostLog | None = None
         self.released = False
+        # The images that the model host was restored from, and maps its memory from.
+        self.origin: Path | None = None
 
         self.externals = mounts.node_mounts()
         self.root = scratch
@@ -59,7 +61,8 @@ class Shim:
         self.pipes = launcher.Pipes.create()
         self.inodes = self.pipes.inodes()
         mounts.bind_root(self.root)
-        (self.root / mounts.INSTANCE_MOUNT.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        for point in (mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT):
+            (self.root / point.lstrip("/")).mkdir(parents=True, exist_ok=True)
         self.worker = criu.Worker.start(criu_binary, list(self.pipes.host_ends().values()))
         self.commands: dict[str, Callable[[Message], Message]] = {
             "launch": self.launch,
@@ -89,7 +92,9 @@ class Shim:
         """Bring the model host back from ``images``; its pipes at capture are named in ``pipes``."""
         self._must_be_empty()
         directory = Path(message["directory"])
-        places = {name: Path(name) for name in self.externals} | {mounts.INSTANCE_MOUNT: directory}
+        images = Path(message["images"])
+        places = {name: Path(name) for name in self.externals}
+        places |= {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: images}
         unknown = set(message["mounts"]) - set(places)
         if unknown:
             raise Refused(
@@ -100,7 +105,7 @@ class Shim:
             self.pid = criu.restore(
                 self.worker,
                 self.pycriu,
-                Path(message["images"]),
+                images,
                 self.root,
                 layout,
                 self.pipes.host_ends(),
@@ -111,18 +116,26 @@ class Shim:
             # Nobody is left to end the half of the tree that it had made.
             linux.kill_children()
             raise
+        self.origin = images
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
 
     def dump(self, message: Message) -> Message:
         """Write the model host into ``images``; it runs on. Answers what a restore must be told."""
         self._must_run()
-        names = {name: Path(name) for name in [*self.externals, mounts.INSTANCE_MOUNT]}
+        if self.origin is not None and not self.origin.is_dir():
+            raise Refused(
+                f"the snapshot that {self.instance} was restored from is deleted, and most of its memory is "
+                "mapped from there; capture an instance that was started, or restored from a snapshot in use"
+            )
+        own = (mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT)
+        names = {name: Path(name) for name in [*self.externals, *own]}
         worker = criu.Worker.start(self.criu_binary)
         layout = criu.Layout(names, self.inodes)
         images = Path(message["images"])
         criu.dump(worker, self.pycriu, self.pid, images, layout, message["timeout"])
-        return {"mounts": sorted(names), "pipes": self.inodes}
+        origin = str(self.origin) if self.origin else ""
+        return {"mounts": sorted(names), "pipes": self.inodes, "origin": origin}
 
     def freeze(self, message: Message) -> Message:
         self._must_run().freeze()

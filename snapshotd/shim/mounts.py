@@ -15,6 +15,8 @@ from pathlib import Path
 from snapshotd.shim import linux
 
 INSTANCE_MOUNT = "/run/dumont"
+# The images that a model host was restored from: most of its memory is mapped from a file there.
+MEMORY_MOUNT = "/run/dumont-memory"
 
 PSEUDO = frozenset(
     {
@@ -64,6 +66,8 @@ def enter_root(root: Path, instance_directory: Path, externals: Iterable[str]) -
     """Make ``root`` the root of the calling process, in its own mount namespace and pid namespace."""
     for point in externals:
         linux.mount(point, root / point.lstrip("/"), None, linux.MS_BIND)
-    linux.mount(str(instance_directory), root / INSTANCE_MOUNT.lstrip("/"), None, linux.MS_BIND)
+    for point in (INSTANCE_MOUNT, MEMORY_MOUNT):
+        # One that is started has no images; what is mounted in their place is of no matter.
+        linux.mount(str(instance_directory), root / point.lstrip("/"), None, linux.MS_BIND)
     linux.mount("proc", root / "proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     linux.pivot_root(root)

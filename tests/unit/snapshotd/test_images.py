@@ -1,8 +1,12 @@
-"""Dropping zero pages changes an image's size and never the memory it restores to."""
+"""Rewriting an image changes how much a restore must read and never the memory it restores to."""
 
 from __future__ import annotations
 
+import itertools
+import mmap
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +15,48 @@ from hypothesis import strategies as st
 
 from dumont.errors import DataLoss
 from snapshotd.images.compact import check, compact
-from snapshotd.images.format import PAGE, PAGE_IN_PARENT, PAGE_PRESENT, VMA_ANON_PRIVATE, ImageFormat, PageRun
+from snapshotd.images.format import (
+    PAGE,
+    PAGE_IN_PARENT,
+    PAGE_PRESENT,
+    VMA_ANON_PRIVATE,
+    VMA_FILE_PRIVATE,
+    VMA_REGULAR,
+    ImageFormat,
+    Kind,
+    PageRun,
+)
+from snapshotd.images.layout import SMALLEST_MAPPING
 from snapshotd.preflight import find_criu
+from snapshotd.shim.mounts import MEMORY_MOUNT
 
 BASE = 0x7F0000000000
-# Pages of a small address space: where anonymous memory lies, and what each page holds.
-LAYOUTS = st.lists(
-    st.tuples(st.booleans(), st.sampled_from(["zero", "data", "absent"])), min_size=1, max_size=60
+ORIGIN_FILE = 77
+FLAGS = {
+    "anonymous": (VMA_REGULAR | VMA_ANON_PRIVATE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS),
+    "stack": (VMA_REGULAR | VMA_ANON_PRIVATE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100),
+    "file": (VMA_REGULAR | VMA_FILE_PRIVATE, mmap.MAP_PRIVATE),
+    "mapped": (VMA_REGULAR | VMA_FILE_PRIVATE, mmap.MAP_PRIVATE),
+}
+
+# A process: mappings side by side, each of stretches of pages of one content.
+STRETCH = st.tuples(st.sampled_from(["data", "zero", "absent"]), st.integers(1, 40))
+PROCESS = st.lists(
+    st.tuples(st.sampled_from(sorted(FLAGS)), st.lists(STRETCH, min_size=1, max_size=6)),
+    min_size=1,
+    max_size=6,
 )
+Stretches = list[tuple[str, int]]
+
+
+@dataclass
+class Dump:
+    """A dump as CRIU writes it, and the memory that it stands for."""
+
+    directory: Path
+    origin: Path
+    # By address; what is missing is zero or, in a file that is not ours, the file's own.
+    memory: dict[int, bytes]
 
 
 @pytest.fixture(scope="module")
@@ -28,123 +66,208 @@ def images(criu: Path) -> ImageFormat:
     return ImageFormat(found.pycriu)
 
 
-def write_mm(images: ImageFormat, path: Path, anonymous: list[tuple[int, int]]) -> None:
-    """The memory map of a process with these ranges of private anonymous memory."""
-    entry = images._mm.mm_entry()
-    for field in entry.DESCRIPTOR.fields:
-        if field.is_required:
-            setattr(entry, field.name, 0)
-    for start, end in anonymous:
+def dump(images: ImageFormat, folder: Path, process: list[tuple[str, Stretches]]) -> Dump:
+    made = Dump(folder / "image", folder / "origin", {})
+    made.directory.mkdir(parents=True)
+    made.origin.mkdir()
+    rng = np.random.default_rng(len(process))
+    runs: list[PageRun] = []
+    pages: list[bytes] = []
+    origin: list[bytes] = []
+    vmas: list[tuple[str, int, int, int]] = []
+    address = BASE
+    for kind, stretches in process:
+        start, offset = address, len(origin) * PAGE
+        for content, count in stretches:
+            for _ in range(count):
+                if kind == "mapped":
+                    origin.append(rng.bytes(PAGE))
+                    made.memory[address] = origin[-1]
+                if content != "absent":
+                    page = bytes(PAGE) if content == "zero" else rng.bytes(PAGE)
+                    pages.append(page)
+                    made.memory[address] = page
+                    if runs and runs[-1].start + runs[-1].pages * PAGE == address:
+                        runs[-1] = PageRun(runs[-1].start, runs[-1].pages + 1, PAGE_PRESENT)
+                    else:
+                        runs.append(PageRun(address, 1, PAGE_PRESENT))
+                address += PAGE
+        vmas.append((kind, start, address, offset))
+    images.write_pagemap(made.directory / "pagemap-1.img", 1, runs)
+    (made.directory / "pages-1.img").write_bytes(b"".join(pages))
+    (made.origin / "memory-1.img").write_bytes(b"".join(origin))
+    _write_mm(images, made.directory / "mm-1.img", vmas)
+    _write_files(images, made.directory)
+    for name in ("inventory.img", "pstree.img"):
+        (made.directory / name).write_bytes(b"")
+    return made
+
+
+def _write_mm(images: ImageFormat, path: Path, vmas: list[tuple[str, int, int, int]]) -> None:
+    entry = _required(images._mm.mm_entry())
+    for kind, start, end, offset in vmas:
+        status, flags = FLAGS[kind]
+        file = {"mapped": ORIGIN_FILE, "file": 5}.get(kind, 0)
         entry.vmas.add(
-            start=start, end=end, pgoff=0, shmid=0, prot=3, flags=0x22, status=VMA_ANON_PRIVATE | 1, fd=-1
+            start=start, end=end, pgoff=offset, shmid=file, prot=3, flags=flags, status=status, fd=-1
         )
     images._write(path, "MM", [entry.SerializeToString()])
 
 
-def write_dump(images: ImageFormat, directory: Path, layout: list[tuple[bool, str]]) -> dict[int, bytes]:
-    """A dump as CRIU writes it; returns the memory it stands for, by page address."""
-    rng = np.random.default_rng(len(layout))
-    runs: list[PageRun] = []
-    content: list[bytes] = []
+def _write_files(images: ImageFormat, directory: Path) -> None:
+    files = []
+    for number, name in ((ORIGIN_FILE, f"{MEMORY_MOUNT}/memory-1.img"), (5, "/usr/lib/libc.so.6")):
+        entry = images._files.file_entry(type=images._files.REG, id=number)
+        _required(entry.reg).name = name
+        _required(entry.reg.fown)
+        files.append(entry.SerializeToString())
+    images._write(directory / "files.img", "FILES", files)
+    mount = _required(images._mounts.mnt_entry())
+    mount.mountpoint, mount.mnt_id = f".{MEMORY_MOUNT}", 12
+    images._write(directory / "mountpoints-3.img", "MNTS", [mount.SerializeToString()])
+
+
+def _required(message: Any) -> Any:
+    for field in message.DESCRIPTOR.fields:
+        if field.is_required and field.message_type is None:
+            setattr(message, field.name, "" if field.type == field.TYPE_STRING else 0)
+    return message
+
+
+def restored(images: ImageFormat, directory: Path) -> dict[int, bytes]:
+    """What a restore puts into memory: the mappings first, then what it reads over them."""
     memory: dict[int, bytes] = {}
-    for index, (anonymous, kind) in enumerate(layout):
-        address = BASE + index * PAGE
-        if kind == "absent":
-            continue
-        page = bytes(PAGE) if kind == "zero" else rng.bytes(PAGE)
-        content.append(page)
-        if not (anonymous and kind == "zero"):
-            memory[address] = page
-        if runs and runs[-1].start + runs[-1].pages * PAGE == address:
-            runs[-1] = PageRun(runs[-1].start, runs[-1].pages + 1, PAGE_PRESENT)
-        else:
-            runs.append(PageRun(address, 1, PAGE_PRESENT))
-    images.write_pagemap(directory / "pagemap-1.img", 1, runs)
-    (directory / "pages-1.img").write_bytes(b"".join(content))
-    ranges = [
-        (BASE + i * PAGE, BASE + (i + 1) * PAGE) for i, (anonymous, _) in enumerate(layout) if anonymous
-    ]
-    write_mm(images, directory / "mm-1.img", ranges)
-    for name in ("inventory.img", "pstree.img"):
-        (directory / name).write_bytes(b"")
-    return memory
-
-
-def read_memory(images: ImageFormat, directory: Path) -> dict[int, bytes]:
-    """What a restore would put into memory, less the zero pages of anonymous memory."""
+    known = images.memory_files(directory, MEMORY_MOUNT)
+    for vma in images.read_vmas(directory / "mm-1.img", known):
+        if vma.kind is Kind.MAPPED:
+            data = (directory / known[vma.entry.shmid]).read_bytes()
+            for address in range(vma.start, vma.end, PAGE):
+                place = vma.offset + address - vma.start
+                assert place + PAGE <= len(data), "mapped beyond the end of its file"
+                memory[address] = data[place : place + PAGE]
     _, runs = images.read_pagemap(directory / "pagemap-1.img")
-    anonymous = images.read_anonymous(directory / "mm-1.img")
-    data = (directory / "pages-1.img").read_bytes()
-    memory: dict[int, bytes] = {}
+    pages = (directory / "pages-1.img").read_bytes()
     position = 0
     for run in runs:
         for index in range(run.pages):
-            page = data[position : position + PAGE]
+            memory[run.start + index * PAGE] = pages[position : position + PAGE]
             position += PAGE
-            address = run.start + index * PAGE
-            inside = any(start <= address < end for start, end in anonymous)
-            if page.strip(b"\0") or not inside:
-                memory[address] = page
-    assert position == len(data)
+    assert position == len(pages)
     return memory
 
 
-@settings(max_examples=60, deadline=None)
-@given(layout=LAYOUTS)
+def significant(memory: dict[int, bytes], process: list[tuple[str, Stretches]]) -> dict[int, bytes]:
+    """Without the zero pages, where absence means zero: everywhere but over a file that is not ours."""
+    files: set[int] = set()
+    address = BASE
+    for kind, stretches in process:
+        count = sum(length for _, length in stretches)
+        if kind == "file":
+            files |= set(range(address, address + count * PAGE, PAGE))
+        address += count * PAGE
+    return {at: page for at, page in memory.items() if at in files or page.strip(b"\0")}
+
+
+def borders(images: ImageFormat, directory: Path) -> list[tuple[int, int]]:
+    vmas = images.read_vmas(directory / "mm-1.img", images.memory_files(directory, MEMORY_MOUNT))
+    return [(vma.start, vma.end) for vma in vmas]
+
+
+@settings(max_examples=120, deadline=None)
+@given(process=PROCESS)
 def test_whatever_the_memory_it_restores_to_the_same(
-    images: ImageFormat, tmp_path_factory: pytest.TempPathFactory, layout: list[tuple[bool, str]]
+    images: ImageFormat, tmp_path_factory: pytest.TempPathFactory, process: list[tuple[str, Stretches]]
 ) -> None:
-    directory = tmp_path_factory.mktemp("image")
-    memory = write_dump(images, directory, layout)
+    made = dump(images, tmp_path_factory.mktemp("dump"), process)
+    first, last = borders(images, made.directory)[0][0], borders(images, made.directory)[-1][1]
 
-    compact(images, directory, threads=2)
+    compact(images, made.directory, made.origin, threads=2)
 
-    check(images, directory)
-    assert read_memory(images, directory) == memory
+    check(images, made.directory)
+    assert significant(restored(images, made.directory), process) == significant(made.memory, process)
+    parts = borders(images, made.directory)
+    assert (parts[0][0], parts[-1][1]) == (first, last)
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(parts))
 
 
-def test_zero_pages_of_anonymous_memory_are_gone(images: ImageFormat, tmp_path: Path) -> None:
-    layout = [(True, "data")] * 10 + [(True, "zero")] * 90
-    write_dump(images, tmp_path, layout)
+def test_what_is_large_is_mapped_and_only_crumbs_are_read(images: ImageFormat, tmp_path: Path) -> None:
+    crumb = SMALLEST_MAPPING - 1
+    made = dump(images, tmp_path, [("anonymous", [("data", 100), ("zero", 90), ("data", crumb)])])
 
-    done = compact(images, tmp_path, threads=1)
+    compact(images, made.directory, None, threads=1)
 
-    assert done.before == 100 * PAGE
-    assert done.after == 10 * PAGE
-    assert (tmp_path / "pages-1.img").stat().st_size == 10 * PAGE
+    _, runs = images.read_pagemap(made.directory / "pagemap-1.img")
+    assert [run.pages for run in runs] == [crumb]
+    assert (made.directory / "pages-1.img").stat().st_size == crumb * PAGE
+    # What is read from elsewhere, or is zero, takes no space in the memory file.
+    assert (made.directory / "memory-1.img").stat().st_blocks * 512 == 100 * PAGE
+
+
+def test_a_stack_stays_anonymous_and_loses_its_zeros(images: ImageFormat, tmp_path: Path) -> None:
+    made = dump(images, tmp_path, [("stack", [("data", 50), ("zero", 50)])])
+
+    compact(images, made.directory, None, threads=1)
+
+    kinds = [vma.kind for vma in images.read_vmas(made.directory / "mm-1.img", {})]
+    assert kinds == [Kind.ZEROS]
+    assert (made.directory / "pages-1.img").stat().st_size == 50 * PAGE
 
 
 def test_zero_pages_over_a_file_are_data_and_stay(images: ImageFormat, tmp_path: Path) -> None:
-    write_dump(images, tmp_path, [(False, "zero")] * 50)
+    made = dump(images, tmp_path, [("file", [("zero", 50)])])
 
-    done = compact(images, tmp_path, threads=1)
+    compact(images, made.directory, None, threads=1)
 
-    assert done.after == done.before == 50 * PAGE
+    assert (made.directory / "pages-1.img").stat().st_size == 50 * PAGE
+
+
+def test_what_was_mapped_from_an_earlier_snapshot_is_taken_over(images: ImageFormat, tmp_path: Path) -> None:
+    made = dump(images, tmp_path, [("mapped", [("absent", 30), ("data", 1), ("absent", 30), ("zero", 1)])])
+
+    compact(images, made.directory, made.origin, threads=1)
+    (made.origin / "memory-1.img").unlink()
+
+    names = images.memory_files(made.directory, MEMORY_MOUNT)
+    assert list(names.values()) == ["memory-1.img"]
+    after = restored(images, made.directory)
+    assert after == made.memory
 
 
 def test_runs_whose_pages_lie_in_a_parent_image_take_no_bytes(images: ImageFormat, tmp_path: Path) -> None:
-    write_dump(images, tmp_path, [(True, "zero")] * 20)
+    made = dump(images, tmp_path, [("anonymous", [("zero", 20)])])
     runs = [PageRun(BASE - PAGE, 1, PAGE_IN_PARENT), PageRun(BASE, 20, PAGE_PRESENT)]
-    images.write_pagemap(tmp_path / "pagemap-1.img", 1, runs)
+    images.write_pagemap(made.directory / "pagemap-1.img", 1, runs)
 
-    compact(images, tmp_path, threads=1)
+    compact(images, made.directory, None, threads=1)
 
-    assert images.read_pagemap(tmp_path / "pagemap-1.img") == (1, runs[:1])
+    assert images.read_pagemap(made.directory / "pagemap-1.img") == (1, runs[:1])
 
 
-@pytest.mark.parametrize("damage", ["short", "missing", "no inventory"])
+def test_a_map_of_other_pages_than_there_are_is_refused(images: ImageFormat, tmp_path: Path) -> None:
+    made = dump(images, tmp_path, [("anonymous", [("data", 20)])])
+    images.write_pagemap(made.directory / "pagemap-1.img", 1, [PageRun(BASE, 19, PAGE_PRESENT)])
+
+    with pytest.raises(DataLoss) as refusal:
+        compact(images, made.directory, None, threads=1)
+    assert refusal.value.reason == "IMAGE_INCOMPLETE"
+
+
+@pytest.mark.parametrize("damage", ["short", "missing", "no inventory", "mapped beyond its end"])
 def test_an_incomplete_dump_is_refused_by_name(images: ImageFormat, tmp_path: Path, damage: str) -> None:
-    write_dump(images, tmp_path, [(True, "data")] * 5)
-    pages = tmp_path / "pages-1.img"
+    made = dump(images, tmp_path, [("anonymous", [("data", 5), ("zero", 20), ("data", 30)])])
+    compact(images, made.directory, None, threads=1)
+    pages, memory = made.directory / "pages-1.img", made.directory / "memory-1.img"
     if damage == "short":
         pages.write_bytes(pages.read_bytes()[:-1])
     elif damage == "missing":
         pages.unlink()
+    elif damage == "mapped beyond its end":
+        memory.write_bytes(memory.read_bytes()[:-PAGE])
     else:
-        (tmp_path / "inventory.img").unlink()
+        (made.directory / "inventory.img").unlink()
 
     with pytest.raises(DataLoss) as refusal:
-        check(images, tmp_path)
+        check(images, made.directory)
     assert refusal.value.reason == "IMAGE_INCOMPLETE"
 
 

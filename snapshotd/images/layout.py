@@ -1,0 +1,165 @@
+"""Where each page of a captured process goes: dropped, mapped from a memory file, or read at restore.
+
+A restore that reads memory pays for every page of it. One that maps it pays for the pages that the process
+then touches, and the kernel brings sixteen at a time. So whatever is large enough goes to a memory file, and
+only crumbs are left to read.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dumont.errors import DataLoss
+from snapshotd.images.format import PAGE, PAGE_PRESENT, Kind, PageRun, Vma
+
+# A gap of at most so many zero pages is kept: a restore pays more for another mapping than for its pages.
+LARGEST_GAP: Final = 8
+# The fewest pages that are worth a mapping.
+SMALLEST_MAPPING: Final = 16
+
+Flags = NDArray[np.bool_]
+
+
+class Source(Enum):
+    """Where pages lie before they are laid out."""
+
+    DUMP = auto()  # the dump's pages file
+    ORIGIN = auto()  # the memory file that the process itself was restored from
+    ELSEWHERE = auto()  # not in this image
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive pages that lie one behind the other in their source.
+
+    Attributes:
+        run: their addresses.
+        position: the first one's place in the source, in pages.
+    """
+
+    run: PageRun
+    source: Source
+    position: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A process's memory, laid out anew. The dump's pages file becomes its memory file.
+
+    Attributes:
+        vmas: its mappings.
+        read: what a restore reads, ascending.
+        added: what is copied into the memory file, each with its place there, in pages; what comes from
+            the dump is written over what comes from the origin.
+        kept: ranges (first, count) of the dump's pages that are mapped where they are, ascending.
+        memory_pages: size of the memory file.
+    """
+
+    vmas: list[Vma]
+    read: list[Piece]
+    added: list[tuple[int, Piece]]
+    kept: list[tuple[int, int]]
+    memory_pages: int
+
+
+def lay_out(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags) -> Layout:
+    """Decide for every page.
+
+    Args:
+        vmas: ascending.
+        runs: in the order of the pages file, which is ascending.
+        nonzero: for each page of the pages file, whether any of its bytes is not zero.
+
+    Raises:
+        DataLoss: the runs describe another number of pages.
+    """
+    starts = [vma.start for vma in vmas]
+    layout = Layout([], [], [], [], len(nonzero))
+    regions: dict[int, list[tuple[int, int, int]]] = {}
+    written: dict[int, list[Piece]] = {}
+    position = 0
+    for run in runs:
+        if not run.present:
+            layout.read.append(Piece(run, Source.ELSEWHERE, 0))
+            continue
+        for part, index in _by_vma(run, vmas, starts):
+            kind = vmas[index].kind if index >= 0 else Kind.OTHER
+            if kind is Kind.OTHER:
+                layout.read.append(Piece(part, Source.DUMP, position))
+            elif kind is Kind.MAPPED:
+                written.setdefault(index, []).append(Piece(part, Source.DUMP, position))
+            else:
+                for first, count in _kept_ranges(nonzero[position : position + part.pages]):
+                    kept = replace(part, start=part.start + first * PAGE, pages=count)
+                    if kind is Kind.ANONYMOUS and count >= SMALLEST_MAPPING:
+                        end = kept.start + count * PAGE
+                        regions.setdefault(index, []).append((kept.start, end, (position + first) * PAGE))
+                        layout.kept.append((position + first, count))
+                    else:
+                        layout.read.append(Piece(kept, Source.DUMP, position + first))
+            position += part.pages
+    if position != len(nonzero):
+        raise DataLoss(
+            "IMAGE_INCOMPLETE", f"the map describes {position} pages and the file has {len(nonzero)}"
+        )
+    end = len(nonzero)
+    for index, vma in enumerate(vmas):
+        if vma.kind is Kind.MAPPED:
+            # Put together anew at the end of the file: what it was restored from, then what it wrote.
+            pages = (vma.end - vma.start) // PAGE
+            whole = Piece(PageRun(vma.start, pages, PAGE_PRESENT), Source.ORIGIN, vma.offset // PAGE)
+            layout.added.append((end, whole))
+            for piece in written.get(index, []):
+                layout.added.append((end + (piece.run.start - vma.start) // PAGE, piece))
+            regions[index] = [(vma.start, vma.end, end * PAGE)]
+            end += pages
+        layout.vmas.extend(_cut(vma, regions.get(index, [])))
+    return replace(layout, memory_pages=end)
+
+
+def _by_vma(run: PageRun, vmas: Sequence[Vma], starts: Sequence[int]) -> Iterator[tuple[PageRun, int]]:
+    """Cut a run at the borders of mappings; each part with the index of its own, -1 outside any."""
+    address, end = run.start, run.start + run.pages * PAGE
+    while address < end:
+        index = bisect_right(starts, address) - 1
+        if index >= 0 and address < vmas[index].end:
+            stop = min(end, vmas[index].end)
+        else:
+            stop = min(end, starts[index + 1]) if index + 1 < len(starts) else end
+            index = -1
+        yield replace(run, start=address, pages=(stop - address) // PAGE), index
+        address = stop
+
+
+def _kept_ranges(nonzero: Flags) -> Iterator[tuple[int, int]]:
+    """Ranges (first, count) that cover every True, joined over gaps too short to be worth a run."""
+    pages = np.flatnonzero(nonzero)
+    if len(pages) == 0:
+        return
+    breaks = np.flatnonzero(np.diff(pages) > LARGEST_GAP)
+    firsts = pages[np.concatenate(([0], breaks + 1))]
+    lasts = pages[np.concatenate((breaks, [len(pages) - 1]))]
+    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+        yield first, last - first + 1
+
+
+def _cut(vma: Vma, regions: Iterable[tuple[int, int, int]]) -> Iterator[Vma]:
+    """A mapping as parts: ``regions`` (start, end, offset) of the memory file, zeros between them."""
+    if vma.kind is Kind.ANONYMOUS or vma.kind is Kind.MAPPED:
+        address = vma.start
+        for start, end, offset in regions:
+            if start > address:
+                yield replace(vma, start=address, end=start, kind=Kind.ANONYMOUS, offset=0)
+            yield replace(vma, start=start, end=end, kind=Kind.MAPPED, offset=offset)
+            address = end
+        if address < vma.end:
+            yield replace(vma, start=address, kind=Kind.ANONYMOUS, offset=0)
+    else:
+        yield vma
