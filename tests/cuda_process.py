@@ -1,8 +1,9 @@
 """A process that computes on GPUs and answers over pipes, for tests that drive its CUDA state from outside.
 
-Run as a program it takes commands a line each: ``sum`` answers what its tensors on every GPU add up to,
-``spin SECONDS`` keeps the first GPU busy for about that long and answers at once, ``fork`` starts a child
-that holds CUDA state of its own and answers its pid.
+Run as a program it takes commands, one a line: ``sum`` answers what its tensors on every GPU add up to;
+``spin SECONDS`` keeps the first GPU busy for about that long and answers nothing; ``fill MIB`` takes the
+first GPU's memory but for so much and answers when it has; ``fork`` starts a child with CUDA state of its own
+and answers its pid; ``child COMMAND`` answers what that child does.
 """
 
 from __future__ import annotations
@@ -63,28 +64,34 @@ class CudaProcess:
 
 
 def main(devices: int, mib: int) -> None:
+    import torch
+
     tensors = []
     if devices:
-        import torch
-
         torch.manual_seed(1)
         tensors = [torch.rand(mib * MIB // 4, device=f"cuda:{index}") for index in range(devices)]
         for index in range(devices):
             torch.cuda.synchronize(index)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    children = []
+    children: list[CudaProcess] = []
     for line in sys.stdin:
         command, *arguments = line.split()
         if command == "sum":
             sys.stdout.write(" ".join(repr(float(tensor.sum())) for tensor in tensors) + "\n")
         elif command == "spin":
             # About 1.5 GHz: seconds need not be exact, only longer than a lock waits.
-            torch.cuda._sleep(int(float(arguments[0]) * 1.5e9))
+            torch.cuda._sleep(int(float(arguments[0]) * 1.5e9))  # type: ignore[no-untyped-call]
             continue
+        elif command == "fill":
+            room = torch.cuda.mem_get_info(0)[0] - int(arguments[0]) * MIB
+            tensors.append(torch.empty(max(room, 0), dtype=torch.uint8, device="cuda:0"))
+            sys.stdout.write("full\n")
         elif command == "fork":
             children.append(CudaProcess(devices, mib))
             sys.stdout.write(f"{children[-1].pid}\n")
+        elif command == "child":
+            sys.stdout.write(children[-1].ask(*arguments) + "\n")
         sys.stdout.flush()
 
 

@@ -39,7 +39,7 @@ class Capture:
             Step("quiesce", self.quiesce),
             *([Step("cuda_checkpoint", self.suspend, self.revive)] if cuda else []),
             Step("dump", self.dump),
-            *([Step("cuda_restore", self.revive)] if cuda else []),
+            *([Step("cuda_restore", self.rouse)] if cuda else []),
             Step("wake", self.wake),
             Step("compact", self.compact),
             Step("verify", self.verify),
@@ -82,6 +82,10 @@ class Capture:
         # First: what is half done is undone as well.
         self.suspended = True
         await moves.suspend_cuda(self.node, self.subject)
+
+    async def rouse(self) -> None:
+        await moves.rouse_cuda(self.node, self.subject)
+        self.suspended = False
 
     async def revive(self) -> None:
         if self.suspended:

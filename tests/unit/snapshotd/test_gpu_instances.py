@@ -258,6 +258,18 @@ async def test_a_capture_whose_dump_fails_leaves_the_instance_serving(world: Wor
     assert world.instances.get("one").state is State.SERVING
 
 
+async def test_a_capture_that_finds_the_gpu_full_when_it_is_done_says_so_and_tries_again(
+    world: World,
+) -> None:
+    await world.serving()
+    world.cuda.faults["restore", 42] = "full"
+    with pytest.raises(ResourceExhausted) as refusal:
+        await world.instances.capture("one", "first")
+    assert refusal.value.metadata["step"] == "capture.cuda_restore"
+    assert world.runs()
+    assert world.store.staged == set()
+
+
 @pytest.mark.parametrize("job", ["park", "capture"])
 async def test_what_no_driver_brings_back_is_ended_and_not_left_hanging(world: World, job: str) -> None:
     host = await world.serving()
