@@ -15,6 +15,7 @@ from dumont.errors import Aborted, DumontError, Internal, ResourceExhausted
 from snapshotd.adapters import cuda_backend
 from snapshotd.adapters.cuda_agent import CudaAgent
 from snapshotd.adapters.cuda_cli import CudaCheckpoint
+from snapshotd.config import Settings
 from snapshotd.ports import Cuda
 from tests.contracts import cuda_files
 from tests.cuda_process import CudaProcess
@@ -248,7 +249,7 @@ async def test_a_program_that_cannot_be_run_is_told(tmp_path: Path) -> None:
 @pytest.fixture(params=["driver", "cli"])
 def real(request: pytest.FixtureRequest) -> CudaAgent | CudaCheckpoint:
     try:
-        return cuda_backend.choose(request.param, None)
+        return cuda_backend.choose(request.param, Settings().cuda_checkpoint)
     except DumontError as error:
         pytest.skip(error.message)
 

@@ -10,6 +10,7 @@ import pytest_asyncio
 
 from dumont.errors import DumontError
 from snapshotd.adapters import cuda_backend
+from snapshotd.config import Settings
 from snapshotd.model import Snapshot
 from tests.gpu.gpu_node import GpuNode, comes_back_to, used
 from tests.gpu.models import make_model
@@ -26,7 +27,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Each way of driving CUDA that is here."""
     name: str = request.param
     try:
-        cuda_backend.choose(name, None)
+        cuda_backend.choose(name, Settings().cuda_checkpoint)
     except DumontError as error:
         pytest.skip(error.message)
     return name
