@@ -69,7 +69,9 @@ def main(devices: int, mib: int) -> None:
     tensors = []
     if devices:
         torch.manual_seed(1)
-        tensors = [torch.rand(mib * MIB // 4, device=f"cuda:{index}") for index in range(devices)]
+        tensors = [
+            torch.rand(mib * MIB // 4, device=f"cuda:{index}").mul_(index + 1) for index in range(devices)
+        ]
         for index in range(devices):
             torch.cuda.synchronize(index)
     sys.stdout.write("ready\n")
