@@ -9,7 +9,7 @@ from typing import Final
 
 from controller import policy
 from controller.inventory import Inventory
-from controller.model import Checkpoint, Deployment, NodeState, StartMode, Storage
+from controller.model import Checkpoint, Deployment, NodeState, StartMode, Storage, Weights
 from controller.ports import Clock, Nodes, Registry
 from dumont.errors import (
     Aborted,
@@ -31,6 +31,7 @@ class Draft:
     checkpoint_enabled: bool | None = None
     checkpoint_ttl: float | None = None
     checkpoint_storage: Storage = Storage.LOCAL
+    checkpoint_weights: Weights = Weights.DETACHED
     idle_timeout: float | None = None
     park_timeout: float | None = None
 
@@ -38,10 +39,11 @@ class Draft:
 # Paths of an update mask and the draft's fields they replace.
 MUTABLE: Final[Mapping[str, tuple[str, ...]]] = {
     "start_mode": ("start_mode",),
-    "checkpoint": ("checkpoint_enabled", "checkpoint_ttl", "checkpoint_storage"),
+    "checkpoint": ("checkpoint_enabled", "checkpoint_ttl", "checkpoint_storage", "checkpoint_weights"),
     "checkpoint.enabled": ("checkpoint_enabled",),
     "checkpoint.ttl": ("checkpoint_ttl",),
     "checkpoint.storage": ("checkpoint_storage",),
+    "checkpoint.weights": ("checkpoint_weights",),
     "idle_timeout": ("idle_timeout",),
     "park_timeout": ("park_timeout",),
 }
@@ -184,6 +186,7 @@ class Catalogue:
             checkpoint_enabled=None,
             checkpoint_ttl=old.checkpoint.ttl,
             checkpoint_storage=old.checkpoint.storage,
+            checkpoint_weights=old.checkpoint.weights,
             idle_timeout=old.idle_timeout,
             park_timeout=old.park_timeout,
         )
@@ -255,7 +258,7 @@ def _checkpoint(draft: Draft) -> Checkpoint:
             field="deployment.checkpoint.enabled",
         )
     enabled = wanted if draft.checkpoint_enabled is None else draft.checkpoint_enabled
-    return Checkpoint(enabled=enabled, ttl=draft.checkpoint_ttl, storage=draft.checkpoint_storage)
+    return Checkpoint(enabled, draft.checkpoint_ttl, draft.checkpoint_storage, draft.checkpoint_weights)
 
 
 def _changed_fields(old: Deployment, draft: Draft, paths: frozenset[str]) -> set[str]:

@@ -25,6 +25,7 @@ from controller.model import (
     StartMode,
     Storage,
     Tier,
+    Weights,
 )
 from dumont.controller.v1 import deployment_service_pb2 as deployments_pb
 from dumont.controller.v1 import inference_service_pb2 as inference_pb
@@ -50,6 +51,15 @@ STORAGES: Final = {
 STORAGES_BACK: Final = {
     Storage.LOCAL: deployments_pb.STORAGE_LOCAL,
     Storage.S3: deployments_pb.STORAGE_S3,
+}
+WEIGHTS: Final = {
+    deployments_pb.WEIGHTS_UNSPECIFIED: Weights.DETACHED,
+    deployments_pb.WEIGHTS_DETACHED: Weights.DETACHED,
+    deployments_pb.WEIGHTS_INCLUDED: Weights.INCLUDED,
+}
+WEIGHTS_BACK: Final = {
+    Weights.DETACHED: deployments_pb.WEIGHTS_DETACHED,
+    Weights.INCLUDED: deployments_pb.WEIGHTS_INCLUDED,
 }
 TIERS: Final = {
     Tier.RESIDENT: inference_pb.TIER_RESIDENT,
@@ -124,6 +134,7 @@ def draft(message: deployments_pb.Deployment) -> Draft:
         checkpoint_enabled=checkpoint.enabled if checkpoint.HasField("enabled") else None,
         checkpoint_ttl=_duration(checkpoint, "ttl", "deployment.checkpoint.ttl"),
         checkpoint_storage=_storage(checkpoint),
+        checkpoint_weights=_weights(checkpoint),
         idle_timeout=_duration(message, "idle_timeout", "deployment.idle_timeout"),
         park_timeout=_duration(message, "park_timeout", "deployment.park_timeout"),
     )
@@ -193,6 +204,15 @@ def _storage(checkpoint: deployments_pb.CheckpointSettings) -> Storage:
     raise InvalidArgument("INVALID_STORAGE", f"{field} must be STORAGE_LOCAL or STORAGE_S3", field=field)
 
 
+def _weights(checkpoint: deployments_pb.CheckpointSettings) -> Weights:
+    if checkpoint.weights in WEIGHTS:
+        return WEIGHTS[checkpoint.weights]
+    field = "deployment.checkpoint.weights"
+    raise InvalidArgument(
+        "INVALID_WEIGHTS", f"{field} must be WEIGHTS_DETACHED or WEIGHTS_INCLUDED", field=field
+    )
+
+
 def _duration(message: Message, name: str, field: str) -> float | None:
     if not message.HasField(name):
         return None
@@ -230,6 +250,7 @@ def deployment(
             enabled=facts.checkpoint.enabled,
             ttl=duration(facts.ttl_seconds),
             storage=STORAGES_BACK[facts.checkpoint.storage],
+            weights=WEIGHTS_BACK[facts.checkpoint.weights],
         ),
         idle_timeout=duration(facts.idle_seconds),
         park_timeout=duration(facts.park_seconds),

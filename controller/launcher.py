@@ -224,8 +224,9 @@ class Launcher:
                 digest = made.manifest_digest if made else ""
                 report = await self._nodes.restore(node, instance, deployment.id, snapshot, digest)
             else:
+                weights = deployment.checkpoint.weights
                 report = await self._nodes.start(
-                    node, instance, deployment.id, deployment.model, deployment.engine
+                    node, instance, deployment.id, deployment.model, deployment.engine, weights
                 )
         except BaseException as error:
             self._inventory.finish(instance, Event.REFUSED)

@@ -44,6 +44,14 @@ class Storage(Enum):
     S3 = "s3"
 
 
+class Weights(Enum):
+    """Where the weights of a deployment's instances are while they are captured."""
+
+    DETACHED = "detached"
+    # Snapshots carry them.
+    INCLUDED = "included"
+
+
 class DeploymentState(Enum):
     CREATING = auto()
     ACTIVE = auto()
@@ -88,6 +96,7 @@ class Checkpoint:
     enabled: bool
     ttl: float | None = None
     storage: Storage = Storage.LOCAL
+    weights: Weights = Weights.DETACHED
 
 
 @dataclass(frozen=True, slots=True)

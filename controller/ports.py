@@ -29,6 +29,7 @@ from controller.model import (
     ResolvedModel,
     Snapshot,
     Verified,
+    Weights,
 )
 
 
@@ -77,7 +78,9 @@ class Nodes(Protocol):
 
     async def list_snapshots(self, node: str) -> list[Snapshot]: ...
 
-    async def start(self, node: str, instance: str, deployment: str, model: str, engine: str) -> Report:
+    async def start(
+        self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
+    ) -> Report:
         """Load a model in a new instance and wait until it serves. Repeating it joins the first."""
 
     async def restore(

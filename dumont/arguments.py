@@ -28,6 +28,12 @@ STORAGES: Final = {
     if value
 }
 
+WEIGHTS: Final = {
+    name.removeprefix("WEIGHTS_").lower(): value
+    for name, value in deployment_service_pb2.Weights.items()
+    if value
+}
+
 
 class Checkpoint(TypedDict, total=False):
     """The keys of ``checkpoint``; those left out are as in ``DEFAULT_CHECKPOINT``."""
@@ -35,9 +41,12 @@ class Checkpoint(TypedDict, total=False):
     enabled: bool
     ttl: Seconds
     storage: str
+    weights: str
 
 
-DEFAULT_CHECKPOINT: Final[Checkpoint] = {"enabled": True, "ttl": 3600, "storage": "local"}
+DEFAULT_CHECKPOINT: Final[Checkpoint] = {
+    "enabled": True, "ttl": 3600, "storage": "local", "weights": "detached",
+}  # fmt: skip
 
 
 class DeploySettings(TypedDict, total=False):
@@ -234,6 +243,7 @@ def _checkpoint(given: Mapping[str, Any]) -> deployment_service_pb2.CheckpointSe
         enabled=settings["enabled"],
         ttl=duration(to_seconds(settings["ttl"], "checkpoint.ttl")),
         storage=_choice(settings["storage"], STORAGES, "checkpoint.storage"),
+        weights=_choice(settings["weights"], WEIGHTS, "checkpoint.weights"),
     )
 
 

@@ -87,6 +87,7 @@ def deployment(message: deployment_service_pb2.Deployment) -> types.DeploymentIn
             enabled=checkpoint.enabled,
             ttl=optional_seconds(checkpoint, "ttl"),
             storage=word(deployment_service_pb2.Storage, checkpoint.storage, "STORAGE_"),
+            weights=word(deployment_service_pb2.Weights, checkpoint.weights, "WEIGHTS_"),
         ),
         idle_timeout=optional_seconds(message, "idle_timeout"),
         park_timeout=optional_seconds(message, "park_timeout"),

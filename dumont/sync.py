@@ -153,10 +153,11 @@ def deploy(
         model: a Hugging Face id, or a directory on the nodes.
         start_mode: ``"checkpoint"`` wakes from the fastest tier there is, ``"cold"`` loads every time,
             ``"warm"`` keeps an instance resident.
-        checkpoint: ``enabled``, ``ttl`` (seconds a snapshot outlives its last use) and ``storage``
-            (``"local"`` or ``"s3"``). Keys left out are as in
-            ``{"enabled": True, "ttl": 3600, "storage": "local"}``, which is also what start mode
-            ``"checkpoint"`` gets without this argument; the other modes then get none.
+        checkpoint: ``enabled``, ``ttl`` (seconds a snapshot outlives its last use), ``storage``
+            (``"local"`` or ``"s3"``) and ``weights`` (``"detached"``, or ``"included"`` for snapshots that
+            carry them). Keys left out are as in
+            ``{"enabled": True, "ttl": 3600, "storage": "local", "weights": "detached"}``, which is also what
+            start mode ``"checkpoint"`` gets without this argument; the other modes then get none.
         endpoint: of the controller; ``DUMONT_ENDPOINT`` when left out, else ``localhost:7070``.
         settings: ``name``, ``engine``, ``idle_timeout``, ``park_timeout``, ``prewarm``; see
             ``dumont.arguments.DeploySettings``.

@@ -61,12 +61,14 @@ class Generation:
 class CheckpointSettings:
     """Whether snapshots are made, how many seconds one outlives its last use, and where it is kept.
 
-    ``ttl`` is None where the controller's default holds.
+    ``ttl`` is None where the controller's default holds. ``weights`` is ``detached`` or, where snapshots
+    carry them, ``included``.
     """
 
     enabled: bool
     ttl: float | None
     storage: str
+    weights: str
 
 
 @dataclass(frozen=True)

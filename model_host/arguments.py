@@ -38,6 +38,13 @@ class Arguments:
             raise _bad(name, "a number of seconds, 0 or more")
         return float(value)
 
+    def texts(self, name: str) -> dict[str, str]:
+        """Strings by name; none when left out."""
+        value = self._get(name, {})
+        if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+            raise _bad(name, "an object of strings")
+        return value
+
     def _get(self, name: str, default: object) -> object:
         value = self._values.get(name)
         if value is None:  # null says the same as leaving it out

@@ -10,10 +10,11 @@ hold; after ``wake`` the engine is as it was and ``canary`` must say the same to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Final, Protocol, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -92,19 +93,34 @@ class Canary:
     logprob: float
 
 
+class WeightsPlace(Enum):
+    """Where the weights are while the process is captured."""
+
+    DETACHED = "detached"  # in the files that it maps: a snapshot does not carry them
+    INCLUDED = "included"  # in its own memory: a snapshot carries them and no file is needed
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to load and limit an engine.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda:N``.
+        weights: for good: parameters are made as mapped files or as memory of their own.
+        weight_files: where a weight file is to be mapped from, by its name; others from the model directory.
         max_new_tokens_limit: the most a caller may ask for.
         threads: compute threads; None leaves the library's choice.
+        loader: socket of the node's loader of weights; None: there is none.
+        gpu: UUID of the GPU that ``device`` is, for the loader.
     """
 
     device: str = "auto"
+    weights: WeightsPlace = WeightsPlace.DETACHED
+    weight_files: Mapping[str, Path] = field(default_factory=dict)
     max_new_tokens_limit: int = 4096
     threads: int | None = None
+    loader: Path | None = None
+    gpu: str = ""
 
 
 @dataclass
@@ -153,6 +169,14 @@ class Engine(Protocol):
 
     def quiesce(self) -> None:
         """Release what a snapshot must not hold: weights on a GPU, caches."""
+
+    def order_weights(self, loader: Path, gpu: str) -> None:
+        """Let the node's loader begin to bring the weights for ``wake``; uses no GPU.
+
+        Args:
+            loader: the loader's socket.
+            gpu: UUID of the GPU that they must be on.
+        """
 
     def wake(self) -> None:
         """Undo ``quiesce``."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 from dumont.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
 from model_host import entropy
 from model_host.arguments import Arguments
-from model_host.engine import Engine, Phases, Settings
+from model_host.engine import Engine, Phases, Settings, WeightsPlace
 from model_host.gate import Gate
 from model_host.machine import Command, State, advance
 from model_host.ports import Server, World
@@ -26,6 +26,7 @@ from model_host.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
+Ranges = list[tuple[int, int]]
 DEFAULT_MAX_QUEUE: Final = 64
 DEFAULT_DRAIN_SECONDS: Final = 10.0
 
@@ -61,12 +62,15 @@ class Host:
         self._clock = clock
         self._gate = Gate()
         self._model: Loaded | None = None
+        self._memory: Ranges = []
         self._commands: dict[Command, Callable[[Arguments], Json]] = {
             Command.LOAD: self._load,
             Command.SERVE: self._serve,
             Command.DRAIN: self._drain,
             Command.ACCEPT: self._accept,
             Command.QUIESCE: self._quiesce,
+            Command.TRIM: self._trim,
+            Command.ORDER_WEIGHTS: self._order_weights,
             Command.WAKE: self._wake,
             Command.CANARY: self._canary,
             Command.DRAWS: self._draws,
@@ -99,15 +103,21 @@ class Host:
         return self._model
 
     def _load(self, arguments: Arguments) -> Json:
-        """Reasons: MODEL_INVALID, MODEL_UNSUPPORTED, UNKNOWN_ENGINE, INVALID_DEVICE, DEVICE_MISSING."""
+        """Reasons: MODEL_INVALID, MODEL_UNSUPPORTED, UNKNOWN_ENGINE, INVALID_DEVICE, DEVICE_MISSING,
+        INVALID_WEIGHTS.
+        """
         phases = Phases()
         max_queue = arguments.integer("max_queue", DEFAULT_MAX_QUEUE, lowest=1)
         settings = Settings(
             device=arguments.text("device", "auto"),
+            weights=_weights_place(arguments.text("weights", WeightsPlace.DETACHED.value)),
+            weight_files={name: Path(path) for name, path in arguments.texts("weight_files").items()},
             max_new_tokens_limit=arguments.integer(
                 "max_new_tokens_limit", Settings.max_new_tokens_limit, lowest=1
             ),
             threads=arguments.integer("threads", 0, lowest=0) or None,
+            loader=_path(arguments.text("loader", "")),
+            gpu=arguments.text("gpu", ""),
         )
         folder = Path(arguments.text("model_dir"))
         engine = self._world.load(folder, arguments.text("engine", ""), settings, phases)
@@ -187,7 +197,20 @@ class Host:
             if socket is not None:
                 model.server.start(socket)
             raise
+        self._memory = self._world.memory_ranges()
         return {"open_fds": sorted(self._world.open_descriptors())}
+
+    def _trim(self, arguments: Arguments) -> Json:
+        """Drop the zero pages of memory that came since quiescence.
+
+        A CUDA checkpoint copies all that the process holds on the GPU into it, and most of that was never
+        written to. Nothing here writes there while the process is checkpointed.
+        """
+        return {"bytes": self._world.drop_zero_pages(self._memory)}
+
+    def _order_weights(self, arguments: Arguments) -> Json:
+        self._loaded.engine.order_weights(Path(arguments.text("loader")), arguments.text("gpu"))
+        return {}
 
     def _wake(self, arguments: Arguments) -> Json:
         """Reasons: INVALID_ENTROPY."""
@@ -228,3 +251,16 @@ class Host:
             self._model.server.stop()
             self._model.scheduler.close()
         return {}
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _weights_place(name: str) -> WeightsPlace:
+    try:
+        return WeightsPlace(name)
+    except ValueError:
+        raise InvalidArgument(
+            "INVALID_WEIGHTS", f"weights must be detached or included; got {name[:80]!r}", field="weights"
+        ) from None

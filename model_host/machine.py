@@ -28,6 +28,8 @@ class Command(Enum):
     DRAIN = "drain"
     ACCEPT = "accept"
     QUIESCE = "quiesce"
+    TRIM = "trim"
+    ORDER_WEIGHTS = "order_weights"
     WAKE = "wake"
     CANARY = "canary"
     DRAWS = "draws"
@@ -45,6 +47,8 @@ TABLE: Final[dict[tuple[State, Command], State]] = {
     # Asked again by a caller whose first request timed out.
     (State.SERVING, Command.ACCEPT): State.SERVING,
     (State.DRAINED, Command.DRAIN): State.DRAINED,
+    (State.QUIESCED, Command.TRIM): State.QUIESCED,
+    (State.QUIESCED, Command.ORDER_WEIGHTS): State.QUIESCED,
     (State.QUIESCED, Command.WAKE): State.AWAKE,
     (State.AWAKE, Command.SERVE): State.SERVING,
     (State.AWAKE, Command.QUIESCE): State.QUIESCED,

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from model_host import control, entropy, model_files, process, tiles
+from model_host import control, entropy, memory, model_files, process, tiles
 from model_host.engine import Engine, Phases, Settings
 from model_host.engines import choice
 from model_host.gate import Gate
@@ -23,11 +23,13 @@ class Process:
     reseed = staticmethod(entropy.reseed)
     draws = staticmethod(entropy.draws)
     release_memory = staticmethod(process.release_memory)
+    memory_ranges = staticmethod(memory.ranges)
+    drop_zero_pages = staticmethod(memory.drop_zero_pages)
     open_descriptors = staticmethod(process.open_descriptors)
     wait_for_descriptors = staticmethod(process.wait_for_descriptors)
 
     def load(self, folder: Path, engine: str, settings: Settings, phases: Phases) -> Engine:
-        files = model_files.read(folder)
+        files = model_files.read(folder, settings.weight_files)
         return choice.load(choice.choose(engine, files), files, settings, phases)
 
     def server(self, engine: Engine, scheduler: Scheduler, gate: Gate, max_queue: int) -> Server:

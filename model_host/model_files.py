@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +22,7 @@ class ModelFiles:
 
     Args:
         config, generation, tokenizer_config: contents of the files so named; empty where there is none.
-        shards: the safetensors files.
+        shards: the safetensors files, in the folder or wherever else they are to be mapped from.
         chat_template: a Jinja template, if the model has one.
         pooling: how token vectors become one vector, for sentence embedding models.
         normalize: whether that vector is scaled to length one.
@@ -45,8 +46,11 @@ class ModelFiles:
         return str((self.config.get("architectures") or [""])[0])
 
 
-def read(folder: Path) -> ModelFiles:
+def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelFiles:
     """Read a model directory.
+
+    Args:
+        weight_files: where a safetensors file is to be mapped from, by its name.
 
     Raises:
         FailedPrecondition: MODEL_INVALID; a file is missing or not what it should be, and is named.
@@ -61,7 +65,7 @@ def read(folder: Path) -> ModelFiles:
         config=config,
         generation=_json(folder / "generation_config.json", optional=True),
         tokenizer_config=tokenizer_config,
-        shards=_shards(folder),
+        shards=_shards(folder, weight_files or {}),
         chat_template=_chat_template(folder, tokenizer_config),
         pooling=_json(folder / pooling["path"] / "config.json") if pooling else {},
         normalize="Normalize" in kinds,
@@ -78,20 +82,22 @@ def invalid(file: Path, why: str) -> FailedPrecondition:
     )
 
 
-def _shards(folder: Path) -> tuple[Path, ...]:
+def _shards(folder: Path, elsewhere: Mapping[str, Path]) -> tuple[Path, ...]:
     names = [WEIGHTS]
     if (folder / INDEX).exists():
         weight_map = _json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise invalid(folder / INDEX, "has no weight_map")
         names = sorted(set(map(str, weight_map.values())))
-    shards = tuple(folder / name for name in names)
-    for shard in shards:
-        if shard.parent != folder:
-            raise invalid(folder / INDEX, f"names a file outside the model directory: {shard.name}")
+    shards = []
+    for name in names:
+        if (folder / name).parent != folder:
+            raise invalid(folder / INDEX, f"names a file outside the model directory: {Path(name).name}")
+        shard = elsewhere.get(name, folder / name)
         if not shard.is_file():
             raise invalid(shard, "is missing")
-    return shards
+        shards.append(shard)
+    return tuple(shards)
 
 
 def _chat_template(folder: Path, tokenizer_config: Json) -> str | None:

@@ -42,6 +42,12 @@ class World(Protocol):
     def release_memory(self) -> None:
         """Give free memory back to the kernel."""
 
+    def memory_ranges(self) -> list[tuple[int, int]]:
+        """Address ranges of the process's writable anonymous memory."""
+
+    def drop_zero_pages(self, known: list[tuple[int, int]]) -> int:
+        """Give the zero pages of large ranges outside ``known`` back to the kernel; their bytes."""
+
     def settle(self) -> None:
         """What was made so far stays for good: keep it out of later garbage collections."""
 

@@ -1,4 +1,4 @@
-"""Which snapshots leave the node to make room for another. Pure: what is held in, what goes out."""
+"""What leaves the node to make room for something else. Pure: what is held in, what goes out."""
 
 from __future__ import annotations
 
@@ -10,18 +10,36 @@ from dumont.errors import ResourceExhausted
 
 @dataclass(frozen=True)
 class Held:
-    """A snapshot that the node holds.
+    """A snapshot or a weight file that the node holds.
 
     Attributes:
         size: what it takes on the node, in bytes.
-        last_use: when it was last restored or made, in seconds since the epoch.
-        removable: it can be fetched again, and nothing uses it now.
+        last_use: in seconds since the epoch.
+        removable: it can be had again, and nothing uses it now.
     """
 
-    snapshot: str
+    name: str
     size: int
     last_use: float
     removable: bool
+
+
+def choose(held: Iterable[Held], budget: int, needed: int) -> tuple[list[str], int]:
+    """The least recently used, as many as must go so that ``needed`` bytes fit the budget.
+
+    Returns:
+        Their names, and the bytes by which it does not fit even then.
+    """
+    everything = list(held)
+    excess = sum(one.size for one in everything) + needed - budget
+    leaving: list[str] = []
+    for one in sorted(everything, key=lambda one: (one.last_use, one.name)):
+        if excess <= 0:
+            break
+        if one.removable:
+            leaving.append(one.name)
+            excess -= one.size
+    return leaving, max(excess, 0)
 
 
 def leavers(held: Iterable[Held], budget: int, needed: int) -> list[str]:
@@ -35,15 +53,7 @@ def leavers(held: Iterable[Held], budget: int, needed: int) -> list[str]:
     """
     if not budget:
         return []
-    everything = list(held)
-    excess = sum(one.size for one in everything) + needed - budget
-    leaving: list[str] = []
-    for one in sorted(everything, key=lambda one: (one.last_use, one.snapshot)):
-        if excess <= 0:
-            break
-        if one.removable:
-            leaving.append(one.snapshot)
-            excess -= one.size
+    leaving, excess = choose(held, budget, needed)
     if excess > 0 and needed:
         raise ResourceExhausted(
             "CACHE_FULL",

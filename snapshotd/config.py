@@ -50,6 +50,12 @@ class Settings(BaseSettings):
         ge=0,
         description="bytes they may take; beyond it published ones leave, oldest use first; 0: no limit",
     )
+    weight_cache_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="memory for the weights of running models; unset: two fifths of it all on a node that "
+        "uses GPUs, else none; 0: none, weights are mapped from the models' own files",
+    )
     store_url: str = Field(
         "", description="object store: s3://BUCKET/PREFIX or file:///DIRECTORY; empty: none"
     )

@@ -10,10 +10,11 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dumont import names
+from dumont.errors import InvalidArgument
 from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
 from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
-from snapshotd.model import Finding, Instance, Model, Phase, Snapshot, State
+from snapshotd.model import Finding, Instance, Model, Phase, Snapshot, State, Weights
 from snapshotd.snapshots import Refused
 from snapshotd.store.model import GcPlan, PublishedSnapshot, Usage
 
@@ -27,6 +28,10 @@ STATES = {
     State.RESUMING: instances_pb2.Instance.STATE_RESUMING,
     State.STOPPING: instances_pb2.Instance.STATE_STOPPING,
     State.FAILED: instances_pb2.Instance.STATE_FAILED,
+}
+WEIGHTS = {
+    Weights.DETACHED: instances_pb2.WEIGHTS_DETACHED,
+    Weights.INCLUDED: instances_pb2.WEIGHTS_INCLUDED,
 }
 PAGE_BYTES = 4096
 # Objects of a prune that are named; all are counted.
@@ -49,6 +54,7 @@ def instance(fact: Instance) -> instances_pb2.Instance:
         memory_bytes=resident_bytes(fact.pid) if fact.state is not State.FAILED else 0,
         device=fact.device,
         gpu=fact.gpu,
+        weights=WEIGHTS[fact.weights],
     )
 
 
@@ -79,6 +85,23 @@ def snapshot(fact: Snapshot, incompatibility: str = "") -> snapshots_pb2.Snapsho
         local=fact.local,
         published=fact.published,
         incompatibility=incompatibility,
+        weights=WEIGHTS[manifest.weights],
+    )
+
+
+def weights(value: instances_pb2.Weights.ValueType) -> Weights:
+    """Where a request wants the weights.
+
+    Raises:
+        InvalidArgument: it is neither.
+    """
+    if value == instances_pb2.WEIGHTS_UNSPECIFIED:
+        return Weights.DETACHED
+    for known, message in WEIGHTS.items():
+        if message == value:
+            return known
+    raise InvalidArgument(
+        "INVALID_WEIGHTS", "weights must be WEIGHTS_DETACHED or WEIGHTS_INCLUDED", field="weights"
     )
 
 

@@ -194,6 +194,7 @@ class Instances:
         for instance in self.journal.read():
             host = hosts.pop(instance.id, None)
             record = Record(instance, host)
+            self.node.weights.keep(instance.id, instance.weight_files)
             try:
                 if host is None or host.lost.is_set():
                     raise Aborted("HOST_LOST", "its process ended while no snapshotd ran")

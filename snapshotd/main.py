@@ -9,6 +9,7 @@ import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import psutil
 import structlog
 from prometheus_client import start_http_server
 from pydantic import ValidationError
@@ -28,6 +29,7 @@ from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
 from snapshotd.adapters.registration import keep_registered
 from snapshotd.adapters.shims import ShimPool
+from snapshotd.adapters.weight_loader import LoaderProcess
 from snapshotd.config import Settings, node_id
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
@@ -44,6 +46,9 @@ from snapshotd.snapshots import Snapshots
 from snapshotd.store.journal import UploadJournal
 from snapshotd.store.remote import RemoteStore, check_conditional_create
 from snapshotd.uploads import Uploads
+from snapshotd.weights import mount
+from snapshotd.weights.cache import WeightCache
+from snapshotd.weights.files import NodeWeightFiles
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +61,8 @@ SERVICES = tuple(
 INHERITED = ("LD_LIBRARY_PATH", "PYTHONPATH")
 # A store that is away keeps nobody from being served for longer.
 STORE_SECONDS = 10.0
+# The rest is for snapshots, parked processes and what else runs.
+WEIGHT_CACHE_SHARE = 0.4
 FOLDERS = ("damaged", "instances", "journal", "shims", "uploads")
 
 
@@ -80,13 +87,27 @@ async def run(settings: Settings) -> None:
         if remote is not None:
             stack.callback(remote.close)
             await check_store(remote)
-        hosts = ShimPool(settings.state_dir / "shims", criu.binary, criu.pycriu)
         nvml = Nvml.open() if settings.device != "cpu" else None
+        # Mounted before any shim takes the node's mounts over into its own namespace.
+        weight_cache = open_weight_cache(settings, on_gpus=nvml is not None)
+        weights = NodeWeightFiles(settings.state_dir / "weights.json", weight_cache)
+        stack.push_async_callback(weights.close)
+        hosts = ShimPool(
+            settings.state_dir / "shims",
+            criu.binary,
+            criu.pycriu,
+            weight_cache.directory if weight_cache else None,
+        )
+        loader = LoaderProcess(weight_cache.directory) if nvml and weight_cache else None
+        if weight_cache and loader:
+            weight_cache.on_eviction = loader.files_left
+            stack.push_async_callback(loader.close)
         cuda = cuda_backend.choose(settings.cuda_backend, settings.cuda_checkpoint) if nvml else None
         node = Node(
             hosts=hosts,
             store=store,
-            models=NodeModels(settings.models_dir, settings.state_dir / "weights.json"),
+            models=NodeModels(settings.models_dir),
+            weights=weights,
             images=ImageFormat(criu.pycriu),
             clock=SystemClock(),
             settings=host_settings(settings),
@@ -98,6 +119,7 @@ async def run(settings: Settings) -> None:
             gpus=tuple(nvml.gpus()) if nvml else (),
             gpu_facts=nvml.facts() if nvml else {},
             gpu_status=nvml,
+            loader=loader,
         )
         if cuda is not None:
             stack.push_async_callback(cuda.close)
@@ -132,6 +154,8 @@ async def run(settings: Settings) -> None:
         hosts.prepare()
         if cuda is not None:
             await cuda.prepare()
+        if loader:
+            await loader.prepare()
         stack.push_async_callback(inference.close)
         stack.push_async_callback(operations.close)
         await server.start()
@@ -150,6 +174,27 @@ async def run(settings: Settings) -> None:
             )
             stack.callback(registration.cancel)
         await run_until_signalled(server, health, settings.drain_seconds)
+
+
+def open_weight_cache(settings: Settings, on_gpus: bool) -> WeightCache | None:
+    """The node's weight cache, mounted; None: it has none.
+
+    Raises:
+        FailedPrecondition: WEIGHT_CACHE_UNUSABLE.
+    """
+    budget = settings.weight_cache_bytes
+    if budget is None:
+        # On the CPU a mapped file is as good as a cached one: its pages are the kernel's cache.
+        budget = int(psutil.virtual_memory().total * WEIGHT_CACHE_SHARE) if on_gpus else 0
+    directory = settings.state_dir / "weights"
+    if not budget:
+        # Of an earlier daemon; instances that use it keep it alive.
+        mount.unmount(directory)
+        return None
+    cache = WeightCache(directory, budget, settings.threads)
+    cache.open()
+    log.info("weights are cached", bytes=budget)
+    return cache
 
 
 async def check_store(remote: RemoteStore) -> None:

@@ -63,6 +63,9 @@ def _check(manifest: Manifest) -> None:
         if not 0 <= file.size <= LARGEST_FILE or not re.fullmatch(r"[0-9a-f]{64}", file.digest):
             raise _damaged(f"size or digest of {file.name} is impossible")
         seen.add(file.name.lower())
+    for name, digest in manifest.weight_files.items():
+        if not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise _damaged(f"the digest of the weight file {name[:80]!r} is impossible")
 
 
 def _refuse_constant(text: str) -> float:

@@ -25,6 +25,17 @@ class State(Enum):
     GONE = auto()
 
 
+class Weights(Enum):
+    """Where the weights of a process are when it is captured.
+
+    ``DETACHED``: in the files that it maps, and left out of its snapshots. ``INCLUDED``: in its own memory,
+    and so in its snapshots.
+    """
+
+    DETACHED = "detached"
+    INCLUDED = "included"
+
+
 @dataclass(frozen=True)
 class Phase:
     """A named step and the seconds it took."""
@@ -68,7 +79,10 @@ class Instance:
     phases: tuple[Phase, ...] = ()
     failure_reason: str = ""
     failure_message: str = ""
+    weights: Weights = Weights.DETACHED
     weights_digest: str = ""
+    # The digest of each weight file that it maps from the node's weight cache; empty: from the model's own.
+    weight_files: Mapping[str, str] = field(default_factory=dict)
     canary: Canary | None = None
     # UUID of the GPU it is on, or was on when it gave it up; inside it is always the same CUDA device.
     gpu: str = ""
@@ -157,6 +171,9 @@ class Manifest:
     gpu: str = ""
     # Bytes that its source held there while it served.
     gpu_bytes: int = 0
+    weights: Weights = Weights.DETACHED
+    # As its source had them: its process maps these very files again.
+    weight_files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

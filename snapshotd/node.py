@@ -10,7 +10,17 @@ from typing import Protocol
 from snapshotd.images.format import ImageFormat
 from snapshotd.model import Gpu, Instance, Phase
 from snapshotd.placement import Room
-from snapshotd.ports import Clock, Cuda, GpuStatus, Host, Hosts, Models, SnapshotStore
+from snapshotd.ports import (
+    Clock,
+    Cuda,
+    GpuStatus,
+    Host,
+    Hosts,
+    Models,
+    SnapshotStore,
+    WeightFiles,
+    WeightLoader,
+)
 from snapshotd.process_tree import family
 
 
@@ -47,6 +57,7 @@ class Node:
     hosts: Hosts
     store: SnapshotStore
     models: Models
+    weights: WeightFiles
     images: ImageFormat
     clock: Clock
     settings: HostSettings
@@ -59,6 +70,7 @@ class Node:
     gpus: tuple[Gpu, ...] = ()
     gpu_facts: Mapping[str, str] = field(default_factory=dict)
     gpu_status: GpuStatus | None = None
+    loader: WeightLoader | None = None
     room: Room = field(default_factory=Room)
     # A process and its descendants.
     family: Callable[[int], Sequence[int]] = family

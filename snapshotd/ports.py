@@ -115,6 +115,14 @@ class Cuda(Protocol):
     async def unlock(self, pid: int) -> None: ...
 
 
+class WeightLoader(Protocol):
+    """Brings weights from the node's cache to a GPU, beside whatever the model host does meanwhile."""
+
+    async def ready(self) -> bool:
+        """Whether it can be asked; one that died is started again, for the next."""
+        ...
+
+
 class GpuStatus(Protocol):
     """This node's GPUs as they are now; memory in bytes, GPUs by UUID."""
 
@@ -200,6 +208,29 @@ class Models(Protocol):
         """Download what is missing; the result has a directory."""
         ...
 
-    async def weights_digest(self, model: Model) -> str:
+
+class WeightFiles(Protocol):
+    """The weight files of models on this node, and the memory that it keeps them in for its instances.
+
+    What an instance holds stays there until it is released, whatever else comes.
+    """
+
+    async def digest(self, model: Model) -> str:
         """BLAKE3 over the names and bytes of the weight files; read again only when a file changed."""
+        ...
+
+    async def hold(self, instance: str, model: Model) -> Mapping[str, str]:
+        """Bring all of them into memory, unless they are there, and keep them there for ``instance``.
+
+        Returns:
+            The digest of each file by its name; empty: they do not fit, or this node keeps none in memory.
+        """
+        ...
+
+    def keep(self, instance: str, files: Mapping[str, str]) -> None:
+        """Hold again what ``instance`` held when an earlier daemon ran."""
+        ...
+
+    def release(self, instance: str) -> None:
+        """``instance`` uses nothing any more, or does not exist."""
         ...

@@ -20,6 +20,7 @@ from controller.model import (
     ResolvedModel,
     Snapshot,
     Verified,
+    Weights,
 )
 from controller.ports import Change, Clock, Removed, Stored, Synchronized
 from dumont.errors import (
@@ -151,6 +152,8 @@ class MemoryNodes:
         self.cancelled: list[tuple[str, str, str]] = []
         self.timeouts: list[float | None] = []
         # Instances that somebody tried to capture after a prompt had entered them.
+        # Where each started instance was told to have its weights.
+        self.weights: dict[str, Weights] = {}
         self.spoiled: list[str] = []
         self.frames: list[bytes] = [b"\x12\x03\n\x01a", b"\x1a\x00"]
         self.models: dict[str, str] = {}
@@ -255,7 +258,10 @@ class MemoryNodes:
         self._reach(node)
         return self._snapshots(node)
 
-    async def start(self, node: str, instance: str, deployment: str, model: str, engine: str) -> Report:
+    async def start(
+        self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
+    ) -> Report:
+        self.weights[instance] = weights
         return await self._create("start", node, Report(instance, deployment, InstanceState.STARTING))
 
     async def restore(

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from controller import convert, snapshot_messages
 from controller.commands import NODE_UNAVAILABLE
-from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified
+from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
 from controller.ports import Change, Removed, Synchronized
 from dumont.errors import DeadlineExceeded, DumontError, Internal, Unavailable
 from dumont.rpc.status import from_rpc_error, from_status
@@ -48,6 +48,7 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 10000),
 )
+WEIGHTS = {Weights.DETACHED: instances.WEIGHTS_DETACHED, Weights.INCLUDED: instances.WEIGHTS_INCLUDED}
 INFERENCE = "/dumont.snapshotd.v1.InferenceService/"
 
 M = TypeVar("M", bound=Message)
@@ -137,9 +138,15 @@ class GrpcNodes:
             if not token:
                 return found
 
-    async def start(self, node: str, instance: str, deployment: str, model: str, engine: str) -> Report:
+    async def start(
+        self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
+    ) -> Report:
         request = instances.StartInstanceRequest(
-            instance_id=instance, deployment=f"deployments/{deployment}", model=model, engine=engine
+            instance_id=instance,
+            deployment=f"deployments/{deployment}",
+            model=model,
+            engine=engine,
+            weights=WEIGHTS[weights],
         )
         async with self._errors(node) as link:
             begun = link.instances.StartInstance(request, timeout=LONG)

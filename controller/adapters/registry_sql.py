@@ -13,7 +13,17 @@ from alembic.config import Config as AlembicConfig
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from controller.model import Captured, Checkpoint, Deployment, Finding, Intent, Node, StartMode, Storage
+from controller.model import (
+    Captured,
+    Checkpoint,
+    Deployment,
+    Finding,
+    Intent,
+    Node,
+    StartMode,
+    Storage,
+    Weights,
+)
 from controller.ports import Stored
 from dumont.errors import Aborted, AlreadyExists, Unavailable
 
@@ -29,6 +39,7 @@ DEPLOYMENTS = sa.Table(
     sa.Column("checkpoint_enabled", sa.Boolean, nullable=False),
     sa.Column("checkpoint_ttl", sa.Double),
     sa.Column("checkpoint_storage", sa.String(16), nullable=False),
+    sa.Column("checkpoint_weights", sa.String(16), nullable=False),
     sa.Column("idle_timeout", sa.Double),
     sa.Column("park_timeout", sa.Double),
     sa.Column("create_time", sa.Double, nullable=False),
@@ -255,6 +266,7 @@ def _row(deployment: Deployment) -> dict[str, Any]:
         "checkpoint_enabled": deployment.checkpoint.enabled,
         "checkpoint_ttl": deployment.checkpoint.ttl,
         "checkpoint_storage": deployment.checkpoint.storage.value,
+        "checkpoint_weights": deployment.checkpoint.weights.value,
         "idle_timeout": deployment.idle_timeout,
         "park_timeout": deployment.park_timeout,
         "create_time": deployment.create_time,
@@ -273,7 +285,10 @@ def _deployment(row: Mapping[Any, Any]) -> Deployment:
         engine=row["engine"],
         start_mode=StartMode(row["start_mode"]),
         checkpoint=Checkpoint(
-            row["checkpoint_enabled"], row["checkpoint_ttl"], Storage(row["checkpoint_storage"])
+            row["checkpoint_enabled"],
+            row["checkpoint_ttl"],
+            Storage(row["checkpoint_storage"]),
+            Weights(row["checkpoint_weights"]),
         ),
         idle_timeout=row["idle_timeout"],
         park_timeout=row["park_timeout"],

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dumont import sync
-from dumont.arguments import START_MODES, STORAGES, Checkpoint
+from dumont.arguments import START_MODES, STORAGES, WEIGHTS, Checkpoint
 from dumont.cli.durations import parse_duration
 from dumont.cli.output import Endpoint, Json, age, command, print_facts, print_json, print_table, short, span
 from dumont.types import DeploymentInfo
@@ -24,6 +24,10 @@ def deploy(
     ] = None,
     storage: Annotated[
         str | None, typer.Option(help=f"Where snapshots are kept: {', '.join(STORAGES)}.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help=f"Whether snapshots carry the weights: {', '.join(WEIGHTS)}."),
     ] = None,
     idle_timeout: Annotated[
         float | None,
@@ -50,6 +54,8 @@ def deploy(
         checkpoint["ttl"] = ttl
     if storage is not None:
         checkpoint["storage"] = storage
+    if weights is not None:
+        checkpoint["weights"] = weights
     with sync.Client(endpoint) as client:
         deployment = client.deploy(
             model,
@@ -109,6 +115,7 @@ def rm(
 def describe(info: DeploymentInfo) -> dict[str, str]:
     checkpoint = info.checkpoint
     kept = f", {span(checkpoint.ttl)} after its last use" if checkpoint.ttl is not None else ""
+    kept += ", weights included" if checkpoint.weights == "included" else ""
     return {
         "deployment": short(info.name),
         "model": info.model,

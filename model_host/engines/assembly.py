@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
@@ -16,7 +16,8 @@ from torch import nn
 
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from model_host import lean
-from model_host.engine import Phases, Settings
+from model_host.delivery import extents
+from model_host.engine import Phases, Settings, WeightsPlace
 from model_host.model_files import ModelFiles, invalid
 from model_host.weights import Weights, map_shards
 
@@ -66,15 +67,26 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
         model_class = _model_class(files)
     with phases.measure("load_weights"):
         tensors = map_shards(files.shards)
+        names: dict[str, str] = {}
         try:
-            model, sources = _assemble(model_class, files, tensors)
+            model, names = _assemble(model_class, files, tensors)
         except DumontError:
             raise
         except Exception as error:
-            log.warning("%s is loaded by transformers' own loader: %s", files.folder, error)
-            model, sources = _load_plainly(model_class, files), {}
+            # As text: whoever keeps the record would keep the mapped files with the error.
+            log.warning("%s is loaded by transformers' own loader: %s", files.folder, str(error))
+            model, names = _load_plainly(model_class, files), {}
         model.eval().requires_grad_(False)
-        weights = _place(model, sources, device)
+        if settings.weights is WeightsPlace.INCLUDED:
+            names = {}
+            if device.type == "cpu":  # what moves to a GPU is copied anyway
+                _own(model)
+        weights = _weigh(model, names, tensors, files, device)
+        if device.type == "cuda":
+            if settings.loader is not None:
+                weights.order(settings.loader, settings.gpu)
+            weights.attach()
+            model.to(device)  # what is not mapped: buffers
     return model, weights
 
 
@@ -104,7 +116,8 @@ def _modeling_file(package: str) -> Path:
 
 def _assemble(
     model_class: Any, files: ModelFiles, tensors: dict[str, torch.Tensor]
-) -> tuple[Any, dict[str, torch.Tensor]]:
+) -> tuple[Any, dict[str, str]]:
+    """The model around the mapped tensors, and the name of each parameter's tensor."""
     from transformers.initialization import no_init_weights
 
     if "quantization_config" in files.config:
@@ -115,7 +128,8 @@ def _assemble(
     config = model_class.config_class.from_dict(files.config)
     with no_init_weights(), _parameters_on_meta():
         model = model_class._from_config(config, dtype=dtypes.pop())
-    sources = _match(model, tensors)
+    names = _match(model, tensors)
+    sources = {parameter: tensors[name] for parameter, name in names.items()}
     try:
         missing, _ = model.load_state_dict(sources, strict=False, assign=True)
     except RuntimeError as error:
@@ -124,21 +138,21 @@ def _assemble(
     hollow = [name for name, value in chain(model.named_parameters(), model.named_buffers()) if value.is_meta]
     if hollow:
         raise NotAssembled(f"its files do not hold {', '.join(hollow[:5])}")
-    return model, sources
+    return model, names
 
 
-def _match(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that the model has a place for, under its own names for them.
+def _match(model: Any, tensors: Iterable[str]) -> dict[str, str]:
+    """The names of the tensors that the model has a place for, by its own names for them.
 
     A checkpoint saved with a head, or without, has one prefix more or less than the model.
     """
     prefix = f"{model.base_model_prefix}."
     known = model.state_dict().keys()
     matched = {}
-    for name, tensor in tensors.items():
+    for name in tensors:
         for candidate in (name, name.removeprefix(prefix), prefix + name):
             if candidate in known:
-                matched[candidate] = tensor
+                matched[candidate] = name
                 break
     return matched
 
@@ -172,11 +186,25 @@ def _load_plainly(model_class: Any, files: ModelFiles) -> Any:
     return model
 
 
-def _place(model: Any, sources: dict[str, torch.Tensor], device: torch.device) -> Weights:
+def _own(model: Any) -> None:
+    """Give the model memory of its own in place of mapped files: nobody maps them once it has."""
+    for value in chain(model.parameters(), model.buffers()):  # tied ones once
+        value.data = value.data.clone()
+
+
+def _weigh(
+    model: Any,
+    names: dict[str, str],
+    tensors: dict[str, torch.Tensor],
+    files: ModelFiles,
+    device: torch.device,
+) -> Weights:
     parameters = dict(model.named_parameters())  # tied ones once, under their first name
-    mapped = {name: sources[name] for name in parameters if name in sources}
-    weights = Weights(parameters, mapped, device)
-    if device.type == "cuda":
-        weights.attach()
-        model.to(device)  # what is not mapped: buffers
-    return weights
+    known = {parameter: name for parameter, name in names.items() if parameter in parameters}
+    lie = extents(files.shards)
+    return Weights(
+        parameters,
+        {parameter: tensors[name] for parameter, name in known.items()},
+        device,
+        {parameter: lie[name] for parameter, name in known.items()},
+    )

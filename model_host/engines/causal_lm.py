@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
@@ -26,10 +27,11 @@ from model_host.engine import (
 )
 from model_host.engines.assembly import build
 from model_host.engines.libraries import library_versions
+from model_host.engines.sampling import Chooser
 from model_host.engines.tokens import ChatTemplate, load_tokenizer
 from model_host.model_files import Json, ModelFiles
 from model_host.text import Detokenizer, StopFilter
-from model_host.weights import Weights, release_cuda_caches
+from model_host.weights import Weights, Workspace
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -63,6 +65,7 @@ class CausalLM:
         self._template = ChatTemplate(files)
         self._max_new_tokens_limit = settings.max_new_tokens_limit
         self._device = next(model.parameters()).device
+        self._workspace = Workspace(self._device)
         self._ends = _end_tokens(files.generation, files.config)
         text_config = model.config.get_text_config()
         self._vocabulary = int(text_config.vocab_size)
@@ -183,7 +186,7 @@ class CausalLM:
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
-        choose = _Chooser(request, self._device)
+        choose = Chooser(request)
         last = (len(ids) - 1) // PREFILL_TOKENS * PREFILL_TOKENS
         for start in range(0, last, PREFILL_TOKENS):
             self._step(ids[start : start + PREFILL_TOKENS], cache)
@@ -217,43 +220,17 @@ class CausalLM:
     def quiesce(self) -> None:
         """Free the GPU of weights and caches; on the CPU there is nothing to free."""
         self._weights.detach()
-        if self._device.type == "cuda":
-            release_cuda_caches()
+        self._workspace.release()
+
+    def order_weights(self, loader: Path, gpu: str) -> None:
+        self._weights.order(loader, gpu)
 
     def wake(self) -> None:
+        self._workspace.regain()
         self._weights.attach()
 
     def versions(self) -> dict[str, str]:
         return library_versions()
-
-
-class _Chooser:
-    """Picks a token from logits: the best, or a draw after temperature and top-p."""
-
-    def __init__(self, request: Generation, device: torch.device) -> None:
-        from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
-
-        self._generator: torch.Generator | None = None
-        self._warpers: list[Any] = []
-        self._greedy = request.temperature == 0
-        if self._greedy:
-            return
-        if request.temperature != 1:
-            self._warpers.append(TemperatureLogitsWarper(float(request.temperature)))
-        if request.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(float(request.top_p)))
-        if request.seed is not None:
-            self._generator = torch.Generator(device).manual_seed(request.seed)
-
-    @torch.inference_mode()
-    def __call__(self, logits: torch.Tensor) -> int:
-        if self._greedy:
-            return int(logits.argmax(-1).item())
-        logits = logits.float()
-        for warp in self._warpers:
-            logits = warp(None, logits)
-        chances = torch.softmax(logits, -1)
-        return int(torch.multinomial(chances, 1, generator=self._generator).item())
 
 
 def _end_tokens(generation: Json, config: Json) -> frozenset[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -23,7 +24,7 @@ from model_host.engines.assembly import build
 from model_host.engines.libraries import library_versions
 from model_host.engines.tokens import load_tokenizer
 from model_host.model_files import Json, ModelFiles
-from model_host.weights import Weights, release_cuda_caches
+from model_host.weights import Weights, Workspace
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -63,6 +64,7 @@ class Embedding:
         self._pooling = pooling
         self._normalize = normalize
         self._device = next(model.parameters()).device
+        self._workspace = Workspace(self._device)
         self._vocabulary = int(model.config.vocab_size)
         self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
         self.context_length = int(getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
@@ -135,10 +137,13 @@ class Embedding:
     def quiesce(self) -> None:
         """Free the GPU of weights and caches; on the CPU there is nothing to free."""
         self._weights.detach()
-        if self._device.type == "cuda":
-            release_cuda_caches()
+        self._workspace.release()
+
+    def order_weights(self, loader: Path, gpu: str) -> None:
+        self._weights.order(loader, gpu)
 
     def wake(self) -> None:
+        self._workspace.regain()
         self._weights.attach()
 
     def versions(self) -> dict[str, str]:

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import structlog
-from blake3 import blake3
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -19,7 +18,6 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from snapshotd.digests import update_from
 from snapshotd.model import Json, Model
 
 log = structlog.get_logger(__name__)
@@ -34,16 +32,9 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 class NodeModels:
     """Models at ``<models>/<organisation>/<name>``, in the hub's cache beside them, or by path."""
 
-    def __init__(self, directory: Path, digests: Path) -> None:
-        """
-        Args:
-            directory: the node's models.
-            digests: a file that remembers the digests of weight files.
-        """
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.hub_cache = directory / "hub"
-        self.digests = digests
-        self._hashing = asyncio.Lock()
 
     async def resolve(self, name: str, engine: str = "") -> Model:
         if engine and engine not in ENGINES:
@@ -73,10 +64,6 @@ class NodeModels:
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise Unavailable("MODEL_FETCH_FAILED", f"{model.name} could not be fetched: {error}") from error
         return await asyncio.to_thread(_describe, model.name, Path(folder), model.engine)
-
-    async def weights_digest(self, model: Model) -> str:
-        async with self._hashing:
-            return await asyncio.to_thread(self._digest, model)
 
     def _find(self, name: str) -> Path | None:
         if name.startswith("/"):
@@ -116,37 +103,6 @@ class NodeModels:
         return Model(
             name, engine or _engine_of(config, False), None, (), sum(file.size or 0 for file in weights), 0
         )
-
-    def _known_digests(self) -> Json:
-        try:
-            known = json.loads(self.digests.read_text())
-        except FileNotFoundError:
-            return {}
-        except ValueError:
-            # As a power cut may leave it. Reading the weights again is all it costs.
-            log.warning("remembered digests cannot be read", path=self.digests.name)
-            return {}
-        return known if isinstance(known, dict) else {}
-
-    def _digest(self, model: Model) -> str:
-        identity = [
-            f"{path.resolve()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
-            for path in model.weights
-            if (status := path.stat())
-        ]
-        key = blake3("\n".join(identity).encode()).hexdigest()
-        known = self._known_digests()
-        if key not in known:
-            hasher = blake3()
-            for path in model.weights:
-                content = blake3(max_threads=blake3.AUTO)
-                update_from(content, path)
-                hasher.update(f"{path.name} {content.hexdigest()}\n".encode())
-            known[key] = hasher.hexdigest()
-            scratch = self.digests.with_suffix(".new")
-            scratch.write_text(json.dumps(known))
-            scratch.replace(self.digests)
-        return str(known[key])
 
 
 def _weight_files(name: str, directory: Path) -> list[str]:

@@ -246,16 +246,18 @@ def _error(command: str, error: Json) -> DumontError:
 class ShimPool:
     """The Hosts port: starts shims, keeps one spare, finds those of an earlier daemon."""
 
-    def __init__(self, directory: Path, criu: Path, pycriu: Path | None) -> None:
+    def __init__(self, directory: Path, criu: Path, pycriu: Path | None, weights: Path | None = None) -> None:
         """
         Args:
             directory: where the shims' sockets lie; private to root.
             criu: the CRIU binary.
             pycriu: directory that holds the package pycriu; None: it is on Python's path.
+            weights: the node's weight cache, mounted before the first shim is started; None: it has none.
         """
         self.directory = directory
         self.criu = criu
         self.pycriu = pycriu
+        self.weights = weights
         self._spare: asyncio.Task[ShimHost] | None = None
         self._hosts: set[ShimHost] = set()
         self._ends: set[asyncio.Task[None]] = set()
@@ -323,6 +325,8 @@ class ShimPool:
         ]
         if self.pycriu is not None:
             command += ["--pycriu", str(self.pycriu)]
+        if self.weights is not None:
+            command += ["--weights", str(self.weights)]
         process = _spawn(command, path.with_suffix(".log"))
         ended = asyncio.create_task(_wait(process), name=f"{shim}-ended")
         # Held here: the loop alone would let it be collected.

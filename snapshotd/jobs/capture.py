@@ -131,6 +131,8 @@ class Capture:
                 pipes=self.layout["pipes"],
                 files=tuple(await self.node.store.digest(self.snapshot)),
                 gpu_bytes=instance.gpu_bytes,
+                weights=instance.weights,
+                weight_files=instance.weight_files,
                 gpus=tuple(gpu.uuid for gpu in self.node.gpus) if uses_cuda(instance.device) else (),
                 gpu=instance.gpu,
             )

@@ -17,10 +17,12 @@ from snapshotd.executor import Action, Step
 from snapshotd.model import Canary, Gpu, Instance, Json, State
 from snapshotd.node import Node, Subject, uses_cuda
 from snapshotd.ports import Cuda, Host
+from snapshotd.shim.mounts import WEIGHTS_MOUNT
 
 log = structlog.get_logger(__name__)
 
 SOCKET = "/run/dumont/host.sock"
+LOADER_SOCKET = f"{WEIGHTS_MOUNT}/loader.sock"
 
 
 def host_of(subject: Subject) -> Host:
@@ -62,17 +64,43 @@ async def cuda_pids(node: Node, host: Host) -> list[int]:
 
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
+    """Move what the process holds on GPUs to host memory, and let go of the zeros among it.
+
+    What of it was done when it fails, :func:`rouse_cuda` undoes.
+    """
     pids = await cuda_pids(node, host_of(subject))
     await tree.suspend(cuda_of(node), pids, node.deadlines.cuda_lock)
+    await host_of(subject).call("trim", node.deadlines.quiesce)
 
 
 async def revive_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) -> None:
-    """``devices``: as :meth:`Cuda.restore` takes it."""
+    """Bring the process back to its GPUs, its weights on their way meanwhile.
+
+    Args:
+        devices: GPU UUIDs, old to new, every GPU of the node; empty: the same GPUs.
+    """
+    await order_weights(node, subject)
     await tree.revive(cuda_of(node), await cuda_pids(node, host_of(subject)), devices)
 
 
 async def rouse_cuda(node: Node, subject: Subject) -> None:
+    """Bring a source back to running, from whatever state its suspension reached."""
+    await order_weights(node, subject)
     await tree.rouse(cuda_of(node), await cuda_pids(node, host_of(subject)))
+
+
+async def order_weights(node: Node, subject: Subject) -> None:
+    """Let the loader begin; the model host takes over what it brought when it wakes."""
+    if loader := await loader_of(node, subject):
+        await host_of(subject).call("order_weights", node.deadlines.serve, **loader)
+
+
+async def loader_of(node: Node, subject: Subject) -> dict[str, str]:
+    """What a model host must know to have its weights brought; empty when nobody can bring them."""
+    instance = subject.instance
+    if node.loader is None or not instance.gpu or not instance.weight_files or not await node.loader.ready():
+        return {}
+    return {"loader": LOADER_SOCKET, "gpu": instance.gpu}
 
 
 async def settle_cuda(node: Node, instance: Instance, host: Host) -> Instance:

@@ -60,10 +60,11 @@ def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
 
     async def revive() -> None:
         here = [known.uuid for known in node.gpus]
-        target = gpu or subject.instance.gpu
-        devices = placement.device_map(here, here, subject.instance.gpu, target) if target else {}
-        await moves.revive_cuda(node, subject, devices)
+        home, target = subject.instance.gpu, gpu or subject.instance.gpu
+        # First: its weights are brought to where it comes back.
         subject.instance = replace(subject.instance, gpu=target)
+        devices = placement.device_map(here, here, home, target) if target else {}
+        await moves.revive_cuda(node, subject, devices)
 
     async def wake() -> None:
         await moves.wake(node, subject)

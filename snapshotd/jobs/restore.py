@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 
-from dumont.errors import DataLoss, FailedPrecondition
+from dumont.errors import DataLoss, FailedPrecondition, ResourceExhausted
 from snapshotd import compatibility, placement
 from snapshotd.executor import Action, Step
 from snapshotd.jobs import moves
-from snapshotd.model import Snapshot
+from snapshotd.model import Snapshot, Weights
 from snapshotd.node import Node, Subject, uses_cuda
+
+# The weight files that the node's cache holds, by name, and the digest of all of them.
+Brought = tuple[Mapping[str, str], str]
 
 
 def restore(
@@ -25,26 +30,55 @@ def restore(
     manifest = snapshot.manifest
     uuids = [known.uuid for known in node.gpus]
     source = manifest.gpu or next(iter(manifest.gpus), "")
+    detached = manifest.weights is Weights.DETACHED
+    bringing: asyncio.Task[Brought] | None = None
 
     async def check_facts() -> None:
+        nonlocal bringing
         if snapshot.quarantine_reason:
             raise FailedPrecondition(
                 "SNAPSHOT_QUARANTINED",
                 f"snapshots/{manifest.id} is quarantined: {snapshot.quarantine_reason}",
                 metadata={"snapshot": manifest.id},
             )
-        model = await node.models.resolve(manifest.model, manifest.engine)
-        digest = await node.models.weights_digest(model)
-        here = {**node.facts_of(manifest.device), "weights": digest}
-        compatibility.check(manifest.id, manifest.compatibility, here)
+        captured = {name: fact for name, fact in manifest.compatibility.items() if name != "weights"}
+        compatibility.check(manifest.id, captured, node.facts_of(manifest.device))
         if uses_cuda(manifest.device):
             moves.check_unshared(node, manifest.device)
             subject.instance = replace(subject.instance, gpu=place())
+        if detached:
+            # While the image is fetched and verified.
+            bringing = asyncio.create_task(bring_weights(), name=f"weights of {instance.id}")
 
     def place() -> str:
         places = placement.arrange(manifest.gpus, uuids)
         home = placement.named(node.gpus, places.get(source, source))
         return moves.find_room(node, subject.instance, home, gpu, manifest.gpu_bytes)
+
+    async def bring_weights() -> Brought:
+        model = await node.models.resolve(manifest.model, manifest.engine)
+        files = await node.weights.hold(instance.id, model) if manifest.weight_files else {}
+        return files, await node.weights.digest(model)
+
+    async def let_weights_go() -> None:
+        if bringing is not None:
+            bringing.cancel()
+            await asyncio.gather(bringing, return_exceptions=True)
+        node.weights.release(instance.id)
+
+    async def check_weights() -> None:
+        assert bringing is not None
+        files, digest = await bringing
+        captured = {"weights": manifest.compatibility["weights"]}
+        compatibility.check(manifest.id, captured, {"weights": digest})
+        if files != manifest.weight_files:
+            raise ResourceExhausted(
+                "WEIGHTS_NOT_CACHED",
+                f"snapshots/{manifest.id} maps its weights from the node's weight cache, and this node has "
+                "none or no room in it; raise --weight-cache-bytes, or stop instances of other models",
+                metadata={"snapshot": manifest.id},
+            )
+        subject.instance = replace(subject.instance, weight_files=files)
 
     async def verify() -> None:
         try:
@@ -69,6 +103,7 @@ def restore(
             device=manifest.device,
             canary=manifest.canary,
             versions=manifest.compatibility,
+            weights=manifest.weights,
             weights_digest=manifest.compatibility["weights"],
         )
 
@@ -94,9 +129,10 @@ def restore(
         await moves.serve(node, subject)
 
     return [
-        Step("check", check_facts),
+        Step("check", check_facts, let_weights_go),
         *([Step("fetch", fetch)] if fetch else []),
         Step("verify", verify),
+        *([Step("weights", check_weights)] if detached else []),
         moves.directory_step(node, instance),
         Step("criu", bring_back, lambda: moves.release(subject)),
         *([Step("cuda_restore", revive)] if uses_cuda(manifest.device) else []),

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from snapshotd.executor import Step
 from snapshotd.jobs import moves
-from snapshotd.model import Model, Phase
+from snapshotd.model import Model, Phase, Weights
 from snapshotd.node import Node, Subject, uses_cuda
+from snapshotd.shim.mounts import WEIGHTS_MOUNT
 
 # The driver's variable: the process sees this GPU alone, as its device 0, wherever it is brought back to.
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -26,6 +27,15 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
     async def fetch() -> None:
         nonlocal found
         found = await node.models.fetch(model)
+
+    async def bring_weights() -> None:
+        # Those that the process is to carry itself, it copies once from their own files.
+        if instance.weights is Weights.DETACHED:
+            files = await node.weights.hold(instance.id, found)
+            subject.instance = replace(subject.instance, weight_files=files)
+
+    async def release_weights() -> None:
+        node.weights.release(instance.id)
 
     async def launch() -> None:
         environment = {**node.settings.environment, **place()}
@@ -47,8 +57,8 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         return {VISIBLE: chosen}
 
     async def load() -> None:
-        # The digest is read beside the load: both want the same file in the page cache.
-        digest = asyncio.create_task(node.models.weights_digest(found))
+        # Unless they are cached, the digest is read beside the load: both want the same file's pages.
+        digest = asyncio.create_task(node.weights.digest(found))
         try:
             loaded = await moves.host_of(subject).call(
                 "load",
@@ -56,6 +66,12 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
                 model_dir=str(found.directory),
                 engine=found.engine,
                 device=node.settings.device,
+                weights=instance.weights.value,
+                weight_files={
+                    name: f"{WEIGHTS_MOUNT}/{digest}"
+                    for name, digest in subject.instance.weight_files.items()
+                },
+                **await moves.loader_of(node, subject),
                 max_queue=node.settings.max_queue,
                 max_new_tokens_limit=node.settings.max_new_tokens,
             )
@@ -78,6 +94,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
 
     return [
         Step("fetch", fetch),
+        Step("weights", bring_weights, release_weights),
         moves.directory_step(node, instance),
         Step("launch", launch, lambda: moves.release(subject)),
         Step("load", load),

@@ -9,7 +9,12 @@ from snapshotd.node import Node, Subject
 
 def stop(node: Node, subject: Subject) -> list[Step]:
     """End an instance and remove what it left."""
+
+    async def release() -> None:
+        await moves.release(subject)
+        node.weights.release(subject.instance.id)
+
     return [
-        Step("release", lambda: moves.release(subject)),
+        Step("release", release),
         Step("directory", lambda: moves.remove_directory(node, subject.instance)),
     ]

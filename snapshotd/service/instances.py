@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -53,10 +54,10 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         instance = names.check_id(request.instance_id, "instance_id")
         if (begun := self._same(instance, request)) is not None:
             return begun
+        weights = convert.weights(request.weights)
         model = await self.instances.node.models.resolve(request.model, request.engine)
-        self.instances.admit(
-            self._new(instance, request.deployment, request.model, model.engine, State.STARTING, snapshot="")
-        )
+        new = self._new(instance, request.deployment, request.model, model.engine, State.STARTING)
+        self.instances.admit(replace(new, weights=weights))
 
         async def work(progress: Progress) -> pb2.Instance:
             with self._watched(instance, progress):
@@ -75,9 +76,8 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         )
         manifest = snapshot.manifest
         deployment = request.deployment or manifest.deployment
-        self.instances.admit(
-            self._new(instance, deployment, manifest.model, manifest.engine, State.RESTORING, manifest.id)
-        )
+        new = self._new(instance, deployment, manifest.model, manifest.engine, State.RESTORING)
+        self.instances.admit(replace(new, snapshot=manifest.id, weights=manifest.weights))
 
         async def work(progress: Progress) -> pb2.Instance:
             async def fetch() -> None:
@@ -161,11 +161,8 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
                 else:
                     yield pb2.WatchInstancesResponse(instance=convert.instance(change.instance))
 
-    def _new(
-        self, instance: str, deployment: str, model: str, engine: str, state: State, snapshot: str
-    ) -> Instance:
-        now = self.instances.node.clock.now()
-        return Instance(instance, deployment, model, engine, state, now, snapshot=snapshot)
+    def _new(self, instance: str, deployment: str, model: str, engine: str, state: State) -> Instance:
+        return Instance(instance, deployment, model, engine, state, self.instances.node.clock.now())
 
     def _begin(self, prefix: str, instance: str, request: Any, work: Any) -> operations_pb2.Operation:
         metadata = pb2.OperationMetadata(instance=names.build("instances", instance))

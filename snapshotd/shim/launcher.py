@@ -61,10 +61,12 @@ def launch(
     environment: Mapping[str, str],
     pipes: Pipes,
     root: Path,
-    instance_directory: Path,
-    externals: Sequence[str],
+    places: Mapping[str, Path],
 ) -> int:
     """Start ``command`` in new namespaces as a child of this process.
+
+    Args:
+        root, places: as :func:`mounts.enter_root` takes them.
 
     Returns:
         Its pid as this process sees it; inside it is 1.
@@ -81,7 +83,7 @@ def launch(
             linux.unshare(linux.CLONE_NEWPID | linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC)
             host = os.fork()
             if host == 0:
-                _become_host(command, environment, pipes, root, instance_directory, externals)
+                _become_host(command, environment, pipes, root, places)
             os.write(pid_write, b"%d" % host)
             os._exit(0)
         except BaseException as error:
@@ -110,12 +112,11 @@ def _become_host(
     environment: Mapping[str, str],
     pipes: Pipes,
     root: Path,
-    instance_directory: Path,
-    externals: Sequence[str],
+    places: Mapping[str, Path],
 ) -> None:
     # CRIU dumps a pid namespace only from a session leader.
     os.setsid()
-    mounts.enter_root(root, instance_directory, externals)
+    mounts.enter_root(root, places)
     # Opened inside the new mount namespace, else CRIU cannot tell which mount it is on.
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)

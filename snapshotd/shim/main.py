@@ -38,7 +38,11 @@ class Refused(Exception):
 class Shim:
     """One model host and the way to it."""
 
-    def __init__(self, scratch: Path, criu_binary: Path, pycriu: Any) -> None:
+    def __init__(self, scratch: Path, criu_binary: Path, pycriu: Any, weights: Path | None) -> None:
+        """
+        Args:
+            weights: the node's weight cache; None: it has none.
+        """
         self.criu_binary = criu_binary
         self.pycriu = pycriu
         self.selector = selectors.DefaultSelector()
@@ -54,14 +58,20 @@ class Shim:
         # The images that the model host was restored from, and maps its memory from.
         self.origin: Path | None = None
 
-        self.externals = mounts.node_mounts()
+        # What a model host sees besides its root, and where that is on the node; but for its directory.
+        self.places = {name: Path(name) for name in mounts.node_mounts()}
         self.root = scratch
         # Of its own, because two daemons may each have an instance of the same id.
         self.group = scratch.name.partition(".")[0]
         self.pipes = launcher.Pipes.create()
         self.inodes = self.pipes.inodes()
         mounts.bind_root(self.root)
-        for point in (mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT):
+        points = [mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT]
+        if weights is not None:
+            mounts.make_read_only(weights)
+            self.places[mounts.WEIGHTS_MOUNT] = weights
+            points.append(mounts.WEIGHTS_MOUNT)
+        for point in points:
             (self.root / point.lstrip("/")).mkdir(parents=True, exist_ok=True)
         self.worker = criu.Worker.start(criu_binary, list(self.pipes.host_ends().values()))
         self.commands: dict[str, Callable[[Message], Message]] = {
@@ -81,9 +91,10 @@ class Shim:
         """Start the model host ``command`` in its namespaces."""
         self._must_be_empty()
         directory = Path(message["directory"])
-        self.pid = launcher.launch(
-            message["command"], message["environment"], self.pipes, self.root, directory, self.externals
-        )
+        # It has no images; what is mounted in their place is of no matter.
+        own = {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: directory}
+        places = self.places | own
+        self.pid = launcher.launch(message["command"], message["environment"], self.pipes, self.root, places)
         self.worker.close()
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
@@ -93,8 +104,7 @@ class Shim:
         self._must_be_empty()
         directory = Path(message["directory"])
         images = Path(message["images"])
-        places = {name: Path(name) for name in self.externals}
-        places |= {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: images}
+        places = self.places | {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: images}
         unknown = set(message["mounts"]) - set(places)
         if unknown:
             raise Refused(
@@ -129,7 +139,7 @@ class Shim:
                 "mapped from there; capture an instance that was started, or restored from a snapshot in use"
             )
         own = (mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT)
-        names = {name: Path(name) for name in [*self.externals, *own]}
+        names = {name: Path(name) for name in [*self.places, *own]}
         worker = criu.Worker.start(self.criu_binary)
         layout = criu.Layout(names, self.inodes)
         images = Path(message["images"])
@@ -340,6 +350,7 @@ def main() -> None:
     )
     parser.add_argument("--criu", type=Path, required=True)
     parser.add_argument("--pycriu", default="", help="directory to import pycriu from; empty: the usual path")
+    parser.add_argument("--weights", type=Path, help="the node's weight cache; left out: it has none")
     arguments = parser.parse_args()
     if arguments.pycriu:
         sys.path.insert(0, arguments.pycriu)
@@ -350,7 +361,7 @@ def main() -> None:
     folder, name = arguments.socket.parent.resolve(), arguments.socket.name
     scratch = folder / f"{name}.root"
     scratch.mkdir(mode=0o700, exist_ok=True)
-    shim = Shim(scratch, arguments.criu, pycriu)
+    shim = Shim(scratch, arguments.criu, pycriu, arguments.weights)
     # Relative, because a socket's path may have 107 bytes and a state directory may be deep.
     os.chdir(folder)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

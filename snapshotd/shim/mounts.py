@@ -1,15 +1,16 @@
 """What a model host sees of the file system.
 
 Its root is a private bind mount of the node's root, with a ``/proc`` of its own pid namespace (CUDA
-needs that), the instance's directory at ``/run/dumont``, and the node's other real file systems where
-they are. Kernel pseudo file systems other than ``/dev`` and ``/sys`` stay outside: CRIU could not put
-them back. CRIU treats every mount but ``/`` and ``/proc`` as external: a name at dump, mapped to a path
-of the restoring node at restore, so that a snapshot never says what is mounted.
+needs that), the instance's directory at ``/run/dumont``, the node's weight cache, for reading, at
+``/run/dumont-weights``, and the node's other real file systems where they are. Kernel pseudo file systems
+other than ``/dev`` and ``/sys`` stay outside: CRIU could not put them back. CRIU treats every mount but ``/``
+and ``/proc`` as external: a name at dump, mapped to a path of the restoring node at restore, so that a
+snapshot never says what is mounted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from snapshotd.shim import linux
@@ -17,6 +18,10 @@ from snapshotd.shim import linux
 INSTANCE_MOUNT = "/run/dumont"
 # The images that a model host was restored from: most of its memory is mapped from a file there.
 MEMORY_MOUNT = "/run/dumont-memory"
+# The same on every node, wherever its state lies: a restored process maps its weights by this path.
+WEIGHTS_MOUNT = "/run/dumont-weights"
+# What the kernel calls the source of a weight cache's mount.
+WEIGHTS_SOURCE = "dumont-weights"
 
 PSEUDO = frozenset(
     {
@@ -37,14 +42,21 @@ def external_mounts(mountinfo: Iterable[str]) -> list[str]:
 
     Returns:
         Absolute paths, parents before children, each once. What lies below a pseudo file system or
-        below ``/run`` (sockets and state of the node) is left out.
+        below ``/run`` (sockets and state of the node) is left out, and so are weight caches: a model host
+        sees that of its own node, under another name.
     """
     points: set[str] = set()
     for line in mountinfo:
         fields, _, details = line.partition(" - ")
         point = fields.split()[4].encode().decode("unicode_escape")
-        kind = details.split()[0]
-        if kind in PSEUDO or point == "/" or f"{point}/".startswith(HIDDEN) or point.startswith("/sys/"):
+        kind, source = details.split()[:2]
+        if (
+            kind in PSEUDO
+            or source == WEIGHTS_SOURCE
+            or point == "/"
+            or f"{point}/".startswith(HIDDEN)
+            or point.startswith("/sys/")
+        ):
             continue
         points.add(point)
     return sorted(points)
@@ -62,12 +74,20 @@ def bind_root(root: Path) -> None:
     linux.mount("none", root, None, linux.MS_PRIVATE)
 
 
-def enter_root(root: Path, instance_directory: Path, externals: Iterable[str]) -> None:
-    """Make ``root`` the root of the calling process, in its own mount namespace and pid namespace."""
-    for point in externals:
-        linux.mount(point, root / point.lstrip("/"), None, linux.MS_BIND)
-    for point in (INSTANCE_MOUNT, MEMORY_MOUNT):
-        # One that is started has no images; what is mounted in their place is of no matter.
-        linux.mount(str(instance_directory), root / point.lstrip("/"), None, linux.MS_BIND)
+def make_read_only(directory: Path) -> None:
+    """Bind a directory to itself, for reading only; whatever is bound from there is read-only as well."""
+    linux.mount(str(directory), directory, None, linux.MS_BIND)
+    flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+    linux.mount("none", directory, None, linux.MS_REMOUNT | linux.MS_BIND | flags)
+
+
+def enter_root(root: Path, places: Mapping[str, Path]) -> None:
+    """Make ``root`` the root of the calling process, in its own mount namespace and pid namespace.
+
+    Args:
+        places: what the process sees besides, and where it is on the node; parents before children.
+    """
+    for point, place in places.items():
+        linux.mount(str(place), root / point.lstrip("/"), None, linux.MS_BIND)
     linux.mount("proc", root / "proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     linux.pivot_root(root)

@@ -14,7 +14,17 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from controller.adapters.memory import MemoryRegistry
 from controller.adapters.registry_sql import METADATA, open_registry
-from controller.model import Captured, Checkpoint, Deployment, Finding, Intent, Node, StartMode, Storage
+from controller.model import (
+    Captured,
+    Checkpoint,
+    Deployment,
+    Finding,
+    Intent,
+    Node,
+    StartMode,
+    Storage,
+    Weights,
+)
 from controller.ports import Registry
 from dumont.errors import Aborted, AlreadyExists, Unavailable
 
@@ -57,7 +67,7 @@ def deployment(identifier: str = "qa", **changes: object) -> Deployment:
         model="org/model",
         engine="causal_lm",
         start_mode=StartMode.CHECKPOINT,
-        checkpoint=Checkpoint(True, 3600.5, Storage.S3),
+        checkpoint=Checkpoint(True, 3600.5, Storage.S3, Weights.INCLUDED),
         idle_timeout=None,
         park_timeout=0.0,
         create_time=1_700_000_000.123456,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,11 +26,13 @@ from snapshotd.images.format import ImageFormat
 from snapshotd.instances import Instances
 from snapshotd.journal import Journal
 from snapshotd.main import host_settings, prepare_state
-from snapshotd.model import Instance, Json, Snapshot, State
+from snapshotd.model import Instance, Json, Snapshot, State, Weights
 from snapshotd.node import Deadlines, Node
 from snapshotd.observer import Observers
 from snapshotd.preflight import find_criu
 from snapshotd.shim.freezer import cgroup2_root
+from snapshotd.weights.cache import WeightCache
+from snapshotd.weights.files import NodeWeightFiles
 
 PROMPT = "The capital of France is"
 
@@ -41,6 +43,8 @@ class NodeUnderTest:
 
     state_dir: Path
     model: Path
+    # Bytes; 0: it has no weight cache.
+    weight_budget: int = 0
     failpoints: Failpoints = field(default_factory=Failpoints)
     # "auto" on a machine with a GPU.
     device: str = "cpu"
@@ -57,7 +61,14 @@ class NodeUnderTest:
         assert criu is not None
         self.store = DirectoryStore(self.state_dir / "snapshots", threads=2)
         self.store.open()
-        self.hosts = ShimPool(self.state_dir / "shims", criu.binary, criu.pycriu)
+        cache = None
+        if self.weight_budget:
+            cache = WeightCache(self.state_dir / "weights", self.weight_budget, threads=2)
+            cache.open()
+        self.weights = NodeWeightFiles(self.state_dir / "weights.json", cache)
+        self.hosts = ShimPool(
+            self.state_dir / "shims", criu.binary, criu.pycriu, cache.directory if cache else None
+        )
         self._start_shim, self.hosts._start = self.hosts._start, self._recorded  # type: ignore[method-assign]
         settings = Settings(state_dir=self.state_dir, device=self.device)
         nvml = Nvml.open() if self.device != "cpu" else None
@@ -65,7 +76,8 @@ class NodeUnderTest:
         self.node = Node(
             hosts=self.hosts,
             store=self.store,
-            models=NodeModels(self.model.parent, self.state_dir / "weights.json"),
+            models=NodeModels(self.model.parent),
+            weights=self.weights,
             images=ImageFormat(criu.pycriu),
             clock=SystemClock(),
             settings=host_settings(settings),
@@ -86,14 +98,23 @@ class NodeUnderTest:
         self.shims.add(host.shim)
         return host
 
-    async def start(self, instance: str, gpu: str = "") -> Instance:
-        model = await self.node.models.resolve(str(self.model))
-        self.instances.admit(_new(instance, str(self.model), model.engine, State.STARTING))
+    async def start(
+        self,
+        instance: str,
+        model_dir: Path | None = None,
+        weights: Weights = Weights.DETACHED,
+        gpu: str = "",
+    ) -> Instance:
+        """Of another model than this node's if ``model_dir`` names one."""
+        name = str(model_dir or self.model)
+        model = await self.node.models.resolve(name)
+        self.instances.admit(replace(_new(instance, name, model.engine, State.STARTING), weights=weights))
         return await self.instances.start(instance, model, gpu)
 
     async def restore(self, instance: str, snapshot: Snapshot, gpu: str = "") -> Instance:
         manifest = snapshot.manifest
-        self.instances.admit(_new(instance, manifest.model, manifest.engine, State.RESTORING, manifest.id))
+        new = _new(instance, manifest.model, manifest.engine, State.RESTORING, manifest.id)
+        self.instances.admit(replace(new, weights=manifest.weights))
         return await self.instances.restore(instance, snapshot, gpu=gpu)
 
     async def draws(self, instance: str) -> Json:
@@ -119,6 +140,7 @@ class NodeUnderTest:
     async def close(self) -> None:
         await self.instances.stop_all()
         await self.hosts.close()
+        await self.weights.close()
         if self.cuda is not None:
             await self.cuda.close()
         os.close(self.lock)

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.node, pytest.mark.asyncio(loop_scope="module")]
 
 # One start costs seconds, a restore tenths: what can be restored is not started again.
 CAPTURE_STEPS = ["stage", "drain", "quiesce", "dump", "wake", "compact", "verify", "commit"]
-RESTORE_STEPS = ["check", "verify", "directory", "criu", "wake", "canary", "serve"]
+RESTORE_STEPS = ["check", "verify", "weights", "directory", "criu", "wake", "canary", "serve"]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

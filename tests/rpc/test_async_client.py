@@ -28,7 +28,7 @@ async def test_deploying_a_new_model_creates_a_deployment(
     deployment = await client.deploy("org/Model-0.6B", idle_timeout=30, prewarm=True)
     assert deployment.name == "deployments/model-0-6b"
     assert deployment.info.state == "active"
-    assert deployment.info.checkpoint == dumont.CheckpointSettings(enabled=True, ttl=3600, storage="local")
+    assert deployment.info.checkpoint == dumont.CheckpointSettings(True, 3600, "local", "detached")
     assert deployment.info.idle_timeout == 30
     assert controller.requests[0].prewarm
 

@@ -52,7 +52,8 @@ def cli(served: Served) -> Cli:
 
 def test_deploy_sends_its_options_and_shows_what_came_of_them(cli: Cli) -> None:
     result = cli(
-        "deploy", "org/Other-1.5", "--ttl", "2h", "--storage", "local", "--idle-timeout", "30",
+        "deploy", "org/Other-1.5", "--ttl", "2h", "--storage", "local", "--weights", "included",
+        "--idle-timeout", "30",
         "--park-timeout", "10m", "--engine", "causal_lm", "--prewarm",
     )  # fmt: skip
     assert result.exit_code == 0
@@ -62,13 +63,15 @@ def test_deploy_sends_its_options_and_shows_what_came_of_them(cli: Cli) -> None:
     )  # fmt: skip
     shown = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
     assert ["deployment", "other-1-5"] in [[name, value.strip()] for name, value in shown]
-    assert "local, 2h after its last use" in result.stdout
+    assert "local, 2h after its last use, weights included" in result.stdout
 
 
 def test_deploy_in_json_is_the_deployment(cli: Cli) -> None:
     document = cli.document("deploy", "org/model", "--name", "qa", "--start-mode", "cold")
     assert (document["name"], document["start_mode"]) == ("deployments/qa", "cold")
-    assert document["checkpoint"] == {"enabled": True, "ttl": 3600.0, "storage": "local"}
+    assert document["checkpoint"] == {
+        "enabled": True, "ttl": 3600.0, "storage": "local", "weights": "detached",
+    }  # fmt: skip
 
 
 def test_ls_lists_deployments(cli: Cli) -> None:
@@ -224,6 +227,7 @@ def test_a_wrong_command_line_exits_with_2(cli: Cli, arguments: tuple[str, ...])
     [
         (("deploy", "org/model", "--start-mode", "hot"), "UNKNOWN_CHOICE"),
         (("deploy", "org/model", "--storage", "tape"), "UNKNOWN_CHOICE"),
+        (("deploy", "org/model", "--weights", "half"), "UNKNOWN_CHOICE"),
         (("generate", "qa"), "PROMPT_OR_MESSAGES"),
         (("generate", "qa", "Hi", "--max-new-tokens", "0"), "OUT_OF_RANGE"),
         (("rm", "nodes/one"), "INVALID_NAME"),

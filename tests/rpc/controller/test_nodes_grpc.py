@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from controller.adapters.nodes_grpc import GrpcNodes
-from controller.model import InstanceState, Phase, Report
+from controller.model import InstanceState, Phase, Report, Weights
 from controller.ports import Removed, Synchronized
 from dumont.errors import DataLoss, DeadlineExceeded, NotFound, Unavailable
 from dumont.rpc.operations import Operations
@@ -156,7 +156,7 @@ async def serving() -> Message:
 async def test_a_start_is_awaited_to_its_report(node) -> None:
     nodes, snapshotd, _ = node
     snapshotd.outcome = serving
-    assert await nodes.start("n1", "qa-1", "qa", "org/model", "causal_lm") == REPORT
+    assert await nodes.start("n1", "qa-1", "qa", "org/model", "causal_lm", Weights.INCLUDED) == REPORT
     (sent,) = snapshotd.requests
     assert (sent.instance_id, sent.deployment, sent.model, sent.engine) == (
         "qa-1",
@@ -164,6 +164,7 @@ async def test_a_start_is_awaited_to_its_report(node) -> None:
         "org/model",
         "causal_lm",
     )
+    assert sent.weights == pb.WEIGHTS_INCLUDED
 
 
 async def test_a_capture_is_awaited_to_its_snapshot(node) -> None:
@@ -200,7 +201,7 @@ async def test_a_cancelled_start_is_cancelled_on_the_node(node) -> None:
         return SERVING
 
     snapshotd.outcome = forever
-    starting = asyncio.create_task(nodes.start("n1", "qa-1", "qa", "m", ""))
+    starting = asyncio.create_task(nodes.start("n1", "qa-1", "qa", "m", "", Weights.DETACHED))
     await begun.wait()
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):

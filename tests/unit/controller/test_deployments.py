@@ -121,6 +121,13 @@ async def test_a_created_deployment_is_complete_and_stored(world, service) -> No
             "INVALID_STORAGE",
             "deployment.checkpoint.storage",
         ),
+        (
+            "qa",
+            {"checkpoint": checkpoint(weights=9)},
+            InvalidArgument,
+            "INVALID_WEIGHTS",
+            "deployment.checkpoint.weights",
+        ),
     ],
 )
 async def test_bad_settings_are_refused_by_field_and_change_nothing(
@@ -205,6 +212,15 @@ async def test_an_update_changes_what_its_mask_names(service) -> None:
     assert changed.etag != made.etag
     assert changed.uid == made.uid
     assert (await update(service, ["idle_timeout"])).idle_timeout.seconds == 300
+
+
+async def test_where_the_weights_go_is_set_kept_and_changed(service) -> None:
+    made = await create(service, checkpoint=checkpoint(weights=pb.WEIGHTS_INCLUDED))
+    assert made.checkpoint.weights == pb.WEIGHTS_INCLUDED
+    changed = await update(service, ["checkpoint.ttl"], checkpoint=checkpoint(ttl=Duration(seconds=5)))
+    assert changed.checkpoint.weights == pb.WEIGHTS_INCLUDED
+    changed = await update(service, ["checkpoint.weights"], checkpoint=checkpoint())
+    assert (changed.checkpoint.weights, changed.checkpoint.ttl.seconds) == (pb.WEIGHTS_DETACHED, 5)
 
 
 async def test_without_a_mask_every_set_field_counts(service) -> None:

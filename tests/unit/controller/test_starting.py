@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from controller.model import InstanceState, Report, Snapshot, StartMode, Tier
+from controller.model import InstanceState, Report, Snapshot, StartMode, Tier, Weights
 from dumont.errors import (
     DataLoss,
     DumontError,
@@ -23,6 +23,16 @@ MISMATCH = DataLoss("CANARY_MISMATCH", "other tokens than at capture")
 
 def silent() -> Unavailable:
     return Unavailable("NODE_UNAVAILABLE", "no answer")
+
+
+@pytest.mark.parametrize("weights", Weights)
+async def test_a_start_has_its_weights_where_the_deployment_wants_them(world, weights: Weights) -> None:
+    await world.node()
+    await world.deploy(checkpoint_weights=weights)
+
+    await world.ask()
+
+    assert list(world.nodes.weights.values()) == [weights]
 
 
 async def test_a_first_start_is_cold_and_captured_before_the_prompt_enters(world) -> None:

@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dumont import arguments
-from dumont.controller.v1.deployment_service_pb2 import START_MODE_COLD, START_MODE_WARM, STORAGE_S3
+from dumont.controller.v1.deployment_service_pb2 import (
+    START_MODE_COLD,
+    START_MODE_WARM,
+    STORAGE_S3,
+    WEIGHTS_INCLUDED,
+)
 from dumont.errors import InvalidArgument
 from dumont.names import LABEL
 
@@ -58,12 +63,13 @@ def test_what_is_given_is_set() -> None:
     message, paths = arguments.deployment_message(
         "org/model",
         "warm",
-        {"ttl": timedelta(minutes=1), "storage": "s3"},
+        {"ttl": timedelta(minutes=1), "storage": "s3", "weights": "included"},
         engine="embedding",
         park_timeout=0.5,
     )
     assert (message.start_mode, message.engine) == (START_MODE_WARM, "embedding")
     assert (message.checkpoint.ttl.seconds, message.checkpoint.storage) == (60, STORAGE_S3)
+    assert message.checkpoint.weights == WEIGHTS_INCLUDED
     assert message.park_timeout.nanos == 500_000_000
     assert paths == ["start_mode", "checkpoint", "park_timeout"]
 
@@ -92,6 +98,7 @@ def test_a_relative_path_is_made_whole_and_an_id_is_left_alone(monkeypatch: pyte
         ({"checkpoint": {"ttl": math.nan}}, "INVALID_DURATION", "checkpoint.ttl"),
         ({"checkpoint": {"ttl": math.inf}}, "INVALID_DURATION", "checkpoint.ttl"),
         ({"checkpoint": {"storage": "tape"}}, "UNKNOWN_CHOICE", "checkpoint.storage"),
+        ({"checkpoint": {"weights": "half"}}, "UNKNOWN_CHOICE", "checkpoint.weights"),
         ({"checkpoint": {"enabled": "yes"}}, "NOT_A_BOOLEAN", "checkpoint.enabled"),
         ({"checkpoint": {"enabled": False}}, "CHECKPOINT_DISABLED", "checkpoint.enabled"),
         ({"idle_timeout": -1}, "INVALID_DURATION", "idle_timeout"),

@@ -44,6 +44,9 @@ class FakeEngine:
     def quiesce(self) -> None:
         self._do("quiesce")
 
+    def order_weights(self, loader: Path, gpu: str) -> None:
+        self.log.append(f"order_weights {loader} {gpu}")
+
     def wake(self) -> None:
         self._do("wake")
 
@@ -96,6 +99,13 @@ class FakeWorld:
 
     def release_memory(self) -> None:
         self.engine.log.append("release_memory")
+
+    def memory_ranges(self) -> list[tuple[int, int]]:
+        return [(0, 4096)]
+
+    def drop_zero_pages(self, known: list[tuple[int, int]]) -> int:
+        self.engine.log.append(f"drop_zero_pages outside {known}")
+        return 4096
 
     def settle(self) -> None:
         self.engine.log.append("settle")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from itertools import chain
@@ -15,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, Ll
 
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from model_host import model_files
-from model_host.engine import Phases, Settings
+from model_host.engine import Phases, Settings, WeightsPlace
 from model_host.engines import assembly
 
 SMALL: dict[str, Any] = {
@@ -39,8 +40,10 @@ def llama(llama_source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama_source, tmp_path / "model"))
 
 
-def build(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
-    return assembly.build(model_files.read(folder), Settings(device=device), Phases())
+def build(
+    folder: Path, device: str = "cpu", weights: WeightsPlace = WeightsPlace.DETACHED
+) -> tuple[Any, Any]:
+    return assembly.build(model_files.read(folder), Settings(device=device, weights=weights), Phases())
 
 
 def refusal(folder: Path) -> DumontError:
@@ -62,6 +65,11 @@ def rewrite(folder: Path, change: Any) -> None:
     save_file(change(tensors), folder / model_files.WEIGHTS, metadata={"format": "pt"})
 
 
+def maps(folder: Path) -> bool:
+    """Whether this process maps a weight file of ``folder``."""
+    return any(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
 def mapped(model: Any) -> bool:
     """Whether every parameter lies in a mapping of a safetensors file."""
     ranges = [
@@ -81,8 +89,31 @@ def test_it_computes_the_same_from_mapped_files(llama: Path) -> None:
     assert torch.equal(logits(model), logits(LlamaForCausalLM.from_pretrained(llama, dtype="auto").eval()))
 
 
-def test_tied_weights_are_one(llama: Path) -> None:
-    model, _ = build(llama)
+def test_included_weights_are_its_own_and_no_file_stays_mapped(llama: Path) -> None:
+    expected = logits(build(llama)[0])
+
+    model, weights = build(llama, weights=WeightsPlace.INCLUDED)
+    gc.collect()
+
+    assert not maps(llama)
+    assert not weights.detachable
+    assert torch.equal(logits(model), expected)
+
+
+def test_included_weights_are_its_own_also_when_transformers_loads_them(llama: Path) -> None:
+    # given: two types of numbers, which is more than mapping can do
+    rewrite(llama, lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"].float()})
+
+    model, _ = build(llama, weights=WeightsPlace.INCLUDED)
+    gc.collect()
+
+    assert not maps(llama)
+    assert logits(model).shape[-1] == SMALL["vocab_size"]
+
+
+@pytest.mark.parametrize("weights", WeightsPlace)
+def test_tied_weights_are_one(llama: Path, weights: WeightsPlace) -> None:
+    model, _ = build(llama, weights=weights)
 
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not any(value.is_meta for value in chain(model.parameters(), model.buffers()))

@@ -10,6 +10,7 @@ import pytest
 from fake_world import FakeWorld
 
 from dumont.errors import DumontError, Unavailable
+from model_host.engine import WeightsPlace
 from model_host.host import Host
 from model_host.machine import State
 
@@ -70,12 +71,27 @@ def test_load_warms_up_and_records_the_canary(host: Host, world: FakeWorld) -> N
         {"model_dir": "/m", "max_queue": "8"},
         {"model_dir": "/m", "max_new_tokens_limit": True},
         {"model_dir": "/m", "threads": -1},
+        {"model_dir": "/m", "weight_files": ["/cache/abc"]},
+        {"model_dir": "/m", "weight_files": {"model.safetensors": 5}},
         {},
     ],
 )
 def test_load_refuses_arguments_of_the_wrong_kind(host: Host, arguments: Json) -> None:
     assert refusal(host, "load", **arguments).reason == "BAD_CONTROL_MESSAGE"
     assert host.state is State.NEW
+
+
+def test_load_is_told_where_the_weights_are_and_where_they_go(host: Host, world: FakeWorld) -> None:
+    load(host, weights="included", weight_files={"model.safetensors": "/cache/abc"})
+
+    assert world.loaded is not None
+    settings = world.loaded[2]
+    assert settings.weights is WeightsPlace.INCLUDED
+    assert settings.weight_files == {"model.safetensors": Path("/cache/abc")}
+
+
+def test_weights_go_nowhere_else(host: Host) -> None:
+    assert refusal(host, "load", model_dir="/m", weights="half").reason == "INVALID_WEIGHTS"
 
 
 @pytest.mark.parametrize("step", ["warm_up", "canary"])

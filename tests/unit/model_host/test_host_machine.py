@@ -16,7 +16,11 @@ LIFE = {
         Command.DRAIN: State.DRAINED,
         Command.QUIESCE: State.QUIESCED,
     },
-    State.QUIESCED: {Command.WAKE: State.AWAKE},
+    State.QUIESCED: {
+        Command.TRIM: State.QUIESCED,
+        Command.ORDER_WEIGHTS: State.QUIESCED,
+        Command.WAKE: State.AWAKE,
+    },
     State.AWAKE: {Command.SERVE: State.SERVING, Command.QUIESCE: State.QUIESCED},
     State.STOPPED: {},
 }

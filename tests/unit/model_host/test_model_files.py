@@ -40,6 +40,16 @@ def test_the_least_that_makes_a_model(folder: Path) -> None:
     assert not files.normalize
 
 
+def test_weights_may_lie_elsewhere(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    cached = tmp_path_factory.mktemp("cache") / "abc"
+    cached.write_bytes(b"weights")
+    (folder / "model.safetensors").unlink()
+
+    files = model_files.read(folder, {"model.safetensors": cached, "other.safetensors": folder})
+
+    assert files.shards == (cached,)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()

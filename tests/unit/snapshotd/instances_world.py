@@ -18,6 +18,7 @@ from snapshotd.node import HostSettings, Node
 from snapshotd.observer import JobObserver
 
 MODEL = Model("org/name", "causal_lm", Path("/model"), (), 0, 512)
+FILES = {"model.safetensors": "abc"}
 LOADED: Json = {
     "engine": "causal_lm",
     "device": "cpu",
@@ -103,8 +104,23 @@ class FakeModels:
     async def fetch(self, model: Model) -> Model:
         return model
 
-    async def weights_digest(self, model: Model) -> str:
+
+@dataclass
+class FakeWeights:
+    held: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+    async def digest(self, model: Model) -> str:
         return "digest"
+
+    async def hold(self, instance: str, model: Model) -> Mapping[str, str]:
+        self.held[instance] = FILES
+        return FILES
+
+    def keep(self, instance: str, files: Mapping[str, str]) -> None:
+        self.held[instance] = files
+
+    def release(self, instance: str) -> None:
+        self.held.pop(instance, None)
 
 
 class StillClock:
@@ -119,6 +135,7 @@ class StillClock:
 class World:
     instances: Instances
     hosts: FakeHosts
+    weights: FakeWeights
     directory: Path
 
     async def started(self) -> FakeHost:
@@ -147,6 +164,7 @@ def a_node(directory: Path, hosts: FakeHosts, **parts: Any) -> Node:
         hosts=hosts,
         store=unused,
         models=FakeModels(),
+        weights=FakeWeights(),
         images=unused,
         clock=StillClock(),
         settings=HostSettings(command=("model_host",), environment={}),

@@ -63,7 +63,7 @@ def test_afterwards_it_fits_and_only_removable_ones_have_left(
         kept = sum(one.size for one in everything if not one.removable)
         assert kept + needed > budget
         return
-    stay = [one for one in everything if one.snapshot not in leaving]
-    assert all(one.removable for one in everything if one.snapshot in leaving)
+    stay = [one for one in everything if one.name not in leaving]
+    assert all(one.removable for one in everything if one.name in leaving)
     if needed:
         assert sum(one.size for one in stay) + needed <= budget

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from instances_world import LOADED, NOW, FakeHost, FakeHosts, FakeModels, a_node, an_instance, instances_of
+from instances_world import (
+    FILES,
+    LOADED,
+    NOW,
+    FakeHost,
+    FakeHosts,
+    FakeModels,
+    a_node,
+    an_instance,
+    instances_of,
+)
 
 from dumont.errors import (
     Aborted,
@@ -55,6 +65,8 @@ class GpuHost(FakeHost):
         self.asked: list[str] = []
         self.environment: Mapping[str, str] = {}
         self.canary = LOADED["canary"]
+        # The GPU of each order of weights.
+        self.ordered: list[object] = []
 
     async def launch(self, instance: str, directory: Path, command: Any, environment: Any) -> None:
         await super().launch(instance, directory, command, environment)
@@ -71,6 +83,8 @@ class GpuHost(FakeHost):
     async def call(self, command: str, timeout: float, **arguments: object) -> Json:
         self.asked.append(command)
         await self._do(command)
+        if "gpu" in arguments:
+            self.ordered.append(arguments["gpu"])
         if command == "serve":
             assert self.state in ("SERVING", "AWAKE")
             self.state = "SERVING"
@@ -117,6 +131,11 @@ class FakeGpuStatus:
 
     def sharing(self) -> list[Sharing]:
         return self.shared
+
+
+class ReadyLoader:
+    async def ready(self) -> bool:
+        return True
 
 
 class GpuModels(FakeModels):
@@ -207,6 +226,7 @@ def a_snapshot(**facts: Any) -> Snapshot:
         phases=(Phase("dump", 1.0),),
         canary=Canary((1,), -0.5),
         compatibility={**FACTS, "weights": "digest"},
+        weight_files=FILES,
         mounts=(),
         pipes={},
         files=(),
@@ -508,6 +528,18 @@ async def test_a_live_instance_moves_to_another_gpu_and_is_known_to_be_there(wor
     back = await relocate(world.instances, "one", "0")
     assert (back.gpu, back.gpu_bytes) == (A.uuid, 7 * GIB)
     assert world.cuda.devices[2:] == [{A.uuid: B.uuid, B.uuid: A.uuid}] * 2
+
+
+async def test_weights_are_brought_to_the_gpu_that_the_process_comes_back_on(world: World) -> None:
+    world.instances.node = replace(world.instances.node, loader=ReadyLoader())
+    host = await world.serving(gpu="0")
+    await relocate(world.instances, "one", "1")
+    # Loaded on the one, brought back on the other.
+    assert host.ordered == [A.uuid, B.uuid]
+
+    world.cuda.states[52] = "checkpointed"
+    await world.restored("two", a_snapshot(), gpu="1")
+    assert world.hosts.taken[1].ordered == [B.uuid]
 
 
 async def test_a_parked_instance_resumes_on_another_gpu(world: World) -> None:

@@ -8,16 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from instances_world import MODEL, FakeHost, FakeHosts, World, a_node, an_instance, instances_of
+from instances_world import (
+    FILES,
+    MODEL,
+    FakeHost,
+    FakeHosts,
+    FakeWeights,
+    World,
+    a_node,
+    an_instance,
+    instances_of,
+)
 
 from dumont.errors import Aborted, AlreadyExists, NotFound
-from snapshotd.model import State
+from snapshotd.model import State, Weights
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    hosts = FakeHosts()
-    return World(instances_of(a_node(tmp_path, hosts)), hosts, tmp_path)
+    hosts, weights = FakeHosts(), FakeWeights()
+    return World(instances_of(a_node(tmp_path, hosts, weights=weights)), hosts, weights, tmp_path)
 
 
 async def left_by_its_caller(work: asyncio.Task[Any], host: FakeHost, gate: asyncio.Event) -> None:
@@ -179,6 +189,50 @@ async def test_what_was_whole_is_taken_over(
 
     assert (world.instances.get("one").state, world.instances.get("one").pid) == (expected, host.pid)
     assert not host.released
+
+
+async def test_an_instance_holds_its_weights_for_as_long_as_it_has_a_process(world: World) -> None:
+    await world.started()
+    assert world.weights.held == {"one": FILES}
+    assert world.instances.get("one").weight_files == FILES
+
+    await world.instances.stop("one")
+    assert world.weights.held == {}
+
+
+async def test_weights_are_let_go_when_a_start_fails_and_when_a_process_dies(world: World) -> None:
+    world.hosts.host.failing = {"load"}
+    world.instances.admit(an_instance(State.STARTING))
+    with pytest.raises(Aborted):
+        await world.instances.start("one", MODEL)
+    assert world.weights.held == {}
+
+    world.hosts.host.failing = set()
+    host = await world.started()
+    async with world.instances.changes() as changes:
+        host.lost.set()
+        while (change := await changes.get()).instance is None or change.instance.state is not State.FAILED:
+            pass
+    await world.instances.stop("one")
+    assert world.weights.held == {}
+
+
+async def test_an_instance_taken_over_holds_its_weights_again(world: World) -> None:
+    world.instances.journal.write(replace(an_instance(State.SERVING), weight_files=FILES))
+    world.hosts.found = [FakeHost("one")]
+
+    await world.instances.take_over()
+
+    assert world.weights.held == {"one": FILES}
+
+
+async def test_weights_that_a_snapshot_is_to_carry_are_loaded_from_their_own_files(world: World) -> None:
+    world.instances.admit(replace(an_instance(State.STARTING), weights=Weights.INCLUDED))
+
+    instance = await world.instances.start("one", MODEL)
+
+    assert world.weights.held == {}
+    assert (instance.weights, instance.weights_digest) == (Weights.INCLUDED, "digest")
 
 
 async def test_what_cannot_be_ended_does_not_keep_the_daemon_from_starting(world: World) -> None:

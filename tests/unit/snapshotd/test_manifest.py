@@ -11,7 +11,7 @@ import pytest
 
 from dumont.errors import DataLoss
 from snapshotd import manifest as manifests
-from snapshotd.model import Canary, ImageFile, Manifest, Phase
+from snapshotd.model import Canary, ImageFile, Manifest, Phase, Weights
 
 DIGEST = "ab" * 32
 
@@ -39,6 +39,19 @@ def a_manifest(**changes: Any) -> Manifest:
 
 def test_it_reads_back_as_it_was_written() -> None:
     assert manifests.decode(manifests.encode(a_manifest())) == a_manifest()
+
+
+def test_it_says_where_the_weights_are() -> None:
+    manifest = a_manifest(weights=Weights.INCLUDED, weight_files={"model.safetensors": DIGEST})
+    assert manifests.decode(manifests.encode(manifest)) == manifest
+
+
+@pytest.mark.parametrize("digest", ["", "../x", DIGEST.upper(), DIGEST + "0"])
+def test_a_weight_file_without_a_possible_digest_is_refused(digest: str) -> None:
+    data = manifests.encode(a_manifest(weight_files={"model.safetensors": digest}))
+    with pytest.raises(DataLoss) as refusal:
+        manifests.decode(data)
+    assert refusal.value.reason == "MANIFEST_DAMAGED"
 
 
 def test_its_digest_is_that_of_its_bytes() -> None:

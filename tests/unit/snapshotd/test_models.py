@@ -17,7 +17,7 @@ from snapshotd.adapters.models import NodeModels
 @pytest.fixture
 def models(tmp_path: Path) -> NodeModels:
     (tmp_path / "models").mkdir()
-    return NodeModels(tmp_path / "models", tmp_path / "weights.json")
+    return NodeModels(tmp_path / "models")
 
 
 def write_model(models: NodeModels, name: str, architecture: str = "LlamaForCausalLM") -> Path:
@@ -116,18 +116,3 @@ async def test_a_damaged_model_is_refused_before_anything_is_started(models: Nod
         await models.resolve("org/name")
     assert refusal.value.reason == "MODEL_INVALID"
     assert refusal.value.field == "model"
-
-
-async def test_the_digest_of_weights_follows_their_bytes(models: NodeModels) -> None:
-    directory = write_model(models, "org/name")
-    model = await models.resolve("org/name")
-    before = await models.weights_digest(model)
-    assert before == await models.weights_digest(model)
-
-    models.digests.write_text("")
-    assert before == await models.weights_digest(model)
-    assert json.loads(models.digests.read_text())
-
-    save_file({"weight": np.arange(1000, dtype=np.float32) + 1}, directory / "model.safetensors")
-
-    assert await models.weights_digest(await models.resolve("org/name")) != before

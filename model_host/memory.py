@@ -1,0 +1,72 @@
+"""This process's own memory: where it lies, and which of it nobody would miss."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+# Smaller ranges are the allocator's, and in use by other threads; what a CUDA checkpoint makes is large.
+SMALLEST: Final = 8 << 20
+# Looked at together: fits the cache.
+BLOCK: Final = 1 << 20
+WORDS: Final = mmap.PAGESIZE // 8
+
+Range = tuple[int, int]
+
+
+def ranges() -> list[Range]:
+    """Address ranges of writable private memory that belongs to no file, ascending."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
+        if permissions.startswith("rw-p") and not name:
+            start, end = addresses.split("-")
+            found.append((int(start, 16), int(end, 16)))
+    return found
+
+
+def drop_zero_pages(known: Sequence[Range]) -> int:
+    """Give the zero pages of large ranges that are not ``known`` back to the kernel: they stay zero.
+
+    Nothing else may write to them meanwhile.
+
+    Returns:
+        How many bytes those were.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    dropped = 0
+    for start, end in beyond(ranges(), known):
+        if end - start < SMALLEST:
+            continue
+        for first, last in _zero_runs(start, end):
+            if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED) == 0:
+                dropped += last - first
+    return dropped
+
+
+def beyond(found: Iterable[Range], known: Sequence[Range]) -> Iterator[Range]:
+    """The parts of ``found`` that are in no range of ``known``; both ascend."""
+    for start, end in found:
+        for low, high in known:
+            if high <= start or low >= end:
+                continue
+            if low > start:
+                yield start, low
+            start = max(start, high)
+        if start < end:
+            yield start, end
+
+
+def _zero_runs(start: int, end: int) -> Iterator[Range]:
+    import numpy as np
+
+    for address in range(start, end, BLOCK):
+        size = min(BLOCK, end - address)
+        block = (ctypes.c_uint64 * (size // 8)).from_address(address)
+        zero = np.concatenate(([0], ~np.ctypeslib.as_array(block).reshape(-1, WORDS).any(axis=1), [0]))
+        edges = np.flatnonzero(np.diff(zero))
+        for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            yield address + first * mmap.PAGESIZE, address + last * mmap.PAGESIZE

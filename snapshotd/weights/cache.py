@@ -1,0 +1,182 @@
+"""Which weight files the node holds in memory, and for whom."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from prometheus_client import Counter, Gauge
+
+from snapshotd import cache
+from snapshotd.cache import Held
+from snapshotd.weights import mount
+from snapshotd.weights.copying import copy
+
+log = structlog.get_logger(__name__)
+
+BYTES = Gauge("dumont_weight_cache_bytes", "Weight files in memory, and those on their way there.")
+EVICTIONS = Counter("dumont_weight_cache_evictions_total", "Weight files that left for others.")
+
+PARTIAL = ".partial-"
+EVICTED = ".evicted-"
+DIGEST = re.compile(r"[0-9a-f]{64}")
+# A shard of a large model each; within a file several threads copy.
+FILES_AT_ONCE = 4
+
+
+@dataclass
+class _Entry:
+    size: int
+    last_use: float
+
+
+class WeightCache:
+    """Files named by the BLAKE3 of their bytes, in a tmpfs at ``directory``.
+
+    A file has its name once all of it was copied and digested; until then it is a partial one, which the next
+    daemon removes. Who holds a file keeps it from leaving.
+
+    Args:
+        budget: bytes that all files may take.
+        threads: that copy one file.
+        now: seconds since the epoch.
+    """
+
+    def __init__(
+        self, directory: Path, budget: int, threads: int, now: Callable[[], float] = time.time
+    ) -> None:
+        self.directory = directory
+        self.budget = budget
+        # Called when files have left: somebody else may keep their memory.
+        self.on_eviction: Callable[[], None] = lambda: None
+        self.threads = threads
+        self._now = now
+        self._entries: dict[str, _Entry] = {}
+        self._holds: dict[str, set[str]] = {}
+        self._reserved = 0
+        self._partials = 0
+        self._emptying = asyncio.Lock()
+        self._copying = asyncio.Semaphore(FILES_AT_ONCE)
+
+    def open(self) -> None:
+        """Mount it, or take it over as an earlier daemon left it.
+
+        Raises:
+            FailedPrecondition: WEIGHT_CACHE_UNUSABLE.
+        """
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        # What instances of an earlier daemon use may be more, if its budget was.
+        there = mount.used(self.directory) if mount.mounted(self.directory) else 0
+        mount.mount(self.directory, max(self.budget, there))
+        self.read()
+
+    def read(self) -> None:
+        """Learn what the directory holds, and remove what was never whole."""
+        for path in self.directory.iterdir():
+            if DIGEST.fullmatch(path.name):
+                status = path.stat()
+                self._entries[path.name] = _Entry(occupied(status.st_size), status.st_mtime)
+            else:
+                path.unlink()
+        self._show()
+
+    def close(self) -> None:
+        """Give the memory back, unless an instance uses it: the next daemon takes it over then."""
+        if not self._holds:
+            mount.unmount(self.directory)
+
+    def hold(self, owner: str, digest: str) -> bool:
+        """Keep a file for ``owner``; False: it is not here."""
+        if digest not in self._entries:
+            return False
+        self._holds.setdefault(owner, set()).add(digest)
+        self._touch(digest)
+        return True
+
+    def release(self, owner: str) -> None:
+        """``owner`` needs nothing any more; nothing happens if it held nothing."""
+        for digest in self._holds.pop(owner, ()):
+            self._touch(digest)
+
+    def reserve(self, size: int) -> bool:
+        """Make room for ``size`` bytes, that of files which nobody holds and were used longest ago.
+
+        Returns:
+            False: there is not that much room, and nothing has left.
+        """
+        held = set().union(*self._holds.values())
+        kept = [Held("", self._reserved, 0.0, removable=False)]
+        entries = [
+            Held(name, entry.size, entry.last_use, removable=name not in held)
+            for name, entry in self._entries.items()
+        ]
+        leaving, short = cache.choose([*kept, *entries], self.budget, size)
+        if short > 0:
+            return False
+        for digest in leaving:
+            # Its name is gone at once, its memory when somebody waits for it.
+            (self.directory / digest).rename(self.directory / f"{EVICTED}{digest}")
+            del self._entries[digest]
+            EVICTIONS.inc()
+            log.info("weights left the cache", digest=digest)
+        self._reserved += size
+        self._show()
+        return True
+
+    async def fill(self, source: Path, reserved: int, owners: Iterable[str]) -> str:
+        """Copy a file into the room that was reserved for it.
+
+        Args:
+            owners: read when the file is there; it is kept for each of them from then on.
+
+        Returns:
+            Its digest.
+
+        Raises:
+            OSError: it could not be read, or the machine had less memory than the budget says.
+        """
+        self._partials += 1
+        partial = self.directory / f"{PARTIAL}{self._partials}"
+        try:
+            async with self._emptying:
+                await asyncio.to_thread(self._remove_evicted)
+            async with self._copying:
+                digest = await self._copy(source, partial)
+            if digest not in self._entries:
+                partial.rename(self.directory / digest)
+                self._entries[digest] = _Entry(reserved, self._now())
+            for owner in owners:
+                self.hold(owner, digest)
+            return digest
+        finally:
+            self._reserved -= reserved
+            partial.unlink(missing_ok=True)
+            self._show()
+
+    async def _copy(self, source: Path, partial: Path) -> str:
+        return await asyncio.to_thread(copy, source, partial, self.threads)
+
+    def _remove_evicted(self) -> None:
+        for path in self.directory.glob(f"{EVICTED}*"):
+            path.unlink()
+        self.on_eviction()
+
+    def _touch(self, digest: str) -> None:
+        entry = self._entries[digest]
+        entry.last_use = self._now()
+        # For the next daemon.
+        os.utime(self.directory / digest, (entry.last_use, entry.last_use))
+
+    def _show(self) -> None:
+        BYTES.set(self._reserved + sum(entry.size for entry in self._entries.values()))
+
+
+def occupied(size: int) -> int:
+    """Bytes that a file of ``size`` bytes takes: whole huge pages."""
+    return -(-size // mount.HUGE_PAGE) * mount.HUGE_PAGE

@@ -1,0 +1,51 @@
+"""Copy a file into memory and digest it, in one read."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from blake3 import blake3
+
+# Mapped at a time by each thread: what is mapped counts as memory of this process.
+PIECE = 16 << 20
+
+
+def copy(source: Path, target: Path, threads: int) -> str:
+    """Copy ``source`` to the new file ``target``, which should be on a tmpfs.
+
+    Args:
+        threads: that copy; digesting takes those of the machine besides.
+
+    Returns:
+        BLAKE3 of what ``target`` holds, in hex.
+
+    Raises:
+        OSError: ``source`` cannot be read or was cut short, or there is no room; ``target`` is half there.
+    """
+    hasher = blake3(max_threads=blake3.AUTO)
+    with source.open("rb", buffering=0) as read, target.open("xb+", buffering=0) as written:
+        size = os.fstat(read.fileno()).st_size
+        # All of it before anything is mapped: a page that cannot be had later would end this process.
+        os.posix_fallocate(written.fileno(), 0, size)
+
+        def copy_piece(start: int) -> slice:
+            length = min(PIECE, size - start)
+            with mmap.mmap(written.fileno(), length, offset=start) as window, memoryview(window) as view:
+                done = 0
+                while done < length:
+                    got = os.preadv(read.fileno(), [view[done:]], start + done)
+                    if not got:
+                        raise OSError(errno.EIO, "it became shorter while it was read", str(source))
+                    done += got
+            return slice(start, start + length)
+
+        with ThreadPoolExecutor(threads) as pool:
+            for piece in pool.map(copy_piece, range(0, size, PIECE)):
+                length = piece.stop - piece.start
+                with mmap.mmap(written.fileno(), length, prot=mmap.PROT_READ, offset=piece.start) as window:
+                    hasher.update(window)
+    return hasher.hexdigest()

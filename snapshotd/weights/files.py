@@ -1,0 +1,178 @@
+"""The WeightFiles port: each file is read once, for its digest and its place in the cache together."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+from blake3 import blake3
+from prometheus_client import Counter
+
+from snapshotd.digests import update_from
+from snapshotd.model import Model
+from snapshotd.weights.cache import WeightCache, occupied
+from snapshotd.weights.known import KnownDigests, identify
+
+log = structlog.get_logger(__name__)
+
+USES = Counter(
+    "dumont_weight_cache_uses_total",
+    "Instances that asked for weights in memory: they were there, were filled, or did not fit.",
+    ("outcome",),
+)
+
+
+@dataclass
+class _Fill:
+    """A file on its way into the cache, and the instances that it is to be kept for."""
+
+    task: asyncio.Task[str]
+    owners: set[str] = field(default_factory=set)
+
+
+class NodeWeightFiles:
+    """The weight files of this node's models.
+
+    Args:
+        digests: a file that remembers digests.
+        cache: None: instances map the files in the model's directory.
+    """
+
+    def __init__(self, digests: Path, cache: WeightCache | None) -> None:
+        self.cache = cache
+        self._known = KnownDigests(digests)
+        # By what is read. They run to their end, whoever still waits: a thread cannot be stopped.
+        self._fills: dict[str, _Fill] = {}
+        self._hashes: dict[str, asyncio.Task[str]] = {}
+
+    async def digest(self, model: Model) -> str:
+        hasher = blake3()
+        for path in model.weights:
+            hasher.update(f"{path.name} {await self._digest(path)}\n".encode())
+        return hasher.hexdigest()
+
+    async def hold(self, instance: str, model: Model) -> Mapping[str, str]:
+        if self.cache is None:
+            return {}
+        try:
+            held = {path: self._hold(self.cache, instance, path) for path in model.weights}
+            missing = [path for path, digest in held.items() if digest is None]
+            outcome = "filled" if missing else "hit"
+            if missing:
+                held |= await self._fill(self.cache, instance, missing)
+            files = {path.name: digest for path, digest in held.items() if digest is not None}
+            if len(files) < len(model.weights):
+                outcome, files = "bypassed", {}
+                self.release(instance)
+                log.warning(
+                    "weights do not fit the cache and are read from their own files",
+                    model=model.name,
+                    bytes=model.weights_bytes,
+                    budget=self.cache.budget,
+                )
+            USES.labels(outcome).inc()
+            return files
+        except BaseException:
+            self.release(instance)
+            raise
+
+    def keep(self, instance: str, files: Mapping[str, str]) -> None:
+        if self.cache is not None:
+            for digest in files.values():
+                self.cache.hold(instance, digest)
+
+    def release(self, instance: str) -> None:
+        for fill in self._fills.values():
+            fill.owners.discard(instance)
+        if self.cache is not None:
+            self.cache.release(instance)
+
+    async def close(self) -> None:
+        """Wait for what is being read, and give the cache's memory back if no instance uses it."""
+        if reading := [*self._hashes.values(), *(fill.task for fill in self._fills.values())]:
+            await asyncio.wait(reading)
+        if self.cache is not None:
+            self.cache.close()
+
+    def _hold(self, cache: WeightCache, instance: str, path: Path) -> str | None:
+        digest = self._known.get(identify(path))
+        return digest if digest is not None and cache.hold(instance, digest) else None
+
+    async def _fill(
+        self, cache: WeightCache, instance: str, paths: Sequence[Path]
+    ) -> Mapping[Path, str | None]:
+        """Bring files into the cache for an instance, and wait for those that another one's start brings.
+
+        Returns:
+            The digest of each; None: it is not in the cache, for want of room.
+        """
+        identities = {path: identify(path) for path in paths}
+        sizes = {
+            path: occupied(path.stat().st_size)
+            for path, identity in identities.items()
+            if identity not in self._fills
+        }
+        if not cache.reserve(sum(sizes.values())):
+            # Perhaps they are there, and only nobody knows: a model's directory may be the copy of another.
+            for path in paths:
+                await self._digest(path)
+            return {path: self._hold(cache, instance, path) for path in paths}
+        for path, size in sizes.items():
+            self._begin(cache, path, identities[path], size)
+        fills = {path: self._fills[identity] for path, identity in identities.items()}
+        for fill in fills.values():
+            fill.owners.add(instance)
+        # To the end of all, also when one fails: what still comes takes room.
+        await asyncio.wait([fill.task for fill in fills.values()])
+        try:
+            return {path: fill.task.result() for path, fill in fills.items()}
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                raise
+            log.warning("this machine has less memory than its weight cache may take", error=str(error))
+            return dict.fromkeys(paths)
+
+    def _begin(self, cache: WeightCache, path: Path, identity: str, size: int) -> None:
+        owners: set[str] = set()
+
+        async def work() -> str:
+            try:
+                digest = await cache.fill(path, size, owners)
+                self._known.remember(identity, digest)
+                return digest
+            finally:
+                del self._fills[identity]
+
+        task = asyncio.create_task(work(), name=f"fill {path.name}")
+        task.add_done_callback(_hear)
+        self._fills[identity] = _Fill(task, owners)
+
+    async def _digest(self, path: Path) -> str:
+        identity = identify(path)
+        if (known := self._known.get(identity)) is not None:
+            return known
+        if (fill := self._fills.get(identity)) is not None:
+            return await asyncio.shield(fill.task)
+        if identity not in self._hashes:
+            self._hashes[identity] = asyncio.create_task(self._hash(path, identity), name=f"hash {path.name}")
+            self._hashes[identity].add_done_callback(_hear)
+        return await asyncio.shield(self._hashes[identity])
+
+    async def _hash(self, path: Path, identity: str) -> str:
+        try:
+            hasher = blake3(max_threads=blake3.AUTO)
+            await asyncio.to_thread(update_from, hasher, path)
+            self._known.remember(identity, hasher.hexdigest())
+            return str(hasher.hexdigest())
+        finally:
+            del self._hashes[identity]
+
+
+def _hear(task: asyncio.Task[str]) -> None:
+    """Its error is for those who wait; there may be none left, and then for the log."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("weights cannot be read", file=task.get_name(), error=str(error))

@@ -1,0 +1,45 @@
+"""Digests of files that were read before, kept in a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import structlog
+from blake3 import blake3
+
+log = structlog.get_logger(__name__)
+
+
+def identify(path: Path) -> str:
+    """What the file system says of a file: a write, or another file in its place, changes it."""
+    status = path.stat()
+    told = f"{path.resolve()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    return blake3(told.encode()).hexdigest()
+
+
+class KnownDigests:
+    """The digests of files, by what :func:`identify` said when they were read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def get(self, identity: str) -> str | None:
+        return self._read().get(identity)
+
+    def remember(self, identity: str, digest: str) -> None:
+        known = self._read() | {identity: digest}
+        scratch = self.path.with_suffix(".new")
+        scratch.write_text(json.dumps(known))
+        scratch.replace(self.path)
+
+    def _read(self) -> dict[str, str]:
+        try:
+            known = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            # As a power cut may leave it. Reading the weights again is all it costs.
+            log.warning("remembered digests cannot be read", path=self.path.name)
+            return {}
+        return known if isinstance(known, dict) else {}

@@ -1,0 +1,55 @@
+"""Draws follow the model's probabilities, within the nucleus that was asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import TopPLogitsWarper
+
+from model_host.engines.sampling import LIKELY, draw
+
+CHANCES = np.linspace(0, 1, 4001)[:-1]
+
+
+def logits(size: int, seed: int, spread: float = 3.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), top_p=st.floats(0.05, 0.99), size=st.sampled_from([2, 50, 3 * LIKELY[0]]))
+def test_only_tokens_of_the_nucleus_are_drawn(seed: int, top_p: float, size: int) -> None:
+    values = logits(size, seed)
+
+    drawn = {draw(values, top_p, chance) for chance in CHANCES}
+
+    kept = TopPLogitsWarper(top_p)(None, torch.from_numpy(values)[None])[0]
+    assert drawn <= set(torch.nonzero(torch.isfinite(kept))[:, 0].tolist())
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_tokens_are_drawn_as_often_as_they_are_likely(top_p: float) -> None:
+    values = logits(12, seed=1, spread=1.0)
+    warped = TopPLogitsWarper(top_p)(None, torch.from_numpy(values)[None])[0]
+    expected = torch.softmax(warped, -1).numpy()
+
+    drawn = np.bincount([draw(values, top_p, chance) for chance in CHANCES], minlength=12) / len(CHANCES)
+
+    assert np.abs(drawn - expected).max() < 0.002
+
+
+def test_a_flat_distribution_needs_more_than_the_likeliest_tokens() -> None:
+    values = np.zeros(4 * LIKELY[0], dtype=np.float32)
+
+    drawn = {draw(values, 0.9, chance) for chance in CHANCES}
+
+    assert len(drawn) > 3 * LIKELY[0] * 0.9
+
+
+def test_a_certain_token_is_drawn_whatever_the_chance() -> None:
+    values = np.full(100, -1e4, dtype=np.float32)
+    values[42] = 0
+
+    assert {draw(values, top_p, chance) for top_p in (0.01, 1.0) for chance in (0.0, 0.999999)} == {42}
