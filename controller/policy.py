@@ -207,6 +207,14 @@ def _cold(facts: Facts, now: float) -> Start:
             for snapshot in facts.snapshots
             if snapshot.quarantined
         )
+        reason += "".join(
+            f"; {snapshot.incompatibility}"
+            for snapshot in facts.snapshots
+            if snapshot.incompatibility and not snapshot.quarantined
+        )
+        if not node.checkpoint_capable:
+            missing = "; ".join(finding.message for finding in node.findings if not finding.passed)
+            reason += f"; nodes/{node.id} cannot checkpoint: {missing or 'it does not say why'}"
     else:
         reason = f"no instance, and start mode {facts.deployment.start_mode.value} uses no snapshot"
     capture = node.checkpoint_capable and _wants_capture(facts, now)

@@ -77,7 +77,10 @@ def _ask(check: str, command: list[str]) -> list[Check]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PREFLIGHT_SECONDS, check=False)
         findings = json.loads(done.stdout)
-        return [Check(found["check"], found["passed"], True, found["message"]) for found in findings]
+        return [
+            Check(found["check"], found["passed"], found.get("needed", True), found["message"])
+            for found in findings
+        ]
     except subprocess.TimeoutExpired:
         return [Check(check, False, True, f"no answer in {PREFLIGHT_SECONDS} seconds: {' '.join(command)}")]
     except (ValueError, KeyError, TypeError):

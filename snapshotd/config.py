@@ -86,6 +86,15 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu"] = Field(
         "auto", description="where models run; auto: a GPU if there is one"
     )
+    cuda_backend: Literal["auto", "driver", "cli"] = Field(
+        "auto",
+        description="how CUDA processes are suspended; driver: a process that holds the driver; "
+        "cli: cuda-checkpoint; auto: the first of these that is here",
+    )
+    cuda_checkpoint: Path | None = Field(
+        default_factory=lambda: _path(os.environ.get("DUMONT_CUDA_CHECKPOINT", "")),
+        description="the cuda-checkpoint program; unset: DUMONT_CUDA_CHECKPOINT, else the one on the PATH",
+    )
     threads: int = Field(
         default_factory=lambda: os.cpu_count() or 1, ge=1, description="threads of store workers"
     )
@@ -127,3 +136,7 @@ def node_id(settings: Settings) -> str:
         )
         path.write_text(f"node-{host[:40].rstrip('-') or 'local'}-{os.urandom(3).hex()}")
     return path.read_text()
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None

@@ -53,6 +53,7 @@ def instance(fact: Instance) -> instances_pb2.Instance:
         failure_message=fact.failure_message,
         memory_bytes=resident_bytes(fact.pid) if fact.state is not State.FAILED else 0,
         device=fact.device,
+        gpu=fact.gpu,
         weights=WEIGHTS[fact.weights],
     )
 

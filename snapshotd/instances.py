@@ -120,21 +120,30 @@ class Instances:
         self._records[instance.id] = Record(instance)
         self._publish(self._records[instance.id])
 
-    async def start(self, instance: str, model: Model) -> Instance:
+    async def start(self, instance: str, model: Model, gpu: str = "") -> Instance:
+        """
+        Args:
+            gpu: UUID or index of the GPU to load it on; empty: where there is most room.
+        """
         record = self._record(instance)
-        return await self._settle(record, "start", jobs.start(self.node, record, model))
+        return await self._settle(record, "start", jobs.start(self.node, record, model, gpu))
 
-    async def restore(self, instance: str, snapshot: Snapshot, fetch: Action | None = None) -> Instance:
+    async def restore(
+        self, instance: str, snapshot: Snapshot, fetch: Action | None = None, gpu: str = ""
+    ) -> Instance:
         """
         Args:
             fetch: brings the snapshot to this node; None: it is here.
+            gpu: UUID or index of the GPU to restore it on; empty: where there is most room.
         """
         record = self._record(instance)
         with self._pin(snapshot.manifest.id):
-            return await self._settle(record, "restore", jobs.restore(self.node, record, snapshot, fetch))
+            steps = jobs.restore(self.node, record, snapshot, fetch, gpu)
+            return await self._settle(record, "restore", steps)
 
     async def capture(self, instance: str, snapshot: str) -> Snapshot:
         record = self._record(instance)
+        self._check_unshared(record, Event.CAPTURE)
         self._move(record, Event.CAPTURE)
         capture = jobs.Capture(self.node, record, snapshot)
         await self._settle(record, "capture", capture.steps(), capture.phases)
@@ -146,15 +155,25 @@ class Instances:
 
     async def park(self, instance: str) -> Instance:
         record = self._record(instance)
+        self._check_unshared(record, Event.PARK)
         self._move(record, Event.PARK)
         return await self._settle(record, "park", jobs.park(self.node, record))
 
-    async def resume(self, instance: str) -> Instance:
+    async def resume(self, instance: str, gpu: str = "") -> Instance:
+        """
+        Args:
+            gpu: UUID or index of the GPU to come back on; empty: where it was.
+
+        Raises:
+            InvalidArgument, FailedPrecondition: it cannot go there; it stays parked.
+            ResourceExhausted: there is no room for it now; it stays parked.
+        """
         record = self._record(instance)
         # Before anything moves: without room it stays parked.
-        moves.check_gpu_memory(self.node, record.instance.device, record.instance.gpu_bytes)
+        self._check_unshared(record, Event.RESUME)
+        target = moves.find_place(self.node, record.instance, gpu)
         self._move(record, Event.RESUME)
-        return await self._settle(record, "resume", jobs.resume(self.node, record))
+        return await self._settle(record, "resume", jobs.resume(self.node, record, target))
 
     async def stop(self, instance: str) -> None:
         """End an instance in whatever state; a job under way is cancelled and unwinds first."""
@@ -220,8 +239,10 @@ class Instances:
             raise Aborted("INTERRUPTED", f"it was {instance.state.name} when its snapshotd ended")
         if (await host.status())["frozen"]:
             return replace(instance, pid=host.pid, state=State.PARKED)
-        if uses_cuda(instance.device) and await moves.settle_cuda(self.node, instance, host):
-            return replace(instance, pid=host.pid, state=State.PARKED)
+        if uses_cuda(instance.device):
+            instance = await moves.settle_cuda(self.node, instance, host)
+            if instance.state is State.PARKED:
+                return replace(instance, pid=host.pid)
         await moves.bring_back(self.node, instance.id, host)
         return replace(instance, pid=host.pid, state=State.SERVING)
 
@@ -300,6 +321,7 @@ class Instances:
                 await self._fail(record, error)
             raise
         finally:
+            self.node.room.release(record.instance.id)
             if record.job is task:
                 record.job = None
         if record.instance.state is State.STOPPING and job != "stop":
@@ -328,6 +350,11 @@ class Instances:
         observer = self.observer(record.instance.id)
         async with record.ending:
             await run_job("clean_up", steps, self.node.clock, observer, self.failpoints, [])
+
+    def _check_unshared(self, record: Record, event: Event) -> None:
+        """Refuse before the machine's step, and after an illegal one was refused."""
+        advance(record.instance.state, event)
+        moves.check_unshared(self.node, record.instance.device)
 
     def _move(self, record: Record, event: Event, reason: str = "", message: str = "") -> Job | None:
         """Take the machine's step, tell the journal and whoever listens, and say what must follow."""

@@ -21,8 +21,8 @@ from dumont.rpc.logs import configure_logs
 from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
 from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc, snapshot_service_pb2_grpc
 from snapshotd import preflight
+from snapshotd.adapters import cuda_backend
 from snapshotd.adapters.clock import SystemClock
-from snapshotd.adapters.cuda_agent import CudaAgent
 from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.facts import node_facts
 from snapshotd.adapters.gpus import Nvml
@@ -74,7 +74,7 @@ async def run(settings: Settings) -> None:
     """
     criu, findings = preflight.find_criu()
     findings = [*preflight.check_machine(gpu=settings.device != "cpu"), *findings]
-    problems = [finding.message for finding in findings if not finding.passed]
+    problems = preflight.problems(findings)
     if criu is None or problems:
         raise FailedPrecondition("MACHINE_UNFIT", "; ".join(problems))
     async with AsyncExitStack() as stack:
@@ -98,11 +98,11 @@ async def run(settings: Settings) -> None:
             criu.pycriu,
             weight_cache.directory if weight_cache else None,
         )
-        agent = CudaAgent()
         loader = LoaderProcess(weight_cache.directory) if nvml and weight_cache else None
         if weight_cache and loader:
             weight_cache.on_eviction = loader.files_left
             stack.push_async_callback(loader.close)
+        cuda = cuda_backend.choose(settings.cuda_backend, settings.cuda_checkpoint) if nvml else None
         node = Node(
             hosts=hosts,
             store=store,
@@ -115,13 +115,14 @@ async def run(settings: Settings) -> None:
             directory=settings.state_dir,
             threads=settings.threads,
             deadlines=Deadlines(drain=settings.drain_seconds),
-            cuda=agent if nvml else None,
+            cuda=cuda,
             gpus=tuple(nvml.gpus()) if nvml else (),
             gpu_facts=nvml.facts() if nvml else {},
-            gpu_memory=nvml,
+            gpu_status=nvml,
             loader=loader,
         )
-        stack.push_async_callback(agent.close)
+        if cuda is not None:
+            stack.push_async_callback(cuda.close)
         observers = Observers()
         instances = Instances(node, Journal(settings.state_dir / "journal"), observers, failpoints)
         snapshots = connect(store, remote, settings, instances)
@@ -151,8 +152,8 @@ async def run(settings: Settings) -> None:
             snapshots.uploads.resume()
         await instances.take_over()
         hosts.prepare()
-        if nvml:
-            await agent.prepare()
+        if cuda is not None:
+            await cuda.prepare()
         if loader:
             await loader.prepare()
         stack.push_async_callback(inference.close)

@@ -84,7 +84,9 @@ class Instance:
     # The digest of each weight file that it maps from the node's weight cache; empty: from the model's own.
     weight_files: Mapping[str, str] = field(default_factory=dict)
     canary: Canary | None = None
-    # Bytes it held on the GPU when it last gave it up.
+    # UUID of the GPU it is on, or was on when it gave it up; inside it is always the same CUDA device.
+    gpu: str = ""
+    # Bytes it held there when it last gave it up.
     gpu_bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -114,6 +116,21 @@ class Gpu:
     uuid: str
     model: str
     memory_total: int
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A way of sharing GPUs in which the driver cannot suspend a process.
+
+    Attributes:
+        kind: "MIG" or "MPS".
+        gpu: UUID of the GPU; empty: all of the node's.
+        message: what was found and how to end it.
+    """
+
+    kind: str
+    gpu: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -150,7 +167,9 @@ class Manifest:
     files: tuple[ImageFile, ...]
     # UUIDs of the node's GPUs at capture, in the driver's order; empty for a process without CUDA.
     gpus: tuple[str, ...] = ()
-    # Bytes that its source held on the GPU while it served.
+    # The one of them that it was on; empty in older manifests: the first.
+    gpu: str = ""
+    # Bytes that its source held there while it served.
     gpu_bytes: int = 0
     weights: Weights = Weights.DETACHED
     # As its source had them: its process maps these very files again.
@@ -184,11 +203,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Finding:
-    """One check of the machine and what came of it."""
+    """One check of the machine and what came of it.
+
+    Attributes:
+        needed: whether nothing works without; else models still run, and start cold.
+    """
 
     check: str
     passed: bool
     message: str
+    needed: bool = True
 
 
 Json = dict[str, Any]

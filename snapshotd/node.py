@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from snapshotd.images.format import ImageFormat
 from snapshotd.model import Gpu, Instance, Phase
+from snapshotd.placement import Room
 from snapshotd.ports import (
     Clock,
     Cuda,
-    GpuMemory,
+    GpuStatus,
     Host,
     Hosts,
     Models,
@@ -20,6 +21,7 @@ from snapshotd.ports import (
     WeightFiles,
     WeightLoader,
 )
+from snapshotd.process_tree import family
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,11 @@ class Node:
     cuda: Cuda | None = None
     gpus: tuple[Gpu, ...] = ()
     gpu_facts: Mapping[str, str] = field(default_factory=dict)
-    gpu_memory: GpuMemory | None = None
+    gpu_status: GpuStatus | None = None
     loader: WeightLoader | None = None
+    room: Room = field(default_factory=Room)
+    # A process and its descendants.
+    family: Callable[[int], Sequence[int]] = family
 
     def facts_of(self, device: str) -> dict[str, str]:
         """What a process on ``device`` is bound to here."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from snapshotd.model import Entry, ImageFile, Json, Manifest, Model, Snapshot
+from snapshotd.model import Entry, ImageFile, Json, Manifest, Model, Sharing, Snapshot
 
 
 class Clock(Protocol):
@@ -93,13 +93,17 @@ class Cuda(Protocol):
 
     A process is ``running``, ``locked`` (its CUDA calls wait), ``checkpointed`` (its GPU memory is in host
     memory and the GPU is free) or ``failed``. Lock, checkpoint, restore, unlock go through them in that
-    order. Every method raises ``DumontError``: ``CUDA_FAILED`` when the driver refuses, ``CUDA_TIMEOUT``.
+    order. Every method raises ``DumontError``: ``CUDA_FAILED`` when the driver refuses, ``GPU_MEMORY`` when
+    a GPU is too full, ``CUDA_TIMEOUT`` for what does not end, ``CUDA_AGENT_LOST`` when whoever performs the
+    operation ends in the middle of it. After the last two only ``state`` says what became of the process.
     """
 
-    async def state(self, pid: int) -> str: ...
+    async def state(self, pid: int) -> str:
+        """``CUDA_FAILED`` also when the process does not use CUDA."""
+        ...
 
     async def lock(self, pid: int, timeout: float) -> None:
-        """``timeout`` in seconds: work that is still on the GPU after that fails the lock."""
+        """``timeout`` in seconds: work that is still on the GPU after that is ``CUDA_LOCK_TIMEOUT``."""
         ...
 
     async def checkpoint(self, pid: int) -> None: ...
@@ -119,15 +123,19 @@ class WeightLoader(Protocol):
         ...
 
 
-class GpuMemory(Protocol):
-    """Memory of this node's GPUs, in bytes."""
+class GpuStatus(Protocol):
+    """This node's GPUs as they are now; memory in bytes, GPUs by UUID."""
 
-    def used_by(self, pid: int) -> int:
-        """What a process holds, on all GPUs together."""
+    def used_by(self, pids: Collection[int]) -> Mapping[str, int]:
+        """What processes hold, of each GPU that they are on."""
         ...
 
-    def free(self, index: int) -> int:
+    def free(self, gpu: str) -> int:
         """What nobody holds of one GPU."""
+        ...
+
+    def sharing(self) -> Sequence[Sharing]:
+        """How GPUs are shared in ways that CUDA processes cannot be suspended in; empty: they can."""
         ...
 
 

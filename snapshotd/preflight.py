@@ -10,9 +10,12 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from snapshotd import gpu_sharing
 from snapshotd.model import Finding
 
 OLDEST_CRIU = (4, 0)
@@ -119,7 +122,7 @@ def check_machine(gpu: bool = True) -> list[Finding]:
             else f"{architecture} is not one of {ARCHITECTURES}",
         ),
         _check_cgroup(),
-        *([_check_gpu()] if gpu else []),
+        *([_check_gpu(), *_check_sharing()] if gpu else []),
     ]
 
 
@@ -137,17 +140,45 @@ def _check_gpu() -> Finding:
     if not version.exists():
         return Finding("gpu", True, "no NVIDIA driver; models run on the CPU")
     driver = version.read_text().strip()
-    new_enough = int(driver.split(".")[0]) >= OLDEST_DRIVER
-    return Finding(
-        "gpu",
-        new_enough,
-        f"NVIDIA driver {driver}"
-        + ("" if new_enough else f" cannot checkpoint; {OLDEST_DRIVER} is the oldest that can"),
-    )
+    problem = ""
+    if int(driver.split(".")[0]) < OLDEST_DRIVER:
+        problem = f" cannot checkpoint; {OLDEST_DRIVER} is the oldest that can"
+    elif importlib.util.find_spec("pynvml") is None:
+        problem = ", but nvidia-ml-py is not installed; pip install 'dumont[gpu]', or choose --device cpu"
+    return Finding("gpu", not problem, f"NVIDIA driver {driver}{problem}")
+
+
+def _check_sharing() -> list[Finding]:
+    """MIG and MPS. Models run beside them; only captures, parks and restores are refused."""
+    nvml = open_nvml()
+    if nvml is None:
+        return []
+    return [
+        Finding(f"gpu_{sharing.kind.lower()}", False, sharing.message, needed=False)
+        for sharing in gpu_sharing.found(nvml)
+    ]
+
+
+def open_nvml() -> Any:
+    """``pynvml``, initialised; None when there is no NVIDIA driver here, or no NVML package."""
+    if importlib.util.find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
 
 
 def findings() -> list[Finding]:
     return [*check_machine(), *find_criu()[1]]
+
+
+def problems(found: Iterable[Finding]) -> list[str]:
+    """Why no model host can run here; empty when they can."""
+    return [finding.message for finding in found if finding.needed and not finding.passed]
 
 
 def main() -> None:
@@ -166,8 +197,9 @@ def main() -> None:
         sys.stdout.write(json.dumps([asdict(finding) for finding in found]) + "\n")
     else:
         for finding in found:
-            sys.stdout.write(f"{'ok  ' if finding.passed else 'MISS'} {finding.check}: {finding.message}\n")
-    raise SystemExit(0 if all(finding.passed for finding in found) else 1)
+            mark = "ok  " if finding.passed else "MISS" if finding.needed else "note"
+            sys.stdout.write(f"{mark} {finding.check}: {finding.message}\n")
+    raise SystemExit(1 if problems(found) else 0)
 
 
 if __name__ == "__main__":

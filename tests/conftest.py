@@ -21,6 +21,8 @@ from tests.s3_server import s3_server as run_s3_server
 
 MODELS = Path(os.environ.get("DUMONT_MODELS_DIR") or cache_directory() / "models")
 
+LEFT_OUT = pytest.StashKey[tuple[int, int]]()
+
 
 def require(present: bool, missing: str) -> None:
     """The one place that decides what becomes of a test whose requirement is missing."""
@@ -32,12 +34,27 @@ def require(present: bool, missing: str) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if any(Path("/dev").glob("nvidia[0-9]*")):
-        return
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu:
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if item not in needs_gpu]
+    """Leave out what this machine has too few GPUs for."""
+    gpus = gpus_here()
+    left_out = [item for item in items if gpus_needed(item) > gpus]
+    if left_out:
+        config.stash[LEFT_OUT] = (gpus, len(left_out))
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if gpus_needed(item) <= gpus]
+
+
+def gpus_here() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def gpus_needed(item: pytest.Item) -> int:
+    return 2 if item.get_closest_marker("gpus2") else 1 if item.get_closest_marker("gpu") else 0
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if LEFT_OUT in config.stash:
+        gpus, count = config.stash[LEFT_OUT]
+        terminalreporter.write_line(f"{count} tests need more GPUs than the {gpus} here, and were left out")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def node_facts(criu_version: str) -> dict[str, str]:
         "architecture": platform.machine(),
         "cpu_features": cpu_features(Path("/proc/cpuinfo").read_text()),
         "criu": criu_version,
-        "dumont": version("dumont"),
+        "dumont": _version("dumont"),
         "image_layout": LAYOUT_VERSION,
         "kernel": platform.release(),
         "python": platform.python_version(),

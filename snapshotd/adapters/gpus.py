@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import structlog
 
-from snapshotd.model import Gpu
+from snapshotd import gpu_sharing
+from snapshotd.gpu_sharing import text
+from snapshotd.model import Gpu, Sharing
+from snapshotd.preflight import open_nvml
 
 log = structlog.get_logger(__name__)
 
@@ -24,18 +27,13 @@ class Nvml:
     @classmethod
     def open(cls) -> Nvml | None:
         """None when there is no NVIDIA driver here, or no NVML package."""
-        if find_spec("pynvml") is None:
-            return None
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
-            log.info("no GPU", reason=str(error))
+        pynvml = open_nvml()
+        if pynvml is None:
+            log.info("no GPU")
             return None
         version = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
         return cls(
-            pynvml, _text(pynvml.nvmlSystemGetDriverVersion()), f"{version // 1000}.{version % 1000 // 10}"
+            pynvml, text(pynvml.nvmlSystemGetDriverVersion()), f"{version // 1000}.{version % 1000 // 10}"
         )
 
     def gpus(self) -> list[Gpu]:
@@ -54,26 +52,26 @@ class Nvml:
             "nvidia_driver": self.driver,
         }
 
-    def used_by(self, pid: int) -> int:
-        handles = map(self.library.nvmlDeviceGetHandleByIndex, range(self.library.nvmlDeviceGetCount()))
-        processes = (
-            process
-            for handle in handles
-            for process in self.library.nvmlDeviceGetComputeRunningProcesses(handle)
-        )
-        return sum(int(process.usedGpuMemory or 0) for process in processes if process.pid == pid)
+    def used_by(self, pids: Collection[int]) -> dict[str, int]:
+        used: dict[str, int] = {}
+        for index in range(self.library.nvmlDeviceGetCount()):
+            handle = self.library.nvmlDeviceGetHandleByIndex(index)
+            for process in self.library.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid in pids:
+                    gpu = text(self.library.nvmlDeviceGetUUID(handle))
+                    used[gpu] = used.get(gpu, 0) + int(process.usedGpuMemory or 0)
+        return used
 
-    def free(self, index: int) -> int:
-        handle = self.library.nvmlDeviceGetHandleByIndex(index)
+    def free(self, gpu: str) -> int:
+        handle = self.library.nvmlDeviceGetHandleByUUID(gpu)
         return int(self.library.nvmlDeviceGetMemoryInfo(handle).free)
+
+    def sharing(self) -> list[Sharing]:
+        return gpu_sharing.found(self.library)
 
     def _describe(self, handle: Any) -> Gpu:
         return Gpu(
-            uuid=_text(self.library.nvmlDeviceGetUUID(handle)),
-            model=_text(self.library.nvmlDeviceGetName(handle)),
+            uuid=text(self.library.nvmlDeviceGetUUID(handle)),
+            model=text(self.library.nvmlDeviceGetName(handle)),
             memory_total=int(self.library.nvmlDeviceGetMemoryInfo(handle).total),
         )
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,9 +25,38 @@ def commands(process: Callable[[int], Any]) -> dict[str, Callable[[Message], Any
         "state": lambda message: process(message["pid"]).state,
         "lock": lambda message: process(message["pid"]).lock(message["timeout_ms"]),
         "checkpoint": lambda message: process(message["pid"]).checkpoint(),
-        "restore": lambda message: process(message["pid"]).restore(message.get("devices") or None),
+        "restore": lambda message: process(message["pid"]).restore(_bare(message.get("devices") or {})),
         "unlock": lambda message: process(message["pid"]).unlock(),
     }
+
+
+def _bare(devices: Mapping[str, str]) -> dict[str, str] | None:
+    """A device map as cuda-core takes it: NVML and the command line tool write ``GPU-`` before a UUID."""
+    return {old.removeprefix("GPU-"): new.removeprefix("GPU-") for old, new in devices.items()} or None
+
+
+def serve(process: Callable[[int], Any]) -> None:
+    """Answer until stdin ends."""
+    known = commands(process)
+    speak = threading.Lock()
+
+    def say(message: Message) -> None:
+        with speak:
+            sys.stdout.write(json.dumps(message) + "\n")
+            sys.stdout.flush()
+
+    def answer(message: Message) -> None:
+        reply: Message = {"id": message["id"]}
+        try:
+            reply["ok"] = known[message["do"]](message)
+        except Exception as error:
+            reply["error"] = f"{type(error).__name__}: {error}"
+        say(reply)
+
+    say({"ready": True})
+    with ThreadPoolExecutor(THREADS) as pool:
+        for line in sys.stdin:
+            pool.submit(answer, json.loads(line))
 
 
 def main() -> None:
@@ -37,24 +66,7 @@ def main() -> None:
     (result,) = driver.cuInit(0)
     if result != driver.CUresult.CUDA_SUCCESS:
         raise SystemExit(f"the CUDA driver cannot be used: {result.name}")
-    known = commands(Process)
-    speak = threading.Lock()
-
-    def answer(message: Message) -> None:
-        reply: Message = {"id": message["id"]}
-        try:
-            reply["ok"] = known[message["do"]](message)
-        except Exception as error:
-            reply["error"] = f"{type(error).__name__}: {error}"
-        with speak:
-            sys.stdout.write(json.dumps(reply) + "\n")
-            sys.stdout.flush()
-
-    sys.stdout.write(json.dumps({"ready": True}) + "\n")
-    sys.stdout.flush()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for line in sys.stdin:
-            pool.submit(answer, json.loads(line))
+    serve(Process)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Capture:
             Step("quiesce", self.quiesce),
             *([Step("cuda_checkpoint", self.suspend, self.revive), Step("trim", self.trim)] if cuda else []),
             Step("dump", self.dump),
-            *([Step("cuda_restore", self.revive)] if cuda else []),
+            *([Step("cuda_restore", self.rouse)] if cuda else []),
             Step("wake", self.wake),
             Step("compact", self.compact),
             Step("verify", self.verify),
@@ -79,8 +79,13 @@ class Capture:
             )
 
     async def suspend(self) -> None:
-        await moves.suspend_cuda(self.node, self.subject)
+        # First: what is half done is undone as well.
         self.suspended = True
+        await moves.suspend_cuda(self.node, self.subject)
+
+    async def rouse(self) -> None:
+        await moves.rouse_cuda(self.node, self.subject)
+        self.suspended = False
 
     async def trim(self) -> None:
         await moves.trim(self.node, self.subject)
@@ -132,6 +137,7 @@ class Capture:
                 weights=instance.weights,
                 weight_files=instance.weight_files,
                 gpus=tuple(gpu.uuid for gpu in self.node.gpus) if uses_cuda(instance.device) else (),
+                gpu=instance.gpu,
             )
         )
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import structlog
 
-from dumont.errors import Aborted, DumontError, FailedPrecondition, Internal, ResourceExhausted
+from dumont.errors import Aborted, DumontError, FailedPrecondition, Internal
+from snapshotd import placement
 from snapshotd.cuda import tree
 from snapshotd.executor import Action, Step
-from snapshotd.model import Canary, Instance, Json, State
+from snapshotd.model import Canary, Gpu, Instance, Json, State
 from snapshotd.node import Node, Subject, uses_cuda
 from snapshotd.ports import Cuda, Host
 from snapshotd.shim.mounts import WEIGHTS_MOUNT
@@ -57,8 +58,15 @@ async def quiesce(node: Node, subject: Subject) -> None:
     await host_of(subject).call("quiesce", node.deadlines.quiesce)
 
 
+async def cuda_pids(node: Node, host: Host) -> list[int]:
+    """The CUDA processes of a model host's tree, parents before children."""
+    return await tree.find(cuda_of(node), node.family(host.pid))
+
+
 async def suspend_cuda(node: Node, subject: Subject) -> None:
-    await tree.suspend(cuda_of(node), [host_of(subject).pid], node.deadlines.cuda_lock)
+    """Move what the process holds on GPUs to host memory."""
+    pids = await cuda_pids(node, host_of(subject))
+    await tree.suspend(cuda_of(node), pids, node.deadlines.cuda_lock)
 
 
 async def trim(node: Node, subject: Subject) -> None:
@@ -73,68 +81,126 @@ async def revive_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) 
         devices: GPU UUIDs, old to new, every GPU of the node; empty: the same GPUs.
     """
     await order_weights(node, subject)
-    await tree.revive(cuda_of(node), [host_of(subject).pid], devices)
-
-
-async def order_weights(node: Node, subject: Subject) -> None:
-    """Let the loader begin; the model host takes over what it brought when it wakes."""
-    if loader := await loader_of(node, subject, subject.instance.device):
-        await host_of(subject).call("order_weights", node.deadlines.serve, **loader)
-
-
-async def loader_of(node: Node, subject: Subject, device: str) -> dict[str, str]:
-    """What a model host must know to have its weights brought; empty when nobody can bring them.
-
-    Args:
-        device: as configured or as the model host named it.
-    """
-    if node.loader is None or not subject.instance.weight_files or not await node.loader.ready():
-        return {}
-    return {"loader": LOADER_SOCKET, "gpu": gpu_of(node, device)}
-
-
-def gpu_of(node: Node, device: str) -> str:
-    """UUID of the GPU that a model host on ``device`` computes on; ``auto`` is the first."""
-    return node.gpus[int(device.partition(":")[2] or 0)].uuid
-
-
-def note_gpu_memory(node: Node, subject: Subject) -> None:
-    """Remember what the process holds on the GPU, while it does: to come back it needs as much."""
-    if node.gpu_memory is not None:
-        used = node.gpu_memory.used_by(host_of(subject).pid)
-        subject.instance = replace(subject.instance, gpu_bytes=used)
-
-
-def check_gpu_memory(node: Node, device: str, needed: int) -> None:
-    """Refuse before the driver begins: a CUDA restore that runs out of memory strands its process.
-
-    Raises:
-        ResourceExhausted: the GPU has less free than ``needed`` bytes.
-    """
-    if node.gpu_memory is None or not uses_cuda(device):
-        return
-    free = node.gpu_memory.free(int(device.partition(":")[2] or 0))
-    if free < needed:
-        raise ResourceExhausted(
-            "GPU_MEMORY",
-            f"{device} has {free >> 20} MiB free and the process needs {needed >> 20}; park or stop another",
-            metadata={"device": device, "free_bytes": str(free), "needed_bytes": str(needed)},
-        )
+    await tree.revive(cuda_of(node), await cuda_pids(node, host_of(subject)), devices)
 
 
 async def rouse_cuda(node: Node, subject: Subject) -> None:
     """Bring a source back to running, from whatever state its suspension reached."""
     await order_weights(node, subject)
-    await tree.rouse(cuda_of(node), [host_of(subject).pid])
+    await tree.rouse(cuda_of(node), await cuda_pids(node, host_of(subject)))
 
 
-async def settle_cuda(node: Node, instance: Instance, host: Host) -> bool:
-    """After a crash of the daemon: True when the process is parked; else its CUDA runs again."""
-    cuda = cuda_of(node)
-    if instance.state is State.PARKED and await cuda.state(host.pid) == "checkpointed":
-        return True
-    await tree.rouse(cuda, [host.pid])
-    return False
+async def order_weights(node: Node, subject: Subject) -> None:
+    """Let the loader begin; the model host takes over what it brought when it wakes."""
+    if loader := await loader_of(node, subject):
+        await host_of(subject).call("order_weights", node.deadlines.serve, **loader)
+
+
+async def loader_of(node: Node, subject: Subject) -> dict[str, str]:
+    """What a model host must know to have its weights brought; empty when nobody can bring them."""
+    instance = subject.instance
+    if node.loader is None or not instance.gpu or not instance.weight_files or not await node.loader.ready():
+        return {}
+    return {"loader": LOADER_SOCKET, "gpu": instance.gpu}
+
+
+async def settle_cuda(node: Node, instance: Instance, host: Host) -> Instance:
+    """After a crash of the daemon: the instance parked, or with its CUDA running again and where it is.
+
+    Raises:
+        DumontError: it can be neither.
+    """
+    cuda, pids = cuda_of(node), await cuda_pids(node, host)
+    if instance.state is State.PARKED and {await cuda.state(pid) for pid in pids} == {"checkpointed"}:
+        return instance
+    await tree.rouse(cuda, pids)
+    return replace(located(node, instance, pids), state=State.SERVING)
+
+
+def note_gpu_memory(node: Node, subject: Subject) -> None:
+    """Remember where the process is and what it holds there: to come back it needs as much."""
+    if node.gpu_status is not None:
+        subject.instance = located(node, subject.instance, node.family(host_of(subject).pid))
+
+
+def located(node: Node, instance: Instance, pids: Sequence[int]) -> Instance:
+    """As NVML sees it; unchanged where NVML does not see it, as in some containers."""
+    used = node.gpu_status.used_by(pids) if node.gpu_status else {}
+    if not any(used.values()):
+        return instance
+    gpu = max(used, key=lambda uuid: used[uuid])
+    return replace(instance, gpu=gpu, gpu_bytes=used[gpu])
+
+
+def check_unshared(node: Node, device: str) -> None:
+    """Refuse before anything is touched what the driver cannot do beside MIG and MPS.
+
+    Raises:
+        FailedPrecondition: GPU_MIG or GPU_MPS; the GPU is named.
+    """
+    if node.gpu_status is None or not uses_cuda(device):
+        return
+    for sharing in node.gpu_status.sharing():
+        raise FailedPrecondition(
+            f"GPU_{sharing.kind}",
+            f"instances on this node's GPUs can start and serve, but not be captured, restored, parked or "
+            f"resumed: {sharing.message}",
+            metadata={"gpu": sharing.gpu} if sharing.gpu else {},
+        )
+
+
+def find_room(node: Node, instance: Instance, home: Gpu | None, wanted: str, needed: int) -> str:
+    """Choose a GPU, and promise the memory there to the instance until its job ends.
+
+    Args:
+        home: where its state comes from.
+        wanted: UUID or index; empty: where there is most room.
+        needed: bytes; a GPU with less free is refused.
+
+    Raises:
+        InvalidArgument, FailedPrecondition: the wanted GPU is none that it can go to.
+        ResourceExhausted: it has too little room.
+    """
+    free = {gpu.uuid: _free(node, gpu.uuid) for gpu in node.gpus}
+    gpu = placement.choose(node.gpus, free, home, wanted)
+    if node.gpu_status is not None:
+        placement.check_room(gpu, free[gpu.uuid], needed)
+    node.room.promise(instance.id, gpu.uuid, needed)
+    return gpu.uuid
+
+
+def find_place(node: Node, instance: Instance, wanted: str) -> str:
+    """Where a parked process comes back, with the memory there promised to it until its job ends.
+
+    Args:
+        wanted: UUID or index of a GPU; empty: where it was.
+
+    Returns:
+        The GPU's UUID; empty without one, or where nobody knows which it was.
+
+    Raises:
+        InvalidArgument, FailedPrecondition: the wanted GPU is none that it can go to.
+        ResourceExhausted: it has too little room.
+    """
+    if not uses_cuda(instance.device):
+        if wanted:
+            raise FailedPrecondition(
+                "NO_GPU", f"instances/{instance.id} runs on the CPU and cannot go to a GPU; start it on one"
+            )
+        return ""
+    if not instance.gpu:
+        if wanted:
+            raise FailedPrecondition(
+                "GPU_NOT_KNOWN",
+                f"which GPU instances/{instance.id} is on is not known here, so it cannot be moved from it",
+            )
+        return ""
+    home = placement.named(node.gpus, instance.gpu)
+    return find_room(node, instance, home, wanted or instance.gpu, instance.gpu_bytes)
+
+
+def _free(node: Node, gpu: str) -> int:
+    return (node.gpu_status.free(gpu) if node.gpu_status else 0) - node.room.promised(gpu)
 
 
 async def serve(node: Node, subject: Subject) -> None:

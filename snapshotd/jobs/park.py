@@ -6,6 +6,9 @@ them out of the GPU and back through the driver's checkpoint takes ten times lon
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from snapshotd import placement
 from snapshotd.executor import Step
 from snapshotd.jobs import moves
 from snapshotd.node import Node, Subject, uses_cuda
@@ -49,14 +52,23 @@ def park(node: Node, subject: Subject) -> list[Step]:
     return [Step("drain", drain, keep_serving), Step("freeze", freeze, thaw)]
 
 
-def resume(node: Node, subject: Subject) -> list[Step]:
-    """Let a parked instance run and answer again."""
+def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
+    """Let a parked instance run and answer again.
+
+    Args:
+        gpu: UUID of the GPU to come back on; empty: where it was.
+    """
 
     async def thaw() -> None:
         await moves.host_of(subject).thaw()
 
     async def revive() -> None:
-        await moves.revive_cuda(node, subject, {})
+        here = [known.uuid for known in node.gpus]
+        home, target = subject.instance.gpu, gpu or subject.instance.gpu
+        # First: its weights are brought to where it comes back.
+        subject.instance = replace(subject.instance, gpu=target)
+        devices = placement.device_map(here, here, home, target) if target else {}
+        await moves.revive_cuda(node, subject, devices)
 
     async def wake() -> None:
         await moves.wake(node, subject)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dumont.errors import DataLoss, FailedPrecondition, ResourceExhausted
-from snapshotd import compatibility
-from snapshotd.cuda import tree
+from snapshotd import compatibility, placement
 from snapshotd.executor import Action, Step
 from snapshotd.jobs import moves
 from snapshotd.model import Snapshot, Weights
@@ -18,14 +17,19 @@ from snapshotd.node import Node, Subject, uses_cuda
 Brought = tuple[Mapping[str, str], str]
 
 
-def restore(node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | None = None) -> list[Step]:
+def restore(
+    node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | None = None, gpu: str = ""
+) -> list[Step]:
     """Make an instance from a snapshot.
 
     Args:
         fetch: brings the snapshot to this node; None: it is here.
+        gpu: UUID or index of the GPU to come back on; empty: where there is most room.
     """
     instance = subject.instance
     manifest = snapshot.manifest
+    uuids = [known.uuid for known in node.gpus]
+    source = manifest.gpu or next(iter(manifest.gpus), "")
     detached = manifest.weights is Weights.DETACHED
     bringing: asyncio.Task[Brought] | None = None
 
@@ -39,10 +43,17 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | No
             )
         captured = {name: fact for name, fact in manifest.compatibility.items() if name != "weights"}
         compatibility.check(manifest.id, captured, node.facts_of(manifest.device))
-        moves.check_gpu_memory(node, manifest.device, manifest.gpu_bytes)
+        if uses_cuda(manifest.device):
+            moves.check_unshared(node, manifest.device)
+            subject.instance = replace(subject.instance, gpu=place())
         if detached:
             # While the image is fetched and verified.
             bringing = asyncio.create_task(bring_weights(), name=f"weights of {instance.id}")
+
+    def place() -> str:
+        places = placement.arrange(manifest.gpus, uuids)
+        home = placement.named(node.gpus, places.get(source, source))
+        return moves.find_room(node, subject.instance, home, gpu, manifest.gpu_bytes)
 
     async def bring_weights() -> Brought:
         model = await node.models.resolve(manifest.model, manifest.engine)
@@ -97,8 +108,7 @@ def restore(node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | No
         )
 
     async def revive() -> None:
-        uuids = [gpu.uuid for gpu in node.gpus]
-        devices = tree.device_map(manifest.gpus, uuids)
+        devices = placement.device_map(manifest.gpus, uuids, source, subject.instance.gpu)
         await moves.revive_cuda(node, subject, devices)
 
     async def wake() -> None:

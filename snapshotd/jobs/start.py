@@ -8,12 +8,19 @@ from dataclasses import replace
 from snapshotd.executor import Step
 from snapshotd.jobs import moves
 from snapshotd.model import Model, Phase, Weights
-from snapshotd.node import Node, Subject
+from snapshotd.node import Node, Subject, uses_cuda
 from snapshotd.shim.mounts import WEIGHTS_MOUNT
 
+# The driver's variable: the process sees this GPU alone, as its device 0, wherever it is brought back to.
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-def start(node: Node, subject: Subject, model: Model) -> list[Step]:
-    """Load a model in a new process."""
+
+def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Step]:
+    """Load a model in a new process.
+
+    Args:
+        gpu: UUID or index of the GPU to load it on; empty: where there is most room.
+    """
     instance = subject.instance
     found = model
 
@@ -31,14 +38,23 @@ def start(node: Node, subject: Subject, model: Model) -> list[Step]:
         node.weights.release(instance.id)
 
     async def launch() -> None:
+        environment = {**node.settings.environment, **place()}
         subject.host = await node.hosts.take()
         await subject.host.launch(
             instance.id,
             node.instance_directory(instance.id),
             node.settings.command,
-            node.settings.environment,
+            environment,
         )
         subject.instance = replace(subject.instance, pid=subject.host.pid)
+
+    def place() -> dict[str, str]:
+        """The environment that shows the process its GPU; as it is where the node does not choose one."""
+        if not gpu and (not node.gpus or _divided(node)):
+            return {}
+        chosen = moves.find_room(node, instance, None, gpu, model.weights_bytes)
+        subject.instance = replace(subject.instance, gpu=chosen)
+        return {VISIBLE: chosen}
 
     async def load() -> None:
         # Unless they are cached, the digest is read beside the load: both want the same file's pages.
@@ -55,7 +71,7 @@ def start(node: Node, subject: Subject, model: Model) -> list[Step]:
                     name: f"{WEIGHTS_MOUNT}/{digest}"
                     for name, digest in subject.instance.weight_files.items()
                 },
-                **await moves.loader_of(node, subject, node.settings.device),
+                **await moves.loader_of(node, subject),
                 max_queue=node.settings.max_queue,
                 max_new_tokens_limit=node.settings.max_new_tokens,
             )
@@ -66,6 +82,7 @@ def start(node: Node, subject: Subject, model: Model) -> list[Step]:
             subject.instance,
             engine=loaded["engine"],
             device=loaded["device"],
+            gpu=subject.instance.gpu if uses_cuda(loaded["device"]) else "",
             canary=moves.canary_of(loaded["canary"]),
             versions=loaded["versions"],
             weights_digest=await digest,
@@ -83,3 +100,8 @@ def start(node: Node, subject: Subject, model: Model) -> list[Step]:
         Step("load", load),
         Step("serve", serve),
     ]
+
+
+def _divided(node: Node) -> bool:
+    """Whether a GPU is divided by MIG: its parts have names of their own, and the driver chooses one."""
+    return node.gpu_status is not None and any(part.kind == "MIG" for part in node.gpu_status.sharing())

@@ -22,6 +22,7 @@ from snapshotd import convert
 from snapshotd.instances import Instances
 from snapshotd.model import Instance, State
 from snapshotd.observer import Observers
+from snapshotd.relocation import relocate
 from snapshotd.service.logs import read_log
 from snapshotd.service.pages import page
 from snapshotd.service.snapshots import told
@@ -60,7 +61,7 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
 
         async def work(progress: Progress) -> pb2.Instance:
             with self._watched(instance, progress):
-                return convert.instance(await self.instances.start(instance, model))
+                return convert.instance(await self.instances.start(instance, model, request.gpu))
 
         return self._begin("start", instance, request, work)
 
@@ -84,7 +85,9 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
 
             with self._watched(instance, progress):
                 return convert.instance(
-                    await self.instances.restore(instance, snapshot, None if snapshot.local else fetch)
+                    await self.instances.restore(
+                        instance, snapshot, None if snapshot.local else fetch, request.gpu
+                    )
                 )
 
         return self._begin("restore", instance, request, work)
@@ -106,7 +109,12 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         return convert.instance(await self.instances.park(names.parse(request.name, "instances", "name")))
 
     async def ResumeInstance(self, request: pb2.ResumeInstanceRequest, context: Context) -> pb2.Instance:
-        return convert.instance(await self.instances.resume(names.parse(request.name, "instances", "name")))
+        instance = names.parse(request.name, "instances", "name")
+        return convert.instance(await self.instances.resume(instance, request.gpu))
+
+    async def MoveInstance(self, request: pb2.MoveInstanceRequest, context: Context) -> pb2.Instance:
+        instance = names.parse(request.name, "instances", "name")
+        return convert.instance(await relocate(self.instances, instance, request.gpu))
 
     async def StopInstance(self, request: pb2.StopInstanceRequest, context: Context) -> Empty:
         await self.instances.stop(names.parse(request.name, "instances", "name"))

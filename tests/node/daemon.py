@@ -28,10 +28,11 @@ START_SECONDS = 30.0
 class Daemon:
     """A running snapshotd and stubs of its services."""
 
-    def __init__(self, state_dir: Path, port: int, *flags: str) -> None:
+    def __init__(self, state_dir: Path, port: int, *flags: str, device: str = "cpu") -> None:
         self.state_dir = state_dir
         self.address = f"127.0.0.1:{port}"
         self.flags = flags
+        self.device = device
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Daemon:
@@ -46,7 +47,7 @@ class Daemon:
     def start(self) -> None:
         """Start it and wait until it says that it serves."""
         command = [sys.executable, "-m", "snapshotd.main", "--state-dir", str(self.state_dir)]
-        command += ["--listen", self.address, "--device", "cpu", *self.flags]
+        command += ["--listen", self.address, "--device", self.device, *self.flags]
         self.output = (self.state_dir.parent / f"{self.state_dir.name}.log").open("ab")
         self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output)
         # Not shared with the channel to the process before, whose connection may be dying yet.

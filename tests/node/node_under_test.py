@@ -13,9 +13,11 @@ import grpc
 from dumont.errors import DumontError
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
+from snapshotd.adapters import cuda_backend
 from snapshotd.adapters.clock import SystemClock
 from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.facts import node_facts
+from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
 from snapshotd.adapters.shims import ShimHost, ShimPool
 from snapshotd.config import Settings
@@ -44,6 +46,9 @@ class NodeUnderTest:
     # Bytes; 0: it has no weight cache.
     weight_budget: int = 0
     failpoints: Failpoints = field(default_factory=Failpoints)
+    # "auto" on a machine with a GPU.
+    device: str = "cpu"
+    cuda_backend: str = "auto"
     # What the captured source answered, and the process that did.
     answer: list[int] = field(default_factory=list)
     source_pid: int = 0
@@ -65,7 +70,9 @@ class NodeUnderTest:
             self.state_dir / "shims", criu.binary, criu.pycriu, cache.directory if cache else None
         )
         self._start_shim, self.hosts._start = self.hosts._start, self._recorded  # type: ignore[method-assign]
-        settings = Settings(state_dir=self.state_dir, device="cpu")
+        settings = Settings(state_dir=self.state_dir, device=self.device)
+        nvml = Nvml.open() if self.device != "cpu" else None
+        self.cuda = cuda_backend.choose(self.cuda_backend, settings.cuda_checkpoint) if nvml else None
         self.node = Node(
             hosts=self.hosts,
             store=self.store,
@@ -78,6 +85,10 @@ class NodeUnderTest:
             directory=self.state_dir,
             threads=2,
             deadlines=Deadlines(),
+            cuda=self.cuda,
+            gpus=tuple(nvml.gpus()) if nvml else (),
+            gpu_facts=nvml.facts() if nvml else {},
+            gpu_status=nvml,
         )
         journal = Journal(self.state_dir / "journal")
         self.instances = Instances(self.node, journal, Observers(), self.failpoints)
@@ -88,19 +99,23 @@ class NodeUnderTest:
         return host
 
     async def start(
-        self, instance: str, model_dir: Path | None = None, weights: Weights = Weights.DETACHED
+        self,
+        instance: str,
+        model_dir: Path | None = None,
+        weights: Weights = Weights.DETACHED,
+        gpu: str = "",
     ) -> Instance:
         """Of another model than this node's if ``model_dir`` names one."""
         name = str(model_dir or self.model)
         model = await self.node.models.resolve(name)
         self.instances.admit(replace(_new(instance, name, model.engine, State.STARTING), weights=weights))
-        return await self.instances.start(instance, model)
+        return await self.instances.start(instance, model, gpu)
 
-    async def restore(self, instance: str, snapshot: Snapshot) -> Instance:
+    async def restore(self, instance: str, snapshot: Snapshot, gpu: str = "") -> Instance:
         manifest = snapshot.manifest
         new = _new(instance, manifest.model, manifest.engine, State.RESTORING, manifest.id)
         self.instances.admit(replace(new, weights=manifest.weights))
-        return await self.instances.restore(instance, snapshot)
+        return await self.instances.restore(instance, snapshot, gpu=gpu)
 
     async def draws(self, instance: str) -> Json:
         """One number from each of its random generators."""
@@ -126,6 +141,8 @@ class NodeUnderTest:
         await self.instances.stop_all()
         await self.hosts.close()
         await self.weights.close()
+        if self.cuda is not None:
+            await self.cuda.close()
         os.close(self.lock)
 
     async def remains(self) -> dict[str, list[str]]:

@@ -193,6 +193,20 @@ def test_bad_requests_are_refused_with_reason_and_field(
     assert [item.name for item in after.instances] == [item.name for item in before.instances]
 
 
+def test_what_runs_on_the_cpu_goes_to_no_gpu(daemon: Daemon, instance: str) -> None:
+    moved = pb2.MoveInstanceRequest(name=f"instances/{instance}", gpu="0")
+    assert refusal(lambda: daemon.instances.MoveInstance(moved)).reason == "NO_GPU"
+    assert daemon.get(instance).state == pb2.Instance.STATE_SERVING
+    assert daemon.get(instance).gpu == ""
+
+
+def test_a_start_on_a_gpu_that_is_not_here_is_refused(daemon: Daemon, instruct_model: Path) -> None:
+    request = pb2.StartInstanceRequest(instance_id="nowhere", model=str(instruct_model), gpu="0")
+    error = refusal(lambda: daemon.wait(daemon.instances.StartInstance(request), pb2.Instance()))
+    assert (error.reason, error.field) == ("GPU_UNKNOWN", "gpu")
+    daemon.stop_instance("nowhere")
+
+
 def test_bytes_that_are_no_message_are_refused(daemon: Daemon) -> None:
     call = daemon.channel.unary_stream("/dumont.snapshotd.v1.InferenceService/Generate")
     assert refusal(lambda: list(call(b"\xff\xff"))).reason == "MALFORMED_REQUEST"

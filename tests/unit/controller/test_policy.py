@@ -10,6 +10,7 @@ import pytest
 from controller.model import (
     Checkpoint,
     Deployment,
+    Finding,
     Instance,
     InstanceState,
     Node,
@@ -140,6 +141,27 @@ def test_a_snapshot_on_a_node_that_cannot_restore_is_passed_over() -> None:
     decision = decide(known, NOW)
     assert isinstance(decision, Start)
     assert (decision.tier, decision.capture) == (Tier.COLD, False)
+
+
+def test_a_cold_start_says_what_kept_it_from_a_faster_tier() -> None:
+    shared = Finding("gpu_mig", False, "MIG is enabled on GPU-a")
+    other = (
+        "snapshots/s2 cannot be restored here: nvidia_driver was 580.1 at capture and is 590.2 on this node"
+    )
+    known = facts(
+        snapshots=(
+            snapshot("s1", quarantined=True, quarantine_reason="its canary answered wrongly"),
+            snapshot("s2", incompatibility=other),
+        ),
+        nodes={"n1": node(checkpoint_capable=False, findings=(Finding("criu", True, "CRIU 4.1"), shared))},
+    )
+    decision = decide(known, NOW)
+    assert isinstance(decision, Start)
+    assert decision.tier is Tier.COLD
+    assert "its canary answered wrongly" in decision.reason
+    assert other in decision.reason
+    assert "nodes/n1 cannot checkpoint: MIG is enabled on GPU-a" in decision.reason
+    assert "CRIU 4.1" not in decision.reason
 
 
 def test_a_silent_node_delays_new_starts_but_not_what_serves_elsewhere() -> None:

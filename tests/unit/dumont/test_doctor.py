@@ -64,6 +64,14 @@ def test_what_the_node_lacks_is_listed_with_the_remedy_and_fails(preflight: Call
     assert "dumont up" in lines["controller"]
 
 
+def test_what_only_makes_starts_slower_is_told_and_does_not_fail(preflight: Callable[..., None]) -> None:
+    note = {"check": "gpu_mig", "passed": False, "needed": False, "message": "MIG is enabled on GPU-a"}
+    preflight(json.dumps([FINDINGS[1], note]))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "MIG is enabled on GPU-a" in result.stdout
+
+
 def test_missing_models_and_controller_are_told_but_do_not_fail(preflight: Callable[..., None]) -> None:
     preflight(json.dumps(FINDINGS[1:]))
     result = CliRunner().invoke(app, ["doctor", "--json"])

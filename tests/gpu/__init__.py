@@ -1,0 +1,1 @@
+"""On real GPUs: run by scripts/gpu-test, deselected elsewhere."""
