@@ -53,7 +53,7 @@ class RemoteStore:
         signer: signs what this node publishes.
         trusted: whose signatures count.
         wrapper: wraps data keys; None: nothing is encrypted, and what is cannot be read.
-        workers: chunks in flight; about 12 MiB of memory each.
+        workers: chunks in flight; at most 24 MiB of memory each.
         threads: threads that hash, compress and encrypt.
         grace: what garbage collection leaves alone is younger; the same for all nodes of a store.
     """

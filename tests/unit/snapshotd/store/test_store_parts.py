@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from dumont.errors import DataLoss, DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from snapshotd.adapters.directory_objects import DirectoryObjects
 from snapshotd.adapters.key_file import KeyFile
+from snapshotd.model import ImageFile
 from snapshotd.store import fetch as fetching
-from snapshotd.store.chunking import join_pieces, pieces_of, read_piece
+from snapshotd.store.chunking import SMALL, Span, cut, join, read, size_of
 from snapshotd.store.codec import OVERHEAD, Codec
 from snapshotd.store.journal import PendingUpload, UploadJournal
-from snapshotd.store.model import CHUNK, SealedKey
+from snapshotd.store.model import CHUNK, Piece, SealedKey
 from snapshotd.store.signing import Signer, TrustedKeys
 from snapshotd.store.workers import Workers
 from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, an_image, noise
@@ -60,21 +61,48 @@ def test_what_does_not_shrink_is_stored_as_it_is() -> None:
     assert len(codec.pack("", b"a" * 10_000)) < 100
 
 
-def test_a_file_is_runs_of_chunks_and_holes() -> None:
-    file = join_pieces("a.img", 4 * CHUNK + 5, ["x", None, None, "y", "z"])
-    assert [(run.pieces, run.chunks) for run in file.runs] == [(1, ("x",)), (2, ()), (2, ("y", "z"))]
+def a_file(name: str, size: int) -> ImageFile:
+    return ImageFile(name, size, "0" * 64)
+
+
+def test_a_file_is_parts_of_chunks_and_holes() -> None:
+    large = a_file("a.img", 4 * CHUNK + SMALL)
+    names = dict(zip(cut([large]), ["x", None, None, "y", "z"], strict=True))
+    (file,) = join([large], names)
+    assert file.size == large.size
+    assert [(extent.chunk, extent.size) for extent in file.extents] == [
+        ("x", CHUNK), ("", 2 * CHUNK), ("y", CHUNK), ("z", SMALL),
+    ]  # fmt: skip
     assert [(piece.offset, piece.size, piece.chunk) for piece in file.pieces()] == [
         (0, CHUNK, "x"),
         (3 * CHUNK, CHUNK, "y"),
-        (4 * CHUNK, 5, "z"),
+        (4 * CHUNK, SMALL, "z"),
     ]
-    assert [pieces_of(size) for size in (0, 1, CHUNK, CHUNK + 1)] == [0, 1, 1, 2]
+
+
+def test_small_files_share_a_chunk() -> None:
+    files = [a_file("a.img", 10), a_file("empty.img", 0), a_file("large.img", SMALL), a_file("z.img", 20)]
+    contents = list(cut(files))
+    together = (Span("a.img", 0, 10), Span("z.img", 0, 20))
+    assert contents == [(Span("large.img", 0, SMALL),), together]
+    joined = {file.name: list(file.pieces()) for file in join(files, dict(zip(contents, "xy", strict=True)))}
+    assert [(piece.chunk, piece.start, piece.size) for piece in joined["z.img"]] == [("y", 10, 20)]
+    assert joined["empty.img"] == []
+
+
+@given(sizes=st.lists(st.sampled_from([0, 1, SMALL - 1, SMALL, CHUNK, CHUNK + 1]), max_size=300))
+def test_every_byte_is_in_one_chunk_and_no_chunk_is_too_large(sizes: list[int]) -> None:
+    files = [a_file(f"f-{number}.img", size) for number, size in enumerate(sizes)]
+    contents = list(cut(files))
+    assert all(0 < size_of(content) <= CHUNK for content in contents)
+    names = {content: str(number) for number, content in enumerate(contents)}
+    assert [file.size for file in join(files, names)] == sizes
 
 
 def test_a_file_cut_short_while_it_is_read_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "a.img").write_bytes(b"12345")
     with pytest.raises(DataLoss):
-        read_piece(tmp_path / "a.img", 0, 6)
+        read(tmp_path, (Span("a.img", 0, 6),))
 
 
 def test_a_signing_key_is_made_once_and_private(tmp_path: Path) -> None:
@@ -176,10 +204,10 @@ async def test_a_disk_that_fills_up_in_the_middle_is_said(
     store = a_node(MemoryObjects())
     snapshot = await store.publish(an_image(tmp_path / "images"), tmp_path / "images")
 
-    def full(path: Path, offset: int, data: bytes) -> None:
+    def full(folder: Path, pieces: list[Piece], plain: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(fetching, "write_piece", full)
+    monkeypatch.setattr(fetching, "write", full)
     (tmp_path / "into").mkdir()
     with pytest.raises(ResourceExhausted) as refusal:
         await store.fetch(snapshot, tmp_path / "into")
