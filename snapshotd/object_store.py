@@ -17,6 +17,7 @@ from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from snapshotd.adapters.directory_objects import DirectoryObjects
 from snapshotd.adapters.key_file import KeyFile
 from snapshotd.adapters.s3_objects import S3Objects, S3Settings
+from snapshotd.adapters.trusted_keys import TrustedKeysFile
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.store import document
@@ -75,33 +76,17 @@ def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | Non
         return None
     signer = Signer.open(settings.state_dir / SIGNING_KEY)
     (settings.state_dir / PUBLIC_KEY).write_text(f"{signer.line()}\n")
-    trusted = read_keys(settings.trusted_keys_file) if settings.trusted_keys_file else ""
+    keys = settings.trusted_keys_file
     return RemoteStore(
         objects,
         signer,
-        TrustedKeys.parse(trusted, signer),
+        TrustedKeysFile(keys, signer) if keys else TrustedKeys([signer.public]),
         KeyFile(settings.encryption_key_file) if settings.encryption_key_file else None,
         workers=IN_FLIGHT,
         threads=min(settings.threads, IN_FLIGHT),
         grace=timedelta(seconds=settings.store_grace_seconds),
         failpoints=failpoints,
     )
-
-
-def read_keys(path: Path) -> str:
-    """The list of trusted keys.
-
-    Raises:
-        FailedPrecondition: it cannot be read.
-    """
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FailedPrecondition(
-            "KEY_FILE_UNUSABLE",
-            f"the file of trusted keys {path.name} cannot be read: {error}",
-            metadata={"file": path.name},
-        ) from None
 
 
 async def check(settings: Settings) -> list[dict[str, object]]:

@@ -20,7 +20,8 @@ from dumont.names import check_id
 from snapshotd import manifest as manifests
 from snapshotd.model import Manifest
 from snapshotd.store.model import CHUNK, Extent, PublishedFile, PublishedSnapshot, SealedKey
-from snapshotd.store.signing import Signer, TrustedKeys
+from snapshotd.store.ports import Trust
+from snapshotd.store.signing import Signer
 
 VERSION = 1
 LARGEST = 32 << 20
@@ -68,7 +69,7 @@ def digest(body: bytes) -> str:
     return blake3(body).hexdigest()
 
 
-def decode(data: bytes, snapshot: str, trusted: TrustedKeys) -> PublishedSnapshot:
+def decode(data: bytes, snapshot: str, trusted: Trust) -> PublishedSnapshot:
     """Read and verify what :func:`encode` wrote.
 
     Args:

@@ -12,15 +12,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dumont.errors import DataLoss, DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted
+from dumont.errors import (
+    DataLoss,
+    DumontError,
+    FailedPrecondition,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+)
 from snapshotd.adapters.directory_objects import DirectoryObjects
 from snapshotd.adapters.key_file import KeyFile
+from snapshotd.adapters.trusted_keys import TrustedKeysFile
 from snapshotd.model import ImageFile
 from snapshotd.store import fetch as fetching
 from snapshotd.store.chunking import SMALL, Span, cut, join, read, size_of
 from snapshotd.store.codec import OVERHEAD, Codec
 from snapshotd.store.journal import PendingUpload, UploadJournal
 from snapshotd.store.model import CHUNK, Piece, SealedKey
+from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer, TrustedKeys
 from snapshotd.store.workers import Workers
 from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, an_image, noise
@@ -133,6 +143,49 @@ def test_a_line_that_is_no_key_is_named(line: str) -> None:
     assert refusal.value.metadata["line"] == "2"
 
 
+class TestTrustedKeysFile:
+    """The keys of a file count from the moment they stand there."""
+
+    def keys(self, path: Path, *signers: Signer) -> TrustedKeysFile:
+        self.write(path, *signers)
+        return TrustedKeysFile(path, a_signer())
+
+    def write(self, path: Path, *signers: Signer) -> None:
+        # Moved there whole, as an editor or a configuration manager does it.
+        scratch = path.with_suffix(".new")
+        scratch.write_text("".join(f"{signer.line()}\n" for signer in signers))
+        scratch.replace(path)
+
+    def test_a_key_counts_when_it_is_added_and_no_more_when_it_is_taken_away(self, tmp_path: Path) -> None:
+        first, second = a_signer(), a_signer()
+        trusted = self.keys(tmp_path / "keys", first)
+        with pytest.raises(PermissionDenied):
+            trusted.verify(second.key_id, b"text", second.sign(b"text"))
+        self.write(tmp_path / "keys", second)
+        trusted.verify(second.key_id, b"text", second.sign(b"text"))
+        with pytest.raises(PermissionDenied):
+            trusted.verify(first.key_id, b"text", first.sign(b"text"))
+
+    @pytest.mark.parametrize("text", [None, "ed25519 half-a-li"])
+    def test_while_it_cannot_be_read_the_last_keys_count(self, tmp_path: Path, text: str | None) -> None:
+        path, friend = tmp_path / "keys", a_signer()
+        trusted = self.keys(path, friend)
+        path.unlink()
+        if text is not None:
+            path.write_text(text)
+        trusted.verify(friend.key_id, b"text", friend.sign(b"text"))
+
+    async def test_what_was_refused_is_listed_once_its_signer_is_trusted(self, tmp_path: Path) -> None:
+        objects, signer, own = MemoryObjects(), a_signer(), a_signer()
+        await a_node(objects, signer).publish(an_image(tmp_path / "images"), tmp_path / "images")
+        store = RemoteStore(objects, own, self.keys(tmp_path / "keys"), workers=1, threads=1)
+        assert await store.list() == []
+        self.write(tmp_path / "keys", signer)
+        assert [found.manifest.id for found in await store.list()] == ["s1"]
+        self.write(tmp_path / "keys")
+        assert await store.list() == []
+
+
 def test_a_key_file_wraps_for_one_context(tmp_path: Path) -> None:
     keys = KeyFile(a_key_file(tmp_path / "key"))
     wrapped = keys.wrap(b"k" * 32, b"s1")
@@ -195,6 +248,38 @@ async def test_cancelled_work_has_ended_when_the_cancellation_is_seen() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended.is_set()
+    workers.close()
+
+
+async def test_a_cancellation_is_not_hidden_by_what_a_worker_raises_on_its_way_out() -> None:
+    workers, waiting = Workers(2, 1), asyncio.Event()
+
+    async def work(item: int) -> None:
+        waiting.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise Unavailable("STORE_UNAVAILABLE", "cut")
+
+    task = asyncio.create_task(workers.each(range(2), work))
+    await waiting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    workers.close()
+
+
+async def test_an_error_of_a_worker_is_raised_as_it_is() -> None:
+    workers = Workers(2, 1)
+
+    async def work(item: int) -> None:
+        raise Unavailable("STORE_UNAVAILABLE", f"cut at {item}")
+
+    with pytest.raises(Unavailable, match="cut"):
+        await workers.each(range(9), work)
+    current = asyncio.current_task()
+    assert current is not None
+    assert not current.cancelling()
     workers.close()
 
 
