@@ -56,8 +56,8 @@ class StoreBench:
     when it takes no longer than ``cold_cache_limit_seconds``: a local one and these bytes at the store's own
     speed, and a quarter of that. ``cold_cache_limit_image_seconds`` counts the image's bytes in their place:
     what a store that kept the image as it is would have to send. The raw speeds are those of the very objects
-    that a fetch reads. ``cold_cache_cpu_seconds`` is snapshotd's own share; a store on the same machine needs its
-    own beside it.
+    that a fetch reads. ``cold_cache_cpu_seconds`` are those of cores that snapshotd spent on a cold-cache
+    restore; a store on the same machine needs its own beside them.
 
     ``stored_bytes`` are those of the first snapshot, ``second_capture_bytes`` what another of the same
     instance added, ``second_instance_bytes`` what one of the same model, newly loaded, did, and
