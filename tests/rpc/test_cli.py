@@ -260,6 +260,14 @@ def test_a_snapshot_is_verified_where_it_is_kept(cli: Cli) -> None:
     assert "1.0 KiB read, all right" in shown
 
 
+@pytest.mark.parametrize(("flags", "node"), [((), ""), (("--node", "one"), "nodes/one")])
+def test_a_snapshot_is_brought_to_a_node(cli: Cli, flags: tuple[str, ...], node: str) -> None:
+    assert cli.document("snapshot", "prefetch", "one", *flags)["local"]
+    asked = cli.served.controller.requests[-1]
+    assert (asked.name, asked.node) == ("snapshots/one", node)
+    assert "node+store" in cli("snapshot", "prefetch", "one", *flags).stdout
+
+
 def test_a_damaged_snapshot_fails_its_verification_by_name(cli: Cli) -> None:
     result = cli("snapshot", "verify", "two", "--json")
     assert result.exit_code == 1
