@@ -15,7 +15,9 @@ CAPTURE_STEPS = [
     "stage", "drain", "quiesce", "cuda_checkpoint", "dump", "cuda_restore", "wake", "compact", "verify",
     "commit",
 ]  # fmt: skip
-RESTORE_STEPS = ["check", "verify", "directory", "criu", "cuda_restore", "wake", "canary", "serve"]
+RESTORE_STEPS = [
+    "check", "verify", "weights", "directory", "criu", "cuda_restore", "wake", "canary", "serve",
+]  # fmt: skip
 PARK_STEPS = ["drain", "quiesce", "cuda_checkpoint"]
 RESUME_STEPS = ["cuda_restore", "wake", "serve"]
 
