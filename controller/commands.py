@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import structlog
 
+from controller import policy
 from controller.fleet import Fleet
 from controller.inventory import Inventory
 from controller.machine import SAW, Event
@@ -103,6 +104,47 @@ class Commands:
         for node in self._inventory.nodes.values():
             if node.object_store and node.id != known.node and self._ready(node.id):
                 await self._fleet.refresh_snapshots(node.id)
+
+    def prefetch_node(self, snapshot: str, wanted: str = "") -> str:
+        """Where to bring a published snapshot.
+
+        Args:
+            wanted: a node's id; empty: one that holds it or, when none does, the one a start would choose.
+
+        Raises:
+            NotFound: the controller knows no such snapshot, or no such node.
+            FailedPrecondition: SNAPSHOT_OUT_OF_REACH, no node that is ready may restore it from the store.
+        """
+        self._inventory.snapshot(snapshot)
+        if wanted:
+            self.check_reachable(wanted)
+        copies = [c for c in self._inventory.copies(snapshot) if wanted in ("", c.node)]
+        usable = [c for c in copies if policy.usable(c, self._inventory.nodes)]
+        if not usable:
+            raise FailedPrecondition(
+                "SNAPSHOT_OUT_OF_REACH",
+                f"snapshots/{snapshot} cannot be brought to {f'nodes/{wanted}' if wanted else 'a node'}: it "
+                "must be published by this controller, not quarantined, and compatible with the node",
+                metadata={"snapshot": f"snapshots/{snapshot}"},
+            )
+        held = {c.node: self._inventory.nodes[c.node] for c in usable if c.local}
+        return policy.place(held or {c.node: self._inventory.nodes[c.node] for c in usable}).id
+
+    async def prefetch(self, snapshot: str, node: str) -> Snapshot:
+        """Have a node bring a published snapshot to itself; one that it holds is left as it is.
+
+        Raises:
+            DataLoss: it is damaged, and quarantined there.
+            DumontError: what the node says.
+        """
+        made = self._inventory.captured.get(snapshot)
+        try:
+            found = await self._nodes.prefetch(node, snapshot, made.manifest_digest if made else "")
+        except DumontError:
+            await self._fleet.refresh_snapshots(node)
+            raise
+        self._inventory.put_snapshot(found)
+        return self._inventory.snapshot(snapshot)
 
     async def stored(self, snapshot: Snapshot) -> StoredSnapshot | None:
         """What a published snapshot takes in the object store; None when no node can say."""

@@ -138,16 +138,24 @@ def _unsure(facts: Facts) -> Wait | None:
     return None
 
 
+def usable(snapshot: Snapshot, nodes: Mapping[str, Node]) -> bool:
+    """Whether its node may restore it now, fetched first if need be."""
+    node = nodes.get(snapshot.node)
+    return (
+        (snapshot.local or (snapshot.published and snapshot.ours))
+        and not snapshot.quarantined
+        and not snapshot.incompatibility
+        and node is not None
+        and node.state is NodeState.READY
+        and node.checkpoint_capable
+    )
+
+
 def _usable(facts: Facts) -> list[Snapshot]:
     return [
         snapshot
         for snapshot in facts.snapshots
-        if (snapshot.local or (snapshot.published and snapshot.ours))
-        and not snapshot.quarantined
-        and not snapshot.incompatibility
-        and f"snapshots/{snapshot.id}" not in facts.failed
-        and _ready(facts, snapshot.node)
-        and facts.nodes[snapshot.node].checkpoint_capable
+        if usable(snapshot, facts.nodes) and f"snapshots/{snapshot.id}" not in facts.failed
     ]
 
 

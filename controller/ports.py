@@ -109,6 +109,9 @@ class Nodes(Protocol):
     async def publish(self, node: str, snapshot: str) -> Snapshot:
         """Upload a snapshot of the node and wait until it is published. Repeating it joins the first."""
 
+    async def prefetch(self, node: str, snapshot: str, manifest_digest: str) -> Snapshot:
+        """Bring a published snapshot to the node and wait until it is there; see ``restore``."""
+
     async def verify(self, node: str, snapshot: str) -> Verified:
         """Read all of it. Raises: DataLoss, it is damaged and now quarantined."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ import grpc
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
 
-from dumont.errors import DeadlineExceeded, FailedPrecondition, Internal
+from dumont.errors import DeadlineExceeded, DumontError, FailedPrecondition, Internal
 from dumont.rpc.status import from_rpc_error, from_status
 from dumont.snapshotd.v1 import (
     instance_service_pb2,
@@ -37,7 +38,9 @@ from dumont.snapshotd.v1 import (
 STORE_VARIABLE: Final = "DUMONT_SNAPSHOTD_STORE_URL"
 START_SECONDS: Final = 60.0
 STEP_SECONDS: Final = 1800.0
-LOCAL_RESTORES: Final = 3
+RESTORES: Final = 3
+# Of a deployment unlike the first, as far as this machine has it.
+SECOND_MODEL: Final = "sentence-transformers/all-MiniLM-L6-v2"
 # A cold-cache restore may take its bytes at the store's own speed, and a quarter more.
 ALLOWANCE: Final = 1.25
 
@@ -47,13 +50,19 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class StoreBench:
-    """Megabytes are 10^6 bytes.
+    """Megabytes are 10^6 bytes; a duration is the median of several.
 
-    ``bytes_fetched`` are those that came over the wire for the cold-cache restore, which is within its limit
+    ``bytes_fetched`` are those that came over the wire for a cold-cache restore, which is within its limit
     when it takes no longer than ``cold_cache_limit_seconds``: a local one and these bytes at the store's own
-    speed, and a quarter of that. ``stored_bytes`` are those of the first snapshot, ``second_capture_bytes``
-    what another of the same instance added, ``second_deployment_bytes`` what one of a newly loaded instance
-    did. ``peak_rss_mb`` is the largest of the snapshotds that ran.
+    speed, and a quarter of that. ``cold_cache_limit_image_seconds`` counts the image's bytes in their place:
+    what a store that kept the image as it is would have to send. The raw speeds are those of the very objects
+    that a fetch reads. ``cold_cache_cpu_seconds`` are those of cores that snapshotd spent on a cold-cache
+    restore; a store on the same machine needs its own beside them.
+
+    ``stored_bytes`` are those of the first snapshot, ``second_capture_bytes`` what another of the same
+    instance added, ``second_instance_bytes`` what one of the same model, newly loaded, did, and
+    ``second_deployment_bytes`` what one of ``second_model`` did. ``peak_rss_mb`` is the largest of the
+    snapshotds that ran.
     """
 
     upload_mb_per_s: float
@@ -63,13 +72,19 @@ class StoreBench:
     cold_cache_restore_seconds: float
     cold_cache_limit_seconds: float
     within_limit: bool
+    cold_cache_limit_image_seconds: float
+    within_limit_image: bool
     fetch_seconds: float
+    cold_cache_cpu_seconds: float
+    cores: int
     bytes_fetched: int
     image_bytes: int
     data_bytes: int
     stored_bytes: int
     second_capture_bytes: int
+    second_instance_bytes: int
     second_deployment_bytes: int
+    second_model: str
     peak_rss_mb: float
 
 
@@ -97,8 +112,7 @@ def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
 
     def daemon(cache: str, *flags: str) -> _Node:
         return _Node(
-            directory / f"{cache}.log", port,
-            "--state-dir", str(directory / "state"), "--cache-dir", str(directory / cache),
+            directory / f"{cache}.log", port, directory / "state", "--cache-dir", str(directory / cache),
             "--store-url", prefix, "--store-grace-seconds", "0", "--stop-instances-on-exit", *flags,
         )  # fmt: skip
 
@@ -112,49 +126,78 @@ def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
         node.capture("one", "second")
         node.publish("second")
         second = node.get("second").stored
-        say("loading and capturing another instance")
+        say("loading and capturing another instance, and another model")
         node.stop("one")
-        node.start("other", model)
-        node.capture("other", "third")
-        node.publish("third")
-        third = node.get("third").stored
-        node.stop("other")
+        third = node.capture_new("other", model, "third")
+        try:
+            second_model, fourth = SECOND_MODEL, node.capture_new("unlike", SECOND_MODEL, "fourth")
+        except DumontError:
+            second_model, fourth = model, node.capture_new("unlike-again", model, "fourth")
         say("restoring from the node")
-        local = [
-            _timed(partial(node.restore, f"local-{number}", "first")) for number in range(LOCAL_RESTORES)
-        ]
+        local = [_timed(partial(node.restore, f"local-{number}", "first")) for number in range(RESTORES)]
         peak = node.peak_rss()
     say("measuring the store itself")
-    raw = _measure(prefix, first.data_bytes)
-    with daemon("empty-cache") as node:
-        say("restoring from the store")
-        before = time.monotonic()
-        fetched = node.restore("cold", "first")
-        cold_seconds = time.monotonic() - before
-        peak = max(peak, node.peak_rss())
-        for snapshot in ("first", "second", "third"):
-            node.delete(snapshot)
-        # A deletion is remembered for the grace time, which is none: the first prune takes what it covered.
-        node.prune()
-        node.prune()
-    limit = statistics.median(local) + first.stored_bytes / 1e6 / raw["raw_read_mb_per_s"] * ALLOWANCE
+    raw = _measure(prefix, "first")
+    cold: list[_Cold] = []
+    for number in range(RESTORES):
+        with daemon(f"empty-{number}") as node:
+            say("restoring from the store")
+            cold.append(_restore_cold(node))
+            peak = max(peak, node.peak_rss())
+            node.stop("cold")
+            if number == RESTORES - 1:
+                for snapshot in ("first", "second", "third", "fourth"):
+                    node.delete(snapshot)
+                # A deletion is remembered for the grace time, which is none: the first prune takes what it
+                # covered.
+                node.prune()
+                node.prune()
+        shutil.rmtree(directory / f"empty-{number}", ignore_errors=True)
+    local_seconds = statistics.median(local)
+    cold_seconds = statistics.median(one.seconds for one in cold)
+    allowed = ALLOWANCE / 1e6 / raw["raw_read_mb_per_s"]
+    limit, image_limit = (local_seconds + size * allowed for size in (first.stored_bytes, first.data_bytes))
     return StoreBench(
         upload_mb_per_s=first.data_bytes / 1e6 / upload_seconds,
         raw_write_mb_per_s=raw["raw_write_mb_per_s"],
         raw_read_mb_per_s=raw["raw_read_mb_per_s"],
-        local_restore_seconds=statistics.median(local),
+        local_restore_seconds=local_seconds,
         cold_cache_restore_seconds=cold_seconds,
         cold_cache_limit_seconds=limit,
         within_limit=cold_seconds <= limit,
-        fetch_seconds=next(p.duration.ToNanoseconds() / 1e9 for p in fetched.phases if p.name == "fetch"),
+        cold_cache_limit_image_seconds=image_limit,
+        within_limit_image=cold_seconds <= image_limit,
+        fetch_seconds=statistics.median(one.fetch_seconds for one in cold),
+        cold_cache_cpu_seconds=statistics.median(one.cpu_seconds for one in cold),
+        cores=len(os.sched_getaffinity(0)),
         bytes_fetched=first.stored_bytes,
         image_bytes=first.image_bytes,
         data_bytes=first.data_bytes,
         stored_bytes=first.stored_bytes,
         second_capture_bytes=second.unique_bytes,
-        second_deployment_bytes=third.unique_bytes,
+        second_instance_bytes=third.unique_bytes,
+        second_deployment_bytes=fourth.unique_bytes,
+        second_model=second_model,
         peak_rss_mb=peak / 1e6,
     )
+
+
+@dataclass(frozen=True)
+class _Cold:
+    """A restore of what the node had to fetch; ``cpu_seconds`` of all its threads."""
+
+    seconds: float
+    fetch_seconds: float
+    cpu_seconds: float
+
+
+def _restore_cold(node: _Node) -> _Cold:
+    node.settle()
+    cpu, before = node.cpu_seconds(), time.monotonic()
+    fetched = node.restore("cold", "first")
+    seconds = time.monotonic() - before
+    fetch = next(phase.duration for phase in fetched.phases if phase.name == "fetch")
+    return _Cold(seconds, fetch.ToNanoseconds() / 1e9, node.cpu_seconds() - cpu)
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -163,9 +206,9 @@ def _timed(work: Callable[[], object]) -> float:
     return time.monotonic() - before
 
 
-def _measure(store: str, size: int) -> dict[str, float]:
+def _measure(store: str, snapshot: str) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, "-m", "snapshotd.object_store", "measure", str(size)],
+        [sys.executable, "-m", "snapshotd.object_store", "measure", snapshot],
         env={**os.environ, STORE_VARIABLE: store},
         capture_output=True,
         text=True,
@@ -181,10 +224,11 @@ def _measure(store: str, size: int) -> dict[str, float]:
 class _Node:
     """A snapshotd that runs while it is entered, and its API."""
 
-    def __init__(self, log: Path, port: int, *flags: str) -> None:
+    def __init__(self, log: Path, port: int, state: Path, *flags: str) -> None:
         self.log = log
+        self.shims = state / "shims"
         self.address = f"127.0.0.1:{port}"
-        self.flags = flags
+        self.flags = ("--state-dir", str(state), *flags)
 
     def __enter__(self) -> _Node:
         command = [sys.executable, "-m", "snapshotd.main", "--listen", self.address, *self.flags]
@@ -215,6 +259,12 @@ class _Node:
             self.process.send_signal(signal.SIGTERM)
         self.process.wait()
 
+    def settle(self) -> None:
+        """Return when its spare shim is there, as with a node that has run for a second."""
+        deadline = time.monotonic() + START_SECONDS
+        while not any(self.shims.glob("*.sock")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def start(self, instance: str, model: str) -> None:
         request = instance_service_pb2.StartInstanceRequest(instance_id=instance, model=model)
         self._run(self.instances.StartInstance, request, instance_service_pb2.Instance())
@@ -237,6 +287,14 @@ class _Node:
         )
         return self._run(self.instances.RestoreInstance, request, instance_service_pb2.Instance())
 
+    def capture_new(self, instance: str, model: str, snapshot: str) -> snapshot_service_pb2.StoredSnapshot:
+        """Load a model, capture and publish it, and end it; what its snapshot takes in the store."""
+        self.start(instance, model)
+        self.capture(instance, snapshot)
+        self.publish(snapshot)
+        self.stop(instance)
+        return self.get(snapshot).stored
+
     def publish(self, snapshot: str) -> None:
         request = snapshot_service_pb2.PublishSnapshotRequest(name=f"snapshots/{snapshot}")
         self._run(self.snapshots.PublishSnapshot, request, snapshot_service_pb2.Snapshot())
@@ -255,6 +313,11 @@ class _Node:
     def prune(self) -> None:
         request = snapshot_service_pb2.PruneSnapshotsRequest()
         self._run(self.snapshots.PruneSnapshots, request, snapshot_service_pb2.PruneSnapshotsResponse())
+
+    def cpu_seconds(self) -> float:
+        """Seconds of cores that it has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak_rss(self) -> int:
         """Bytes of memory that it ever had resident."""

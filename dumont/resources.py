@@ -166,6 +166,30 @@ class AsyncSnapshots:
         with self._connection.errors():
             await self._connection.snapshots.DeleteSnapshot(request)
 
+    async def prefetch(self, name: str, *, node: str | None = None) -> Snapshot:
+        """Bring a published snapshot to a node, so that its next start there is a local one.
+
+        Args:
+            name: the snapshot.
+            node: when left out, nothing is done if a node holds it, else it goes where a start would take it.
+
+        Raises:
+            FailedPrecondition: SNAPSHOT_OUT_OF_REACH, no such node may restore it.
+            DataLoss: it is damaged in the object store.
+        """
+        request = snapshot_service_pb2.PrefetchSnapshotRequest(
+            name=full_name(name, "snapshots", "name"), node=full_name(node, "nodes", "node") if node else ""
+        )
+        with self._connection.errors():
+            operation = await self._connection.snapshots.PrefetchSnapshot(request)
+        message = await operations.follow(
+            self._connection,
+            operation,
+            snapshot_service_pb2.Snapshot(),
+            snapshot_service_pb2.PrefetchSnapshotMetadata(),
+        )
+        return convert.snapshot(message)
+
     async def verify(self, name: str) -> Verified:
         """Read all of a snapshot, on its node and in the object store.
 

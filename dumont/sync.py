@@ -343,6 +343,10 @@ class Snapshots:
         """Delete a snapshot; refused while a restore reads it."""
         self._loop.run(self._snapshots.delete(name))
 
+    def prefetch(self, name: str, *, node: str | None = None) -> Snapshot:
+        """Bring a published snapshot to a node; see ``AsyncSnapshots.prefetch``."""
+        return self._loop.run(self._snapshots.prefetch(name, node=node))
+
     def verify(self, name: str) -> Verified:
         """Read all of a snapshot; see ``AsyncSnapshots.verify``."""
         return self._loop.run(self._snapshots.verify(name))

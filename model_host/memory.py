@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,10 @@ SMALLEST: Final = 8 << 20
 BLOCK: Final = 1 << 20
 WORDS: Final = mmap.PAGESIZE // 8
 
+THREADS: Final = 4
+
 Range = tuple[int, int]
+_libc = ctypes.CDLL(None)
 
 
 def ranges() -> list[Range]:
@@ -36,14 +40,17 @@ def drop_zero_pages(known: Sequence[Range]) -> int:
     Returns:
         How many bytes those were.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
+    large = [(start, end) for start, end in beyond(ranges(), known) if end - start >= SMALLEST]
+    parts = [(at, min(at + SMALLEST, end)) for start, end in large for at in range(start, end, SMALLEST)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return sum(pool.map(_drop, parts))
+
+
+def _drop(part: Range) -> int:
     dropped = 0
-    for start, end in beyond(ranges(), known):
-        if end - start < SMALLEST:
-            continue
-        for first, last in _zero_runs(start, end):
-            if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED) == 0:
-                dropped += last - first
+    for first, last in _zero_runs(*part):
+        if _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED) == 0:
+            dropped += last - first
     return dropped
 
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import dumont
+from dumont.benchmarks import plain
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT = "The capital of France is"
 EXPECTED = "Paris"
@@ -77,18 +77,9 @@ def main() -> int:
 
 def plain_cold_start(model: Path) -> float:
     """Seconds from the start of a plain script's process to its first token."""
-    command = [
-        sys.executable,
-        str(ROOT / "scripts/plain_cold_start.py"),
-        str(model),
-        PROMPT,
-        str(MAX_NEW_TOKENS),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    check(done.returncode == 0, f"the plain script failed: {done.stderr[-500:]}")
-    said = json.loads(done.stdout.splitlines()[-1])
-    check(EXPECTED in said["answer"], f"the plain script answered {said['answer']!r}, without {EXPECTED}")
-    return float(said["seconds"])
+    said = plain.measure(model, PROMPT, MAX_NEW_TOKENS)
+    check(EXPECTED in said.text, f"the plain script answered {said.text!r}, without {EXPECTED}")
+    return said.sample.seconds
 
 
 @contextmanager

@@ -17,9 +17,12 @@ from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from snapshotd.adapters.directory_objects import DirectoryObjects
 from snapshotd.adapters.key_file import KeyFile
 from snapshotd.adapters.s3_objects import S3Objects, S3Settings
+from snapshotd.adapters.trusted_keys import TrustedKeysFile
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
-from snapshotd.store.layout import TEMPORARY
+from snapshotd.store import document
+from snapshotd.store.codec import OVERHEAD
+from snapshotd.store.layout import TEMPORARY, chunk_key, manifest_key
 from snapshotd.store.model import CHUNK
 from snapshotd.store.ports import ObjectStore
 from snapshotd.store.remote import RemoteStore, check_conditional_create
@@ -29,8 +32,9 @@ from snapshotd.store.workers import Workers
 SIGNING_KEY = "signing.key"
 # The line that other nodes need among their trusted keys to restore what this one captured.
 PUBLIC_KEY = "signing.pub"
-# Chunks in flight, each with about 12 MiB of memory.
+# Chunks in flight, each with at most 24 MiB of memory.
 IN_FLIGHT = 8
+PASSES = 3
 
 
 def open_objects(settings: Settings) -> ObjectStore | None:
@@ -72,33 +76,17 @@ def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | Non
         return None
     signer = Signer.open(settings.state_dir / SIGNING_KEY)
     (settings.state_dir / PUBLIC_KEY).write_text(f"{signer.line()}\n")
-    trusted = read_keys(settings.trusted_keys_file) if settings.trusted_keys_file else ""
+    keys = settings.trusted_keys_file
     return RemoteStore(
         objects,
         signer,
-        TrustedKeys.parse(trusted, signer),
+        TrustedKeysFile(keys, signer) if keys else TrustedKeys([signer.public]),
         KeyFile(settings.encryption_key_file) if settings.encryption_key_file else None,
         workers=IN_FLIGHT,
-        threads=settings.threads,
+        threads=min(settings.threads, IN_FLIGHT),
         grace=timedelta(seconds=settings.store_grace_seconds),
         failpoints=failpoints,
     )
-
-
-def read_keys(path: Path) -> str:
-    """The list of trusted keys.
-
-    Raises:
-        FailedPrecondition: it cannot be read.
-    """
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FailedPrecondition(
-            "KEY_FILE_UNUSABLE",
-            f"the file of trusted keys {path.name} cannot be read: {error}",
-            metadata={"file": path.name},
-        ) from None
 
 
 async def check(settings: Settings) -> list[dict[str, object]]:
@@ -117,43 +105,49 @@ def _finding(passed: bool, message: str) -> list[dict[str, object]]:
     return [{"check": "object_store", "passed": passed, "message": message}]
 
 
-async def measure(settings: Settings, size: int) -> dict[str, float]:
-    """Megabytes a second that the store itself writes and reads, with as many calls at once as snapshots use.
+async def measure(settings: Settings, snapshot: str) -> dict[str, float]:
+    """Megabytes a second that the store itself reads and writes, with as many calls at once as snapshots use.
 
-    Args:
-        size: bytes to write and read back, in pieces as large as chunks.
+    Read are the very objects that a fetch of ``snapshot`` reads, and written are as many of the same sizes;
+    each three times, of which the fastest counts: connections are open by then.
     """
     objects = open_objects(settings)
     if objects is None:
         raise FailedPrecondition("OBJECT_STORE_NOT_CONFIGURED", "set DUMONT_SNAPSHOTD_STORE_URL")
+    chunks = document.named_chunks(await objects.get(manifest_key(snapshot), document.LARGEST))
     name = f"{TEMPORARY}speed-{os.urandom(8).hex()}"
-    keys = [f"{name}-{number}" for number in range(max(1, -(-size // CHUNK)))]
-    data = os.urandom(CHUNK)
+    noise = os.urandom(CHUNK + OVERHEAD)
     workers = Workers(IN_FLIGHT, 1)
-    speeds = {}
+    sizes: dict[str, int] = {}
 
-    async def write(key: str) -> None:
-        await objects.put(key, data)
+    async def read(chunk: str) -> None:
+        sizes[chunk] = len(await objects.get(chunk_key(chunk), CHUNK + OVERHEAD))
 
-    async def read(key: str) -> None:
-        await objects.get(key, CHUNK)
+    async def write(chunk: str) -> None:
+        await objects.put(f"{name}-{chunk}", noise[: sizes[chunk]])
 
+    async def remove(chunk: str) -> None:
+        await objects.delete(f"{name}-{chunk}")
+
+    speeds: dict[str, float] = {}
     try:
-        for what, work in (("raw_write_mb_per_s", write), ("raw_read_mb_per_s", read)):
-            before = time.monotonic()
-            await workers.each(keys, work)
-            speeds[what] = len(keys) * CHUNK / 1e6 / (time.monotonic() - before)
+        for _ in range(PASSES):
+            for what, work in (("raw_read_mb_per_s", read), ("raw_write_mb_per_s", write)):
+                before = time.monotonic()
+                await workers.each(chunks, work)
+                speed = sum(sizes.values()) / 1e6 / (time.monotonic() - before)
+                speeds[what] = max(speed, speeds.get(what, 0.0))
     finally:
-        await workers.each(keys, objects.delete)
+        await workers.each(chunks, remove)
         workers.close()
     return speeds
 
 
 def main() -> None:
-    """``python -m snapshotd.object_store check`` or ``measure BYTES``: prints one line of JSON."""
+    """``python -m snapshotd.object_store check`` or ``measure SNAPSHOT``: prints one line of JSON."""
     work: dict[str, Callable[[Settings], object]] = {
         "check": lambda settings: asyncio.run(check(settings)),
-        "measure": lambda settings: asyncio.run(measure(settings, int(sys.argv[2]))),
+        "measure": lambda settings: asyncio.run(measure(settings, sys.argv[2])),
     }
     try:
         sys.stdout.write(json.dumps(work[sys.argv[1]](Settings.model_validate({}))) + "\n")

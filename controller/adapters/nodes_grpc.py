@@ -197,6 +197,14 @@ class GrpcNodes:
             begun = link.snapshots.PublishSnapshot(request, timeout=LONG)
             return snapshot_messages.fact(node, await self._outcome(link, begun, snapshots.Snapshot()))
 
+    async def prefetch(self, node: str, snapshot: str, manifest_digest: str) -> Snapshot:
+        request = snapshots.PrefetchSnapshotRequest(
+            name=f"snapshots/{snapshot}", manifest_digest=manifest_digest
+        )
+        async with self._errors(node) as link:
+            begun = link.snapshots.PrefetchSnapshot(request, timeout=LONG)
+            return snapshot_messages.fact(node, await self._outcome(link, begun, snapshots.Snapshot()))
+
     async def verify(self, node: str, snapshot: str) -> Verified:
         request = snapshots.VerifySnapshotRequest(name=f"snapshots/{snapshot}")
         async with self._errors(node) as link:

@@ -67,6 +67,21 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
             known = replace(known, stored=await self._commands.stored(known))
         return self._message(known)
 
+    async def PrefetchSnapshot(
+        self, request: pb.PrefetchSnapshotRequest, context: object
+    ) -> operations_pb2.Operation:
+        snapshot = names.parse(request.name, "snapshots", "name")
+        wanted = names.parse(request.node, "nodes", "node") if request.node else ""
+        node = self._commands.prefetch_node(snapshot, wanted)
+
+        async def work(progress: Progress) -> pb.Snapshot:
+            return self._message(await self._commands.prefetch(snapshot, node))
+
+        metadata = pb.PrefetchSnapshotMetadata(
+            snapshot=request.name, node=f"nodes/{node}", create_time=self._now()
+        )
+        return self._operations.start("prefetch", work, metadata)
+
     async def VerifySnapshot(
         self, request: pb.VerifySnapshotRequest, context: object
     ) -> operations_pb2.Operation:

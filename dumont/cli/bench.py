@@ -2,44 +2,149 @@
 
 from __future__ import annotations
 
+import json as json_codec
+import signal
 import socket
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumont.cli.output import Json, command, console, print_facts, print_json, size
+from dumont.cli.output import Json, command, console, print_facts, print_json, size, table
+
+if TYPE_CHECKING:
+    from dumont.benchmarks.results import Row
+    from dumont.benchmarks.run import Plan
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @command
 def bench(
-    store: Annotated[bool, typer.Option("--store", help="Measure the object store.")] = False,
-    model: Annotated[str, typer.Option(help="In the model cache of this machine, or a directory.")] = MODEL,
-    directory: Annotated[
-        Path | None, typer.Option(help="Where snapshots go meanwhile; else a temporary directory.")
+    store: Annotated[bool, typer.Option("--store", help="Measure the object store, not the starts.")] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="In the model cache of this machine, or a directory. May be repeated.", show_default=MODEL
+        ),
     ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An architecture to make a random model of: qwen3-0.6b, qwen2-7.6b, qwen3-tiny. "
+            "May be repeated."
+        ),
+    ] = None,
+    cases: Annotated[
+        str,
+        typer.Option(
+            help="Some of plain_cold, plain_cold_after_imports, cold, parked, local, stock, by comma.",
+            show_default="all",
+        ),
+    ] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each case is measured.")] = 3,
+    cuda_checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="For the case stock on a GPU.", show_default="cuda-checkpoint on the PATH"),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where snapshots and made models go meanwhile; else memory, if there is room, or a "
+            "temporary directory."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the phases of all starts into this PNG.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON into this file as well.")] = None,
     json: Json = False,
 ) -> None:
     """Measure this machine, with services of its own. Needs root, and an idle machine to mean anything.
 
-    The store is the one that DUMONT_SNAPSHOTD_STORE_URL and S3_* in the environment name.
+    Without --store: the ways to a first token, of plain scripts, of Dumont and of the stock tools. With it:
+    the store that DUMONT_SNAPSHOTD_STORE_URL and S3_* in the environment name.
     """
-    from dumont.bench import run
     from dumont.up import check_installed
 
-    if not store:
-        raise typer.BadParameter("say what to measure: --store")
     check_installed()
+    if store:
+        _store((model or [MODEL])[0], directory, as_json=json)
+        return
+    from dumont.benchmarks import run
+
+    if plot:
+        run.check_plot()
+    for file in (plot, output):
+        if file and not file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{file} cannot be written: there is no directory {file.parent}")
+    chosen = [case.strip() for case in cases.split(",") if case.strip()]
+    models = model or ([] if config else [MODEL])
+    plan = run.plan(models, config or [], chosen, rounds, cuda_checkpoint)
+    # A bench that is told to end must end what it has started, frozen processes included.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _starts(plan, directory, plot, output, as_json=json)
+
+
+def _starts(
+    plan: Plan, directory: Path | None, plot: Path | None, output: Path | None, *, as_json: bool
+) -> None:
+    from dumont.benchmarks import machine, report, run
+
+    progress = console(stderr=True)
+    facts = machine.facts(plan.gpus, plan.criu)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    found: list[Row] = []
+
+    def document() -> dict[str, Any]:
+        return report.document(
+            facts, found, date=began, command=["dumont", *sys.argv[1:]], prompt=run.PROMPT, rounds=plan.rounds
+        )
+
+    shown = progress if as_json else console()
+    # After each model, so that a failure of the next one loses nothing.
+    try:
+        with run.workspace(directory, plan.subjects) as place:
+            progress.print(f"in {place}")
+            for rows in run.measure(plan, place, progress.print):
+                found += rows
+                _save(found, document(), facts, plot, output)
+    finally:
+        if found:
+            shown.print(table(report.HEADERS, map(report.cells, found)))
+        for row in found:
+            shown.print(report.phase_line(row), soft_wrap=True)
+    if as_json:
+        print_json(document())
+
+
+def _save(
+    rows: Sequence[Row],
+    document: dict[str, Any],
+    facts: dict[str, Any],
+    plot: Path | None,
+    output: Path | None,
+) -> None:
+    if output:
+        output.write_text(json_codec.dumps(document, indent=2) + "\n")
+    if plot:
+        from dumont.benchmarks.plot import draw
+
+        draw(plot, rows, facts)
+
+
+def _store(model: str, directory: Path | None, *, as_json: bool) -> None:
+    from dumont.bench import run
+
     with (
         tempfile.TemporaryDirectory(prefix="dumont-bench-", dir=directory) as state,
         console(stderr=True).status("starting") as status,
     ):
         found = run(model, Path(state), _free_port(), status.update)
-    if json:
+    if as_json:
         print_json(found)
         return
     speeds = {

@@ -1,4 +1,4 @@
-"""``dumont snapshot create``, ``ls``, ``inspect``, ``verify``, ``prune`` and ``rm``."""
+"""``dumont snapshot create``, ``ls``, ``inspect``, ``prefetch``, ``verify``, ``prune`` and ``rm``."""
 
 from __future__ import annotations
 
@@ -98,6 +98,23 @@ def inspect(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
             ("FILE", "SIZE", "BLAKE3"),
             ((file.name, size(file.size_bytes), file.digest) for file in snapshot.files),
         )
+
+
+@app.command()
+@command
+def prefetch(
+    name: Name,
+    node: Annotated[str | None, typer.Option(help="Else where a start would restore it.")] = None,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Bring a published snapshot to a node, so that the next start there is a local one."""
+    with sync.Client(endpoint) as client, console(stderr=True).status("fetching"):
+        snapshot = client.snapshots.prefetch(name, node=node)
+    if json:
+        print_json(snapshot)
+    else:
+        print_facts(describe(snapshot))
 
 
 @app.command()

@@ -97,8 +97,9 @@ class CausalLM:
         """The greedy token at each of 16 positions of a fixed input: one pass that checks every layer."""
         fixed = [(7919 * (position + 1)) % self._vocabulary for position in range(CANARY_TOKENS)]
         logits = self._model(input_ids=self._tensor(fixed), use_cache=False).logits[0].float()
-        best = logits.argmax(-1)
-        logprob = torch.log_softmax(logits[-1], -1)[best[-1]]
+        best = logits.argmax(-1).cpu()
+        # On the CPU: one kernel less that every GPU process would carry.
+        logprob = torch.log_softmax(logits[-1].cpu(), -1)[best[-1]]
         return Canary([int(token) for token in best.tolist()], round(float(logprob), 4))
 
     def generate(self, request: Generation) -> Work[Piece | Finish]:
@@ -204,7 +205,8 @@ class CausalLM:
         if self._keeps_logits and len(ids) > 1:
             # As an index, which selects a compact copy. A count would leave a strided view, for which torch
             # 2.13 on the CPU copies the whole output matrix: 130 ms for a vocabulary of 49,152.
-            options["logits_to_keep"] = torch.tensor([len(ids) - 1], device=self._device)
+            on_cpu = self._device.type == "cpu"
+            options["logits_to_keep"] = torch.tensor([len(ids) - 1]) if on_cpu else 1
         output = self._model(input_ids=self._tensor(ids), past_key_values=cache, use_cache=True, **options)
         logits: torch.Tensor = output.logits[:, -1, :]
         return logits

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,9 @@ from snapshotd.images.layout import Flags, Layout, Piece, Source, lay_out
 from snapshotd.shim.mounts import MEMORY_MOUNT
 
 # Pages looked at together: small enough for the cache, large enough that Python does not matter.
-BLOCK = 2048
+BLOCK = 512
+# More do not make it faster: memory is the limit.
+MOST_THREADS = 8
 WORDS = PAGE // 8
 # Bytes copied at once by one thread.
 CHUNK = 8 << 20
@@ -131,35 +132,44 @@ def _look(
     name = pagemap.stem.removeprefix("pagemap-")
     pages_id, runs = images.read_pagemap(pagemap)
     vmas = images.read_vmas(directory / f"mm-{name}.img", known)
-    nonzero = np.empty(0, dtype=bool)
     with (directory / f"pages-{pages_id}.img").open("rb") as pages:
-        if os.fstat(pages.fileno()).st_size:
-            with mmap.mmap(pages.fileno(), 0, prot=mmap.PROT_READ) as memory:
-                nonzero = _nonzero_pages(memory, threads)
+        nonzero = _nonzero_pages(pages.fileno(), threads)
     origins = {known[vma.entry.shmid] for vma in vmas if vma.entry.shmid in known}
     return _Process(name, pages_id, lay_out(vmas, runs, nonzero), origins.pop() if origins else "")
 
 
-def _nonzero_pages(memory: mmap.mmap, threads: int) -> Flags:
-    """For each page of ``memory``, whether any byte of it is not zero; shape (pages,)."""
-    pages = len(memory) // PAGE
-    result = np.empty(pages, dtype=bool)
+def _nonzero_pages(file: int, threads: int) -> Flags:
+    """For each page of ``file``, whether any byte of it is not zero; shape (pages,).
 
-    def look(start: int) -> None:
-        # A view of its own: the mapping cannot be closed while an array looks at it.
-        count = min(BLOCK, pages - start)
-        block = np.frombuffer(memory, np.uint64, count * WORDS, start * PAGE).reshape(count, WORDS)
-        # Most pages that are not zero show it in their first words.
-        found: Flags = np.asarray(block[:, :8].any(axis=1))
-        rest = np.flatnonzero(~found)
-        found[rest] = block[rest].any(axis=1)
-        result[start : start + count] = found
-        # What was looked at stays in the page cache and need not count as memory of this process.
-        memory.madvise(mmap.MADV_DONTNEED, start * PAGE, count * PAGE)
+    Read and not mapped: taking pages in and out of an address space that many threads share costs more than
+    copying them.
+    """
+    pages = os.fstat(file).st_size // PAGE
+    result = np.empty(pages, dtype=bool)
+    threads = min(threads, MOST_THREADS)
+
+    def look(worker: int) -> None:
+        block = np.empty((BLOCK, WORDS), np.uint64)
+        for start in range(worker * BLOCK, pages, threads * BLOCK):
+            count = min(BLOCK, pages - start)
+            _fill(file, start * PAGE, block[:count].data.cast("B"))
+            # Most pages that are not zero show it in their first words.
+            found: Flags = np.asarray(block[:count, :8].any(axis=1))
+            rest = np.flatnonzero(~found)
+            found[rest] = block[rest].any(axis=1)
+            result[start : start + count] = found
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(look, range(0, pages, BLOCK)))
+        list(pool.map(look, range(threads)))
     return result
+
+
+def _fill(file: int, offset: int, view: memoryview) -> None:
+    while view:
+        got = os.preadv(file, [view], offset)
+        if got == 0:
+            raise DataLoss("IMAGE_INCOMPLETE", "the pages file ended early")
+        offset, view = offset + got, view[got:]
 
 
 def _move(process: _Process, pages: Path, memory: Path, origin: Path | None, threads: int) -> None:

@@ -37,7 +37,7 @@ class Capture:
             Step("stage", self.stage, self.discard),
             Step("drain", self.drain, self.keep_serving),
             Step("quiesce", self.quiesce),
-            *([Step("cuda_checkpoint", self.suspend, self.revive)] if cuda else []),
+            *([Step("cuda_checkpoint", self.suspend, self.revive), Step("trim", self.trim)] if cuda else []),
             Step("dump", self.dump),
             *([Step("cuda_restore", self.rouse)] if cuda else []),
             Step("wake", self.wake),
@@ -86,6 +86,9 @@ class Capture:
     async def rouse(self) -> None:
         await moves.rouse_cuda(self.node, self.subject)
         self.suspended = False
+
+    async def trim(self) -> None:
+        await moves.trim(self.node, self.subject)
 
     async def revive(self) -> None:
         if self.suspended:

@@ -64,12 +64,13 @@ async def cuda_pids(node: Node, host: Host) -> list[int]:
 
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
-    """Move what the process holds on GPUs to host memory, and let go of the zeros among it.
-
-    What of it was done when it fails, :func:`rouse_cuda` undoes.
-    """
+    """Move what the process holds on GPUs to host memory."""
     pids = await cuda_pids(node, host_of(subject))
     await tree.suspend(cuda_of(node), pids, node.deadlines.cuda_lock)
+
+
+async def trim(node: Node, subject: Subject) -> None:
+    """Let go of the zeros among what came from the GPU: most of it was never written to."""
     await host_of(subject).call("trim", node.deadlines.quiesce)
 
 

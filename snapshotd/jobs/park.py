@@ -36,6 +36,9 @@ def park(node: Node, subject: Subject) -> list[Step]:
     async def suspend() -> None:
         await moves.suspend_cuda(node, subject)
 
+    async def trim() -> None:
+        await moves.trim(node, subject)
+
     async def rouse() -> None:
         await moves.unless_lost(subject, lambda: moves.rouse_cuda(node, subject))
 
@@ -44,6 +47,7 @@ def park(node: Node, subject: Subject) -> list[Step]:
             Step("drain", drain, keep_serving),
             Step("quiesce", quiesce),
             Step("cuda_checkpoint", suspend, rouse),
+            Step("trim", trim),
         ]
     return [Step("drain", drain, keep_serving), Step("freeze", freeze, thaw)]
 

@@ -1,79 +1,134 @@
-"""Image files to runs of chunks and holes. A chunk is named by what it holds, so it is stored once."""
+"""Image files to chunks and back. A chunk is named by what it holds, so it is stored once.
+
+A large file is cut into chunks, and the small ones, of which CRIU writes some twenty, share chunks: each
+chunk is a request to the store, and a request costs as much as the bytes of many small files.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
 from dumont.errors import DataLoss
-from snapshotd.store.model import CHUNK, PublishedFile, Run
+from snapshotd.model import ImageFile
+from snapshotd.store.model import CHUNK, Extent, Piece, PublishedFile
+
+# Files of fewer bytes share chunks.
+SMALL = 64 << 10
 
 _ZEROS = bytes(CHUNK)
 
 
-def pieces_of(size: int) -> int:
-    """How many chunks and holes a file of ``size`` bytes has."""
-    return -(-size // CHUNK)
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file."""
+
+    file: str
+    offset: int
+    size: int
 
 
-def read_piece(path: Path, index: int, size: int) -> bytes | None:
-    """The plain bytes of a file's piece; None when they are all zero.
+# What a chunk will hold: spans, one behind the other.
+Content = tuple[Span, ...]
 
-    Args:
-        size: of the whole file, in bytes.
+
+def size_of(content: Content) -> int:
+    return sum(span.size for span in content)
+
+
+def cut(files: Iterable[ImageFile]) -> Iterator[Content]:
+    """Every byte of the files, once, as what chunks may hold."""
+    small: list[Span] = []
+    for file in files:
+        if file.size >= SMALL:
+            for offset in range(0, file.size, CHUNK):
+                yield (Span(file.name, offset, min(CHUNK, file.size - offset)),)
+        elif file.size:
+            if size_of(tuple(small)) + file.size > CHUNK:
+                yield tuple(small)
+                small = []
+            small.append(Span(file.name, 0, file.size))
+    if small:
+        yield tuple(small)
+
+
+def read(folder: Path, content: Content) -> bytearray | None:
+    """The plain bytes of a chunk; None when they are all zero.
 
     Raises:
-        DataLoss: the file is shorter.
+        DataLoss: a file is shorter.
     """
-    expected = min(CHUNK, size - index * CHUNK)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        data = os.pread(descriptor, expected, index * CHUNK)
-        while len(data) < expected:
-            more = os.pread(descriptor, expected - len(data), index * CHUNK + len(data))
-            if not more:
-                raise DataLoss(
-                    "IMAGE_DAMAGED",
-                    f"{path.name} ended before its {size} bytes were read",
-                    metadata={"file": path.name},
-                )
-            data += more
-    finally:
-        os.close(descriptor)
-    return None if data == _ZEROS[:expected] else data
+    plain = bytearray(size_of(content))
+    into, start = memoryview(plain), 0
+    for span in content:
+        _read_span(folder / span.file, span, into[start : start + span.size])
+        start += span.size
+    return None if _ZEROS.startswith(plain) else plain
 
 
-def write_piece(path: Path, offset: int, data: bytes) -> None:
-    """Put plain bytes in their place in a file that exists."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-    try:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(descriptor, view, offset)
-            view, offset = view[written:], offset + written
-    finally:
-        os.close(descriptor)
+def write(folder: Path, pieces: Sequence[Piece], plain: memoryview) -> None:
+    """Put the parts of a chunk in their places in files that exist."""
+    for piece in pieces:
+        descriptor = os.open(folder / piece.file, os.O_WRONLY | os.O_NOFOLLOW)
+        try:
+            rest, offset = plain[piece.start : piece.start + piece.size], piece.offset
+            while rest:
+                written = os.pwrite(descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
+        finally:
+            os.close(descriptor)
 
 
-def name_chunk(plain: bytes, name_key: bytes | None) -> str:
+def name_chunk(plain: bytes | bytearray | memoryview, name_key: bytes | None) -> str:
     """BLAKE3 of the plain bytes, in hex; keyed where a name must not tell what the chunk holds."""
     return (blake3(plain) if name_key is None else blake3(plain, key=name_key)).hexdigest()
 
 
-def join_pieces(name: str, size: int, chunks: Sequence[str | None]) -> PublishedFile:
-    """A file from the names of its pieces in order, None for holes."""
-    return PublishedFile(name, size, tuple(_runs(chunks)))
+def join(files: Iterable[ImageFile], chunks: Mapping[Content, str | None]) -> tuple[PublishedFile, ...]:
+    """The files as extents of the chunks that their content went into, None for zeros."""
+    found: dict[str, dict[int, Extent]] = {file.name: {} for file in files}
+    for content, chunk in chunks.items():
+        start = 0
+        for span in content:
+            extent = Extent(span.size, chunk, start, size_of(content)) if chunk else Extent(span.size)
+            found[span.file][span.offset] = extent
+            start += span.size
+    return tuple(
+        PublishedFile(name, tuple(_merge_holes(extent for _, extent in sorted(extents.items()))))
+        for name, extents in found.items()
+    )
 
 
-def _runs(chunks: Sequence[str | None]) -> Iterator[Run]:
-    start = 0
-    while start < len(chunks):
-        hole = chunks[start] is None
-        end = start
-        while end < len(chunks) and (chunks[end] is None) == hole:
-            end += 1
-        yield Run(end - start, tuple(chunk for chunk in chunks[start:end] if chunk is not None))
-        start = end
+def _merge_holes(extents: Iterable[Extent]) -> Iterator[Extent]:
+    hole = 0
+    for extent in extents:
+        if extent.chunk:
+            if hole:
+                yield Extent(hole)
+                hole = 0
+            yield extent
+        else:
+            hole += extent.size
+    if hole:
+        yield Extent(hole)
+
+
+def _read_span(path: Path, span: Span, into: memoryview) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        done = 0
+        while done < span.size:
+            count = os.preadv(descriptor, [into[done:]], span.offset + done)
+            if not count:
+                raise DataLoss(
+                    "IMAGE_DAMAGED",
+                    f"{span.file} ended before its bytes to {span.offset + span.size} were read",
+                    metadata={"file": span.file},
+                )
+            done += count
+    finally:
+        os.close(descriptor)

@@ -1,14 +1,17 @@
 """A chunk as it lies in the store: compressed if that helps, encrypted if there is a key.
 
-The first byte says how the rest is packed. With a key, a random nonce and AES-256-GCM are around that;
-the snapshot and the chunk's name are bound as associated data, so a chunk opens only where it belongs.
+The first byte says how the rest is packed; a compressed rest begins with its own length. With a key, a random
+nonce and AES-256-GCM are around that; the snapshot and the chunk's name are bound as associated data, so a
+chunk opens only where it belongs.
 """
 
 from __future__ import annotations
 
 import os
-import sys
+import threading
+from typing import TypeAlias
 
+import zstandard
 from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -16,20 +19,27 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from dumont.errors import DataLoss
 from snapshotd.store.chunking import name_chunk
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+Bytes: TypeAlias = bytes | bytearray | memoryview
 
-RAW, ZSTD = b"\0", b"\1"
+RAW, ZSTD = 0, 1
 LEVEL = 1
-# A window of 8 MiB is twice a chunk; a frame that wants more is none of ours.
-LARGEST_WINDOW_LOG = 23
+LENGTH = 4
+# The window of a chunk is no larger than the chunk; a frame that wants more is none of ours.
+LARGEST_WINDOW = 8 << 20
 NONCE = 12
 TAG = 16
 # Stored bytes never exceed the plain ones by more.
-OVERHEAD = 1 + NONCE + TAG
+OVERHEAD = 1 + LENGTH + NONCE + TAG
 DATA_KEY = 32
+
+
+class _Contexts(threading.local):
+    """What a thread works with again and again; neither is to be shared, and memory that is new is slow."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+        self.buffer = bytearray()
 
 
 class Codec:
@@ -42,6 +52,7 @@ class Codec:
 
     def __init__(self, snapshot: str, data_key: bytes | None) -> None:
         self.snapshot = snapshot
+        self._contexts = _Contexts()
         self._cipher = None if data_key is None else AESGCM(data_key)
         self._name_key = (
             None
@@ -49,19 +60,22 @@ class Codec:
             else blake3(data_key, derive_key_context="dumont v1 chunk names").digest()
         )
 
-    def name(self, plain: bytes) -> str:
+    def name(self, plain: Bytes) -> str:
         return name_chunk(plain, self._name_key)
 
-    def pack(self, name: str, plain: bytes) -> bytes:
-        packed = zstd.compress(plain, LEVEL)
-        framed = ZSTD + packed if len(packed) < len(plain) else RAW + plain
+    def pack(self, name: str, plain: Bytes) -> bytes:
+        packed = self._contexts.compressor.compress(plain)
+        if LENGTH + len(packed) < len(plain):
+            framed = bytes([ZSTD]) + len(packed).to_bytes(LENGTH, "little") + packed
+        else:
+            framed = bytes([RAW]) + plain
         if self._cipher is None:
             return framed
         nonce = os.urandom(NONCE)
         return nonce + self._cipher.encrypt(nonce, framed, self._bound(name))
 
-    def open(self, name: str, stored: bytes, size: int) -> bytes:
-        """The plain bytes of a chunk, verified.
+    def open(self, name: str, stored: bytes, size: int) -> memoryview:
+        """The plain bytes of a chunk, verified; this thread's next call may write over them.
 
         Args:
             size: plain bytes it must have; no more are ever taken from it.
@@ -69,12 +83,12 @@ class Codec:
         Raises:
             DataLoss: it is not the chunk of that name and size.
         """
-        framed = stored if self._cipher is None else self._decrypt(name, stored)
-        method, packed = framed[:1], framed[1:]
+        framed = memoryview(stored if self._cipher is None else self._decrypt(name, stored))
+        method = framed[0] if framed else -1
         if method == ZSTD:
-            plain = self._decompress(name, packed, size)
+            plain = self._decompress(name, framed[1:], size)
         elif method == RAW:
-            plain = packed
+            plain = framed[1:]
         else:
             raise damaged(name, "it is packed in a way that is not known")
         if len(plain) != size:
@@ -90,19 +104,22 @@ class Codec:
         except (InvalidTag, ValueError):
             raise damaged(name, "it does not open with this snapshot's key") from None
 
-    def _decompress(self, name: str, packed: bytes, size: int) -> bytes:
-        options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: LARGEST_WINDOW_LOG}
-        decompressor = zstd.ZstdDecompressor(options=options)
-        try:
-            # One byte more than it may have, so that a larger one is seen and never unpacked.
-            plain = decompressor.decompress(packed, size + 1)
-        except zstd.ZstdError as error:
-            raise damaged(name, f"it cannot be decompressed: {error}") from None
-        if len(plain) > size:
-            raise damaged(name, f"it unpacks to more than {size} bytes")
-        if not decompressor.eof or decompressor.unused_data:
+    def _decompress(self, name: str, framed: memoryview, size: int) -> memoryview:
+        packed = framed[LENGTH:]
+        if len(packed) != int.from_bytes(framed[:LENGTH], "little"):
             raise damaged(name, "its compressed bytes do not end where they should")
-        return plain
+        contexts = self._contexts
+        # One byte more than it may have, so that a larger one is seen and never unpacked.
+        if len(contexts.buffer) <= size:
+            contexts.buffer = bytearray(size + 1)
+        into = memoryview(contexts.buffer)[: size + 1]
+        try:
+            count = contexts.decompressor.stream_reader(packed).readinto(into)
+        except zstandard.ZstdError as error:
+            raise damaged(name, f"it cannot be decompressed: {error}") from None
+        if count > size:
+            raise damaged(name, f"it unpacks to more than {size} bytes")
+        return into[:count]
 
     def _bound(self, name: str) -> bytes:
         return b"dumont chunk v1\0" + self.snapshot.encode() + b"\0" + name.encode()

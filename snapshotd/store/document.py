@@ -1,7 +1,8 @@
 """The published manifest: one signed line, then the document that it signs.
 
 ``dumont-snapshot 1 <signer> <signature>\\n`` and canonical JSON. The signature covers the bytes as they
-are, so nothing is parsed before it is known who wrote it.
+are, so nothing is parsed before it is known who wrote it. ``chunks`` lists names and plain sizes; ``files``
+describe each file by its extents, a hole as its size and a part of a chunk as ``[index, start, size]``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from blake3 import blake3
@@ -17,15 +19,15 @@ from dumont.errors import DataLoss, InvalidArgument
 from dumont.names import check_id
 from snapshotd import manifest as manifests
 from snapshotd.model import Manifest
-from snapshotd.store.chunking import pieces_of
-from snapshotd.store.model import PublishedFile, PublishedSnapshot, Run, SealedKey
-from snapshotd.store.signing import Signer, TrustedKeys
+from snapshotd.store.model import CHUNK, Extent, PublishedFile, PublishedSnapshot, SealedKey
+from snapshotd.store.ports import Trust
+from snapshotd.store.signing import Signer
 
 VERSION = 1
 LARGEST = 32 << 20
-# 1 TiB of chunks; a file's holes are counted, never listed.
-MOST_CHUNKS = 1 << 18
-MOST_RUNS = 1 << 18
+# 1 TiB of chunks.
+MOST_CHUNKS = 1 << 17
+MOST_EXTENTS = 1 << 20
 
 _HEAD = re.compile(rb"dumont-snapshot 1 ([0-9a-f]{32}) ([0-9a-f]{128})\n")
 _CHUNK = re.compile(r"[0-9a-f]{64}")
@@ -39,19 +41,25 @@ def encode(
     Raises:
         InvalidArgument: the snapshot is larger than a manifest can describe.
     """
+    sizes = {piece.chunk: piece.chunk_size for file in files for piece in file.pieces()}
+    places = {chunk: index for index, chunk in enumerate(sizes)}
     document = {
         "version": VERSION,
         "manifest": json.loads(manifests.encode(manifest)),
-        "files": [{"name": file.name, "size": file.size, "runs": _encode_runs(file)} for file in files],
+        "chunks": list(sizes.items()),
+        "files": [
+            {"name": file.name, "size": file.size, "extents": _encode_extents(file, places)} for file in files
+        ],
         "encryption": None
         if key is None
         else {"key_id": key.key_id, "wrapped": base64.b64encode(key.wrapped).decode()},
         "signer": signer.key_id,
     }
     body = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    if len(body) > LARGEST or sum(len(run.chunks) for file in files for run in file.runs) > MOST_CHUNKS:
+    extents = sum(len(file.extents) for file in files)
+    if len(body) > LARGEST or len(sizes) > MOST_CHUNKS or extents > MOST_EXTENTS:
         raise InvalidArgument(
-            "SNAPSHOT_TOO_LARGE", f"snapshots/{manifest.id} has more chunks than a manifest may name"
+            "SNAPSHOT_TOO_LARGE", f"snapshots/{manifest.id} has more parts than a manifest may name"
         )
     data = f"dumont-snapshot 1 {signer.key_id} {signer.sign(body).hex()}\n".encode() + body
     return data, PublishedSnapshot(manifest, files, digest(body), signer.key_id, key)
@@ -61,7 +69,7 @@ def digest(body: bytes) -> str:
     return blake3(body).hexdigest()
 
 
-def decode(data: bytes, snapshot: str, trusted: TrustedKeys) -> PublishedSnapshot:
+def decode(data: bytes, snapshot: str, trusted: Trust) -> PublishedSnapshot:
     """Read and verify what :func:`encode` wrote.
 
     Args:
@@ -109,44 +117,63 @@ def _parse(body: bytes, signer: str) -> PublishedSnapshot:
             raise _damaged("its version or its signer is not as its first line says")
         manifest = manifests.decode(json.dumps(document["manifest"]).encode())
         check_id(manifest.id, "id")
-        files = _parse_files(document["files"], manifest)
+        files = _parse_files(document["files"], _parse_chunks(document["chunks"]), manifest)
         key = _parse_key(document["encryption"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InvalidArgument) as error:
         raise _damaged(str(error).splitlines()[0][:200] if str(error) else "it is malformed") from error
     return PublishedSnapshot(manifest, files, digest(body), signer, key)
 
 
-def _parse_files(listed: Any, manifest: Manifest) -> tuple[PublishedFile, ...]:
+def _parse_chunks(listed: Any) -> list[tuple[str, int]]:
+    if not isinstance(listed, list) or len(listed) > MOST_CHUNKS:
+        raise _damaged("it has too many chunks")
+    for name, size in listed:
+        if not isinstance(name, str) or not _CHUNK.fullmatch(name):
+            raise _damaged("the name of a chunk is impossible")
+        if type(size) is not int or not 0 < size <= CHUNK:
+            raise _damaged("the size of a chunk is impossible")
+    if len({name for name, _ in listed}) != len(listed):
+        raise _damaged("a chunk stands twice")
+    return [(name, size) for name, size in listed]
+
+
+def _parse_files(listed: Any, chunks: list[tuple[str, int]], manifest: Manifest) -> tuple[PublishedFile, ...]:
     described = [(file.name, file.size) for file in manifest.files]
     if [(file["name"], file["size"]) for file in listed] != described:
-        raise _damaged("its runs are of other files than it describes")
-    if sum(len(file["runs"]) for file in listed) > MOST_RUNS:
-        raise _damaged("it has too many runs")
+        raise _damaged("its extents are of other files than it describes")
+    if sum(len(file["extents"]) for file in listed) > MOST_EXTENTS:
+        raise _damaged("it has too many extents")
     files = tuple(
-        PublishedFile(name, size, tuple(map(_parse_run, file["runs"])))
-        for (name, size), file in zip(described, listed, strict=True)
+        PublishedFile(name, tuple(_parse_extent(extent, chunks) for extent in file["extents"]))
+        for (name, _), file in zip(described, listed, strict=True)
     )
-    for file in files:
-        if sum(run.pieces for run in file.runs) != pieces_of(file.size):
-            raise _damaged(f"the runs of {file.name} do not make up its size")
-    if sum(len(run.chunks) for file in files for run in file.runs) > MOST_CHUNKS:
-        raise _damaged("it has too many chunks")
+    for file, (_, size) in zip(files, described, strict=True):
+        if file.size != size:
+            raise _damaged(f"the extents of {file.name} do not make up its size")
+    if len({piece.chunk for file in files for piece in file.pieces()}) != len(chunks):
+        raise _damaged("it names chunks that no file has")
     return files
 
 
-def _encode_runs(file: PublishedFile) -> list[int | list[str]]:
-    """A hole is its number of pieces, a run of chunks the list of their names."""
-    return [list(run.chunks) if run.chunks else run.pieces for run in file.runs]
+def _encode_extents(file: PublishedFile, places: Mapping[str, int]) -> list[int | list[int]]:
+    return [
+        [places[extent.chunk], extent.start, extent.size] if extent.chunk else extent.size
+        for extent in file.extents
+    ]
 
 
-def _parse_run(run: Any) -> Run:
-    if isinstance(run, list) and run:
-        if not all(isinstance(chunk, str) and _CHUNK.fullmatch(chunk) for chunk in run):
-            raise _damaged("the name of a chunk is impossible")
-        return Run(len(run), tuple(run))
-    if type(run) is not int or not 0 < run <= pieces_of(manifests.LARGEST_FILE):
-        raise _damaged("a run is impossible")
-    return Run(run)
+def _parse_extent(extent: Any, chunks: list[tuple[str, int]]) -> Extent:
+    if type(extent) is int:
+        if not 0 < extent <= manifests.LARGEST_FILE:
+            raise _damaged("a hole is impossible")
+        return Extent(extent)
+    index, start, size = extent
+    if not all(type(number) is int for number in extent) or not 0 <= index < len(chunks):
+        raise _damaged("an extent is impossible")
+    name, whole = chunks[index]
+    if start < 0 or size <= 0 or start + size > whole:
+        raise _damaged("an extent is not within its chunk")
+    return Extent(size, name, start, whole)
 
 
 def _parse_key(encryption: Any) -> SealedKey | None:

@@ -6,12 +6,14 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, ResourceExhausted
 from snapshotd.failpoints import Failpoints
-from snapshotd.store.chunking import write_piece
+from snapshotd.store.chunking import write
 from snapshotd.store.codec import OVERHEAD, Codec, damaged
 from snapshotd.store.layout import chunk_key, damage_key
 from snapshotd.store.model import Piece, PublishedSnapshot
@@ -38,6 +40,8 @@ class Fetch:
         self._objects = objects
         self._workers = workers
         self._failpoints = failpoints
+        # Two threads that write one file wait for each other in the kernel, which costs more than here.
+        self._writing = threading.Lock()
 
     async def into(self, folder: Path, progress: Progress) -> None:
         """Write all files into ``folder``; on failure it holds a part of them.
@@ -50,8 +54,7 @@ class Fetch:
 
         async def write(pieces: list[Piece]) -> None:
             self._failpoints.hit("fetch.chunk")
-            plain = await self._read(pieces[0])
-            await self._workers.compute(_write, folder, pieces, plain)
+            await self._read(pieces, partial(self._write, folder, pieces))
             self._failpoints.hit("fetch.chunk.after")
 
         await self._each_chunk(write, progress)
@@ -66,7 +69,7 @@ class Fetch:
 
         async def look(pieces: list[Piece]) -> None:
             try:
-                await self._read(pieces[0])
+                await self._read(pieces, _discard)
             except DataLoss as error:
                 failures.extend((piece, error) for piece in pieces)
 
@@ -83,10 +86,10 @@ class Fetch:
 
     async def _each_chunk(self, work: Callable[[list[Piece]], Awaitable[None]], progress: Progress) -> None:
         # A chunk that belongs in several places is fetched once.
-        places: dict[tuple[str, int], list[Piece]] = {}
+        places: dict[str, list[Piece]] = {}
         for piece in self._published.pieces():
-            places.setdefault((piece.chunk, piece.size), []).append(piece)
-        counter = Counter(sum(size * len(pieces) for (_, size), pieces in places.items()), progress)
+            places.setdefault(piece.chunk, []).append(piece)
+        counter = Counter(self._published.data_size, progress)
 
         async def counted(pieces: list[Piece]) -> None:
             await work(pieces)
@@ -94,10 +97,12 @@ class Fetch:
 
         await self._workers.each(places.values(), counted)
 
-    async def _read(self, piece: Piece) -> bytes:
+    async def _read(self, pieces: list[Piece], use: Callable[[memoryview], None]) -> None:
+        """Give the plain bytes of a chunk to ``use``, once they are verified."""
+        piece = pieces[0]
         try:
             try:
-                stored = await self._objects.get(chunk_key(piece.chunk), piece.size + OVERHEAD)
+                stored = await self._objects.get(chunk_key(piece.chunk), piece.chunk_size + OVERHEAD)
             except NotFound:
                 raise DataLoss(
                     "CHUNK_MISSING",
@@ -106,7 +111,7 @@ class Fetch:
                 ) from None
             except DataLoss as error:
                 raise damaged(piece.chunk, error.message) from None
-            return await self._workers.compute(self._codec.open, piece.chunk, stored, piece.size)
+            await self._workers.compute(self._open, piece, stored, use)
         except DataLoss as error:
             if error.reason == "CHUNK_DAMAGED":
                 # So that no upload counts on it. What is wrong with it is told, whatever becomes of this.
@@ -114,6 +119,10 @@ class Fetch:
                     await self._objects.put(damage_key(piece.chunk), b"")
             error.metadata |= {"file": piece.file, "snapshot": self._published.manifest.id}
             raise
+
+    def _open(self, piece: Piece, stored: bytes, use: Callable[[memoryview], None]) -> None:
+        # In one thread, while the bytes are in its core's cache.
+        use(self._codec.open(piece.chunk, stored, piece.chunk_size))
 
     def _lay_out(self, folder: Path) -> None:
         """Make the files at their sizes, all holes."""
@@ -136,15 +145,18 @@ class Fetch:
             finally:
                 os.close(descriptor)
 
+    def _write(self, folder: Path, pieces: list[Piece], plain: memoryview) -> None:
+        try:
+            with self._writing:
+                write(folder, pieces, plain)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full("the disk filled up while a snapshot was fetched") from None
+            raise
 
-def _write(folder: Path, pieces: list[Piece], plain: bytes) -> None:
-    try:
-        for piece in pieces:
-            write_piece(folder / piece.file, piece.offset, plain)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full("the disk filled up while a snapshot was fetched") from None
-        raise
+
+def _discard(plain: memoryview) -> None:
+    """For those who only want to know that it is right."""
 
 
 def _full(why: str) -> ResourceExhausted:

@@ -54,10 +54,13 @@ class Marks:
         except NotFound:
             return frozenset()
         except DataLoss as error:
+            snapshot = snapshot_of(item.key)
+            # A tombstone stops to count by itself.
+            cure = f"delete snapshots/{snapshot} first" if snapshot else "try again after the grace time"
             raise FailedPrecondition(
                 "GC_BLOCKED",
-                f"{item.key} cannot be read, so what it needs is not known and nothing is deleted; delete "
-                f"that snapshot first ({error.message})",
+                f"{item.key} cannot be read, so what it needs is not known and nothing is deleted; {cure} "
+                f"({error.message})",
                 metadata={"key": item.key},
             ) from error
 

@@ -8,8 +8,8 @@ from datetime import datetime
 
 from snapshotd.model import Manifest
 
-# Plain bytes of a chunk; the last one of a file is shorter.
-CHUNK = 4 << 20
+# Plain bytes of the largest chunk.
+CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -22,39 +22,52 @@ class ObjectInfo:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Consecutive pieces of a file: the names of their chunks, or none of them for a hole of zeros."""
+class Extent:
+    """Consecutive bytes of a file: a part of a chunk, or a hole of zeros.
 
-    pieces: int
-    chunks: tuple[str, ...] = ()
+    Attributes:
+        size: in bytes.
+        chunk: its name; empty: a hole.
+        start: where in the chunk's plain bytes the part begins.
+        chunk_size: plain bytes of the whole chunk.
+    """
+
+    size: int
+    chunk: str = ""
+    start: int = 0
+    chunk_size: int = 0
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One chunk's place in a file, in bytes."""
+    """Where a part of a chunk belongs: so many bytes from ``start`` in it, at ``offset`` in a file."""
 
     file: str
     offset: int
     size: int
     chunk: str
+    start: int
+    chunk_size: int
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """An image file as runs of chunks and holes."""
+    """An image file as its extents, in order."""
 
     name: str
-    size: int
-    runs: tuple[Run, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(extent.size for extent in self.extents)
 
     def pieces(self) -> Iterator[Piece]:
-        """Where each chunk belongs; holes are left out."""
-        index = 0
-        for run in self.runs:
-            for number, chunk in enumerate(run.chunks, index):
-                offset = number * CHUNK
-                yield Piece(self.name, offset, min(CHUNK, self.size - offset), chunk)
-            index += run.pieces
+        """Where each part of a chunk belongs; holes are left out."""
+        offset = 0
+        for extent in self.extents:
+            if extent.chunk:
+                yield Piece(self.name, offset, extent.size, extent.chunk, extent.start, extent.chunk_size)
+            offset += extent.size
 
 
 @dataclass(frozen=True)

@@ -65,3 +65,16 @@ class KeyWrapper(Protocol):
     def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
         """The data key; raises ``DataLoss`` when it was wrapped by another key or for another context."""
         ...
+
+
+class Trust(Protocol):
+    """Whose signatures count, which may change while the node runs."""
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """The trusted keys; what was refused or accepted under other ones is to be looked at again."""
+        ...
+
+    def verify(self, signer: str, document: bytes, signature: bytes) -> None:
+        """Raises ``PermissionDenied`` when the key is not trusted, ``DataLoss`` when it signed other text."""
+        ...

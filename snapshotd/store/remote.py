@@ -28,8 +28,8 @@ from snapshotd.store.layout import (
     tombstone_key,
 )
 from snapshotd.store.model import GcPlan, GcResult, ObjectInfo, PublishedSnapshot, SealedKey, Usage
-from snapshotd.store.ports import KeyWrapper, ObjectStore, Progress
-from snapshotd.store.signing import Signer, TrustedKeys
+from snapshotd.store.ports import KeyWrapper, ObjectStore, Progress, Trust
+from snapshotd.store.signing import Signer
 from snapshotd.store.upload import Upload
 from snapshotd.store.workers import Workers, to_the_end
 
@@ -53,7 +53,7 @@ class RemoteStore:
         signer: signs what this node publishes.
         trusted: whose signatures count.
         wrapper: wraps data keys; None: nothing is encrypted, and what is cannot be read.
-        workers: chunks in flight; about 12 MiB of memory each.
+        workers: chunks in flight; at most 24 MiB of memory each.
         threads: threads that hash, compress and encrypt.
         grace: what garbage collection leaves alone is younger; the same for all nodes of a store.
     """
@@ -62,7 +62,7 @@ class RemoteStore:
         self,
         objects: ObjectStore,
         signer: Signer,
-        trusted: TrustedKeys,
+        trusted: Trust,
         wrapper: KeyWrapper | None = None,
         *,
         workers: int = 8,
@@ -82,6 +82,7 @@ class RemoteStore:
         self._pins: Tally[str] = Tally()
         # A published document never changes, so one that was verified is not read again for a list.
         self._known: dict[ObjectInfo, PublishedSnapshot | None] = {}
+        self._known_by = trusted.ids
 
     def close(self) -> None:
         self._workers.close()
@@ -158,6 +159,8 @@ class RemoteStore:
     async def list(self) -> list[PublishedSnapshot]:
         """Every published snapshot that this node trusts, by id; others are logged once and left out."""
         items = [item async for item in self.objects.list(SNAPSHOTS) if snapshot_of(item.key)]
+        if self._known_by != self._trusted.ids:
+            self._known, self._known_by = {}, self._trusted.ids
         fresh = [item for item in items if item not in self._known]
         known = {item: self._known[item] for item in items if item in self._known}
 

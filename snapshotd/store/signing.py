@@ -58,6 +58,10 @@ class TrustedKeys:
     def __init__(self, keys: Iterable[Ed25519PublicKey]) -> None:
         self._keys: Mapping[str, Ed25519PublicKey] = {key_id(key): key for key in keys}
 
+    @property
+    def ids(self) -> frozenset[str]:
+        return frozenset(self._keys)
+
     @classmethod
     def parse(cls, text: str, own: Signer) -> TrustedKeys:
         """Read lines ``ed25519 <base64> [comment]``; ``#`` begins a comment. One's own key always counts.

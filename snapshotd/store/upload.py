@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from dumont.errors import DataLoss
 from snapshotd.failpoints import Failpoints
-from snapshotd.model import ImageFile, Manifest
-from snapshotd.store.chunking import join_pieces, pieces_of, read_piece
+from snapshotd.model import Manifest
+from snapshotd.store.chunking import Content, cut, join, read, size_of
 from snapshotd.store.codec import Codec
 from snapshotd.store.layout import chunk_key, damage_key
-from snapshotd.store.model import CHUNK, ObjectInfo, PublishedFile
+from snapshotd.store.model import ObjectInfo, PublishedFile
 from snapshotd.store.ports import ObjectStore, Progress
 from snapshotd.store.workers import Counter, Workers
-
-
-@dataclass(frozen=True)
-class Place:
-    """A piece of a file that is to be uploaded."""
-
-    file: ImageFile
-    index: int
-
-    @property
-    def size(self) -> int:
-        return min(CHUNK, self.file.size - self.index * CHUNK)
 
 
 class Upload:
@@ -67,35 +54,28 @@ class Upload:
         self._damaged = damaged
         self._named = named
         self._named_chunks: frozenset[str] | None = None
-        self._names: dict[str, list[str | None]] = {
-            file.name: [None] * pieces_of(file.size) for file in manifest.files
-        }
+        self._contents = list(cut(manifest.files))
+        # The chunk that each went into, None where all is zero.
+        self._names: dict[Content, str | None] = {}
         self._claimed: set[str] = set()
-        self._rewritten: list[Place] = []
+        self._rewritten: list[Content] = []
 
     async def run(self, progress: Progress) -> tuple[PublishedFile, ...]:
-        """Upload what is missing; answers the files as runs of chunks that are all in the store."""
+        """Upload what is missing; answers the files as parts of chunks that are all in the store."""
         self._check_sizes()
         began = self._now()
         counter = Counter(sum(file.size for file in self._manifest.files), progress)
 
-        async def send(place: Place) -> None:
-            await self._send(place)
-            counter.add(place.size)
+        async def send(content: Content) -> None:
+            await self._send(content)
+            counter.add(size_of(content))
 
-        await self._workers.each(self._places(), send)
+        await self._workers.each(self._contents, send)
         # A collector that looked just before a chunk was written again may just have removed it.
         await self._workers.each(self._rewritten, self._confirm)
         if self._now() - began > self._trusted_age:
-            await self._workers.each(self._places(), self._confirm)
-        return tuple(
-            join_pieces(file.name, file.size, self._names[file.name]) for file in self._manifest.files
-        )
-
-    def _places(self) -> Iterator[Place]:
-        for file in self._manifest.files:
-            for index in range(pieces_of(file.size)):
-                yield Place(file, index)
+            await self._workers.each(self._contents, self._confirm)
+        return join(self._manifest.files, self._names)
 
     def _check_sizes(self) -> None:
         for file in self._manifest.files:
@@ -108,9 +88,9 @@ class Upload:
                     metadata={"file": file.name, "snapshot": self._manifest.id},
                 )
 
-    async def _send(self, place: Place) -> None:
-        name, plain = await self._workers.compute(self._read, place)
-        self._names[place.file.name][place.index] = name
+    async def _send(self, content: Content) -> None:
+        name, plain = await self._workers.compute(self._read, content)
+        self._names[content] = name
         if name is None or name in self._claimed:
             return
         self._claimed.add(name)
@@ -118,32 +98,32 @@ class Upload:
         if found is not None and name not in self._damaged:
             if await self._will_stay(name, found):
                 return
-            self._rewritten.append(place)
+            self._rewritten.append(content)
         await self._put(name, plain)
         if name in self._damaged:
             await self._objects.delete(damage_key(name))
 
-    async def _put(self, name: str, plain: bytes) -> None:
+    async def _put(self, name: str, plain: bytearray) -> None:
         self._failpoints.hit("upload.chunk")
         await self._objects.put(chunk_key(name), await self._workers.compute(self._codec.pack, name, plain))
         self._failpoints.hit("upload.chunk.after")
 
-    async def _confirm(self, place: Place) -> None:
-        name = self._names[place.file.name][place.index]
+    async def _confirm(self, content: Content) -> None:
+        name = self._names[content]
         if name is None or await self._objects.stat(chunk_key(name)) is not None:
             return
-        again, plain = await self._workers.compute(self._read, place)
+        again, plain = await self._workers.compute(self._read, content)
         if again != name:
             raise DataLoss(
                 "IMAGE_DAMAGED",
-                f"{place.file.name} of snapshots/{self._manifest.id} changed while it was uploaded",
-                metadata={"file": place.file.name, "snapshot": self._manifest.id},
+                f"{content[0].file} of snapshots/{self._manifest.id} changed while it was uploaded",
+                metadata={"file": content[0].file, "snapshot": self._manifest.id},
             )
         await self._put(name, plain)
 
-    def _read(self, place: Place) -> tuple[str | None, bytes]:
-        plain = read_piece(self._images / place.file.name, place.index, place.file.size)
-        return (None, b"") if plain is None else (self._codec.name(plain), plain)
+    def _read(self, content: Content) -> tuple[str | None, bytearray]:
+        plain = read(self._images, content)
+        return (None, bytearray()) if plain is None else (self._codec.name(plain), plain)
 
     async def _will_stay(self, name: str, found: ObjectInfo) -> bool:
         if self._now() - found.modified < self._trusted_age:

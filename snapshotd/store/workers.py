@@ -34,12 +34,16 @@ class Workers:
             for item in source:
                 await work(item)
 
+        tasks = [asyncio.create_task(worker()) for _ in range(self.count)]
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(self.count):
-                    group.create_task(worker())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            # Also when cancelled, which then goes on: what a worker raises on its way out must not hide it.
+            for task in tasks:
+                task.cancel()
+            await to_the_end(asyncio.wait(tasks))
+        for task in done:
+            task.result()
 
     async def compute(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``work`` in a thread, to its end: nobody takes its files away while it writes to them."""

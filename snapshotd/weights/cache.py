@@ -146,6 +146,7 @@ class WeightCache:
         try:
             async with self._emptying:
                 await asyncio.to_thread(self._remove_evicted)
+                self.on_eviction()
             async with self._copying:
                 digest = await self._copy(source, partial)
             if digest not in self._entries:
@@ -165,7 +166,6 @@ class WeightCache:
     def _remove_evicted(self) -> None:
         for path in self.directory.glob(f"{EVICTED}*"):
             path.unlink()
-        self.on_eviction()
 
     def _touch(self, digest: str) -> None:
         entry = self._entries[digest]

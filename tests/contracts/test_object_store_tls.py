@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,7 +18,10 @@ from cryptography.x509.oid import NameOID
 from dumont.errors import DumontError, Unavailable
 from snapshotd.adapters.retrying import Retry
 from snapshotd.adapters.s3_objects import S3Objects, S3Settings
+from snapshotd.config import Settings
+from snapshotd.object_store import check
 from tests.contracts.test_object_store_faults import FaultyServer
+from tests.s3_server import S3Server, s3_server
 
 
 def issue(
@@ -48,20 +51,25 @@ def ca_file(tmp_path: Path) -> Path:
     return tmp_path / "ca.pem"
 
 
-@pytest.fixture
-def server(tmp_path: Path, ca_file: Path) -> Iterator[FaultyServer]:
+def certify(folder: Path, ca_file: Path) -> tuple[Path, Path]:
+    """Files of a server's certificate and of its key; ``ca_file`` is made to hold its authority."""
     authority = issue("a test's authority", None)
     certificate, key = issue("a test's bucket", authority)
     ca_file.write_bytes(authority[0].public_bytes(serialization.Encoding.PEM))
-    chain = tmp_path / "server.pem"
-    chain.write_bytes(
-        certificate.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(
+    chain, private = folder / "server.pem", folder / "server.key"
+    chain.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
+    return chain, private
+
+
+@pytest.fixture
+def server(tmp_path: Path, ca_file: Path) -> Iterator[FaultyServer]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(chain)
+    context.load_cert_chain(*certify(tmp_path, ca_file))
     with FaultyServer() as running:
         running.socket = context.wrap_socket(running.socket, server_side=True)
         running.answers = [(200, b"data")]
@@ -94,3 +102,34 @@ async def test_without_it_nothing_is_sent(server: FaultyServer) -> None:
         assert type(refusal.value) is Unavailable
     assert server.requests == []
     store.close()
+
+
+@pytest.fixture
+def real_server(
+    tmp_path: Path, ca_file: Path, weed: Path, free_port: Callable[[], int]
+) -> Iterator[S3Server]:
+    """SeaweedFS with a certificate of the test's authority."""
+    files = certify(tmp_path, ca_file)
+    (tmp_path / "data").mkdir()
+    with s3_server(weed, tmp_path / "data", free_port, files) as running:
+        yield running
+
+
+async def test_a_real_server_is_used_with_the_authority_of_the_settings_alone(
+    real_server: S3Server, ca_file: Path
+) -> None:
+    def settings(ca: Path | None) -> Settings:
+        return Settings.model_validate(
+            {
+                "store_url": "s3://dumont/tls",
+                "s3_endpoint": real_server.secure_endpoint,
+                "s3_access_key": real_server.access_key,
+                "s3_secret_key": real_server.secret_key,
+                "s3_ca_file": ca,
+            }
+        )
+
+    (trusting,), (refusing,) = await check(settings(ca_file)), await check(settings(None))
+    assert trusting["passed"], trusting["message"]
+    assert not refusing["passed"]
+    assert "STORE_UNAVAILABLE" in str(refusing["message"])

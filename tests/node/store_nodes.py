@@ -72,6 +72,16 @@ def publish(daemon: Daemon, snapshot: str = "one") -> Snapshot:
     return answer
 
 
+def prefetch(daemon: Daemon, snapshot: str = "one", digest: str = "") -> Snapshot:
+    answer = Snapshot()
+    request = snapshots_pb2.PrefetchSnapshotRequest(name=f"snapshots/{snapshot}", manifest_digest=digest)
+    try:
+        daemon.wait(daemon.snapshots.PrefetchSnapshot(request), answer)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error
+    return answer
+
+
 def restore(daemon: Daemon, instance: str, snapshot: str = "one", digest: str = "") -> instances_pb2.Instance:
     request = instances_pb2.RestoreInstanceRequest(
         instance_id=instance, snapshot=f"snapshots/{snapshot}", manifest_digest=digest

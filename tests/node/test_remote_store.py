@@ -22,6 +22,7 @@ from tests.node.store_nodes import (
     capture,
     delete,
     listed,
+    prefetch,
     prune,
     publish,
     refused,
@@ -90,6 +91,27 @@ def test_a_node_that_never_saw_the_snapshot_serves_it_from_the_bucket(nodes: Sto
     again = restore(b, "again", digest=nodes.digest)
     assert "fetch" not in [phase.name for phase in again.phases]
     assert b.generate("again") == nodes.answer
+
+
+def test_a_prefetched_snapshot_is_restored_without_the_bucket(nodes: StoreNodes, b: Daemon) -> None:
+    # given: nothing of it is here
+    assert not listed(b)["one"].local
+
+    # when
+    brought = prefetch(b, digest=nodes.digest)
+
+    # then
+    assert (brought.local, brought.published) == (True, True)
+    instance = restore(b, "back", digest=nodes.digest)
+    assert "fetch" not in [phase.name for phase in instance.phases]
+    assert b.generate("back") == nodes.answer
+
+
+def test_another_manifest_than_the_one_asked_for_is_not_prefetched(b: Daemon) -> None:
+    with pytest.raises(DataLoss) as refusal:
+        prefetch(b, digest="0" * 64)
+    assert refusal.value.reason == "MANIFEST_REPLACED"
+    assert not listed(b)["one"].local
 
 
 def test_what_a_snapshot_takes_is_told_and_all_of_it_can_be_verified(nodes: StoreNodes, b: Daemon) -> None:

@@ -96,10 +96,7 @@ def check_all_is_well(nodes: StoreNodes) -> None:
     needed = {
         chunk
         for manifest in (bucket / "snapshots").glob("*/manifest")
-        for file in json.loads(manifest.read_bytes().partition(b"\n")[2])["files"]
-        for run in file["runs"]
-        if isinstance(run, list)
-        for chunk in run
+        for chunk, _ in json.loads(manifest.read_bytes().partition(b"\n")[2])["chunks"]
     }
     assert {path.name for path in (bucket / "chunks").glob("*/*")} == needed
     assert [path for path in (bucket / "tmp").glob("*") if path.is_file()] == []

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from snapshotd.store.codec import ZSTD, zstd
+from snapshotd.store.codec import LENGTH, ZSTD
 from snapshotd.store.signing import Signer
 from tests.node.daemon import Daemon
 from tests.node.store_nodes import Snapshot, StoreNodes, capture, listed, publish, refused, restore
@@ -39,13 +40,13 @@ class Bucket:
 
     def chunks(self, snapshot: str = "one") -> list[Path]:
         """Full ones, as the manifest names them."""
+        document = self.body(snapshot)
         names = [
-            chunk
-            for file in self.body(snapshot)["files"]
+            document["chunks"][extent[0]][0]
+            for file in document["files"]
             if file["name"].startswith("pages-")
-            for run in file["runs"]
-            if isinstance(run, list)
-            for chunk in run
+            for extent in file["extents"]
+            if isinstance(extent, list)
         ]
         return [self.root / "chunks" / name[:2] / name for name in dict.fromkeys(names)]
 
@@ -85,7 +86,8 @@ def take_from_another(bucket: Bucket) -> None:
 
 
 def bomb(bucket: Bucket) -> None:
-    bucket.chunks()[0].write_bytes(ZSTD + zstd.compress(bytes(GIB)))
+    packed = zstandard.compress(bytes(GIB))
+    bucket.chunks()[0].write_bytes(bytes([ZSTD]) + len(packed).to_bytes(LENGTH, "little") + packed)
 
 
 def edit(bucket: Bucket) -> None:
@@ -123,15 +125,15 @@ def size_a_file(size: int) -> Callable[[Bucket], None]:
 
 def list_too_many(bucket: Bucket) -> None:
     document = bucket.body()
-    document["files"][0]["runs"] = [1] * 300_000
+    document["files"][0]["extents"] = [1] * 2_000_000
     bucket.sign(document)
 
 
 def twins(bucket: Bucket) -> None:
     document = bucket.body()
-    described, runs = document["manifest"]["manifest"]["files"], document["files"]
+    described, files = document["manifest"]["manifest"]["files"], document["files"]
     described.append({**described[0], "name": described[0]["name"].upper()})
-    runs.append({**runs[0], "name": runs[0]["name"].upper()})
+    files.append({**files[0], "name": files[0]["name"].upper()})
     bucket.sign(document)
 
 
@@ -159,7 +161,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Bucket], None], str]] = {
     "a negative size": (size_a_file(-1), "MANIFEST_DAMAGED"),
     "2^63 bytes": (size_a_file(1 << 63), "MANIFEST_DAMAGED"),
     "another size": (size_a_file(4096 << 20), "MANIFEST_DAMAGED"),
-    "too many runs": (list_too_many, "MANIFEST_DAMAGED"),
+    "too many extents": (list_too_many, "MANIFEST_DAMAGED"),
     "a huge manifest": (make_it_huge, "MANIFEST_DAMAGED"),
 }
 

@@ -237,6 +237,14 @@ class FakeController(
             raise NotFound("SNAPSHOT_NOT_FOUND", f"no {request.name}", field="name")
         return Empty()
 
+    async def PrefetchSnapshot(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+
+        async def work(progress: Progress) -> snapshots.Snapshot:
+            return await self.GetSnapshot(snapshots.GetSnapshotRequest(name=request.name), context)
+
+        return self.operations.start("prefetch", work, snapshots.PrefetchSnapshotMetadata())
+
     async def VerifySnapshot(self, request: Any, context: Any) -> Any:
         async def work(progress: Progress) -> snapshots.VerifySnapshotResponse:
             if request.name != "snapshots/one":

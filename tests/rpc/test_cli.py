@@ -260,6 +260,14 @@ def test_a_snapshot_is_verified_where_it_is_kept(cli: Cli) -> None:
     assert "1.0 KiB read, all right" in shown
 
 
+@pytest.mark.parametrize(("flags", "node"), [((), ""), (("--node", "one"), "nodes/one")])
+def test_a_snapshot_is_brought_to_a_node(cli: Cli, flags: tuple[str, ...], node: str) -> None:
+    assert cli.document("snapshot", "prefetch", "one", *flags)["local"]
+    asked = cli.served.controller.requests[-1]
+    assert (asked.name, asked.node) == ("snapshots/one", node)
+    assert "node+store" in cli("snapshot", "prefetch", "one", *flags).stdout
+
+
 def test_a_damaged_snapshot_fails_its_verification_by_name(cli: Cli) -> None:
     result = cli("snapshot", "verify", "two", "--json")
     assert result.exit_code == 1
@@ -290,9 +298,16 @@ def test_inspect_tells_what_a_snapshot_takes_in_the_store(cli: Cli) -> None:
     assert cli.document("snapshot", "inspect", "one")["stored"]["unique_bytes"] == 10 << 20
 
 
-def test_a_bench_must_be_told_what_to_measure_and_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bench_is_refused_before_it_measures_what_it_cannot(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DUMONT_SNAPSHOTD_STORE_URL", raising=False)
-    assert "--store" in cli("bench").output
+    result = cli("bench", "--cases", "plain_cold,warm", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout.splitlines()[-1])["error"]["reason"] == "UNKNOWN_CASE"
+    result = cli("bench", "--output", "/nowhere/bench.json")
+    assert result.exit_code == 2
+    assert "there is no directory" in result.output
     result = cli("bench", "--store", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout.splitlines()[-1])["error"]["reason"] == "OBJECT_STORE_NOT_CONFIGURED"

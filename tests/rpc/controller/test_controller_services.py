@@ -286,6 +286,33 @@ async def test_a_snapshot_is_made_by_an_operation_listed_and_deleted(served) -> 
     assert failure.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_a_prefetch_names_the_node_that_holds_it_then_and_refuses_one_without_reach(served) -> None:
+    await create(served)
+    stub = snapshot_service_pb2_grpc.SnapshotServiceStub(served.channel)
+    operations = operations_pb2_grpc.OperationsStub(served.channel)
+
+    async def ended(operation: operations_pb2.Operation) -> operations_pb2.Operation:
+        return await operations.WaitOperation(
+            operations_pb2.WaitOperationRequest(name=operation.name, timeout=Duration(seconds=5))
+        )
+
+    request = snapshots.CreateSnapshotRequest(deployment="deployments/qa", snapshot_id="mine")
+    await ended(await stub.CreateSnapshot(request))
+    operation = await ended(
+        await stub.PrefetchSnapshot(snapshots.PrefetchSnapshotRequest(name="snapshots/mine", node="nodes/n1"))
+    )
+    found, metadata = snapshots.Snapshot(), snapshots.PrefetchSnapshotMetadata()
+    assert operation.response.Unpack(found)
+    assert operation.metadata.Unpack(metadata)
+    assert (found.name, found.node, found.local) == ("snapshots/mine", "nodes/n1", True)
+    assert (metadata.snapshot, metadata.node) == ("snapshots/mine", "nodes/n1")
+
+    for name, node in (("snapshots/other", ""), ("snapshots/mine", "nodes/other")):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await stub.PrefetchSnapshot(snapshots.PrefetchSnapshotRequest(name=name, node=node))
+        assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_a_failed_capture_is_the_operations_error(served) -> None:
     await create(served)
     served.nodes.fail("capture", Internal("DUMP_FAILED", "criu said no"))

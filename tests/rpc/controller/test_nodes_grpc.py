@@ -81,6 +81,9 @@ class Snapshotd(
     async def CaptureInstance(self, request, context):
         return self._begin(request)
 
+    async def PrefetchSnapshot(self, request, context):
+        return self._begin(request)
+
     async def ParkInstance(self, request, context):
         self.requests.append(request)
         return SERVING
@@ -176,6 +179,18 @@ async def test_a_capture_is_awaited_to_its_snapshot(node) -> None:
     snapshotd.outcome = captured
     made = await nodes.capture("n1", "qa-1", "s1")
     assert (made.id, made.deployment, made.node, made.quarantined) == ("s1", "qa", "n1", False)
+
+
+async def test_a_prefetch_is_awaited_and_names_the_digest(node) -> None:
+    nodes, snapshotd, _ = node
+
+    async def fetched() -> Message:
+        return SNAPSHOT
+
+    snapshotd.outcome = fetched
+    assert (await nodes.prefetch("n1", "s1", "cd34")).id == "s1"
+    asked = snapshotd.requests[-1]
+    assert (asked.name, asked.manifest_digest) == ("snapshots/s1", "cd34")
 
 
 async def test_an_operations_error_arrives_as_itself(node) -> None:

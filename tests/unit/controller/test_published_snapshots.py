@@ -9,7 +9,7 @@ from test_policy import NOW, deployment, node, snapshot
 
 from controller.model import Captured, Snapshot, StartMode, Storage, Tier
 from controller.policy import Facts, Start, decide
-from dumont.errors import FailedPrecondition, Unavailable
+from dumont.errors import DataLoss, FailedPrecondition, Unavailable
 
 SHARED = {"local": False, "published": True, "ours": True}
 
@@ -170,6 +170,61 @@ async def test_a_snapshot_that_no_reachable_node_knows_cannot_be_deleted_now(two
     with pytest.raises(Unavailable):
         await two_nodes.controller.commands.delete_snapshot(snapshot)
     assert snapshot in two_nodes.nodes.bucket
+
+
+# Bringing it to a node
+
+
+async def prefetched(world, snapshot: str, wanted: str = "") -> Snapshot:
+    commands = world.controller.commands
+    return await commands.prefetch(snapshot, commands.prefetch_node(snapshot, wanted))
+
+
+async def test_once_it_was_brought_to_another_node_a_start_there_is_a_local_one(two_nodes) -> None:
+    snapshot = await published(two_nodes)
+    (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
+    (other,) = {"n1", "n2"} - {holder}
+
+    await prefetched(two_nodes, snapshot, other)
+
+    assert two_nodes.nodes.named("prefetch") == [("prefetch", other, snapshot)]
+    two_nodes.nodes.cut(holder)
+    await two_nodes.controller.fleet.give_up(holder)
+    info, _ = await two_nodes.ask()
+    assert (info.tier, info.node) == (Tier.LOCAL, other)
+
+
+async def test_left_to_the_controller_it_goes_where_it_is_already_or_where_a_start_would_take_it(
+    two_nodes,
+) -> None:
+    snapshot = await published(two_nodes)
+    (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
+    (other,) = {"n1", "n2"} - {holder}
+    assert (await prefetched(two_nodes, snapshot)).node == holder
+    two_nodes.nodes.cut(holder)
+    await two_nodes.controller.fleet.give_up(holder)
+    assert (await prefetched(two_nodes, snapshot)).node == other
+
+
+async def test_what_a_restore_would_refuse_is_brought_nowhere(two_nodes) -> None:
+    theirs = Snapshot("theirs", "forgotten", "n1", 1.0)
+    two_nodes.nodes.bucket["theirs"] = theirs
+    await two_nodes.controller.fleet.refresh_snapshots("n1")
+    with pytest.raises(FailedPrecondition) as refusal:
+        await prefetched(two_nodes, "theirs")
+    assert refusal.value.reason == "SNAPSHOT_OUT_OF_REACH"
+    assert two_nodes.nodes.named("prefetch") == []
+
+
+async def test_a_manifest_that_was_replaced_is_not_brought_and_known_as_such(two_nodes) -> None:
+    snapshot = await published(two_nodes)
+    (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
+    (other,) = {"n1", "n2"} - {holder}
+    two_nodes.nodes.bucket[snapshot] = replace(two_nodes.nodes.bucket[snapshot], manifest_digest="older")
+    with pytest.raises(DataLoss) as refusal:
+        await prefetched(two_nodes, snapshot, other)
+    assert refusal.value.reason == "MANIFEST_REPLACED"
+    assert [copy.quarantined for copy in two_nodes.inventory.copies(snapshot) if copy.node == other] == [True]
 
 
 async def test_a_prune_needs_a_node_with_a_store(world) -> None:

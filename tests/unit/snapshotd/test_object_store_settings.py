@@ -12,6 +12,7 @@ from snapshotd.adapters.s3_objects import S3Objects
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.object_store import PUBLIC_KEY, SIGNING_KEY, check, measure, open_objects, open_remote
+from tests.unit.snapshotd.store.world import a_node, an_image
 
 SECRET = "a-secret-that-nobody-may-read"
 
@@ -122,8 +123,15 @@ async def test_the_doctor_is_told_whether_the_store_works(tmp_path: Path) -> Non
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-async def test_the_store_s_own_speed_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
-    speeds = await measure(settings(store_url=f"file://{tmp_path}"), 9_000_000)
+async def test_the_store_s_own_speed_is_that_of_a_snapshot_s_chunks(
+    tmp_path: Path,
+) -> None:
+    objects = DirectoryObjects(tmp_path / "store")
+    await a_node(objects).publish(an_image(tmp_path / "images"), tmp_path / "images")
+    before = {item.key async for item in objects.list("")}
+
+    speeds = await measure(settings(store_url=f"file://{tmp_path}/store"), "s1")
+
     assert set(speeds) == {"raw_write_mb_per_s", "raw_read_mb_per_s"}
     assert min(speeds.values()) > 0
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert {item.key async for item in objects.list("")} == before

@@ -22,6 +22,7 @@ from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.model import Snapshot
 from snapshotd.snapshots import Snapshots
 from snapshotd.store.journal import UploadJournal
+from snapshotd.store.model import CHUNK
 from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer
 from snapshotd.uploads import Uploads
@@ -287,7 +288,7 @@ async def test_another_manifest_than_the_one_wanted_is_refused(world: World) -> 
 async def test_the_cache_lets_go_of_what_can_be_fetched_again(world: World) -> None:
     for snapshot in ("s1", "s2"):
         await world.published(snapshot)
-    node = world.node("b", budget=13 << 20)
+    node = world.node("b", budget=3 * CHUNK)
     await node.fetch(await node.get("s1"), silent)
     await node.fetch(await node.get("s2"), silent)
     assert [one.manifest.id for one in (await node.list())[0] if one.local] == ["s2"]
@@ -296,7 +297,7 @@ async def test_the_cache_lets_go_of_what_can_be_fetched_again(world: World) -> N
 async def test_the_cache_keeps_what_is_in_use_and_what_is_only_here(world: World) -> None:
     await world.published("s1")
     await world.published("s2")
-    node = world.node("b", budget=13 << 20)
+    node = world.node("b", budget=3 * CHUNK)
     await node.fetch(await node.get("s1"), silent)
     world.pinned["s1"] = 1
     with pytest.raises(ResourceExhausted):

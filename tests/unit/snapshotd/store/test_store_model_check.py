@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dumont.errors import AlreadyExists, DumontError, NotFound
 from snapshotd.failpoints import Failpoints
+from snapshotd.store.chunking import SMALL
 from snapshotd.store.layout import chunk_key, manifest_key
 from snapshotd.store.model import GcPlan
 from tests.unit.snapshotd.store.world import GRACE, MemoryObjects, a_node, a_signer, an_image, noise
@@ -113,7 +114,7 @@ class StoreMachine(RuleBasedStateMachine):
     async def publish(self, node: int, snapshot: str, blocks: list[int]) -> None:
         self.images += 1
         folder = Path(self.folder.name, str(self.images))
-        content = {f"f-{place}.img": noise(500, block) for place, block in enumerate(blocks)}
+        content = {f"f-{place}.img": noise(SMALL, block) for place, block in enumerate(blocks)}
         await self.attempt(self.nodes[node].publish(an_image(folder, snapshot, content), folder))
 
     async def delete(self, node: int, snapshot: str) -> None:

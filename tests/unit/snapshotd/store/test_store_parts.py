@@ -12,14 +12,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dumont.errors import DataLoss, DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted
+from dumont.errors import (
+    DataLoss,
+    DumontError,
+    FailedPrecondition,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+)
 from snapshotd.adapters.directory_objects import DirectoryObjects
 from snapshotd.adapters.key_file import KeyFile
+from snapshotd.adapters.trusted_keys import TrustedKeysFile
+from snapshotd.model import ImageFile
 from snapshotd.store import fetch as fetching
-from snapshotd.store.chunking import join_pieces, pieces_of, read_piece
+from snapshotd.store.chunking import SMALL, Span, cut, join, read, size_of
 from snapshotd.store.codec import OVERHEAD, Codec
 from snapshotd.store.journal import PendingUpload, UploadJournal
-from snapshotd.store.model import CHUNK, SealedKey
+from snapshotd.store.model import CHUNK, Piece, SealedKey
+from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer, TrustedKeys
 from snapshotd.store.workers import Workers
 from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, an_image, noise
@@ -60,21 +71,48 @@ def test_what_does_not_shrink_is_stored_as_it_is() -> None:
     assert len(codec.pack("", b"a" * 10_000)) < 100
 
 
-def test_a_file_is_runs_of_chunks_and_holes() -> None:
-    file = join_pieces("a.img", 4 * CHUNK + 5, ["x", None, None, "y", "z"])
-    assert [(run.pieces, run.chunks) for run in file.runs] == [(1, ("x",)), (2, ()), (2, ("y", "z"))]
+def a_file(name: str, size: int) -> ImageFile:
+    return ImageFile(name, size, "0" * 64)
+
+
+def test_a_file_is_parts_of_chunks_and_holes() -> None:
+    large = a_file("a.img", 4 * CHUNK + SMALL)
+    names = dict(zip(cut([large]), ["x", None, None, "y", "z"], strict=True))
+    (file,) = join([large], names)
+    assert file.size == large.size
+    assert [(extent.chunk, extent.size) for extent in file.extents] == [
+        ("x", CHUNK), ("", 2 * CHUNK), ("y", CHUNK), ("z", SMALL),
+    ]  # fmt: skip
     assert [(piece.offset, piece.size, piece.chunk) for piece in file.pieces()] == [
         (0, CHUNK, "x"),
         (3 * CHUNK, CHUNK, "y"),
-        (4 * CHUNK, 5, "z"),
+        (4 * CHUNK, SMALL, "z"),
     ]
-    assert [pieces_of(size) for size in (0, 1, CHUNK, CHUNK + 1)] == [0, 1, 1, 2]
+
+
+def test_small_files_share_a_chunk() -> None:
+    files = [a_file("a.img", 10), a_file("empty.img", 0), a_file("large.img", SMALL), a_file("z.img", 20)]
+    contents = list(cut(files))
+    together = (Span("a.img", 0, 10), Span("z.img", 0, 20))
+    assert contents == [(Span("large.img", 0, SMALL),), together]
+    joined = {file.name: list(file.pieces()) for file in join(files, dict(zip(contents, "xy", strict=True)))}
+    assert [(piece.chunk, piece.start, piece.size) for piece in joined["z.img"]] == [("y", 10, 20)]
+    assert joined["empty.img"] == []
+
+
+@given(sizes=st.lists(st.sampled_from([0, 1, SMALL - 1, SMALL, CHUNK, CHUNK + 1]), max_size=300))
+def test_every_byte_is_in_one_chunk_and_no_chunk_is_too_large(sizes: list[int]) -> None:
+    files = [a_file(f"f-{number}.img", size) for number, size in enumerate(sizes)]
+    contents = list(cut(files))
+    assert all(0 < size_of(content) <= CHUNK for content in contents)
+    names = {content: str(number) for number, content in enumerate(contents)}
+    assert [file.size for file in join(files, names)] == sizes
 
 
 def test_a_file_cut_short_while_it_is_read_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "a.img").write_bytes(b"12345")
     with pytest.raises(DataLoss):
-        read_piece(tmp_path / "a.img", 0, 6)
+        read(tmp_path, (Span("a.img", 0, 6),))
 
 
 def test_a_signing_key_is_made_once_and_private(tmp_path: Path) -> None:
@@ -103,6 +141,49 @@ def test_a_line_that_is_no_key_is_named(line: str) -> None:
         TrustedKeys.parse(f"\n{line}", a_signer())
     assert refusal.value.reason == "TRUSTED_KEYS_UNREADABLE"
     assert refusal.value.metadata["line"] == "2"
+
+
+class TestTrustedKeysFile:
+    """The keys of a file count from the moment they stand there."""
+
+    def keys(self, path: Path, *signers: Signer) -> TrustedKeysFile:
+        self.write(path, *signers)
+        return TrustedKeysFile(path, a_signer())
+
+    def write(self, path: Path, *signers: Signer) -> None:
+        # Moved there whole, as an editor or a configuration manager does it.
+        scratch = path.with_suffix(".new")
+        scratch.write_text("".join(f"{signer.line()}\n" for signer in signers))
+        scratch.replace(path)
+
+    def test_a_key_counts_when_it_is_added_and_no_more_when_it_is_taken_away(self, tmp_path: Path) -> None:
+        first, second = a_signer(), a_signer()
+        trusted = self.keys(tmp_path / "keys", first)
+        with pytest.raises(PermissionDenied):
+            trusted.verify(second.key_id, b"text", second.sign(b"text"))
+        self.write(tmp_path / "keys", second)
+        trusted.verify(second.key_id, b"text", second.sign(b"text"))
+        with pytest.raises(PermissionDenied):
+            trusted.verify(first.key_id, b"text", first.sign(b"text"))
+
+    @pytest.mark.parametrize("text", [None, "ed25519 half-a-li"])
+    def test_while_it_cannot_be_read_the_last_keys_count(self, tmp_path: Path, text: str | None) -> None:
+        path, friend = tmp_path / "keys", a_signer()
+        trusted = self.keys(path, friend)
+        path.unlink()
+        if text is not None:
+            path.write_text(text)
+        trusted.verify(friend.key_id, b"text", friend.sign(b"text"))
+
+    async def test_what_was_refused_is_listed_once_its_signer_is_trusted(self, tmp_path: Path) -> None:
+        objects, signer, own = MemoryObjects(), a_signer(), a_signer()
+        await a_node(objects, signer).publish(an_image(tmp_path / "images"), tmp_path / "images")
+        store = RemoteStore(objects, own, self.keys(tmp_path / "keys"), workers=1, threads=1)
+        assert await store.list() == []
+        self.write(tmp_path / "keys", signer)
+        assert [found.manifest.id for found in await store.list()] == ["s1"]
+        self.write(tmp_path / "keys")
+        assert await store.list() == []
 
 
 def test_a_key_file_wraps_for_one_context(tmp_path: Path) -> None:
@@ -170,16 +251,48 @@ async def test_cancelled_work_has_ended_when_the_cancellation_is_seen() -> None:
     workers.close()
 
 
+async def test_a_cancellation_is_not_hidden_by_what_a_worker_raises_on_its_way_out() -> None:
+    workers, waiting = Workers(2, 1), asyncio.Event()
+
+    async def work(item: int) -> None:
+        waiting.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise Unavailable("STORE_UNAVAILABLE", "cut")
+
+    task = asyncio.create_task(workers.each(range(2), work))
+    await waiting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    workers.close()
+
+
+async def test_an_error_of_a_worker_is_raised_as_it_is() -> None:
+    workers = Workers(2, 1)
+
+    async def work(item: int) -> None:
+        raise Unavailable("STORE_UNAVAILABLE", f"cut at {item}")
+
+    with pytest.raises(Unavailable, match="cut"):
+        await workers.each(range(9), work)
+    current = asyncio.current_task()
+    assert current is not None
+    assert not current.cancelling()
+    workers.close()
+
+
 async def test_a_disk_that_fills_up_in_the_middle_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = a_node(MemoryObjects())
     snapshot = await store.publish(an_image(tmp_path / "images"), tmp_path / "images")
 
-    def full(path: Path, offset: int, data: bytes) -> None:
+    def full(folder: Path, pieces: list[Piece], plain: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(fetching, "write_piece", full)
+    monkeypatch.setattr(fetching, "write", full)
     (tmp_path / "into").mkdir()
     with pytest.raises(ResourceExhausted) as refusal:
         await store.fetch(snapshot, tmp_path / "into")

@@ -20,6 +20,7 @@ from dumont.errors import (
 )
 from snapshotd.adapters.key_file import KeyFile
 from snapshotd.store import fetch as fetching
+from snapshotd.store.chunking import SMALL
 from snapshotd.store.model import CHUNK, PublishedSnapshot
 from snapshotd.store.remote import RemoteStore, check_conditional_create
 from tests.unit.snapshotd.store.world import (
@@ -194,7 +195,7 @@ async def test_progress_counts_every_byte_once_and_in_order(tmp_path: Path) -> N
 async def test_no_more_chunks_are_in_flight_than_workers(tmp_path: Path) -> None:
     objects = MemoryObjects()
     store = a_node(objects, workers=3)
-    content = {f"f-{number}.img": noise(1000, number) for number in range(60)}
+    content = {f"f-{number}.img": noise(SMALL, number) for number in range(60)}
     await fetched(store, await published(store, tmp_path, content=content), tmp_path / "into")
     assert objects.most_in_flight == 3
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from dumont.errors import DataLoss, DumontError, PermissionDenied
 from snapshotd.adapters.key_file import KeyFile
 from snapshotd.store import document
-from snapshotd.store.codec import zstd
 from snapshotd.store.layout import chunk_key
 from snapshotd.store.model import CHUNK, PublishedSnapshot
 from snapshotd.store.remote import RemoteStore
@@ -233,21 +233,28 @@ def rename(name: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def resize(size: object, runs: object = None) -> Callable[[dict[str, Any]], None]:
+def resize(size: object, extents: object = None) -> Callable[[dict[str, Any]], None]:
     def change(stated: dict[str, Any]) -> None:
         stated["files"][0]["size"] = stated["manifest"]["manifest"]["files"][0]["size"] = size
-        if runs is not None:
-            stated["files"][0]["runs"] = runs
+        if extents is not None:
+            stated["files"][0]["extents"] = extents
 
     return change
 
 
-def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+def put(path: str, value: object, *more: str) -> Callable[[dict[str, Any]], None]:
+    """Say ``value`` at ``path``, which may be the next of a list, and at ``more`` paths."""
+
     def change(stated: dict[str, Any]) -> None:
-        *parents, last = path.split(".")
-        for parent in parents:
-            stated = stated[int(parent) if parent.isdigit() else parent]
-        stated[last] = value
+        for where in (path, *more):
+            *parents, last = where.split(".")
+            inner: Any = stated
+            for parent in parents:
+                inner = inner[int(parent) if parent.isdigit() else parent]
+            if isinstance(inner, list):
+                inner[int(last) : int(last) + 1] = [value]
+            else:
+                inner[last] = value
 
     return change
 
@@ -262,13 +269,24 @@ LIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "size that is no number": resize(float("nan")),
     "too large for its chunks": resize(1 << 40),
     "absurd hole": resize(8 << 20, [1 << 60]),
-    "negative hole": resize(8 << 20, [3, -1]),
-    "true as a hole": resize(CHUNK, [True]),
-    "nested runs": resize(CHUNK, [[[["x"]]]]),
-    "a run of nothing": resize(CHUNK, [[], 1]),
-    "too many runs": resize(1 << 44, [1] * (document.MOST_RUNS + 1)),
-    "too many chunks": resize(1 << 44, [["ab" * 32] * (document.MOST_CHUNKS + 1)]),
-    "a chunk's name is a path": resize(CHUNK, [["../" * 21 + "a"]]),
+    "negative hole": resize(8 << 20, [16 << 20, -(8 << 20)]),
+    "true as a hole": resize(1, [True]),
+    "nested extents": resize(CHUNK, [[[["x"]]]]),
+    "an extent of nothing": resize(CHUNK, [[0, 0, 0], CHUNK]),
+    "an extent of half a byte": resize(CHUNK, [[0, 0, 0.5], CHUNK]),
+    "an extent beyond its chunk": resize(CHUNK, [[0, 1, CHUNK]]),
+    "an extent before its chunk": resize(CHUNK, [[0, -1, CHUNK]]),
+    "an extent of no chunk": resize(CHUNK, [[3, 0, CHUNK]]),
+    "an extent of a chunk before the first": resize(CHUNK, [[-1, 0, CHUNK]]),
+    "too many extents": resize(1 << 44, [1] * (document.MOST_EXTENTS + 1)),
+    "too many chunks": put("chunks", [["ab" * 32, 1]] * (document.MOST_CHUNKS + 1)),
+    "a chunk twice": put("chunks.1", ["ab" * 32, CHUNK], "chunks.0"),
+    "a chunk that nothing needs": put("chunks.3", ["ab" * 32, CHUNK]),
+    "a chunk's name is a path": put("chunks.0", ["../" * 21 + "a", CHUNK]),
+    "a chunk's name is a number": put("chunks.0", [7, CHUNK]),
+    "a huge chunk": put("chunks.0.1", CHUNK + 1),
+    "a chunk of nothing": put("chunks.0.1", 0),
+    "no chunks": put("chunks", None),
     "other files": put("files", []),
     "files of text": put("files", "x" * 100),
     "no encryption said": put("encryption", 7),
@@ -313,7 +331,8 @@ async def test_a_manifest_of_a_hundred_megabytes_is_not_read(tmp_path: Path) -> 
 async def test_a_decompression_bomb(tmp_path: Path) -> None:
     world = World(tmp_path, encrypted=False)
     snapshot = await world.publish()
-    bomb = b"\1" + zstd.compress(bytes(1 << 30))
+    packed = zstandard.compress(bytes(1 << 30))
+    bomb = b"\1" + len(packed).to_bytes(4, "little") + packed
     assert len(bomb) < CHUNK
     world.objects.change(chunk_key(next(snapshot.pieces()).chunk), lambda _: bomb)
     error = await refusal(world.reader, tmp_path / "into")
@@ -324,7 +343,9 @@ async def test_a_decompression_bomb(tmp_path: Path) -> None:
 async def test_a_frame_that_asks_for_a_huge_window(tmp_path: Path) -> None:
     world = World(tmp_path, encrypted=False)
     snapshot = await world.publish()
-    compressor = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 27})
-    greedy = b"\1" + compressor.compress(noise(1000)) + compressor.flush()
+    parameters = zstandard.ZstdCompressionParameters(window_log=27)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    packed = compressor.compress(noise(1000)) + compressor.flush()
+    greedy = b"\1" + len(packed).to_bytes(4, "little") + packed
     world.objects.change(chunk_key(next(snapshot.pieces()).chunk), lambda _: greedy)
     assert (await refusal(world.reader, tmp_path / "into")).reason == "CHUNK_DAMAGED"

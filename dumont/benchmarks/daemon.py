@@ -1,0 +1,189 @@
+"""A snapshotd of the bench's own, and its API as a client sees it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.protobuf.message import Message
+
+from dumont.benchmarks.programs import tail
+from dumont.errors import DeadlineExceeded, FailedPrecondition
+from dumont.rpc.status import from_rpc_error, from_status
+from dumont.snapshotd.v1 import (
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    instance_service_pb2,
+    instance_service_pb2_grpc,
+    snapshot_service_pb2,
+    snapshot_service_pb2_grpc,
+)
+
+START_SECONDS: Final = 60.0
+STEP_SECONDS: Final = 600.0
+
+Response = TypeVar("Response", bound=Message)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer.
+
+    Args:
+        first_token_time: when the first of its tokens came, by the monotonic clock.
+    """
+
+    first_token_time: float
+    tokens: tuple[int, ...]
+
+
+class Snapshotd:
+    """Runs while it is entered; its instances end with it.
+
+    Args:
+        directory: for its state and its log.
+        address: where it listens, on loopback.
+        flags: further ones.
+
+    Raises:
+        FailedPrecondition: SERVICE_ENDED, it does not serve.
+        DeadlineExceeded: STEP_TIMEOUT, a step took too long.
+        DumontError: what snapshotd says.
+    """
+
+    def __init__(self, directory: Path, address: str, *flags: str) -> None:
+        self.log = directory / "snapshotd.log"
+        self.address = address
+        self.flags = ("--state-dir", str(directory / "state"), "--stop-instances-on-exit", *flags)
+
+    def __enter__(self) -> Snapshotd:
+        command = [sys.executable, "-m", "snapshotd.main", "--listen", self.address, *self.flags]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        # Not shared with the channel to an earlier one at the same address.
+        self.channel = grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+        self.instances: Any = instance_service_pb2_grpc.InstanceServiceStub(self.channel)
+        self.snapshots: Any = snapshot_service_pb2_grpc.SnapshotServiceStub(self.channel)
+        self.inference: Any = inference_service_pb2_grpc.InferenceServiceStub(self.channel)
+        self.operations: Any = operations_pb2_grpc.OperationsStub(self.channel)
+        try:
+            self._wait_until_serving()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+
+    def _wait_until_serving(self) -> None:
+        ready = grpc.channel_ready_future(self.channel)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                ready.result(timeout=0.1)
+                return
+            except grpc.FutureTimeoutError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    message = f"snapshotd does not serve: {tail(self.log)}"
+                    raise FailedPrecondition("SERVICE_ENDED", message) from None
+
+    def start(self, instance: str, model: Path) -> instance_service_pb2.Instance:
+        request = instance_service_pb2.StartInstanceRequest(instance_id=instance, model=str(model))
+        return self._run(self.instances.StartInstance, request, instance_service_pb2.Instance())
+
+    def restore(self, instance: str, snapshot: str) -> instance_service_pb2.Instance:
+        request = instance_service_pb2.RestoreInstanceRequest(
+            instance_id=instance, snapshot=f"snapshots/{snapshot}"
+        )
+        return self._run(self.instances.RestoreInstance, request, instance_service_pb2.Instance())
+
+    def capture(self, instance: str, snapshot: str) -> snapshot_service_pb2.Snapshot:
+        request = instance_service_pb2.CaptureInstanceRequest(
+            name=f"instances/{instance}", snapshot_id=snapshot
+        )
+        return self._run(self.instances.CaptureInstance, request, snapshot_service_pb2.Snapshot())
+
+    def park(self, instance: str) -> None:
+        self._call(
+            self.instances.ParkInstance,
+            instance_service_pb2.ParkInstanceRequest(name=f"instances/{instance}"),
+        )
+
+    def resume(self, instance: str) -> instance_service_pb2.Instance:
+        resumed: instance_service_pb2.Instance = self._call(
+            self.instances.ResumeInstance,
+            instance_service_pb2.ResumeInstanceRequest(name=f"instances/{instance}"),
+        )
+        return resumed
+
+    def stop(self, instance: str) -> None:
+        self._call(
+            self.instances.StopInstance,
+            instance_service_pb2.StopInstanceRequest(name=f"instances/{instance}"),
+        )
+
+    def publish(self, snapshot: str) -> snapshot_service_pb2.StoredSnapshot:
+        """Send it to the object store; what it takes there."""
+        name = f"snapshots/{snapshot}"
+        request = snapshot_service_pb2.PublishSnapshotRequest(name=name)
+        self._run(self.snapshots.PublishSnapshot, request, snapshot_service_pb2.Snapshot())
+        found = self._call(self.snapshots.GetSnapshot, snapshot_service_pb2.GetSnapshotRequest(name=name))
+        stored: snapshot_service_pb2.StoredSnapshot = found.stored
+        return stored
+
+    def delete(self, snapshot: str) -> None:
+        request = snapshot_service_pb2.DeleteSnapshotRequest(name=f"snapshots/{snapshot}")
+        self._call(self.snapshots.DeleteSnapshot, request)
+
+    def generate(self, instance: str, prompt: str, max_new_tokens: int) -> Answer:
+        request = inference_service_pb2.GenerateRequest(
+            name=f"instances/{instance}", prompt=prompt, max_new_tokens=max_new_tokens
+        )
+        tokens: list[int] = []
+        first = 0.0
+        with _errors():
+            for response in self.inference.Generate(request, timeout=STEP_SECONDS):
+                if response.chunk.token_ids:
+                    first = first or time.monotonic()
+                    tokens += response.chunk.token_ids
+        return Answer(first or time.monotonic(), tuple(tokens))
+
+    def _call(self, method: Any, request: Message) -> Any:
+        with _errors():
+            return method(request, timeout=STEP_SECONDS)
+
+    def _run(self, method: Any, request: Message, response: Response) -> Response:
+        operation = self._call(method, request)
+        wait = operations_pb2.WaitOperationRequest(name=operation.name)
+        wait.timeout.FromSeconds(int(STEP_SECONDS))
+        with _errors():
+            operation = self.operations.WaitOperation(wait)
+        if not operation.done:
+            raise DeadlineExceeded(
+                "STEP_TIMEOUT", f"{operation.name} did not end in {STEP_SECONDS:.0f} seconds"
+            )
+        if operation.HasField("error"):
+            raise from_status(operation.error)
+        operation.response.Unpack(response)
+        return response
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error

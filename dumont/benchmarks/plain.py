@@ -1,0 +1,37 @@
+"""A plain script's way to the first token."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dumont.benchmarks.programs import environment, script
+from dumont.benchmarks.results import Sample
+from dumont.errors import Internal
+
+
+@dataclass(frozen=True)
+class PlainAnswer:
+    """What the script measured of itself, and its answer."""
+
+    sample: Sample
+    text: str
+
+
+def measure(model: Path, prompt: str, max_new_tokens: int) -> PlainAnswer:
+    """Run the plain script once; its seconds count from the start of its process.
+
+    Raises:
+        Internal: PLAIN_SCRIPT_FAILED.
+    """
+    command = [sys.executable, str(script("plain_cold_start")), str(model), prompt, str(max_new_tokens)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Internal(
+            "PLAIN_SCRIPT_FAILED", f"the plain script failed with {model.name}: {done.stderr[-500:]}"
+        )
+    said = json.loads(done.stdout.splitlines()[-1])
+    return PlainAnswer(Sample(said["seconds"], said["phases"], tuple(said["tokens"])), said["answer"])

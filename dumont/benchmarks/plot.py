@@ -1,0 +1,141 @@
+"""The picture: the cases of each model below each other, their phases in colours that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dumont.benchmarks.results import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OTHER: Final = "other"
+# In the order in which they happen, in Okabe and Ito's palette, which colour-blind readers tell apart.
+GROUPS: Final = {
+    "imports": "#E69F00",
+    "load": "#56B4E9",
+    "verify the image": "#CC79A7",
+    "CRIU restore": "#0072B2",
+    "CUDA restore": "#009E73",
+    "wake, attach weights": "#D55E00",
+    "warm-up, canary": "#F0E442",
+    "first token": "#000000",
+    OTHER: "#BBBBBB",
+}
+# What a phase's name begins with, and the group it is drawn in.
+BEGINNINGS: Final = {
+    "import": "imports",
+    "load": "load",
+    "warm_up": "warm-up, canary",
+    "canary": "warm-up, canary",
+    "check": "verify the image",
+    "fetch": "verify the image",
+    "verify": "verify the image",
+    "criu": "CRIU restore",
+    "cuda": "CUDA restore",
+    "wake": "wake, attach weights",
+    "attach": "wake, attach weights",
+    "weights": "wake, attach weights",
+    "first_token": "first token",
+}
+LABELS: Final = {
+    "plain_cold": "plain script",
+    "plain_cold_after_imports": "plain script, after imports",
+    "cold": "Dumont, cold",
+    "stock": "stock tools",
+    "local": "Dumont, local snapshot",
+    "parked": "Dumont, parked",
+}
+# Short ways are not to be seen beside the long ones: they have a panel of their own.
+SHORT: Final = ("stock", "local", "parked")
+INCHES_WIDE: Final = 13.0
+INCHES_PER_CASE: Final = 0.42
+INCHES_AROUND: Final = 1.15
+DOTS_PER_INCH: Final = 150
+
+
+def group(phase: str) -> str:
+    """The group that a phase is drawn in."""
+    own = phase.rpartition(".")[2]
+    return next((name for begin, name in BEGINNINGS.items() if own.startswith(begin)), OTHER)
+
+
+def grouped(phases: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by group, in the order of ``GROUPS``."""
+    seconds = dict.fromkeys(GROUPS, 0.0)
+    for phase, value in phases.items():
+        seconds[group(phase)] += value
+    return {name: value for name, value in seconds.items() if value > 0}
+
+
+def seconds_text(seconds: float) -> str:
+    """As it stands beside a bar."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds:.3f} s"
+
+
+def panels(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of one model as they are drawn: all of them, then the short ones again if there are others."""
+    order = list(LABELS)
+    every = sorted(rows, key=lambda row: order.index(row.case))
+    short = [row for row in every if row.case in SHORT]
+    return [every, short] if short and len(short) < len(every) else [every]
+
+
+def draw(path: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
+    """Write the picture of all ``rows`` as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    models = {row.model: panels([other for other in rows if other.model == row.model]) for row in rows}
+    columns = max(map(len, models.values()))
+    heights = [INCHES_AROUND + INCHES_PER_CASE * len(drawn[0]) for drawn in models.values()]
+    figure = Figure(
+        figsize=(INCHES_WIDE, sum(heights) + 1.2), dpi=DOTS_PER_INCH, layout="constrained", facecolor="white"
+    )
+    grid = figure.add_gridspec(len(models), columns, height_ratios=heights)
+    for line, (model, drawn) in enumerate(models.items()):
+        for column, part in enumerate(drawn):
+            title = model if column == 0 else "the short ones, enlarged"
+            _panel(figure.add_subplot(grid[line, column]), part, title)
+    used = {name for row in rows for name in grouped(row.phases)}
+    handles = [Patch(facecolor=colour, label=name) for name, colour in GROUPS.items() if name in used]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    described = ", ".join(
+        str(value)
+        for value in (
+            machine.get("gpu") or machine.get("cpu"),
+            f"driver {machine['driver']}" if "driver" in machine else "",
+            f"CRIU {machine['criu']}" if "criu" in machine else "",
+            f"torch {machine['torch']}" if machine.get("torch") else "",
+        )
+        if value
+    )
+    figure.suptitle(
+        f"Seconds to the first token (a line below a bar: least to most)\n{described}", fontsize=11
+    )
+    figure.savefig(path, format="png")
+
+
+def _panel(axes: Axes, rows: Sequence[Row], title: str) -> None:
+    longest = max(max(row.seconds.max, sum(row.phases.values())) for row in rows)
+    for place, row in enumerate(rows):
+        end = 0.0
+        for name, seconds in grouped(row.phases).items():
+            axes.barh(
+                place, seconds, left=end, height=0.62, color=GROUPS[name], edgecolor="white", linewidth=0.4
+            )
+            end += seconds
+        axes.plot([row.seconds.min, row.seconds.max], [place + 0.4] * 2, color="#555555", linewidth=1.5)
+        beyond = max(end, row.seconds.max) + longest * 0.012
+        axes.text(beyond, place, seconds_text(row.seconds.median), va="center", fontsize=9, fontweight="bold")
+    axes.set_yticks(range(len(rows)), [LABELS[row.case] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, longest * 1.14)
+    axes.set_xlabel("seconds")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)

@@ -1,0 +1,172 @@
+"""The stock pipeline: a plain process, ``cuda-checkpoint`` and ``criu`` as their manuals show them.
+
+Weights are in the image, nothing is dropped from it. What the process needs for it is that it leads a session
+of its own, has no terminal and no log that grows, and that its pid is free when it comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from dumont.benchmarks.programs import environment, script, tail
+from dumont.benchmarks.results import Costs, Sample, Spread
+from dumont.errors import DeadlineExceeded, Internal
+
+STEP_SECONDS: Final = 600.0
+POLL_SECONDS: Final = 0.001
+# CRIU does not bring back the permission to use AMX tiles, and a process that knows nothing of it dies of the
+# first bf16 product after its restore. On a GPU this changes nothing.
+WITHOUT_TILES: Final = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512"}
+READY, PROMPT, FIRST_TOKEN, TOKENS = "ready", "prompt", "first_token", "tokens"
+
+
+@dataclass
+class Stock:
+    """A process that is dumped when this is entered, and restored from the same image at each ``measure``.
+
+    Args:
+        model: its directory.
+        directory: an empty one, for the image and for what is said to the process.
+        criu, cuda_checkpoint: the commands; without the latter the process has nothing on a GPU.
+
+    Raises:
+        Internal: STOCK_FAILED, a command or the process.
+        DeadlineExceeded: STOCK_TIMEOUT.
+    """
+
+    model: Path
+    directory: Path
+    criu: Path
+    cuda_checkpoint: Path | None
+    prompt: str
+    max_new_tokens: int
+    pid: int = 0
+    pause: dict[str, float] = field(default_factory=dict)
+
+    def __enter__(self) -> Stock:
+        self.image = self.directory / "image"
+        self.exchange = self.directory / "exchange"
+        for folder in (self.image, self.exchange):
+            folder.mkdir(parents=True)
+        self.log = self.directory / "log"
+        try:
+            self._load()
+            if self.cuda_checkpoint:
+                self.pause["cuda_checkpoint"] = self._toggle()
+            dump = [str(self.criu), "dump", "-t", str(self.pid), "-D", str(self.image), "-o", "dump.log"]
+            self.pause["dump"] = self._command(dump, self.image / "dump.log")
+            # CRIU has ended it; without this its pid would not be free.
+            self._end()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def costs(self) -> Costs:
+        """What its image takes, and what making it took."""
+        # Whole blocks, as du counts.
+        size = sum(path.stat().st_blocks * 512 for path in self.image.iterdir())
+        return Costs(
+            image_bytes=size,
+            source_pause=Spread.of([sum(self.pause.values())]),
+            capture_phases=self.pause,
+        )
+
+    def measure(self) -> Sample:
+        """From the dead process to the first token of its next answer; it is ended again afterwards."""
+        try:
+            began = time.monotonic()
+            # As a child of this process, which can then wait for it: a zombie would keep the pid.
+            restore = [
+                str(self.criu), "restore", "-D", str(self.image), "-o", "restore.log",
+                "--restore-detached", "--restore-sibling", "--pidfile", str(self.directory / "pid"),
+            ]  # fmt: skip
+            phases = {"criu": self._command(restore, self.image / "restore.log")}
+            self.pid = int((self.directory / "pid").read_text())
+            if self.cuda_checkpoint:
+                phases["cuda_restore"] = self._toggle()
+            scratch = self.exchange / "prompt.new"
+            scratch.write_text(self.prompt)
+            scratch.rename(self.exchange / PROMPT)
+            self._take(FIRST_TOKEN)
+            seconds = time.monotonic() - began
+            phases["first_token"] = seconds - sum(phases.values())
+            return Sample(seconds, phases, tuple(json.loads(self._take(TOKENS))))
+        finally:
+            self._end()
+            (self.directory / "pid").unlink(missing_ok=True)
+
+    def _load(self) -> None:
+        command = [
+            sys.executable, str(script("answering")),
+            str(self.model), str(self.exchange), str(self.max_new_tokens),
+        ]  # fmt: skip
+        with self.log.open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env={**environment(), **WITHOUT_TILES},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.pid = process.pid
+        # From here on it is known by its pid alone, as it is after a restore.
+        process.returncode = 0
+        self._take(READY)
+        for leftover in (FIRST_TOKEN, TOKENS):
+            self._take(leftover)
+
+    def _toggle(self) -> float:
+        return self._command([str(self.cuda_checkpoint), "--toggle", "--pid", str(self.pid)])
+
+    def _command(self, command: list[str], log: Path | None = None) -> float:
+        """Run a command, which may write a log, to its end; the seconds it took."""
+        began = time.monotonic()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=STEP_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise self._late(" ".join(command[:2])) from None
+        if done.returncode != 0:
+            said = tail(log) if log else (done.stderr or done.stdout).strip()[-500:]
+            raise Internal(
+                "STOCK_FAILED",
+                f"{Path(command[0]).name} {command[1]} ended with status {done.returncode}: {said}",
+            )
+        return time.monotonic() - began
+
+    def _take(self, name: str) -> str:
+        """Wait for a file of the process; its content."""
+        path = self.exchange / name
+        deadline = time.monotonic() + STEP_SECONDS
+        while not path.exists():
+            if os.waitpid(self.pid, os.WNOHANG)[0]:
+                self.pid = 0
+                raise Internal("STOCK_FAILED", f"the process ended before its {name}: {tail(self.log)}")
+            if time.monotonic() > deadline:
+                raise self._late(f"waiting for its {name}")
+            time.sleep(POLL_SECONDS)
+        text = path.read_text()
+        path.unlink()
+        return text
+
+    def _late(self, what: str) -> DeadlineExceeded:
+        return DeadlineExceeded("STOCK_TIMEOUT", f"{what} took more than {STEP_SECONDS:.0f} seconds")
+
+    def _end(self) -> None:
+        """The process, if there is one, is gone and its pid free."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
