@@ -15,6 +15,8 @@ from snapshotd.model import Snapshot
 from tests.gpu.gpu_node import GpuNode, comes_back_to, used
 from tests.gpu.models import make_model
 
+WEIGHT_BUDGET = 2 << 30
+
 
 @pytest.fixture(scope="session")
 def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,7 +39,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 async def node(
     criu: Path, gpu_model: Path, backend: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GpuNode]:
-    under_test = GpuNode(tmp_path_factory.mktemp("node"), gpu_model, device="auto", cuda_backend=backend)
+    under_test = GpuNode(
+        tmp_path_factory.mktemp("node"), gpu_model, WEIGHT_BUDGET, device="auto", cuda_backend=backend
+    )
+    await under_test.open_loader()
     yield under_test
     await under_test.close()
 

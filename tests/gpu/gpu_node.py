@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TypeVar
 import psutil
 
 from snapshotd.adapters.cuda_agent import CudaAgent
+from snapshotd.adapters.weight_loader import SOCKET
 from snapshotd.model import State
 from snapshotd.preflight import open_nvml
 from tests.node.node_under_test import NodeUnderTest
@@ -21,6 +24,8 @@ from tests.node.node_under_test import NodeUnderTest
 T = TypeVar("T")
 
 MIB = 1 << 20
+# In which the loader takes GPU memory.
+UNIT = 2 * MIB
 # What the driver itself takes and gives back in its own time.
 SLACK = 64 * MIB
 SETTLE_SECONDS = 20.0
@@ -33,6 +38,20 @@ class GpuNode(NodeUnderTest):
     @property
     def uuids(self) -> list[str]:
         return [gpu.uuid for gpu in self.node.gpus]
+
+    async def open_loader(self) -> None:
+        """Start the loader of weights and have it open every GPU: what it takes of them is its own."""
+        assert self.loader is not None
+        await self.loader.prepare()
+        folder = os.open(self.loader.directory, os.O_PATH)
+        for gpu in self.uuids:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.connect(f"/proc/self/fd/{folder}/{SOCKET}")
+                connection.sendall(json.dumps({"gpu": gpu, "size": UNIT, "pieces": []}).encode() + b"\n")
+                said, descriptors, _, _ = await asyncio.to_thread(socket.recv_fds, connection, 4096, 1)
+                assert descriptors, said
+                os.close(descriptors[0])
+        os.close(folder)
 
     async def answers(self, instance: str) -> bool:
         return await self.generate(instance) == self.answer

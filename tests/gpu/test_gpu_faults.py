@@ -237,6 +237,21 @@ async def test_a_gpu_that_is_not_here_is_refused_before_anything_is_touched(
     assert await node.answers("here")
 
 
+async def test_a_loader_that_dies_makes_a_resume_slower_and_nothing_else(
+    node: GpuNode, snapshot: Snapshot, memory: list[int]
+) -> None:
+    await node.restore("unloaded", snapshot)
+    await node.instances.park("unloaded")
+    assert node.loader is not None
+    assert node.loader._process is not None
+    node.loader._process.kill()
+    try:
+        await node.instances.resume("unloaded")
+        assert await node.answers("unloaded")
+    finally:
+        await node.open_loader()
+
+
 async def test_a_process_that_computes_on_and_on_is_not_suspended_and_computes_on(
     node: GpuNode, memory: list[int]
 ) -> None:

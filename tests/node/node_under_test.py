@@ -20,6 +20,7 @@ from snapshotd.adapters.facts import node_facts
 from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
 from snapshotd.adapters.shims import ShimHost, ShimPool
+from snapshotd.adapters.weight_loader import LoaderProcess
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
@@ -73,6 +74,7 @@ class NodeUnderTest:
         settings = Settings(state_dir=self.state_dir, device=self.device)
         nvml = Nvml.open() if self.device != "cpu" else None
         self.cuda = cuda_backend.choose(self.cuda_backend, settings.cuda_checkpoint) if nvml else None
+        self.loader = LoaderProcess(cache.directory) if nvml and cache else None
         self.node = Node(
             hosts=self.hosts,
             store=self.store,
@@ -89,6 +91,7 @@ class NodeUnderTest:
             gpus=tuple(nvml.gpus()) if nvml else (),
             gpu_facts=nvml.facts() if nvml else {},
             gpu_status=nvml,
+            loader=self.loader,
         )
         journal = Journal(self.state_dir / "journal")
         self.instances = Instances(self.node, journal, Observers(), self.failpoints)
@@ -140,6 +143,8 @@ class NodeUnderTest:
     async def close(self) -> None:
         await self.instances.stop_all()
         await self.hosts.close()
+        if self.loader is not None:
+            await self.loader.close()
         await self.weights.close()
         if self.cuda is not None:
             await self.cuda.close()
