@@ -293,6 +293,9 @@ def host_settings(settings: Settings) -> HostSettings:
         # Compute threads that spin while they wait make a busy machine forty times slower, and a quiet one
         # hardly faster.
         "GOMP_SPINCOUNT": "10000",
+        # One queue to the GPU instead of eight: a third less time to checkpoint and restore a context, and
+        # inference fills one. 0.16 and 0.11 s against 0.24 and 0.16 on an H100.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     environment |= {name: os.environ[name] for name in INHERITED if name in os.environ}

@@ -128,7 +128,7 @@ def _panel(axes: Axes, rows: Sequence[Row], title: str) -> None:
             )
             end += seconds
         axes.plot([row.seconds.min, row.seconds.max], [place + 0.4] * 2, color="#555555", linewidth=1.5)
-        beyond = max(end, row.seconds.max) + longest * 0.012
+        beyond = max(end, row.seconds.median) + longest * 0.012
         axes.text(beyond, place, seconds_text(row.seconds.median), va="center", fontsize=9, fontweight="bold")
     axes.set_yticks(range(len(rows)), [LABELS[row.case] for row in rows])
     axes.invert_yaxis()

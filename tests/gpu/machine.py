@@ -5,6 +5,7 @@ It says on stderr what it found and what is missing, and on stdout which tests p
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -29,7 +30,7 @@ class Requirement:
 def requirements() -> Iterator[Requirement]:
     """In the order in which to meet them; nothing is looked at that an earlier one is needed for."""
     yield Requirement(os.geteuid() == 0, "root" if os.geteuid() == 0 else "not root; run it with sudo")
-    missing = [name for name in NEEDED if not _found(name)]
+    missing = [name for name in NEEDED if not _found(name)] or list(_not_importable())
     yield Requirement(
         not missing, f"Python packages missing: {', '.join(missing)}" if missing else "packages"
     )
@@ -42,6 +43,15 @@ def requirements() -> Iterator[Requirement]:
     yield from _criu()
     yield from _gpus()
     yield from _backends()
+
+
+def _not_importable() -> Iterator[str]:
+    """What snapshotd cannot be imported without."""
+    try:
+        importlib.import_module("snapshotd.main")
+    except ModuleNotFoundError as error:
+        if error.name and not error.name.startswith("dumont."):
+            yield error.name
 
 
 def _found(name: str) -> bool:
