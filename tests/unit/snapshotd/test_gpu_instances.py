@@ -269,11 +269,14 @@ async def test_a_park_or_capture_that_the_driver_fails_leaves_the_instance_servi
     assert world.store.staged == set()
 
 
-async def test_a_capture_whose_dump_fails_leaves_the_instance_serving(world: World) -> None:
+@pytest.mark.parametrize(("job", "step"), [("park", "trim"), ("capture", "trim"), ("capture", "dump")])
+async def test_what_fails_once_the_gpu_was_given_up_leaves_the_instance_serving(
+    world: World, job: str, step: str
+) -> None:
     host = await world.serving()
-    host.failing = {"dump"}
-    with pytest.raises(Aborted, match="dump"):
-        await world.instances.capture("one", "first")
+    host.failing = {step}
+    with pytest.raises(Aborted, match=step):
+        await (world.instances.park("one") if job == "park" else world.instances.capture("one", "first"))
     assert world.runs()
     assert world.instances.get("one").state is State.SERVING
 
