@@ -101,7 +101,7 @@ def draw(path: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
             _panel(figure.add_subplot(grid[line, column]), part, title)
     used = {name for row in rows for name in grouped(row.phases)}
     handles = [Patch(facecolor=colour, label=name) for name, colour in GROUPS.items() if name in used]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // 2), frameon=False)
     described = ", ".join(
         str(value)
         for value in (
