@@ -46,10 +46,18 @@ class Host(Protocol):
         instance: str,
         directory: Path,
         images: Path,
+        origin: Path,
         mounts: Sequence[str],
         pipes: Mapping[str, int],
         timeout: float,
-    ) -> None: ...
+    ) -> None:
+        """
+        Args:
+            images: what CRIU reads.
+            origin: the snapshot's own directory, where memory is mapped from.
+            mounts: external mounts, by mount point; this node must have each.
+        """
+        ...
 
     async def dump(self, images: Path, timeout: float) -> Json:
         """Write the image.
@@ -81,6 +89,10 @@ class Hosts(Protocol):
 
     async def find(self) -> Sequence[Host]:
         """The hosts that an earlier daemon left running, the empty ones released."""
+        ...
+
+    def mounts(self) -> set[str]:
+        """The mount points that a host has on this node, its own among them."""
         ...
 
     async def close(self) -> None:

@@ -20,6 +20,7 @@ import structlog
 from dumont.errors import ERRORS, Aborted, DumontError, Internal, Unavailable
 from dumont.names import new_id
 from snapshotd.model import Json
+from snapshotd.shim import mounts
 from snapshotd.shim.freezer import remove_group
 
 log = structlog.get_logger(__name__)
@@ -82,6 +83,7 @@ class ShimHost:
         instance: str,
         directory: Path,
         images: Path,
+        origin: Path,
         mounts: Sequence[str],
         pipes: Mapping[str, int],
         timeout: float,
@@ -92,6 +94,7 @@ class ShimHost:
                 "instance": instance,
                 "directory": str(directory),
                 "images": str(images),
+                "origin": str(origin),
                 "mounts": list(mounts),
                 "pipes": dict(pipes),
                 "timeout": timeout,
@@ -302,6 +305,10 @@ class ShimPool:
             await host.disconnect()
             _forget(path)
         return None
+
+    def mounts(self) -> set[str]:
+        own = {mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT}
+        return {*mounts.node_mounts(), *own, *([mounts.WEIGHTS_MOUNT] if self.weights else [])}
 
     async def close(self) -> None:
         spare, self._spare = self._spare, None

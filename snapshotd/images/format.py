@@ -79,6 +79,16 @@ class Vma:
     entry: Any
 
 
+@dataclass(frozen=True)
+class Mount:
+    """Something mounted at ``point``, below the mount ``parent``; ``entry`` is CRIU's own description."""
+
+    id: int
+    parent: int
+    point: str
+    entry: Any
+
+
 class ImageFormat:
     """Reads and writes image files with pycriu's messages.
 
@@ -183,12 +193,29 @@ class ImageFormat:
         self._write(path, "FILES", [entry.SerializeToString() for entry in entries])
         return ids
 
-    def _mount_id(self, directory: Path, mount: str) -> int:
+    def read_mounts(self, path: Path) -> list[Mount]:
+        """What is mounted in the mount namespace that ``path`` describes."""
+        entries = map(self._mounts.mnt_entry.FromString, self._messages(path, "MNTS"))
+        return [
+            Mount(entry.mnt_id, entry.parent_mnt_id, "/" + entry.mountpoint.lstrip("./"), entry)
+            for entry in entries
+        ]
+
+    def write_mounts(self, path: Path, mounts: Iterable[Mount]) -> None:
+        """Write what :meth:`read_mounts` reads."""
+        self._write(path, "MNTS", [mount.entry.SerializeToString() for mount in mounts])
+
+    def mounts_in_use(self, directory: Path) -> dict[int, str]:
+        """A file that the processes have open or mapped, by the id of the mount that it is on."""
+        entries = map(self._files.file_entry.FromString, self._messages(directory / "files.img", "FILES"))
+        return {entry.reg.mnt_id: entry.reg.name for entry in entries if entry.HasField("reg")}
+
+    def _mount_id(self, directory: Path, point: str) -> int:
         for path in directory.glob("mountpoints-*.img"):
-            for entry in map(self._mounts.mnt_entry.FromString, self._messages(path, "MNTS")):
-                if entry.mountpoint in (mount, f".{mount}"):
-                    return int(entry.mnt_id)
-        raise DataLoss("IMAGE_INCOMPLETE", f"the dump has nothing mounted at {mount}")
+            for mount in self.read_mounts(path):
+                if mount.point == point:
+                    return mount.id
+        raise DataLoss("IMAGE_INCOMPLETE", f"the dump has nothing mounted at {point}")
 
     def _write(self, path: Path, kind: str, messages: Iterable[bytes]) -> None:
         framed = b"".join(struct.pack("<I", len(message)) + message for message in messages)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from dumont.errors import DataLoss, FailedPrecondition, ResourceExhausted
 from snapshotd import compatibility, placement
 from snapshotd.executor import Action, Step
+from snapshotd.images.mounts import without_mounts
 from snapshotd.jobs import moves
 from snapshotd.model import Snapshot, Weights
 from snapshotd.node import Node, Subject, uses_cuda
@@ -88,12 +89,19 @@ def restore(
             raise
 
     async def bring_back() -> None:
+        directory, origin = node.instance_directory(instance.id), node.store.images(snapshot)
+        images, mounts = origin, manifest.mounts
+        if absent := set(mounts) - node.hosts.mounts():
+            images = directory / "images"
+            await asyncio.to_thread(without_mounts, node.images, origin, absent, images)
+            mounts = tuple(mount for mount in mounts if mount not in absent)
         subject.host = await node.hosts.take()
         await subject.host.restore(
             instance.id,
-            node.instance_directory(instance.id),
-            node.store.images(snapshot),
-            manifest.mounts,
+            directory,
+            images,
+            origin,
+            mounts,
             manifest.pipes,
             node.deadlines.restore,
         )

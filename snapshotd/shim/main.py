@@ -57,8 +57,10 @@ class Shim:
         self.released = False
         # The images that the model host was restored from, and maps its memory from.
         self.origin: Path | None = None
+        # What else than its root the model host has mounted, by mount point.
+        self.mounts: list[str] = []
 
-        # What a model host sees besides its root, and where that is on the node; but for its directory.
+        # What a model host sees besides its root, and where that was on the node when this process started.
         self.places = {name: Path(name) for name in mounts.node_mounts()}
         self.root = scratch
         # Of its own, because two daemons may each have an instance of the same id.
@@ -93,18 +95,20 @@ class Shim:
         directory = Path(message["directory"])
         # It has no images; what is mounted in their place is of no matter.
         own = {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: directory}
-        places = self.places | own
+        places = self._places() | own
+        self.mounts = sorted(places)
         self.pid = launcher.launch(message["command"], message["environment"], self.pipes, self.root, places)
         self.worker.close()
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
 
     def restore(self, message: Message) -> Message:
-        """Bring the model host back from ``images``; its pipes at capture are named in ``pipes``."""
+        """Bring the model host back from ``images``, its memory mapped from the snapshot at ``origin``; its
+        pipes at capture are named in ``pipes``.
+        """
         self._must_be_empty()
-        directory = Path(message["directory"])
-        images = Path(message["images"])
-        places = self.places | {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: images}
+        directory, origin = Path(message["directory"]), Path(message["origin"])
+        places = self._places() | {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: origin}
         unknown = set(message["mounts"]) - set(places)
         if unknown:
             raise Refused(
@@ -115,7 +119,7 @@ class Shim:
             self.pid = criu.restore(
                 self.worker,
                 self.pycriu,
-                images,
+                Path(message["images"]),
                 self.root,
                 layout,
                 self.pipes.host_ends(),
@@ -126,7 +130,8 @@ class Shim:
             # Nobody is left to end the half of the tree that it had made.
             linux.kill_children()
             raise
-        self.origin = images
+        self.origin = origin
+        self.mounts = sorted(message["mounts"])
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
 
@@ -138,14 +143,13 @@ class Shim:
                 f"the snapshot that {self.instance} was restored from is deleted, and most of its memory is "
                 "mapped from there; capture an instance that was started, or restored from a snapshot in use"
             )
-        own = (mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT)
-        names = {name: Path(name) for name in [*self.places, *own]}
+        names = {name: Path(name) for name in self.mounts}
         worker = criu.Worker.start(self.criu_binary)
         layout = criu.Layout(names, self.inodes)
         images = Path(message["images"])
         criu.dump(worker, self.pycriu, self.pid, images, layout, message["timeout"])
         origin = str(self.origin) if self.origin else ""
-        return {"mounts": sorted(names), "pipes": self.inodes, "origin": origin}
+        return {"mounts": self.mounts, "pipes": self.inodes, "origin": origin}
 
     def freeze(self, message: Message) -> Message:
         self._must_run().freeze()
@@ -286,6 +290,11 @@ class Shim:
         if self.freezer is not None:
             self.freezer.remove()
         self._send({"event": "exited", "status": status})
+
+    def _places(self) -> dict[str, Path]:
+        """Less what was unmounted since this process started, perhaps long before it was taken."""
+        still = {*mounts.node_mounts(), mounts.WEIGHTS_MOUNT}
+        return {name: place for name, place in self.places.items() if name in still}
 
     def _must_be_empty(self) -> None:
         if self.pid:

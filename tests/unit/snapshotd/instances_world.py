@@ -93,6 +93,9 @@ class FakeHosts:
     async def find(self) -> list[FakeHost]:
         return self.found
 
+    def mounts(self) -> set[str]:
+        return set()
+
     async def close(self) -> None:
         return
 
