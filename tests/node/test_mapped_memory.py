@@ -49,6 +49,11 @@ def memory_files(pid: int) -> set[str]:
     }
 
 
+def take_away(volume: Path) -> None:
+    subprocess.run(["umount", str(volume)], check=True)
+    volume.rmdir()
+
+
 async def test_replicas_map_one_file(node: NodeUnderTest, snapshot: Snapshot) -> None:
     one = await node.restore("one", snapshot)
     two = await node.restore("two", snapshot)
