@@ -49,7 +49,7 @@ LABELS: Final = {
     "parked": "Dumont, parked",
 }
 # Short ways are not to be seen beside the long ones: they have a panel of their own.
-SHORT: Final = ("stock", "local", "parked")
+SHORT: Final = ("local", "parked")
 INCHES_WIDE: Final = 13.0
 INCHES_PER_CASE: Final = 0.42
 INCHES_AROUND: Final = 1.15

@@ -28,8 +28,6 @@ BLOCK = 512
 # More do not make it faster: memory is the limit.
 MOST_THREADS = 8
 WORDS = PAGE // 8
-# Bytes copied at once by one thread.
-CHUNK = 8 << 20
 # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 PUNCH_HOLE = 0x03
 
@@ -75,7 +73,7 @@ def compact(images: ImageFormat, directory: Path, origin: Path | None, threads: 
         pages = directory / f"pages-{process.pages_id}.img"
         before += pages.stat().st_size
         memory = directory / process.memory_file
-        _move(process, pages, memory, origin, threads)
+        _move(process, pages, memory, origin)
         read = [piece.run for piece in process.layout.read]
         images.write_pagemap(directory / f"pagemap-{process.name}.img", process.pages_id, read)
         after += pages.stat().st_size + memory.stat().st_blocks * 512
@@ -172,7 +170,7 @@ def _fill(file: int, offset: int, view: memoryview) -> None:
         offset, view = offset + got, view[got:]
 
 
-def _move(process: _Process, pages: Path, memory: Path, origin: Path | None, threads: int) -> None:
+def _move(process: _Process, pages: Path, memory: Path, origin: Path | None) -> None:
     """Make the dump's pages file the memory file, and a new pages file of what a restore still reads."""
     layout = process.layout
     dumped = pages.stat().st_size // PAGE
@@ -183,11 +181,11 @@ def _move(process: _Process, pages: Path, memory: Path, origin: Path | None, thr
             sources[Source.ORIGIN] = stack.enter_context((origin / process.origin).open("rb")).fileno()
         target = stack.enter_context(pages.open("xb")).fileno()
         mapped = sources[Source.DUMP]
-        _copy(sources, target, _one_behind_the_other(layout.read), threads)
+        _copy(sources, target, _one_behind_the_other(layout.read))
         os.truncate(mapped, layout.memory_pages * PAGE)
         for source in (Source.ORIGIN, Source.DUMP):  # what was written after what it was written over
             added = [(place, piece) for place, piece in layout.added if piece.source is source]
-            _copy(sources, mapped, added, threads)
+            _copy(sources, mapped, added)
         for first, count in _gaps(layout.kept, dumped):
             _punch(mapped, first * PAGE, count * PAGE)
 
@@ -225,22 +223,13 @@ def libc() -> ctypes.CDLL:
     return library
 
 
-def _copy(sources: dict[Source, int], target: int, places: Iterable[tuple[int, Piece]], threads: int) -> None:
-    """Copy pages to their places in ``target``, several pieces at once."""
-
-    def work(job: tuple[int, int, int, int]) -> None:
-        source, offset, place, length = job
+def _copy(sources: dict[Source, int], target: int, places: Iterable[tuple[int, Piece]]) -> None:
+    """Copy pages to their places in ``target``; by one thread, because writers to a file take turns."""
+    for place, piece in places:
+        source, offset, to = sources[piece.source], piece.position * PAGE, place * PAGE
+        length = piece.run.pages * PAGE
         while length:
-            copied = os.copy_file_range(source, target, length, offset, place)
+            copied = os.copy_file_range(source, target, length, offset, to)
             if copied == 0:
                 raise DataLoss("IMAGE_INCOMPLETE", "the pages file ended early")
-            offset, place, length = offset + copied, place + copied, length - copied
-
-    jobs = []
-    for place, piece in places:
-        length = piece.run.pages * PAGE
-        for start in range(0, length, CHUNK):
-            offset = piece.position * PAGE + start
-            jobs.append((sources[piece.source], offset, place * PAGE + start, min(CHUNK, length - start)))
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, jobs))
+            offset, to, length = offset + copied, to + copied, length - copied
