@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dumont.errors import FailedPrecondition
 
 # Raised when our own files change such that older snapshots cannot be restored any more.
-LAYOUT_VERSION = "1"
+LAYOUT_VERSION = "2"
 
 
 def check(snapshot: str, captured: Mapping[str, str], here: Mapping[str, str]) -> None:

@@ -56,6 +56,11 @@ class Settings(BaseSettings):
         description="memory for the weights of running models; unset: two fifths of it all on a node that "
         "uses GPUs, else none; 0: none, weights are mapped from the models' own files",
     )
+    weight_loader: CliImplicitFlag[bool] = Field(
+        True,
+        description="keep a process that brings cached weights to GPUs; its context takes 254 MiB of each that "
+        "it is used for",
+    )
     store_url: str = Field(
         "", description="object store: s3://BUCKET/PREFIX or file:///DIRECTORY; empty: none"
     )

@@ -98,7 +98,9 @@ async def run(settings: Settings) -> None:
             criu.pycriu,
             weight_cache.directory if weight_cache else None,
         )
-        loader = LoaderProcess(weight_cache.directory) if nvml and weight_cache else None
+        loader = None
+        if nvml and weight_cache and settings.weight_loader:
+            loader = LoaderProcess(weight_cache.directory)
         if weight_cache and loader:
             weight_cache.on_eviction = loader.files_left
             stack.push_async_callback(loader.close)

@@ -115,6 +115,8 @@ class Shim:
                 f"the image needs mounts that this node does not have: {', '.join(sorted(unknown))}"
             )
         layout = criu.Layout({name: places[name] for name in message["mounts"]}, message["pipes"])
+        # Other instances map the same files.
+        mounts.make_read_only(origin)
         try:
             self.pid = criu.restore(
                 self.worker,

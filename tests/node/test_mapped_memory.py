@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from dumont.errors import Aborted
 from snapshotd.model import Snapshot
+from snapshotd.shim.mounts import MEMORY_MOUNT
 from tests.node.node_under_test import NodeUnderTest, refused
 
 pytestmark = [pytest.mark.node, pytest.mark.asyncio(loop_scope="module")]
@@ -60,6 +61,18 @@ async def test_replicas_map_one_file(node: NodeUnderTest, snapshot: Snapshot) ->
 
     assert memory_files(one.pid) == memory_files(two.pid) != set()
     assert await node.generate("one") == await node.generate("two") == node.answer
+    await node.stop_all()
+
+
+async def test_the_files_cannot_be_written_by_those_who_map_them(
+    node: NodeUnderTest, snapshot: Snapshot
+) -> None:
+    instance = await node.restore("reader", snapshot)
+
+    lines = Path(f"/proc/{instance.pid}/mountinfo").read_text().splitlines()
+    (options,) = [line.split()[5] for line in lines if line.split()[4] == MEMORY_MOUNT]
+
+    assert "ro" in options.split(",")
     await node.stop_all()
 
 
