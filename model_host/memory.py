@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-# Smaller ranges are the allocator's, and in use by other threads; what a CUDA checkpoint makes is large.
-SMALLEST: Final = 8 << 20
+# Smaller ranges are the allocator's or threads' stacks (8 MiB), and in use; what a CUDA checkpoint makes is a
+# few hundred MiB in one piece.
+SMALLEST: Final = 32 << 20
+# What one thread looks at before it takes more.
+PART: Final = 8 << 20
 # Looked at together: fits the cache.
 BLOCK: Final = 1 << 20
 WORDS: Final = mmap.PAGESIZE // 8
@@ -41,7 +44,7 @@ def drop_zero_pages(known: Sequence[Range]) -> int:
         How many bytes those were.
     """
     large = [(start, end) for start, end in beyond(ranges(), known) if end - start >= SMALLEST]
-    parts = [(at, min(at + SMALLEST, end)) for start, end in large for at in range(start, end, SMALLEST)]
+    parts = [(at, min(at + PART, end)) for start, end in large for at in range(start, end, PART)]
     with ThreadPoolExecutor(THREADS) as pool:
         return sum(pool.map(_drop, parts))
 

@@ -146,7 +146,9 @@ class Instances:
         self._check_unshared(record, Event.CAPTURE)
         self._move(record, Event.CAPTURE)
         capture = jobs.Capture(self.node, record, snapshot)
-        await self._settle(record, "capture", capture.steps(), capture.phases)
+        # One that was restored maps the snapshot that it came from, and the new one takes that over.
+        with self._pin(record.instance.snapshot):
+            await self._settle(record, "capture", capture.steps(), capture.phases)
         if capture.result is None:
             raise Aborted(
                 "CAPTURE_INCOMPLETE", f"the capture of instances/{instance} ended without a snapshot"
@@ -414,6 +416,10 @@ class Instances:
                 field="name",
                 metadata={"instance": instance},
             ) from None
+
+    def mapped(self) -> set[str]:
+        """The snapshots that living instances map their memory from."""
+        return {record.instance.snapshot for record in self._records.values() if record.host is not None}
 
     @contextlib.contextmanager
     def _pin(self, snapshot: str) -> Iterator[None]:

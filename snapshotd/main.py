@@ -232,7 +232,13 @@ def connect(
         journal = UploadJournal(settings.state_dir / "uploads")
         uploads = Uploads(store, remote, journal, published)
     snapshots = Snapshots(
-        store, remote, uploads, settings.state_dir / "damaged", settings.cache_bytes, instances.pinned
+        store,
+        remote,
+        uploads,
+        settings.state_dir / "damaged",
+        settings.cache_bytes,
+        instances.pinned,
+        instances.mapped,
     )
     return snapshots
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Snapshots:
         damaged: directory that remembers published snapshots found damaged.
         budget: bytes that the node's own snapshots may take; 0: no limit.
         pinned: how many jobs read a snapshot now, by id.
+        mapped: the snapshots that instances map their memory from.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Snapshots:
         damaged: Path,
         budget: int,
         pinned: Mapping[str, int],
+        mapped: Callable[[], AbstractSet[str]] = frozenset,
     ) -> None:
         self.store = store
         self.remote = remote
@@ -72,6 +75,7 @@ class Snapshots:
         self.damaged = damaged
         self.budget = budget
         self.pinned = pinned
+        self.mapped = mapped
         self._fetches: dict[str, _Fetching] = {}
         self._published: dict[str, PublishedSnapshot] = {}
 
@@ -269,7 +273,7 @@ class Snapshots:
         if self.pinned.get(snapshot) or snapshot in self._fetches:
             raise FailedPrecondition(
                 "SNAPSHOT_IN_USE",
-                f"snapshots/{snapshot} is being restored; delete it when that is done",
+                f"snapshots/{snapshot} is being restored or captured from; delete it when that is done",
                 metadata={"snapshot": snapshot},
             )
         found = False
@@ -312,18 +316,22 @@ class Snapshots:
         """Let published snapshots go that were used longest ago, until the rest is within the budget."""
         await self._make_room(0)
 
+    def _used(self, snapshot: str) -> bool:
+        return bool(self.pinned.get(snapshot)) or snapshot in self.mapped()
+
     async def _make_room(self, needed: int) -> None:
         held = [
             Held(
                 entry.snapshot,
                 entry.size,
                 entry.last_use,
-                removable=entry.published and not self.pinned.get(entry.snapshot),
+                # What is mapped takes its memory also when it is deleted.
+                removable=entry.published and not self._used(entry.snapshot),
             )
             for entry in await self.store.entries()
         ]
         for snapshot in cache.leavers(held, self.budget, needed):
-            if self.pinned.get(snapshot):
+            if self._used(snapshot):
                 continue
             log.info("snapshot left the cache", snapshot=snapshot)
             await self.store.delete(snapshot)

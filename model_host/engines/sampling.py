@@ -12,10 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dumont.errors import Internal
 from model_host.engine import Generation
 
 # Tokens among which a nucleus is looked for first: sorting all of a vocabulary takes ten times longer.
 LIKELY: Final = (1024, 16384)
+
+# Below it a draw is the best token anyway, and single precision ends.
+SMALLEST_TEMPERATURE: Final = 1e-6
 
 Floats = NDArray[np.float32]
 
@@ -36,7 +40,12 @@ class Chooser:
         """
         if self._request.temperature == 0:
             return int(logits.argmax(-1).item())
-        values: Floats = (logits[0].float().cpu() / self._request.temperature).numpy()
+        values: Floats = logits[0].float().cpu().numpy()
+        best = values.max()
+        if not np.isfinite(best):
+            raise Internal("NOT_A_NUMBER", "the model computed no probabilities for the next token")
+        # The best first, so that a tiny temperature does not make infinities of it.
+        values = (values - best) / np.float32(max(self._request.temperature, SMALLEST_TEMPERATURE))
         chance = self._seeded.random() if self._seeded else np.random.random()
         return draw(values, self._request.top_p, chance)
 
@@ -51,7 +60,7 @@ def draw(logits: Floats, top_p: float, chance: float) -> int:
         top_p: above 0 and at most 1.
         chance: uniform in [0, 1).
     """
-    weights = np.exp(logits - logits.max())
+    weights = np.exp(logits - logits.max(), dtype=np.float32)
     tokens = np.arange(len(weights)) if top_p == 1 else _nucleus(weights, top_p)
     steps = np.cumsum(weights[tokens], dtype=np.float64)
     place = int(np.searchsorted(steps, chance * steps[-1], side="right"))

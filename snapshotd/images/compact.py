@@ -132,8 +132,10 @@ def _look(
     vmas = images.read_vmas(directory / f"mm-{name}.img", known)
     with (directory / f"pages-{pages_id}.img").open("rb") as pages:
         nonzero = _nonzero_pages(pages.fileno(), threads)
-    origins = {known[vma.entry.shmid] for vma in vmas if vma.entry.shmid in known}
-    return _Process(name, pages_id, lay_out(vmas, runs, nonzero), origins.pop() if origins else "")
+    origins = {known[vma.entry.shmid] for vma in vmas if vma.kind is Kind.MAPPED}
+    if len(origins) > 1:
+        raise DataLoss("IMAGE_DAMAGED", f"process {name} maps {len(origins)} memory files and can have one")
+    return _Process(name, pages_id, lay_out(vmas, runs, nonzero), next(iter(origins), ""))
 
 
 def _nonzero_pages(file: int, threads: int) -> Flags:
@@ -177,7 +179,9 @@ def _move(process: _Process, pages: Path, memory: Path, origin: Path | None) -> 
     pages.rename(memory)
     with ExitStack() as stack:
         sources = {Source.DUMP: stack.enter_context(memory.open("r+b")).fileno()}
-        if process.origin and origin is not None:
+        if process.origin:
+            if origin is None:
+                raise DataLoss("IMAGE_INCOMPLETE", f"{process.origin} was mapped and nobody says from where")
             sources[Source.ORIGIN] = stack.enter_context((origin / process.origin).open("rb")).fileno()
         target = stack.enter_context(pages.open("xb")).fileno()
         mapped = sources[Source.DUMP]

@@ -23,6 +23,9 @@ from snapshotd.images.format import PAGE, PAGE_PRESENT, Kind, PageRun, Vma
 LARGEST_GAP: Final = 8
 # The fewest pages that are worth a mapping.
 SMALLEST_MAPPING: Final = 16
+# The kernel lets a process have 65,530 (vm.max_map_count), and it needs some of them for itself. SmolLM2 on
+# the CPU has 900 of ours, a 7.6B model on a GPU not many more.
+MOST_MAPPINGS: Final = 16_000
 
 Flags = NDArray[np.bool_]
 
@@ -80,6 +83,17 @@ def lay_out(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags) -> Lay
     Raises:
         DataLoss: the runs describe another number of pages.
     """
+    coarseness = 1
+    while True:
+        layout = _lay_out(vmas, runs, nonzero, coarseness)
+        # Memory that is full of holes is cut more coarsely, up to not at all.
+        if len(layout.vmas) <= max(MOST_MAPPINGS, len(vmas)) or coarseness > len(nonzero):
+            return layout
+        coarseness *= 2
+
+
+def _lay_out(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags, coarseness: int) -> Layout:
+    """As :func:`lay_out`, with gaps and mappings that many times larger."""
     starts = [vma.start for vma in vmas]
     layout = Layout([], [], [], [], len(nonzero))
     regions: dict[int, list[tuple[int, int, int]]] = {}
@@ -96,9 +110,9 @@ def lay_out(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags) -> Lay
             elif kind is Kind.MAPPED:
                 written.setdefault(index, []).append(Piece(part, Source.DUMP, position))
             else:
-                for first, count in _kept_ranges(nonzero[position : position + part.pages]):
+                for first, count in _kept_ranges(nonzero[position : position + part.pages], coarseness):
                     kept = replace(part, start=part.start + first * PAGE, pages=count)
-                    if kind is Kind.ANONYMOUS and count >= SMALLEST_MAPPING:
+                    if kind is Kind.ANONYMOUS and count >= SMALLEST_MAPPING * coarseness:
                         end = kept.start + count * PAGE
                         regions.setdefault(index, []).append((kept.start, end, (position + first) * PAGE))
                         layout.kept.append((position + first, count))
@@ -138,12 +152,12 @@ def _by_vma(run: PageRun, vmas: Sequence[Vma], starts: Sequence[int]) -> Iterato
         address = stop
 
 
-def _kept_ranges(nonzero: Flags) -> Iterator[tuple[int, int]]:
+def _kept_ranges(nonzero: Flags, coarseness: int) -> Iterator[tuple[int, int]]:
     """Ranges (first, count) that cover every True, joined over gaps too short to be worth a run."""
     pages = np.flatnonzero(nonzero)
     if len(pages) == 0:
         return
-    breaks = np.flatnonzero(np.diff(pages) > LARGEST_GAP)
+    breaks = np.flatnonzero(np.diff(pages) > LARGEST_GAP * coarseness)
     firsts = pages[np.concatenate(([0], breaks + 1))]
     lasts = pages[np.concatenate((breaks, [len(pages) - 1]))]
     for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):

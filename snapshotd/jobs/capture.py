@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dumont.errors import FailedPrecondition, Internal
+from dumont.errors import FailedPrecondition, Internal, NotFound
 from snapshotd.executor import Step
 from snapshotd.images.compact import check, compact
 from snapshotd.jobs import moves
@@ -47,6 +48,7 @@ class Capture:
         ]
 
     async def stage(self) -> None:
+        await self._refuse_damaged_origin()
         self.staged = await self.node.store.stage(self.snapshot)
 
     async def discard(self) -> None:
@@ -64,9 +66,24 @@ class Capture:
 
     async def quiesce(self) -> None:
         moves.note_gpu_memory(self.node, self.subject)
+        moves.keep_room(self.node, self.subject)
         await moves.quiesce(self.node, self.subject)
         # Its socket is closed now: a prompt that came, and was refused, while it drained is in its memory.
         await self._refuse_served()
+
+    async def _refuse_damaged_origin(self) -> None:
+        """What it was restored from becomes part of the new snapshot."""
+        if not self.subject.instance.snapshot:
+            return
+        with contextlib.suppress(NotFound):  # the shim refuses what is gone
+            origin = await self.node.store.get(self.subject.instance.snapshot)
+            if origin.quarantine_reason:
+                raise FailedPrecondition(
+                    "ORIGIN_QUARANTINED",
+                    f"instances/{self.subject.instance.id} was restored from snapshots/{origin.manifest.id}, "
+                    f"which is quarantined: {origin.quarantine_reason}; capture another instance",
+                    metadata={"snapshot": origin.manifest.id},
+                )
 
     async def _refuse_served(self) -> None:
         status = await moves.host_of(self.subject).call("status", self.node.deadlines.serve)

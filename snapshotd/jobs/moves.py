@@ -18,6 +18,7 @@ from snapshotd.model import Canary, Gpu, Instance, Json, State
 from snapshotd.node import Node, Subject, uses_cuda
 from snapshotd.ports import Cuda, Host
 from snapshotd.shim.mounts import WEIGHTS_MOUNT
+from snapshotd.threads import whole
 
 log = structlog.get_logger(__name__)
 
@@ -71,7 +72,8 @@ async def suspend_cuda(node: Node, subject: Subject) -> None:
 
 async def trim(node: Node, subject: Subject) -> None:
     """Let go of the zeros among what came from the GPU: most of it was never written to."""
-    await host_of(subject).call("trim", node.deadlines.quiesce)
+    # Whole, also when cancelled: what undoes this lets the driver use that memory again.
+    await whole(host_of(subject).call("trim", node.deadlines.quiesce))
 
 
 async def revive_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) -> None:
@@ -86,14 +88,22 @@ async def revive_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) 
 
 async def rouse_cuda(node: Node, subject: Subject) -> None:
     """Bring a source back to running, from whatever state its suspension reached."""
+    # It answers only when it has ended what it was told before; a trim must not meet the driver.
+    await host_of(subject).call("status", node.deadlines.quiesce)
     await order_weights(node, subject)
     await tree.rouse(cuda_of(node), await cuda_pids(node, host_of(subject)))
 
 
 async def order_weights(node: Node, subject: Subject) -> None:
-    """Let the loader begin; the model host takes over what it brought when it wakes."""
-    if loader := await loader_of(node, subject):
-        await host_of(subject).call("order_weights", node.deadlines.serve, **loader)
+    """Let the loader begin; the model host takes over what it brought when it wakes.
+
+    Without it the model host copies its weights itself, so nothing fails here.
+    """
+    try:
+        if loader := await loader_of(node, subject):
+            await host_of(subject).call("order_weights", node.deadlines.serve, **loader)
+    except DumontError as error:
+        log.warning("weights could not be ordered", instance=subject.instance.id, reason=error.reason)
 
 
 async def loader_of(node: Node, subject: Subject) -> dict[str, str]:
@@ -121,6 +131,13 @@ def note_gpu_memory(node: Node, subject: Subject) -> None:
     """Remember where the process is and what it holds there: to come back it needs as much."""
     if node.gpu_status is not None:
         subject.instance = located(node, subject.instance, node.family(host_of(subject).pid))
+
+
+def keep_room(node: Node, subject: Subject) -> None:
+    """Promise a source the GPU memory that it gives up for a while, until its job has ended."""
+    instance = subject.instance
+    if instance.gpu and instance.gpu_bytes:
+        node.room.promise(instance.id, instance.gpu, instance.gpu_bytes)
 
 
 def located(node: Node, instance: Instance, pids: Sequence[int]) -> Instance:

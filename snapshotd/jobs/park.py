@@ -31,6 +31,7 @@ def park(node: Node, subject: Subject) -> list[Step]:
 
     async def quiesce() -> None:
         moves.note_gpu_memory(node, subject)
+        moves.keep_room(node, subject)
         await moves.quiesce(node, subject)
 
     async def suspend() -> None:

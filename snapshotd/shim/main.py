@@ -35,6 +35,18 @@ class Refused(Exception):
     """The command does not fit what is here."""
 
 
+class OriginGone(Refused):
+    """What most of the model host's memory is mapped from is not there any more."""
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_dev, status.st_ino
+
+
 class Shim:
     """One model host and the way to it."""
 
@@ -57,6 +69,7 @@ class Shim:
         self.released = False
         # The images that the model host was restored from, and maps its memory from.
         self.origin: Path | None = None
+        self.origin_identity = (0, 0)
         # What else than its root the model host has mounted, by mount point.
         self.mounts: list[str] = []
 
@@ -132,7 +145,7 @@ class Shim:
             # Nobody is left to end the half of the tree that it had made.
             linux.kill_children()
             raise
-        self.origin = origin
+        self.origin, self.origin_identity = origin, _identity(origin)
         self.mounts = sorted(message["mounts"])
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
@@ -140,8 +153,8 @@ class Shim:
     def dump(self, message: Message) -> Message:
         """Write the model host into ``images``; it runs on. Answers what a restore must be told."""
         self._must_run()
-        if self.origin is not None and not self.origin.is_dir():
-            raise Refused(
+        if self.origin is not None and _identity(self.origin) != self.origin_identity:
+            raise OriginGone(
                 f"the snapshot that {self.instance} was restored from is deleted, and most of its memory is "
                 "mapped from there; capture an instance that was started, or restored from a snapshot in use"
             )
@@ -236,6 +249,8 @@ class Shim:
                 os.write(self.pipes.to_host, json.dumps(message["message"] | answer).encode() + b"\n")
                 return
             answer["ok"] = self.commands[message["do"]](message)
+        except OriginGone as error:
+            answer["error"] = {"reason": "ORIGIN_GONE", "message": str(error)}
         except Refused as error:
             answer["error"] = {"reason": "SHIM_REFUSED", "message": str(error)}
         except criu.CriuTimeout as error:

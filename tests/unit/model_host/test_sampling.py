@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from model_host.engines.sampling import LIKELY, draw
+from dumont.errors import Internal
+from model_host.engine import Generation
+from model_host.engines.sampling import LIKELY, Chooser, draw
 
 CHANCES = np.linspace(0, 1, 4001)[:-1]
 
@@ -46,6 +48,21 @@ def test_a_flat_distribution_needs_more_than_the_likeliest_tokens() -> None:
     drawn = {draw(values, 0.9, chance) for chance in CHANCES}
 
     assert len(drawn) > 3 * LIKELY[0] * 0.9
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-9, 0.01])
+def test_a_tiny_temperature_draws_the_best_token(temperature: float) -> None:
+    values = torch.tensor([[1.0, 7.0, 6.0, -3.0]])
+
+    choose = Chooser(Generation(temperature=temperature, seed=1))
+
+    assert {choose(values) for _ in range(20)} == {1}
+
+
+def test_what_is_no_number_is_never_a_token() -> None:
+    with pytest.raises(Internal) as refusal:
+        Chooser(Generation(temperature=1.0))(torch.tensor([[1.0, float("nan"), 2.0]]))
+    assert refusal.value.reason == "NOT_A_NUMBER"
 
 
 def test_a_certain_token_is_drawn_whatever_the_chance() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dumont.errors import DataLoss
+from snapshotd.images import layout
 from snapshotd.images.compact import check, compact
 from snapshotd.images.format import (
     PAGE,
@@ -26,7 +27,7 @@ from snapshotd.images.format import (
     Kind,
     PageRun,
 )
-from snapshotd.images.layout import SMALLEST_MAPPING
+from snapshotd.images.layout import LARGEST_GAP, SMALLEST_MAPPING
 from snapshotd.preflight import find_criu
 from snapshotd.shim.mounts import MEMORY_MOUNT
 
@@ -201,6 +202,20 @@ def test_what_is_large_is_mapped_and_only_crumbs_are_read(images: ImageFormat, t
     assert (made.directory / "pages-1.img").stat().st_size == crumb * PAGE
     # What is read from elsewhere, or is zero, takes no space in the memory file.
     assert (made.directory / "memory-1.img").stat().st_blocks * 512 == 100 * PAGE
+
+
+def test_memory_full_of_holes_is_cut_into_few_mappings(
+    images: ImageFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holes = [("data", SMALLEST_MAPPING), ("zero", LARGEST_GAP + 1)] * 100
+    made = dump(images, tmp_path, [("anonymous", holes)])
+    monkeypatch.setattr(layout, "MOST_MAPPINGS", 50)
+
+    compact(images, made.directory, None, threads=1)
+
+    assert len(borders(images, made.directory)) <= 50
+    process = [("anonymous", holes)]
+    assert significant(restored(images, made.directory), process) == significant(made.memory, process)
 
 
 def test_a_stack_stays_anonymous_and_loses_its_zeros(images: ImageFormat, tmp_path: Path) -> None:
