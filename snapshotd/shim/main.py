@@ -27,8 +27,7 @@ from typing import Any
 from snapshotd.shim import criu, launcher, linux, mounts
 from snapshotd.shim.freezer import Freezer
 from snapshotd.shim.hostlog import HostLog
-
-Message = dict[str, Any]
+from snapshotd.shim.line import Line, Message
 
 
 class Refused(Exception):
@@ -321,33 +320,6 @@ class Shim:
         if self.freezer is None or self.exit_status is not None:
             raise Refused("no model host runs here")
         return self.freezer
-
-
-class Line:
-    """JSON objects, one a line, over a descriptor."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.buffer = b""
-
-    def receive(self) -> list[Message] | None:
-        """The whole messages that have arrived; None at the end of file."""
-        try:
-            data = os.read(self.fd, 1 << 20)
-        except ConnectionError:
-            return None
-        if not data:
-            return None
-        *lines, self.buffer = (self.buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def send(self, message: Message) -> None:
-        data = json.dumps(message).encode() + b"\n"
-        while data:
-            data = data[os.write(self.fd, data) :]
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 def private_mounts() -> None:

@@ -1,0 +1,36 @@
+"""JSON objects, one a line: how the shim speaks with the daemon and with the model host."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class Line:
+    """JSON objects, one a line, over a descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.buffer = b""
+
+    def receive(self) -> list[Message] | None:
+        """The whole messages that have arrived; None at the end of file."""
+        try:
+            data = os.read(self.fd, 1 << 20)
+        except ConnectionError:
+            return None
+        if not data:
+            return None
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def send(self, message: Message) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        while data:
+            data = data[os.write(self.fd, data) :]
+
+    def close(self) -> None:
+        os.close(self.fd)
