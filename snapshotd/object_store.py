@@ -82,7 +82,8 @@ def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | Non
         signer,
         TrustedKeysFile(keys, signer) if keys else TrustedKeys([signer.public]),
         KeyFile(settings.encryption_key_file) if settings.encryption_key_file else None,
-        workers=IN_FLIGHT,
+        # More than calls: while chunks are unpacked others must be on their way, or the store waits.
+        workers=IN_FLIGHT + min(settings.threads, IN_FLIGHT // 2),
         threads=min(settings.threads, IN_FLIGHT),
         grace=timedelta(seconds=settings.store_grace_seconds),
         failpoints=failpoints,
