@@ -151,9 +151,9 @@ class MemoryNodes:
         self.calls: list[tuple[str, str, str]] = []
         self.cancelled: list[tuple[str, str, str]] = []
         self.timeouts: list[float | None] = []
-        # Instances that somebody tried to capture after a prompt had entered them.
         # Where each started instance was told to have its weights.
         self.weights: dict[str, Weights] = {}
+        # Instances that somebody tried to capture after a prompt had entered them.
         self.spoiled: list[str] = []
         self.frames: list[bytes] = [b"\x12\x03\n\x01a", b"\x1a\x00"]
         self.models: dict[str, str] = {}
@@ -262,7 +262,9 @@ class MemoryNodes:
         self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
     ) -> Report:
         self.weights[instance] = weights
-        return await self._create("start", node, Report(instance, deployment, InstanceState.STARTING))
+        return await self._create(
+            "start", node, Report(instance, deployment, InstanceState.STARTING, weights=weights)
+        )
 
     async def restore(
         self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
@@ -273,7 +275,7 @@ class MemoryNodes:
             raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
         if manifest_digest and known[snapshot].manifest_digest != manifest_digest:
             raise DataLoss("MANIFEST_REPLACED", f"snapshots/{snapshot} is another one")
-        return await self._create("restore", node, report)
+        return await self._create("restore", node, replace(report, weights=known[snapshot].weights))
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         source = self._find(node, instance)
@@ -288,7 +290,12 @@ class MemoryNodes:
                 self.tell(node, source)
         now = self._clock.moment().wall
         made = Snapshot(
-            snapshot, source.deployment, node, now, manifest_digest=f"digest of {snapshot} at {now}"
+            snapshot,
+            source.deployment,
+            node,
+            now,
+            weights=source.weights,
+            manifest_digest=f"digest of {snapshot} at {now}",
         )
         self.world[node].snapshots[snapshot] = made
         return made
