@@ -115,11 +115,11 @@ def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
         second = node.stored("second")
         say("loading and capturing another instance, and another model")
         node.stop("one")
-        third = _capture_new(node, "other", model, "third")
+        third = capture_new(node, "other", model, "third")
         try:
-            second_model, fourth = SECOND_MODEL, _capture_new(node, "unlike", SECOND_MODEL, "fourth")
+            second_model, fourth = SECOND_MODEL, capture_new(node, "unlike", SECOND_MODEL, "fourth")
         except DumontError:
-            second_model, fourth = model, _capture_new(node, "unlike-again", model, "fourth")
+            second_model, fourth = model, capture_new(node, "unlike-again", model, "fourth")
         say("restoring from the node")
         local = [_timed(partial(node.restore, f"local-{number}", "first")) for number in range(RESTORES)]
         peak = node.peak_rss()
@@ -178,7 +178,7 @@ class _Cold:
     cpu_seconds: float
 
 
-def _capture_new(
+def capture_new(
     node: Snapshotd, instance: str, model: str, snapshot: str
 ) -> snapshot_service_pb2.StoredSnapshot:
     """Load a model, capture and publish it, and end it; what its snapshot takes in the store.
