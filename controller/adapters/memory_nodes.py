@@ -1,0 +1,346 @@
+"""Nodes in memory: for tests, and to see what the real ones must do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field, replace
+
+from controller.model import InstanceState, Phase, Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
+from controller.ports import Change, Clock, Removed, Synchronized
+from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, Unavailable
+
+
+@dataclass
+class MemoryNode:
+    """One node's truth, which outlives controllers and lost connections."""
+
+    instances: dict[str, Report] = field(default_factory=dict)
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    watchers: list[asyncio.Queue[Change | DumontError]] = field(default_factory=list)
+    up: bool = True
+    # Whether it reaches the object store that all nodes share.
+    store: bool = False
+
+
+class MemoryNodes:
+    """Nodes whose every call is written down and may be made to fail or to wait.
+
+    ``calls`` holds (method, node, argument) in order. ``fail("restore", error)`` fails the next
+    restore before it does anything; ``hold("start")`` makes starts wait for the returned event.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.world: dict[str, MemoryNode] = {}
+        self.bucket: dict[str, Snapshot] = {}
+        self.calls: list[tuple[str, str, str]] = []
+        self.cancelled: list[tuple[str, str, str]] = []
+        self.timeouts: list[float | None] = []
+        # Where each started instance was told to have its weights.
+        self.weights: dict[str, Weights] = {}
+        # Instances that somebody tried to capture after a prompt had entered them.
+        self.spoiled: list[str] = []
+        self.frames: list[bytes] = [b"\x12\x03\n\x01a", b"\x1a\x00"]
+        self.models: dict[str, str] = {}
+        # Set while a controller dies: what it had begun goes on, as on a real node.
+        self.abandoned = False
+        self._faults: defaultdict[str, deque[DumontError]] = defaultdict(deque)
+        self._holds: dict[str, asyncio.Event] = {}
+        self._called = asyncio.Event()
+        self._creating: set[str] = set()
+
+    # Scripting
+
+    def add_node(self, node: str) -> MemoryNode:
+        return self.world.setdefault(node, MemoryNode())
+
+    def fail(self, method: str, *errors: DumontError) -> None:
+        """The next calls of ``method`` fail with these, one each."""
+        self._faults[method].extend(errors)
+
+    def forgive(self) -> None:
+        """No call fails any more."""
+        self._faults.clear()
+
+    def hold(self, method: str) -> asyncio.Event:
+        """Calls of ``method`` wait, after they were written down, until the event is set."""
+        return self._holds.setdefault(method, asyncio.Event())
+
+    def release_all(self) -> None:
+        """Nothing is held any more."""
+        for event in self._holds.values():
+            event.set()
+        self._holds.clear()
+
+    def named(self, method: str) -> list[tuple[str, str, str]]:
+        """The calls of ``method`` so far."""
+        return [call for call in self.calls if call[0] == method]
+
+    async def called(self, method: str, count: int = 1) -> None:
+        """Wait until ``method`` has been called ``count`` times."""
+        while len(self.named(method)) < count:
+            await self._called.wait()
+
+    def tell(self, node: str, report: Report) -> None:
+        """An instance changed by itself."""
+        self.world[node].instances[report.id] = report
+        self._publish(node, report)
+
+    def lose(self, node: str, instance: str) -> None:
+        """An instance is gone without a word from us."""
+        self.world[node].instances.pop(instance, None)
+        self._publish(node, Removed(instance))
+
+    def finish_starts(self, node: str) -> None:
+        """Starts whose caller is gone come to their end, as on a real node."""
+        for report in list(self.world[node].instances.values()):
+            if report.state is InstanceState.STARTING and report.id not in self._creating:
+                self.tell(node, replace(report, state=InstanceState.SERVING))
+
+    def cut(self, node: str) -> None:
+        """The node stops answering; what runs on it goes on."""
+        self.world[node].up = False
+        for queue in self.world[node].watchers:
+            queue.put_nowait(_silent(node))
+
+    def restore_contact(self, node: str) -> None:
+        self.world[node].up = True
+
+    # The port
+
+    async def connect(self, node: str, endpoint: str) -> None:
+        return None
+
+    async def disconnect(self, node: str) -> None:
+        return None
+
+    async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel:
+        await self._call("resolve_model", node, model)
+        return ResolvedModel(model, engine or self.models.get(model, "causal_lm"))
+
+    async def watch(self, node: str) -> AsyncGenerator[Change]:
+        known = self._reach(node)
+        queue: asyncio.Queue[Change | DumontError] = asyncio.Queue()
+        known.watchers.append(queue)
+        try:
+            for report in list(known.instances.values()):
+                yield report
+            yield Synchronized()
+            while True:
+                change = await queue.get()
+                if isinstance(change, DumontError):
+                    raise change
+                yield change
+        finally:
+            known.watchers.remove(queue)
+
+    async def get_instance(self, node: str, instance: str) -> Report:
+        await self._call("get_instance", node, instance)
+        return self._find(node, instance)
+
+    async def list_snapshots(self, node: str) -> list[Snapshot]:
+        await self._call("list_snapshots", node, "")
+        self._reach(node)
+        return self._snapshots(node)
+
+    async def start(
+        self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
+    ) -> Report:
+        self.weights[instance] = weights
+        return await self._create(
+            "start", node, Report(instance, deployment, InstanceState.STARTING, weights=weights)
+        )
+
+    async def restore(
+        self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
+    ) -> Report:
+        report = Report(instance, deployment, InstanceState.STARTING, snapshot=snapshot)
+        known = {held.id: held for held in self._snapshots(node)}
+        if snapshot not in known:
+            raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
+        if manifest_digest and known[snapshot].manifest_digest != manifest_digest:
+            raise DataLoss("MANIFEST_REPLACED", f"snapshots/{snapshot} is another one")
+        return await self._create("restore", node, replace(report, weights=known[snapshot].weights))
+
+    async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
+        source = self._find(node, instance)
+        if any(instance in argument for method, _, argument in self.calls if method in {"generate", "embed"}):
+            self.spoiled.append(instance)
+            raise FailedPrecondition("PROMPT_INSIDE", f"a prompt has entered instances/{instance}")
+        self.tell(node, replace(source, state=InstanceState.CAPTURING))
+        try:
+            await self._call("capture", node, instance)
+        finally:
+            if instance in self.world[node].instances:
+                self.tell(node, source)
+        now = self._clock.moment().wall
+        made = Snapshot(
+            snapshot,
+            source.deployment,
+            node,
+            now,
+            weights=source.weights,
+            manifest_digest=f"digest of {snapshot} at {now}",
+        )
+        self.world[node].snapshots[snapshot] = made
+        return made
+
+    async def park(self, node: str, instance: str) -> Report:
+        await self._call("park", node, instance)
+        return self._move(node, instance, InstanceState.PARKED)
+
+    async def resume(self, node: str, instance: str) -> Report:
+        await self._call("resume", node, instance)
+        return self._move(node, instance, InstanceState.SERVING)
+
+    async def stop(self, node: str, instance: str) -> None:
+        await self._call("stop", node, instance)
+        self._find(node, instance)
+        self.lose(node, instance)
+
+    async def delete_snapshot(self, node: str, snapshot: str) -> None:
+        await self._call("delete_snapshot", node, snapshot)
+        published = self.bucket.pop(snapshot, None)
+        if self.world[node].snapshots.pop(snapshot, None) is None and published is None:
+            raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
+
+    async def get_snapshot(self, node: str, snapshot: str) -> Snapshot:
+        await self._call("get_snapshot", node, snapshot)
+        for known in self._snapshots(node):
+            if known.id == snapshot:
+                return known
+        raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
+
+    async def publish(self, node: str, snapshot: str) -> Snapshot:
+        await self._call("publish", node, snapshot)
+        self.bucket[snapshot] = self.world[node].snapshots[snapshot]
+        return next(known for known in self._snapshots(node) if known.id == snapshot)
+
+    async def prefetch(self, node: str, snapshot: str, manifest_digest: str) -> Snapshot:
+        await self._call("prefetch", node, snapshot)
+        found = await self.get_snapshot(node, snapshot)
+        if manifest_digest and found.manifest_digest != manifest_digest:
+            raise DataLoss("MANIFEST_REPLACED", f"snapshots/{snapshot} is another one")
+        self.world[node].snapshots[snapshot] = replace(found, local=True)
+        return await self.get_snapshot(node, snapshot)
+
+    async def verify(self, node: str, snapshot: str) -> Verified:
+        await self._call("verify", node, snapshot)
+        known = await self.get_snapshot(node, snapshot)
+        return Verified(known.size_bytes if known.local else 0, known.size_bytes if known.published else 0)
+
+    async def prune(self, node: str, dry_run: bool) -> Pruned:
+        await self._call("prune", node, "dry run" if dry_run else "")
+        return Pruned((), 0, 0, len(self.bucket))
+
+    async def stream_logs(
+        self, node: str, instance: str, tail_lines: int, follow: bool
+    ) -> AsyncGenerator[bytes]:
+        await self._call("stream_logs", node, instance)
+        yield b"loaded\n"
+
+    async def generate(self, node: str, request: bytes, timeout: float | None) -> AsyncGenerator[bytes]:
+        call = ("generate", node, request.decode("latin-1"))
+        self.timeouts.append(timeout)
+        frames = iter(self.frames)
+        ended = False
+        try:
+            await self._call(*call)
+            for number, frame in enumerate(frames):
+                yield frame
+                await self._fault(f"frame {number}")
+            ended = True
+        except DumontError:
+            ended = True
+            raise
+        finally:
+            if not ended:
+                self.cancelled.append(call)
+
+    async def embed(self, node: str, request: bytes, timeout: float | None) -> bytes:
+        self.timeouts.append(timeout)
+        await self._call("embed", node, request.decode("latin-1"))
+        return b"".join(self.frames)
+
+    async def close(self) -> None:
+        return None
+
+    # Inside
+
+    def _snapshots(self, node: str) -> list[Snapshot]:
+        """What the node holds, and what is published if it has a store."""
+        known = self.world[node]
+        if not known.store:
+            return list(known.snapshots.values())
+        held = {key: replace(value, published=key in self.bucket) for key, value in known.snapshots.items()}
+        published = {
+            key: replace(value, node=node, local=False, published=True) for key, value in self.bucket.items()
+        }
+        return list((published | held).values())
+
+    async def _create(self, method: str, node: str, report: Report) -> Report:
+        known = self._reach(node)
+        if report.id not in known.instances:
+            self.tell(node, replace(report, create_time=self._clock.moment().wall))
+        self._creating.add(report.id)
+        try:
+            await self._call(method, node, report.snapshot or report.id)
+        except BaseException as error:
+            if getattr(error, "reason", "") != "NODE_UNAVAILABLE" and not self.abandoned:
+                self.tell(node, replace(report, state=InstanceState.FAILED))
+            raise
+        finally:
+            self._creating.discard(report.id)
+        phases = (Phase("load" if method == "start" else "restore", 0.0),)
+        serving = replace(known.instances[report.id], state=InstanceState.SERVING, phases=phases)
+        self.tell(node, serving)
+        return serving
+
+    async def _call(self, method: str, node: str, argument: str) -> None:
+        call = (method, node, argument)
+        self.calls.append(call)
+        called, self._called = self._called, asyncio.Event()
+        called.set()
+        self._reach(node)
+        if method in self._holds:
+            try:
+                await self._holds[method].wait()
+            except asyncio.CancelledError:
+                self.cancelled.append(call)
+                raise
+        await self._fault(method)
+        self._reach(node)
+
+    async def _fault(self, method: str) -> None:
+        await asyncio.sleep(0)
+        if method.startswith("frame") and method in self._holds:
+            await self._holds[method].wait()
+        if self._faults[method]:
+            raise self._faults[method].popleft()
+
+    def _reach(self, node: str) -> MemoryNode:
+        known = self.world.get(node)
+        if known is None or not known.up:
+            raise _silent(node)
+        return known
+
+    def _find(self, node: str, instance: str) -> Report:
+        known = self._reach(node).instances.get(instance)
+        if known is None:
+            raise NotFound("INSTANCE_NOT_FOUND", f"there is no instances/{instance}")
+        return known
+
+    def _move(self, node: str, instance: str, state: InstanceState) -> Report:
+        moved = replace(self._find(node, instance), state=state)
+        self.tell(node, moved)
+        return moved
+
+    def _publish(self, node: str, change: Change) -> None:
+        for queue in self.world[node].watchers:
+            queue.put_nowait(change)
+
+
+def _silent(node: str) -> Unavailable:
+    return Unavailable("NODE_UNAVAILABLE", f"nodes/{node} does not answer", retry_after=1.0)
