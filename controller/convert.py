@@ -282,7 +282,13 @@ def report(message: node_instances_pb.Instance) -> Report:
         phases=_phases(message.phases),
         failure_reason=message.failure_reason,
         failure_message=message.failure_message,
+        weights=node_weights(message.weights),
     )
+
+
+def node_weights(value: node_instances_pb.Weights.ValueType) -> Weights:
+    """Where a node says that weights are; detached is what one that says nothing does."""
+    return Weights.INCLUDED if value == node_instances_pb.WEIGHTS_INCLUDED else Weights.DETACHED
 
 
 def instance(facts: Instance, last_use: float | None) -> instances_pb.Instance:

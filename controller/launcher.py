@@ -296,7 +296,9 @@ class Launcher:
             DumontError: the start or the capture failed.
         """
         attempt = Attempt(deployment)
-        clean = next((i.id for i in self._inventory.instances_of(deployment) if self._clean(i)), None)
+        wanted = self._catalogue.get_active(deployment).checkpoint.weights
+        instances = self._inventory.instances_of(deployment)
+        clean = next((i.id for i in instances if i.report.weights is wanted and self._clean(i)), None)
         if clean is None:
             node = policy.place({n.id: n for n in self._inventory.nodes.values() if n.checkpoint_capable})
             told("", "starting")

@@ -156,6 +156,7 @@ class Report:
     phases: tuple[Phase, ...] = ()
     failure_reason: str = ""
     failure_message: str = ""
+    weights: Weights = Weights.DETACHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +235,7 @@ class Snapshot:
     compatibility: Mapping[str, str] = field(default_factory=dict)
     files: tuple[SnapshotFile, ...] = ()
     manifest_digest: str = ""
+    weights: Weights = Weights.DETACHED
     local: bool = True
     published: bool = False
     incompatibility: str = ""

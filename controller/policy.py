@@ -105,7 +105,12 @@ def _resident(facts: Facts, instances: list[Instance], now: float) -> Start | No
     chosen = routing.choose(serving)
     if chosen is None:
         return None
-    capture = clean and chosen.in_flight == 0 and facts.nodes[chosen.node].checkpoint_capable
+    capture = (
+        clean
+        and chosen.in_flight == 0
+        and chosen.report.weights is facts.deployment.checkpoint.weights
+        and facts.nodes[chosen.node].checkpoint_capable
+    )
     return Start(
         Tier.RESIDENT, chosen.node, f"instances/{chosen.id} is serving", instance=chosen.id, capture=capture
     )
@@ -155,7 +160,9 @@ def _usable(facts: Facts) -> list[Snapshot]:
     return [
         snapshot
         for snapshot in facts.snapshots
-        if usable(snapshot, facts.nodes) and f"snapshots/{snapshot.id}" not in facts.failed
+        if usable(snapshot, facts.nodes)
+        and snapshot.weights is facts.deployment.checkpoint.weights
+        and f"snapshots/{snapshot.id}" not in facts.failed
     ]
 
 
@@ -219,6 +226,12 @@ def _cold(facts: Facts, now: float) -> Start:
             f"; {snapshot.incompatibility}"
             for snapshot in facts.snapshots
             if snapshot.incompatibility and not snapshot.quarantined
+        )
+        wanted = facts.deployment.checkpoint.weights
+        reason += "".join(
+            f"; snapshots/{snapshot.id} has its weights {snapshot.weights.value}, not {wanted.value}"
+            for snapshot in facts.snapshots
+            if snapshot.weights is not wanted and not snapshot.quarantined and not snapshot.incompatibility
         )
         if not node.checkpoint_capable:
             missing = "; ".join(finding.message for finding in node.findings if not finding.passed)

@@ -23,6 +23,7 @@ def fact(node: str, message: node_snapshots_pb.Snapshot) -> Snapshot:
         compatibility=dict(message.compatibility),
         files=tuple(SnapshotFile(file.name, file.size_bytes, file.digest) for file in message.files),
         manifest_digest=message.manifest_digest,
+        weights=convert.node_weights(message.weights),
         local=message.local,
         published=message.published,
         incompatibility=message.incompatibility,

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import structlog
 
@@ -24,8 +23,10 @@ from snapshotd.jobs import moves
 from snapshotd.journal import Journal
 from snapshotd.machine import Event, Job, advance
 from snapshotd.model import Instance, Model, Phase, Snapshot, State
-from snapshotd.node import Node, uses_cuda
+from snapshotd.node import Node
 from snapshotd.ports import Host
+from snapshotd.records import Change, Record
+from snapshotd.take_over import recover, sweep
 
 log = structlog.get_logger(__name__)
 
@@ -34,31 +35,6 @@ FAILED_KEPT = 64
 # They end as begun, whoever still waits: half a stop or half a resume is no state to be in, and a model
 # host that drains for a park hears of nothing else meanwhile, not even that it need not.
 RUN_TO_THE_END = ("stop", "park", "resume")
-# What a daemon that ended in them left behind was never checked, or not wanted any more.
-UNFINISHED = (State.STARTING, State.RESTORING, State.STOPPING)
-
-
-@dataclass
-class Record:
-    """An instance and what is alive of it."""
-
-    instance: Instance
-    host: Host | None = None
-    # The job under way; a stop cancels it.
-    job: asyncio.Task[None] | None = None
-    watch: asyncio.Task[None] | None = None
-    # What the model host says its load was made of.
-    load_parts: tuple[Phase, ...] = ()
-    # Held by what ends its process: a stop must not answer while that still goes on.
-    ending: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
-@dataclass(frozen=True)
-class Change:
-    """An instance as it is now, or the id of one that is gone."""
-
-    instance: Instance | None
-    removed: str = ""
 
 
 class Instances:
@@ -200,7 +176,7 @@ class Instances:
             try:
                 if host is None or host.lost.is_set():
                     raise Aborted("HOST_LOST", "its process ended while no snapshotd ran")
-                record.instance = await self._recover(instance, host)
+                record.instance = await recover(self.node, instance, host)
             except DumontError as error:
                 log.warning("instance not taken over", instance=instance.id, reason=error.reason)
                 await self._forget(record)
@@ -217,7 +193,7 @@ class Instances:
                 await host.release()
             except DumontError as error:
                 log.error("model host not ended", instance=host.instance, reason=error.reason)
-        await asyncio.to_thread(self._sweep, frozenset(self._records))
+        await asyncio.to_thread(sweep, self.node, frozenset(self._records))
 
     async def _forget(self, record: Record) -> None:
         """End what is left of an instance that is not taken over; the daemon starts in any case."""
@@ -227,26 +203,6 @@ class Instances:
         except DumontError as error:
             log.error("instance not cleaned up", instance=instance, reason=error.reason)
         self.journal.forget(instance)
-
-    def _sweep(self, known: frozenset[str]) -> None:
-        """Remove the directories of instances that an earlier daemon had given up."""
-        for path in self.node.instance_directory("").iterdir():
-            if path.name not in known:
-                log.warning("directory of no instance removed", instance=path.name)
-                shutil.rmtree(path, ignore_errors=True)
-
-    async def _recover(self, instance: Instance, host: Host) -> Instance:
-        """Bring a found model host to a state that the table knows, or raise."""
-        if instance.state in UNFINISHED:
-            raise Aborted("INTERRUPTED", f"it was {instance.state.name} when its snapshotd ended")
-        if (await host.status())["frozen"]:
-            return replace(instance, pid=host.pid, state=State.PARKED)
-        if uses_cuda(instance.device):
-            instance = await moves.settle_cuda(self.node, instance, host)
-            if instance.state is State.PARKED:
-                return replace(instance, pid=host.pid)
-        await moves.bring_back(self.node, instance.id, host)
-        return replace(instance, pid=host.pid, state=State.SERVING)
 
     async def detach(self) -> None:
         """Let go of every instance, once what was begun has ended; they run on for the next daemon."""
@@ -329,7 +285,7 @@ class Instances:
         if record.instance.state is State.STOPPING and job != "stop":
             raise Aborted("CANCELLED", f"instances/{record.instance.id} was stopped at the end of its {job}")
         if job in ("start", "restore", "resume"):
-            record.instance = replace(record.instance, phases=_with_parts(done, record.load_parts))
+            record.instance = replace(record.instance, phases=record.with_parts(done))
         self._move(record, Event.SUCCEEDED)
         if record.watch is None and record.host is not None:
             self._watch(record, record.host)
@@ -430,13 +386,3 @@ class Instances:
             self.pinned[snapshot] -= 1
             if not self.pinned[snapshot]:
                 del self.pinned[snapshot]
-
-
-def _with_parts(phases: Sequence[Phase], parts: Sequence[Phase]) -> tuple[Phase, ...]:
-    """The phases of a job, with the model host's own parts of its load after the load."""
-    shown: list[Phase] = []
-    for phase in phases:
-        shown.append(phase)
-        if phase.name == "load":
-            shown.extend(parts)
-    return tuple(shown)

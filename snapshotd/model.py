@@ -178,13 +178,18 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A manifest, whether it may be restored, and where its files are: on this node, in the object store."""
+    """A manifest, whether it may be restored, and where its files are: on this node, in the object store.
+
+    Attributes:
+        signer: the key that signed what this node fetched; empty: captured here, or not here.
+    """
 
     manifest: Manifest
     digest: str
     quarantine_reason: str = ""
     local: bool = True
     published: bool = False
+    signer: str = ""
 
     @property
     def size(self) -> int:

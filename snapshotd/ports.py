@@ -169,12 +169,12 @@ class SnapshotStore(Protocol):
         """Name, size and digest of every image file that is staged."""
         ...
 
-    async def commit(self, manifest: Manifest, fetched: bool = False) -> Snapshot:
+    async def commit(self, manifest: Manifest, fetched_from: str = "") -> Snapshot:
         """Make what is staged a snapshot.
 
         Args:
-            fetched: it was verified on its way here and can be fetched again, so it need not survive the
-                machine.
+            fetched_from: the key that signed it in the object store: it was verified on its way here and can
+                be fetched again, so it need not survive the machine. Empty: it was captured here.
         """
         ...
 

@@ -25,6 +25,7 @@ from snapshotd.store.layout import SNAPSHOTS, snapshot_of
 from snapshotd.store.model import GcPlan, PublishedSnapshot, Usage
 from snapshotd.store.ports import Progress
 from snapshotd.store.remote import RemoteStore
+from snapshotd.store.signing import untrusted
 from snapshotd.uploads import Uploads
 
 log = structlog.get_logger(__name__)
@@ -35,10 +36,14 @@ LIST_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Refused:
-    """Something published as a snapshot that this node does not accept as one."""
+    """Something published as a snapshot, fetched or not, that this node does not accept as one."""
 
     snapshot: str
     reason: str
+
+    @classmethod
+    def because(cls, snapshot: str, error: DumontError) -> Refused:
+        return cls(snapshot, f"{error.reason}: {error.message}")
 
 
 @dataclass
@@ -90,10 +95,15 @@ class Snapshots:
             Unavailable: this node does not hold it, and the object store cannot be reached.
         """
         try:
-            return await self.store.get(snapshot)
+            held = await self.store.get(snapshot)
         except NotFound:
             if self.remote is None:
                 raise
+        else:
+            # It was trusted when it was fetched; the list may have changed since.
+            if not self._trusts(held):
+                raise untrusted(held.signer)
+            return held
         published = self._published[snapshot] = await self.remote.get(snapshot)
         return self._as_snapshot(published)
 
@@ -117,17 +127,23 @@ class Snapshots:
         return found
 
     async def list(self) -> tuple[Sequence[Snapshot], Sequence[Refused]]:
-        """Every snapshot, by id, and what is published and refused. Without the store: what is held."""
-        held = {found.manifest.id: found for found in await self.store.list()}
+        """Every snapshot, by id, and what is refused. Without the store: what is held."""
+        held, untrusted_here = {}, []
+        for found in await self.store.list():
+            if self._trusts(found):
+                held[found.manifest.id] = found
+            else:
+                untrusted_here.append(Refused.because(found.manifest.id, untrusted(found.signer)))
         if self.remote is None:
-            return sorted(held.values(), key=_id), []
+            return sorted(held.values(), key=_id), untrusted_here
         try:
             async with asyncio.timeout(LIST_SECONDS):
                 published = {found.manifest.id: found for found in await self.remote.list()}
-                refused = await self._refused(set(published) | set(held))
+                known = {*published, *held, *(one.snapshot for one in untrusted_here)}
+                refused = [*untrusted_here, *await self._refused(known)]
         except (DumontError, TimeoutError) as error:
             log.warning("published snapshots cannot be listed", error=str(error) or "the store is silent")
-            return sorted(held.values(), key=_id), []
+            return sorted(held.values(), key=_id), untrusted_here
         there = {name: self._as_snapshot(found) for name, found in published.items()}
         here = {name: replace(found, published=name in published) for name, found in held.items()}
         return sorted((there | here).values(), key=_id), refused
@@ -142,7 +158,7 @@ class Snapshots:
             try:
                 await self.remote.get(snapshot)
             except (DataLoss, PermissionDenied) as error:
-                refused.append(Refused(snapshot, f"{error.reason}: {error.message}"))
+                refused.append(Refused.because(snapshot, error))
             except NotFound:
                 continue
         return refused
@@ -204,7 +220,7 @@ class Snapshots:
         into = await self.store.stage(name)
         try:
             await self.remote.fetch(published, into, progress)
-            await self.store.commit(published.manifest, fetched=True)
+            await self.store.commit(published.manifest, published.signer)
         except BaseException as error:
             await asyncio.shield(asyncio.ensure_future(self.store.discard(name)))
             if isinstance(error, DataLoss):
@@ -351,6 +367,10 @@ class Snapshots:
         with contextlib.suppress(FileNotFoundError):
             reason = self._damage(published).read_text()
         return Snapshot(published.manifest, _digest(published), reason, local=False, published=True)
+
+    def _trusts(self, held: Snapshot) -> bool:
+        """Without an object store there is no list, and what was fetched once is trusted no longer."""
+        return not held.signer or (self.remote is not None and held.signer in self.remote.trusted)
 
     def _configured(self) -> tuple[RemoteStore, Uploads]:
         if self.remote is None or self.uploads is None:

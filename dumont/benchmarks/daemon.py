@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -29,7 +30,8 @@ from dumont.snapshotd.v1 import (
 )
 
 START_SECONDS: Final = 60.0
-STEP_SECONDS: Final = 600.0
+# An upload to a store far away takes longest.
+STEP_SECONDS: Final = 1800.0
 
 Response = TypeVar("Response", bound=Message)
 
@@ -62,6 +64,7 @@ class Snapshotd:
 
     def __init__(self, directory: Path, address: str, *flags: str) -> None:
         self.log = directory / "snapshotd.log"
+        self.shims = directory / "state" / "shims"
         self.address = address
         self.flags = ("--state-dir", str(directory / "state"), "--stop-instances-on-exit", *flags)
 
@@ -100,7 +103,7 @@ class Snapshotd:
                     message = f"snapshotd does not serve: {tail(self.log)}"
                     raise FailedPrecondition("SERVICE_ENDED", message) from None
 
-    def start(self, instance: str, model: Path) -> instance_service_pb2.Instance:
+    def start(self, instance: str, model: str | Path) -> instance_service_pb2.Instance:
         request = instance_service_pb2.StartInstanceRequest(instance_id=instance, model=str(model))
         return self._run(self.instances.StartInstance, request, instance_service_pb2.Instance())
 
@@ -135,18 +138,41 @@ class Snapshotd:
             instance_service_pb2.StopInstanceRequest(name=f"instances/{instance}"),
         )
 
-    def publish(self, snapshot: str) -> snapshot_service_pb2.StoredSnapshot:
-        """Send it to the object store; what it takes there."""
-        name = f"snapshots/{snapshot}"
-        request = snapshot_service_pb2.PublishSnapshotRequest(name=name)
+    def publish(self, snapshot: str) -> None:
+        """Send it to the object store."""
+        request = snapshot_service_pb2.PublishSnapshotRequest(name=f"snapshots/{snapshot}")
         self._run(self.snapshots.PublishSnapshot, request, snapshot_service_pb2.Snapshot())
-        found = self._call(self.snapshots.GetSnapshot, snapshot_service_pb2.GetSnapshotRequest(name=name))
-        stored: snapshot_service_pb2.StoredSnapshot = found.stored
+
+    def stored(self, snapshot: str) -> snapshot_service_pb2.StoredSnapshot:
+        """What a published one takes in the object store."""
+        request = snapshot_service_pb2.GetSnapshotRequest(name=f"snapshots/{snapshot}")
+        stored: snapshot_service_pb2.StoredSnapshot = self._call(self.snapshots.GetSnapshot, request).stored
         return stored
 
     def delete(self, snapshot: str) -> None:
         request = snapshot_service_pb2.DeleteSnapshotRequest(name=f"snapshots/{snapshot}")
         self._call(self.snapshots.DeleteSnapshot, request)
+
+    def prune(self) -> None:
+        """Remove from the object store what nobody needs."""
+        request = snapshot_service_pb2.PruneSnapshotsRequest()
+        self._run(self.snapshots.PruneSnapshots, request, snapshot_service_pb2.PruneSnapshotsResponse())
+
+    def settle(self) -> None:
+        """Return when its spare shim is there, as with a node that has run for a second."""
+        deadline = time.monotonic() + START_SECONDS
+        while not any(self.shims.glob("*.sock")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def cpu_seconds(self) -> float:
+        """Seconds of cores that it has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def peak_rss(self) -> int:
+        """Bytes of memory that it ever had resident."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 
     def generate(self, instance: str, prompt: str, max_new_tokens: int) -> Answer:
         request = inference_service_pb2.GenerateRequest(

@@ -121,7 +121,8 @@ class Product:
             self.capture_phases.append(dict(_phases(made.phases)))
         self.image_bytes = made.size_bytes
         self.daemon.stop(SOURCE)
-        self.stored_bytes = self.daemon.publish(self.snapshot).stored_bytes
+        self.daemon.publish(self.snapshot)
+        self.stored_bytes = self.daemon.stored(self.snapshot).stored_bytes
 
     def _sample(self, name: str, began: float, instance: instance_service_pb2.Instance) -> Sample:
         serving = time.monotonic()

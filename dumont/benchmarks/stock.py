@@ -6,6 +6,7 @@ of its own, has no terminal and no log that grows, and that its pid is free when
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -49,6 +50,8 @@ class Stock:
     prompt: str
     max_new_tokens: int
     pid: int = 0
+    # Its pid at the dump, and so after each restore.
+    dumped: int = 0
     pause: dict[str, float] = field(default_factory=dict)
 
     def __enter__(self) -> Stock:
@@ -64,6 +67,7 @@ class Stock:
             dump = [str(self.criu), "dump", "-t", str(self.pid), "-D", str(self.image), "-o", "dump.log"]
             self.pause["dump"] = self._command(dump, self.image / "dump.log")
             # CRIU has ended it; without this its pid would not be free.
+            self.dumped = self.pid
             self._end()
         except BaseException:
             self._end()
@@ -90,10 +94,11 @@ class Stock:
             # As a child of this process, which can then wait for it: a zombie would keep the pid.
             restore = [
                 str(self.criu), "restore", "-D", str(self.image), "-o", "restore.log",
-                "--restore-detached", "--restore-sibling", "--pidfile", str(self.directory / "pid"),
+                "--restore-detached", "--restore-sibling",
             ]  # fmt: skip
+            # Before CRIU has said so: it may end, or be ended, with the process half restored.
+            self.pid = self.dumped
             phases = {"criu": self._command(restore, self.image / "restore.log")}
-            self.pid = int((self.directory / "pid").read_text())
             if self.cuda_checkpoint:
                 phases["cuda_restore"] = self._toggle()
             scratch = self.exchange / "prompt.new"
@@ -105,7 +110,6 @@ class Stock:
             return Sample(seconds, phases, tuple(json.loads(self._take(TOKENS))))
         finally:
             self._end()
-            (self.directory / "pid").unlink(missing_ok=True)
 
     def _load(self) -> None:
         command = [
@@ -134,15 +138,23 @@ class Stock:
     def _command(self, command: list[str], log: Path | None = None) -> float:
         """Run a command, which may write a log, to its end; the seconds it took."""
         began = time.monotonic()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        )
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=STEP_SECONDS, check=False)
+            stdout, stderr = process.communicate(timeout=STEP_SECONDS)
         except subprocess.TimeoutExpired:
             raise self._late(" ".join(command[:2])) from None
-        if done.returncode != 0:
-            said = tail(log) if log else (done.stderr or done.stdout).strip()[-500:]
+        finally:
+            if process.returncode is None:
+                # With whatever it has started.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        if process.returncode != 0:
+            said = tail(log) if log else (stderr or stdout).strip()[-500:]
             raise Internal(
                 "STOCK_FAILED",
-                f"{Path(command[0]).name} {command[1]} ended with status {done.returncode}: {said}",
+                f"{Path(command[0]).name} {command[1]} ended with status {process.returncode}: {said}",
             )
         return time.monotonic() - began
 
@@ -166,7 +178,9 @@ class Stock:
 
     def _end(self) -> None:
         """The process, if there is one, is gone and its pid free."""
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.pid = 0
+        # No child of this process: there is none, or the pid is somebody else's by now.
+        with contextlib.suppress(ChildProcessError):
+            if self.pid and not os.waitpid(self.pid, os.WNOHANG)[0]:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+        self.pid = 0

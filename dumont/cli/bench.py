@@ -137,7 +137,7 @@ def _save(
 
 
 def _store(model: str, directory: Path | None, *, as_json: bool) -> None:
-    from dumont.bench import run
+    from dumont.benchmarks.store import run
 
     with (
         tempfile.TemporaryDirectory(prefix="dumont-bench-", dir=directory) as state,
@@ -155,7 +155,8 @@ def _store(model: str, directory: Path | None, *, as_json: bool) -> None:
     seconds = {
         "restore from the node": found.local_restore_seconds,
         "restore from the store": found.cold_cache_restore_seconds,
-        "may take": found.cold_cache_limit_seconds,
+        "may take, for the stored bytes": found.cold_cache_limit_seconds,
+        "may take, for the image's bytes": found.cold_cache_limit_image_seconds,
     }
     sizes = {name.removesuffix("_bytes"): value for name, value in asdict(found).items() if "bytes" in name}
     print_facts(

@@ -3,7 +3,8 @@
 ``snapshots/<id>/`` holds the image files and, written last, ``manifest.json``; ``snapshots/.staged-<id>/``
 is a snapshot in the making, which no list shows and the next start of the daemon removes. ``published``
 in it says that it is in the object store as well, ``fetched`` that it came from there, with the boot in
-which it did: nothing of it was synced, so after another boot it is removed and fetched again.
+which it did, and on a second line the key that signed it: nothing of it was synced, so after another boot it
+is removed and fetched again.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class DirectoryStore:
             log.warning("unfinished snapshot removed", snapshot=leftover.name.removeprefix(STAGED))
             shutil.rmtree(leftover)
         for mark in self.root.glob(f"*/{FETCHED}"):
-            if mark.read_text() != BOOT_ID.read_text():
+            boot, _, signer = mark.read_text().partition("\n")
+            # Who signed it is asked at each restore; without an answer it is fetched again.
+            if boot != BOOT_ID.read_text().strip() or not signer:
                 log.info("fetched snapshot of an earlier boot removed", snapshot=mark.parent.name)
                 shutil.rmtree(mark.parent)
 
@@ -83,14 +86,14 @@ class DirectoryStore:
         self._verified[snapshot] = before
         return files
 
-    async def commit(self, manifest: Manifest, fetched: bool = False) -> Snapshot:
+    async def commit(self, manifest: Manifest, fetched_from: str = "") -> Snapshot:
         try:
-            snapshot = await finish(partial(self._commit, manifest, fetched))
+            snapshot = await finish(partial(self._commit, manifest, fetched_from))
         except asyncio.CancelledError:
             with contextlib.suppress(NotFound):
                 await self.delete(manifest.id)
             raise
-        if fetched:
+        if fetched_from:
             # Every chunk was verified before it was written here.
             self._verified[manifest.id] = await asyncio.to_thread(identify, self.images(snapshot))
         return snapshot
@@ -198,12 +201,12 @@ class DirectoryStore:
     def _staged(self, snapshot: str) -> Path:
         return self.root / f"{STAGED}{snapshot}"
 
-    def _commit(self, manifest: Manifest, fetched: bool) -> Snapshot:
+    def _commit(self, manifest: Manifest, fetched_from: str) -> Snapshot:
         staged = self._staged(manifest.id)
         data = manifests.encode(manifest)
-        if fetched:
+        if fetched_from:
             (staged / PUBLISHED).touch(mode=0o600)
-            (staged / FETCHED).write_text(BOOT_ID.read_text())
+            (staged / FETCHED).write_text(f"{BOOT_ID.read_text().strip()}\n{fetched_from}")
             (staged / manifests.NAME).write_bytes(data)
         else:
             for file in manifest.files:
@@ -217,9 +220,9 @@ class DirectoryStore:
                 "SNAPSHOT_EXISTS", f"snapshots/{manifest.id} exists", metadata={"snapshot": manifest.id}
             )
         staged.rename(target)
-        if not fetched:
+        if not fetched_from:
             _sync(self.root)
-        return Snapshot(manifest, manifests.digest(data), published=fetched)
+        return Snapshot(manifest, manifests.digest(data), published=bool(fetched_from), signer=fetched_from)
 
     def _read(self, snapshot: str) -> Snapshot:
         folder = self.root / snapshot
@@ -234,10 +237,13 @@ class DirectoryStore:
                 f"the manifest of snapshots/{snapshot} is that of snapshots/{manifest.id}",
                 metadata={"snapshot": snapshot},
             )
-        reason = ""
+        reason = signer = ""
         with contextlib.suppress(FileNotFoundError):
             reason = (folder / QUARANTINE).read_text()
-        return Snapshot(manifest, manifests.digest(data), reason, published=(folder / PUBLISHED).exists())
+        with contextlib.suppress(FileNotFoundError):
+            signer = (folder / FETCHED).read_text().partition("\n")[2]
+        published = (folder / PUBLISHED).exists()
+        return Snapshot(manifest, manifests.digest(data), reason, published=published, signer=signer)
 
 
 def identify(folder: Path) -> tuple[Identity, ...]:

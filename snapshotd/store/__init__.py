@@ -2,7 +2,7 @@
 
 The same layout in a directory and in a bucket::
 
-    chunks/<2 hex>/<64 hex>     a chunk, compressed and perhaps encrypted
+    chunks/v2/<2 hex>/<64 hex>  a chunk, compressed and perhaps encrypted
     snapshots/<id>/manifest     the signed document; a snapshot exists when this does
     deleted/<id>/<digest>       a deleted snapshot's document, until garbage collection has seen it out
     damaged/<64 hex>            says of a chunk that it was found damaged, until it is sent again

@@ -21,7 +21,8 @@ from snapshotd.store.chunking import name_chunk
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
-RAW, ZSTD = 0, 1
+# 1 was a compressed rest without its length; see ``layout.chunk_key``.
+RAW, ZSTD = 0, 2
 LEVEL = 1
 LENGTH = 4
 # The window of a chunk is no larger than the chunk; a frame that wants more is none of ours.

@@ -1,8 +1,9 @@
 """The published manifest: one signed line, then the document that it signs.
 
-``dumont-snapshot 1 <signer> <signature>\\n`` and canonical JSON. The signature covers the bytes as they
-are, so nothing is parsed before it is known who wrote it. ``chunks`` lists names and plain sizes; ``files``
-describe each file by its extents, a hole as its size and a part of a chunk as ``[index, start, size]``.
+``dumont-snapshot 2 <signer> <signature>\\n`` and canonical JSON. The signature covers the bytes as they
+are, so nothing but the version is read before it is known who wrote it. ``chunks`` lists names and plain
+sizes; ``files`` describe each file by its extents, a hole as its size and a part of a chunk as
+``[index, start, size]``.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from snapshotd.store.model import CHUNK, Extent, PublishedFile, PublishedSnapsho
 from snapshotd.store.ports import Trust
 from snapshotd.store.signing import Signer
 
-VERSION = 1
+VERSION = 2
 LARGEST = 32 << 20
 # 1 TiB of chunks.
 MOST_CHUNKS = 1 << 17
 MOST_EXTENTS = 1 << 20
 
-_HEAD = re.compile(rb"dumont-snapshot 1 ([0-9a-f]{32}) ([0-9a-f]{128})\n")
+_KIND = re.compile(rb"dumont-snapshot ([0-9]{1,9}) ")
+_HEAD = re.compile(_KIND.pattern + rb"([0-9a-f]{32}) ([0-9a-f]{128})\n")
 _CHUNK = re.compile(r"[0-9a-f]{64}")
 
 
@@ -61,7 +63,7 @@ def encode(
         raise InvalidArgument(
             "SNAPSHOT_TOO_LARGE", f"snapshots/{manifest.id} has more parts than a manifest may name"
         )
-    data = f"dumont-snapshot 1 {signer.key_id} {signer.sign(body).hex()}\n".encode() + body
+    data = f"dumont-snapshot {VERSION} {signer.key_id} {signer.sign(body).hex()}\n".encode() + body
     return data, PublishedSnapshot(manifest, files, digest(body), signer.key_id, key)
 
 
@@ -77,7 +79,7 @@ def decode(data: bytes, snapshot: str, trusted: Trust) -> PublishedSnapshot:
 
     Raises:
         PermissionDenied: it is signed by a key that is not trusted.
-        DataLoss: it is damaged, of another snapshot, or says something that cannot be true.
+        DataLoss: it is damaged, of another snapshot or version, or says something that cannot be true.
     """
     signer, signature, body = _split(data)
     trusted.verify(signer, body, signature)
@@ -95,7 +97,7 @@ def named_chunks(data: bytes) -> frozenset[str]:
     """The chunks that a document names, whoever signed it: what garbage collection must keep.
 
     Raises:
-        DataLoss: it cannot be read.
+        DataLoss: it cannot be read, or is of another version.
     """
     signer, _, body = _split(data)
     return _parse(body, signer).chunks()
@@ -104,10 +106,18 @@ def named_chunks(data: bytes) -> frozenset[str]:
 def _split(data: bytes) -> tuple[str, bytes, bytes]:
     if len(data) > LARGEST + 256:
         raise _damaged(f"it has {len(data)} bytes")
-    head = _HEAD.match(data)
+    kind, head = _KIND.match(data), _HEAD.match(data)
+    # First, and whoever signed it: the rest of the line may look different in another version.
+    if kind is not None and int(kind[1]) != VERSION:
+        raise DataLoss(
+            "MANIFEST_VERSION",
+            f"the published manifest is of version {int(kind[1])}, and this snapshotd reads version "
+            f"{VERSION}; use a snapshotd that reads it, or delete the snapshot and capture it anew",
+            metadata={"version": str(int(kind[1]))},
+        )
     if head is None:
-        raise _damaged("its first line is not that of a signed manifest of version 1")
-    return head[1].decode(), bytes.fromhex(head[2].decode()), data[head.end() :]
+        raise _damaged("its first line is not that of a signed manifest")
+    return head[2].decode(), bytes.fromhex(head[3].decode()), data[head.end() :]
 
 
 def _parse(body: bytes, signer: str) -> PublishedSnapshot:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 CHUNKS = "chunks/"
+# Counts the ways in which chunks were packed: one packed in another way is not taken for this one.
+PACKING = "v2"
 SNAPSHOTS = "snapshots/"
 DELETED = "deleted/"
 DAMAGED = "damaged/"
@@ -15,7 +17,7 @@ _MANIFEST = re.compile(r"snapshots/([a-z][a-z0-9-]{0,62})/manifest")
 
 
 def chunk_key(chunk: str) -> str:
-    return f"{CHUNKS}{chunk[:2]}/{chunk}"
+    return f"{CHUNKS}{PACKING}/{chunk[:2]}/{chunk}"
 
 
 def damage_key(chunk: str) -> str:
@@ -23,8 +25,12 @@ def damage_key(chunk: str) -> str:
 
 
 def chunk_of(key: str) -> str:
-    """The chunk that a key under ``chunks/`` or ``damaged/`` is of."""
-    return key.rpartition("/")[2]
+    """The chunk that a key under ``chunks/`` or ``damaged/`` is of.
+
+    Empty when it is packed in a way that no manifest of this version counts on: garbage once it is old.
+    """
+    chunk = key.rpartition("/")[2]
+    return chunk if key in (chunk_key(chunk), damage_key(chunk)) else ""
 
 
 def manifest_key(snapshot: str) -> str:

@@ -87,6 +87,11 @@ class RemoteStore:
     def close(self) -> None:
         self._workers.close()
 
+    @property
+    def trusted(self) -> frozenset[str]:
+        """The keys whose signatures count now."""
+        return self._trusted.ids
+
     def new_key(self, snapshot: str) -> SealedKey | None:
         """A data key for one snapshot; None when nothing is encrypted.
 

@@ -95,18 +95,22 @@ class TrustedKeys:
         """
         key = self._keys.get(signer)
         if key is None:
-            raise PermissionDenied(
-                "UNTRUSTED_SIGNER",
-                f"the manifest is signed by key {signer[:32]}, which is not among the trusted keys; add the "
-                "public key of the node that captured it if it is yours",
-                metadata={"signer": signer[:32]},
-            )
+            raise untrusted(signer)
         try:
             key.verify(signature, DOMAIN + document)
         except InvalidSignature:
             raise DataLoss(
                 "SIGNATURE_WRONG", "the manifest was changed after it was signed", metadata={"signer": signer}
             ) from None
+
+
+def untrusted(signer: str) -> PermissionDenied:
+    return PermissionDenied(
+        "UNTRUSTED_SIGNER",
+        f"the manifest is signed by key {signer[:32]}, which is not among the trusted keys; add the "
+        "public key of the node that captured it if it is yours",
+        metadata={"signer": signer[:32]},
+    )
 
 
 def key_id(key: Ed25519PublicKey) -> str:

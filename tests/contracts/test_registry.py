@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from controller.adapters.memory import MemoryRegistry
+from controller.adapters.memory_registry import MemoryRegistry
 from controller.adapters.registry_sql import METADATA, open_registry
 from controller.model import (
     Captured,

@@ -198,8 +198,8 @@ async def test_entries_tell_sizes_and_the_order_of_use(store: SnapshotStore) -> 
 
 
 async def test_a_fetched_snapshot_is_published_and_verified_already(store: SnapshotStore) -> None:
-    snapshot = await store.commit(await staged(store, "s1"), fetched=True)
-    assert snapshot.published
+    snapshot = await store.commit(await staged(store, "s1"), fetched_from="a key")
+    assert (snapshot.published, snapshot.signer) == (True, "a key")
     assert await store.get("s1") == snapshot
     await store.verify(snapshot)
 
@@ -218,11 +218,14 @@ async def test_what_was_fetched_before_the_machine_started_is_removed_and_the_re
 ) -> None:
     directory = DirectoryStore(tmp_path / "snapshots", threads=1)
     directory.open()
-    await directory.commit(await staged(directory, "fetched"), fetched=True)
+    await directory.commit(await staged(directory, "fetched"), fetched_from="a key")
     await committed(directory, "captured")
 
     directory.open()
-    assert len(await directory.list()) == 2
+    assert [snapshot.signer for snapshot in await directory.list()] == ["", "a key"]
+    again = DirectoryStore(tmp_path / "snapshots", threads=1)
+    again.open()
+    assert [snapshot.signer for snapshot in await again.list()] == ["", "a key"]
 
     other_boot = tmp_path / "boot_id"
     other_boot.write_text("another boot\n")
@@ -230,3 +233,15 @@ async def test_what_was_fetched_before_the_machine_started_is_removed_and_the_re
     after = DirectoryStore(tmp_path / "snapshots", threads=1)
     after.open()
     assert [snapshot.manifest.id for snapshot in await after.list()] == ["captured"]
+
+
+async def test_what_does_not_say_who_signed_it_is_removed(tmp_path: Path) -> None:
+    directory = DirectoryStore(tmp_path / "snapshots", threads=1)
+    directory.open()
+    await directory.commit(await staged(directory, "fetched"), fetched_from="a key")
+    mark = tmp_path / "snapshots/fetched/fetched"
+    mark.write_text(mark.read_text().partition("\n")[0] + "\n")
+
+    after = DirectoryStore(tmp_path / "snapshots", threads=1)
+    after.open()
+    assert await after.list() == []

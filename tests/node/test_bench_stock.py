@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dumont.benchmarks import configs
 from dumont.benchmarks.stock import Stock
-from dumont.errors import Internal
+from dumont.errors import DumontError, Internal
 
 pytestmark = pytest.mark.node
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,41 @@ def test_a_tool_that_fails_says_why_and_leaves_no_process(criu: Path, model: Pat
     assert failed.value.reason == "STOCK_FAILED"
     with pytest.raises(ProcessLookupError):
         os.kill(int(said.read_text()), 0)
+
+
+@pytest.fixture
+def no_ghosts() -> Iterator[None]:
+    """Removes what a killed CRIU leaves of files that had no name when they were dumped."""
+    before = set(SHARED_MEMORY.glob("*.ghost"))
+    yield
+    for ghost in set(SHARED_MEMORY.glob("*.ghost")) - before:
+        ghost.unlink()
+
+
+@pytest.mark.usefixtures("no_ghosts")
+@pytest.mark.parametrize(("hook", "reason"), [("sleep 600", "STOCK_TIMEOUT"), ("exit 1", "STOCK_FAILED")])
+def test_a_restore_that_ends_half_way_leaves_no_process(
+    criu: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str, reason: str
+) -> None:
+    # Called by CRIU when all of the process is there and does not run yet.
+    script = tmp_path / "hook"
+    reached = tmp_path / "reached"
+    script.write_text(
+        f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = post-restore ] || exit 0\ntouch {reached}\n{hook}\n'
+    )
+    script.chmod(0o755)
+    halting = tmp_path / "criu"
+    halting.write_text(f'#!/bin/sh\nexec {criu} "$@" --action-script {script}\n')
+    halting.chmod(0o755)
+    with Stock(model, tmp_path / "stock", criu, None, "Hello", 4) as stock:
+        stock.criu = halting
+        monkeypatch.setattr("dumont.benchmarks.stock.STEP_SECONDS", 5.0)
+        with pytest.raises(DumontError) as failed:
+            stock.measure()
+        assert failed.value.reason == reason
+        assert reached.exists()
+        with pytest.raises(ProcessLookupError):
+            os.kill(stock.dumped, 0)
 
 
 def test_a_process_that_cannot_load_its_model_says_why(criu: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import zstandard
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from snapshotd.store.codec import LENGTH, ZSTD
+from snapshotd.store.document import VERSION
+from snapshotd.store.layout import chunk_key
 from snapshotd.store.signing import Signer
 from tests.node.daemon import Daemon
 from tests.node.store_nodes import Snapshot, StoreNodes, capture, listed, publish, refused, restore
@@ -48,13 +50,13 @@ class Bucket:
             for extent in file["extents"]
             if isinstance(extent, list)
         ]
-        return [self.root / "chunks" / name[:2] / name for name in dict.fromkeys(names)]
+        return [self.root / chunk_key(name) for name in dict.fromkeys(names)]
 
     def sign(self, document: dict[str, Any], signer: Signer | None = None) -> None:
         """Publish it over the manifest, with a signature that is good if the signer is trusted."""
         signer = signer or self.signer
         body = json.dumps({**document, "signer": signer.key_id}, sort_keys=True).encode()
-        head = f"dumont-snapshot 1 {signer.key_id} {signer.sign(body).hex()}\n".encode()
+        head = f"dumont-snapshot {VERSION} {signer.key_id} {signer.sign(body).hex()}\n".encode()
         self.manifest().write_bytes(head + body)
 
 

@@ -10,7 +10,8 @@ import grpc
 import pytest
 
 from controller.adapters.clock import SystemClock
-from controller.adapters.memory import MemoryNodes, MemoryRegistry
+from controller.adapters.memory_nodes import MemoryNodes
+from controller.adapters.memory_registry import MemoryRegistry
 from controller.assembly import Controller, assemble
 from controller.config import Config
 from controller.main import DOMAIN, LIMITS, SERVICES, add_services

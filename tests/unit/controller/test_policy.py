@@ -19,6 +19,7 @@ from controller.model import (
     Snapshot,
     StartMode,
     Tier,
+    Weights,
 )
 from controller.policy import Facts, Start, Wait, decide, place
 from controller.routing import choose
@@ -115,6 +116,37 @@ def test_no_capture_of_a_resident_instance_when(change: dict[str, object]) -> No
     decision = decide(facts(**change), NOW)
     assert isinstance(decision, Start)
     assert (decision.tier, decision.capture) == (Tier.RESIDENT, False)
+
+
+def weighed(weights: Weights, **known: object) -> Facts:
+    """Of a deployment that wants its weights so."""
+    wanted = replace(deployment(), checkpoint=Checkpoint(True, weights=weights))
+    return facts(deployment=wanted, **known)
+
+
+@pytest.mark.parametrize("weights", Weights)
+@pytest.mark.parametrize("wanted", Weights)
+@pytest.mark.parametrize("held", [True, False], ids=["held", "published"])
+def test_a_snapshot_is_restored_if_its_weights_are_where_they_are_wanted(
+    weights: Weights, wanted: Weights, held: bool
+) -> None:
+    known = snapshot(weights=weights, local=held, published=True, ours=True)
+    decision = decide(weighed(wanted, snapshots=(known,)), NOW)
+    assert isinstance(decision, Start)
+    if weights is wanted:
+        assert (decision.tier, decision.capture) == (Tier.LOCAL if held else Tier.REMOTE, False)
+    else:
+        assert (decision.tier, decision.capture) == (Tier.COLD, True)
+        assert f"snapshots/s1 has its weights {weights.value}, not {wanted.value}" in decision.reason
+
+
+@pytest.mark.parametrize("weights", Weights)
+def test_a_clean_instance_is_captured_if_its_weights_are_where_they_are_wanted(weights: Weights) -> None:
+    report = Report("qa-1", "qa", InstanceState.SERVING, create_time=1.0, weights=weights)
+    serving = instance(InstanceState.SERVING, report=report)
+    decision = decide(weighed(Weights.INCLUDED, instances=(serving,)), NOW)
+    assert isinstance(decision, Start)
+    assert (decision.tier, decision.capture) == (Tier.RESIDENT, weights is Weights.INCLUDED)
 
 
 def test_what_failed_in_this_start_is_not_chosen_again() -> None:

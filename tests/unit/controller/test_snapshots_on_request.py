@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from controller.model import InstanceState, StartMode, Tier
+from controller.catalogue import Draft
+from controller.model import InstanceState, StartMode, Tier, Weights
 from dumont.errors import FailedPrecondition, Internal
 
 
@@ -39,6 +40,17 @@ async def test_a_clean_instance_is_used(world) -> None:
         lambda: list(world.inventory.snapshots) == ["mine"] or len(world.inventory.snapshots) == 1
     )
     assert made.id == "mine"
+
+
+async def test_a_clean_instance_with_its_weights_elsewhere_is_left_alone(world) -> None:
+    await world.node()
+    await world.deploy()
+    await world.controller.starter.start("qa")
+    draft = Draft("org/model", "", StartMode.CHECKPOINT, checkpoint_weights=Weights.INCLUDED)
+    await world.controller.catalogue.update("qa", draft, frozenset({"checkpoint.weights"}), "")
+    made, told = await snapshot(world, "mine")
+    assert told == ["starting", "capturing"]
+    assert made.weights is Weights.INCLUDED
 
 
 async def test_the_older_snapshot_goes_once_the_new_one_is_committed(world) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from controller.catalogue import Draft
 from controller.model import InstanceState, Report, Snapshot, StartMode, Tier, Weights
 from dumont.errors import (
     DataLoss,
@@ -33,6 +34,33 @@ async def test_a_start_has_its_weights_where_the_deployment_wants_them(world, we
     await world.ask()
 
     assert list(world.nodes.weights.values()) == [weights]
+
+
+async def test_after_a_change_of_where_weights_go_the_next_cold_start_is_captured_anew(world) -> None:
+    # given: a snapshot without the weights, and no instance
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    (old,) = world.inventory.snapshots_of("qa")
+    await world.controller.commands.stop(world.inventory.instances_of("qa")[0].id)
+
+    # when
+    draft = Draft("org/model", "", StartMode.CHECKPOINT, checkpoint_weights=Weights.INCLUDED)
+    await world.controller.catalogue.update("qa", draft, frozenset({"checkpoint.weights"}), "")
+    await world.advance(1)
+    info, _ = await world.ask()
+
+    # then
+    assert info.tier is Tier.COLD
+    assert any(f"snapshots/{old.id} has its weights detached, not included" in one for one in info.reasons)
+    await world.advance(5)
+    (new,) = world.inventory.snapshots_of("qa")
+    assert (new.id != old.id, new.weights) == (True, Weights.INCLUDED)
+
+    # and from then on that one is restored
+    await world.controller.commands.stop(world.inventory.instances_of("qa")[0].id)
+    info, _ = await world.ask()
+    assert info.tier is Tier.LOCAL
 
 
 async def test_a_first_start_is_cold_and_captured_before_the_prompt_enters(world) -> None:

@@ -15,6 +15,7 @@ from dumont.errors import (
     DataLoss,
     FailedPrecondition,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     Unavailable,
 )
@@ -40,14 +41,16 @@ class World:
         self.pinned: Counter[str] = Counter()
         self.nodes: list[Snapshots] = []
 
-    def node(self, name: str, budget: int = 0, signer: Signer | None = None) -> Snapshots:
+    def node(
+        self, name: str, budget: int = 0, signer: Signer | None = None, trusts: tuple[Signer, ...] = ()
+    ) -> Snapshots:
         """A node as it starts; one of the same name finds what the one before it left."""
         folder = self.root / name
         for part in ("damaged", "uploads"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         store = DirectoryStore(folder / "snapshots", threads=1)
         store.open()
-        remote: RemoteStore = a_node(self.objects, signer or self.signer)
+        remote: RemoteStore = a_node(self.objects, signer or self.signer, trusts=trusts)
         uploads = Uploads(
             store, remote, UploadJournal(folder / "uploads"), lambda _: None, retry_seconds=0.001
         )
@@ -241,6 +244,45 @@ async def test_a_stranger_s_snapshot_is_listed_as_refused(world: World) -> None:
     (one,) = refused
     assert one.snapshot == "s1"
     assert one.reason.startswith("UNTRUSTED_SIGNER")
+
+
+async def test_what_was_fetched_is_refused_once_its_signer_is_trusted_no_longer(world: World) -> None:
+    # given
+    await world.published()
+    own = a_signer()
+    node = world.node("a", signer=own, trusts=(world.signer,))
+    await node.fetch(await node.get("s1"), silent)
+    assert (await node.get_exactly("s1", "")).local
+
+    # when
+    without = world.node("a", signer=own)
+
+    # then
+    for look in (without.get("s1"), without.get_exactly("s1", ""), without.verify("s1", silent)):
+        with pytest.raises(PermissionDenied) as refusal:
+            await look
+        assert refusal.value.reason == "UNTRUSTED_SIGNER"
+    found, refused = await without.list()
+    assert found == []
+    assert [(one.snapshot, one.reason.partition(":")[0]) for one in refused] == [("s1", "UNTRUSTED_SIGNER")]
+
+    # and it is as it was once the key is back
+    assert (await world.node("a", signer=own, trusts=(world.signer,)).get("s1")).local
+
+
+async def test_without_an_object_store_what_was_fetched_is_refused_and_what_was_captured_is_not(
+    world: World,
+) -> None:
+    await world.published()
+    node = world.node("a")
+    await node.fetch(await node.get("s1"), silent)
+    await world.capture(node, "s2")
+    alone = Snapshots(node.store, None, None, node.damaged, 0, world.pinned)
+    with pytest.raises(PermissionDenied):
+        await alone.get("s1")
+    found, refused = await alone.list()
+    assert [one.manifest.id for one in found] == ["s2"]
+    assert [one.snapshot for one in refused] == ["s1"]
 
 
 async def test_without_its_store_a_node_lists_what_it_holds(world: World) -> None:

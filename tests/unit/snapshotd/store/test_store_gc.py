@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dumont.errors import FailedPrecondition, NotFound
+from snapshotd.store.layout import chunk_key
 from snapshotd.store.model import CHUNK, PublishedSnapshot
 from snapshotd.store.remote import RemoteStore
 from tests.unit.snapshotd.store.world import (
@@ -68,7 +69,7 @@ async def test_a_plan_changes_nothing(tmp_path: Path) -> None:
 
 async def test_chunks_of_an_upload_in_flight_are_young_and_stay(tmp_path: Path) -> None:
     objects = MemoryObjects()
-    await objects.put("chunks/ab/" + "ab" * 32, b"not named yet")
+    await objects.put(chunk_key("ab" * 32), b"not named yet")
     store = a_node(objects)
     objects.clock.advance(GRACE / 2)
     assert await collect(store) == 0
@@ -180,6 +181,37 @@ async def test_a_manifest_that_cannot_be_read_stops_it(tmp_path: Path) -> None:
     await store.delete("s1")
     assert await collect(store) == 2
     assert objects.objects == {}
+
+
+async def test_a_manifest_of_another_version_stops_it_and_says_so(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    store = a_node(objects)
+    await publish(store, tmp_path, "s1", 2)
+    objects.change("snapshots/s1/manifest", lambda data: data.replace(b"snapshot 2 ", b"snapshot 1 ", 1))
+    objects.clock.advance(2 * GRACE)
+    with pytest.raises(FailedPrecondition, match=r"delete snapshots/s1 first.*version 1") as refusal:
+        await store.plan_gc()
+    assert refusal.value.reason == "GC_BLOCKED"
+
+    await store.delete("s1")
+    assert await collect(store) == 2
+    assert objects.objects == {}
+
+
+async def test_a_chunk_packed_in_an_earlier_way_is_sent_again_and_collected(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    store = a_node(objects)
+    first = await publish(store, tmp_path, "s1", 2)
+    await store.delete("s1")
+    for chunk in first.chunks():
+        objects.objects[f"chunks/{chunk[:2]}/{chunk}"] = objects.objects.pop(chunk_key(chunk))
+
+    second = await publish(store, tmp_path, "s2", 2)
+    assert second.chunks() == first.chunks()
+    await store.verify(second)
+    objects.clock.advance(2 * GRACE)
+    assert await collect(store) >= len(first.chunks())
+    assert objects.keys("chunks/") == {chunk_key(chunk) for chunk in second.chunks()}
 
 
 async def test_it_keeps_what_a_stranger_signed(tmp_path: Path) -> None:

@@ -18,36 +18,21 @@ from dumont.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from snapshotd.adapters.key_file import KeyFile
 from snapshotd.store import fetch as fetching
 from snapshotd.store.chunking import SMALL
 from snapshotd.store.model import CHUNK, PublishedSnapshot
-from snapshotd.store.remote import RemoteStore, check_conditional_create
+from snapshotd.store.remote import check_conditional_create
 from tests.unit.snapshotd.store.world import (
     CONTENT,
     GRACE,
     MemoryObjects,
-    a_key_file,
     a_node,
     a_signer,
     an_image,
-    contents,
+    fetched,
     noise,
+    published,
 )
-
-
-async def published(
-    store: RemoteStore, folder: Path, snapshot: str = "s1", content: dict[str, bytes] | None = None
-) -> PublishedSnapshot:
-    return await store.publish(
-        an_image(folder / f"images-{snapshot}", snapshot, content), folder / f"images-{snapshot}"
-    )
-
-
-async def fetched(store: RemoteStore, snapshot: PublishedSnapshot, folder: Path) -> dict[str, bytes]:
-    folder.mkdir()
-    await store.fetch(snapshot, folder)
-    return contents(folder)
 
 
 async def test_what_one_node_publishes_another_fetches(tmp_path: Path) -> None:
@@ -331,72 +316,6 @@ async def test_a_store_without_conditional_create_is_refused() -> None:
     good = MemoryObjects()
     await check_conditional_create(good)
     assert good.objects == {}
-
-
-class TestEncrypted:
-    """With a key file nothing readable leaves the node."""
-
-    MARKER = b"the quick brown marker 4711"
-
-    @pytest.fixture
-    def key_file(self, tmp_path: Path) -> KeyFile:
-        return KeyFile(a_key_file(tmp_path / "key"))
-
-    def content(self) -> dict[str, bytes]:
-        return {"pages-1.img": self.MARKER * 1000 + noise(CHUNK, 3), "pages-2.img": self.MARKER}
-
-    async def test_a_marker_is_found_nowhere_and_comes_back(self, tmp_path: Path, key_file: KeyFile) -> None:
-        objects = MemoryObjects()
-        store = a_node(objects, wrapper=key_file)
-        snapshot = await published(store, tmp_path, content=self.content())
-        assert snapshot.encrypted
-        assert objects.keys("chunks/")
-        assert not any(self.MARKER in data or self.MARKER[:8] in data for data, _ in objects.objects.values())
-        assert await fetched(store, snapshot, tmp_path / "into") == self.content()
-
-    async def test_chunk_names_do_not_tell_what_they_hold(self, tmp_path: Path, key_file: KeyFile) -> None:
-        plain, sealed = MemoryObjects(), MemoryObjects()
-        await published(a_node(plain), tmp_path / "plain", content=self.content())
-        store = a_node(sealed, wrapper=key_file)
-        await published(store, tmp_path / "sealed", content=self.content())
-        await published(store, tmp_path / "sealed", "s2", content=self.content())
-        assert not plain.keys("chunks/") & sealed.keys("chunks/")
-        assert len(sealed.keys("chunks/")) == 2 * len(plain.keys("chunks/"))
-
-    @pytest.mark.parametrize("other_key", [False, True])
-    async def test_without_the_key_it_is_refused_before_a_byte_is_read(
-        self, tmp_path: Path, key_file: KeyFile, other_key: bool
-    ) -> None:
-        objects, signer = MemoryObjects(), a_signer()
-        await published(a_node(objects, signer, wrapper=key_file), tmp_path, content=self.content())
-        wrapper = KeyFile(a_key_file(tmp_path / "other")) if other_key else None
-        store = a_node(objects, trusts=(signer,), wrapper=wrapper)
-        snapshot = await store.get("s1")
-        objects.calls.clear()
-        with pytest.raises(FailedPrecondition) as refusal:
-            await fetched(store, snapshot, tmp_path / "into")
-        assert refusal.value.reason == "KEY_MISSING"
-        assert objects.calls == []
-
-    async def test_a_resumed_upload_with_its_key_sends_nothing_twice(
-        self, tmp_path: Path, key_file: KeyFile
-    ) -> None:
-        objects, signer = MemoryObjects(), a_signer()
-        manifest = an_image(tmp_path / "images", content=self.content())
-        first = a_node(objects, signer, wrapper=key_file, failpoints={"upload.manifest": "error"})
-        key = first.new_key("s1")
-        with pytest.raises(Exception, match="failpoint"):
-            await first.publish(manifest, tmp_path / "images", key=key)
-        objects.calls.clear()
-        second = a_node(objects, signer, wrapper=key_file)
-        await second.publish(manifest, tmp_path / "images", key=key)
-        assert objects.sent() == []
-
-    async def test_a_key_of_another_snapshot_does_not_open(self, tmp_path: Path, key_file: KeyFile) -> None:
-        store = a_node(MemoryObjects(), wrapper=key_file)
-        with pytest.raises(DataLoss) as refusal:
-            await store.publish(an_image(tmp_path / "i"), tmp_path / "i", key=store.new_key("other"))
-        assert refusal.value.reason == "KEY_DAMAGED"
 
 
 async def test_memory_is_bounded_whatever_the_size(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import zstandard
 from dumont.errors import DataLoss, DumontError, PermissionDenied
 from snapshotd.adapters.key_file import KeyFile
 from snapshotd.store import document
+from snapshotd.store.codec import ZSTD
 from snapshotd.store.layout import chunk_key
 from snapshotd.store.model import CHUNK, PublishedSnapshot
 from snapshotd.store.remote import RemoteStore
@@ -223,7 +224,7 @@ def signed(signer: Signer, snapshot: PublishedSnapshot, change: Callable[[dict[s
     stated = json.loads(data.partition(b"\n")[2])
     change(stated)
     body = json.dumps(stated, sort_keys=True).encode()
-    return f"dumont-snapshot 1 {signer.key_id} {signer.sign(body).hex()}\n".encode() + body
+    return f"dumont-snapshot {document.VERSION} {signer.key_id} {signer.sign(body).hex()}\n".encode() + body
 
 
 def rename(name: str) -> Callable[[dict[str, Any]], None]:
@@ -291,7 +292,7 @@ LIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "files of text": put("files", "x" * 100),
     "no encryption said": put("encryption", 7),
     "a key of another form": put("encryption", {"key_id": 5, "wrapped": "AAAA"}),
-    "another version": put("version", 2),
+    "another version": put("version", 1),
     "another signer": put("signer", "0" * 32),
     "an id that is a path": put("manifest.manifest.id", "../s1"),
     "no manifest": put("manifest", None),
@@ -310,15 +311,28 @@ async def test_a_signed_manifest_that_cannot_be_true(tmp_path: Path, lie: str) -
 
 @pytest.mark.parametrize(
     "data",
-    [b"[" * 100_000, b'{"version": 1, "signer": ' + b'{"a":' * 50_000, b"null", b"\xff"],
+    [b"[" * 100_000, b'{"version": 2, "signer": ' + b'{"a":' * 50_000, b"null", b"\xff"],
     ids=["lists", "objects", "null", "bytes"],
 )
 async def test_a_signed_manifest_that_is_none(tmp_path: Path, data: bytes) -> None:
     world = World(tmp_path, encrypted=False)
     await world.publish()
-    head = f"dumont-snapshot 1 {world.signer.key_id} {world.signer.sign(data).hex()}\n".encode()
+    head = (
+        f"dumont-snapshot {document.VERSION} {world.signer.key_id} {world.signer.sign(data).hex()}\n".encode()
+    )
     world.objects.change(MANIFEST, lambda _: head + data)
     assert (await refusal(world.reader, tmp_path / "into")).reason == "MANIFEST_DAMAGED"
+
+
+async def test_a_manifest_of_another_version_is_refused_as_such(world: World, tmp_path: Path) -> None:
+    await world.publish()
+    world.objects.change(
+        MANIFEST, lambda data: b"dumont-snapshot 1 " + data.removeprefix(b"dumont-snapshot 2 ")
+    )
+    error = await refusal(world.reader, tmp_path / "into")
+    assert (type(error), error.reason) == (DataLoss, "MANIFEST_VERSION")
+    assert "version 1" in error.message
+    assert await world.reader.list() == []
 
 
 async def test_a_manifest_of_a_hundred_megabytes_is_not_read(tmp_path: Path) -> None:
@@ -332,7 +346,7 @@ async def test_a_decompression_bomb(tmp_path: Path) -> None:
     world = World(tmp_path, encrypted=False)
     snapshot = await world.publish()
     packed = zstandard.compress(bytes(1 << 30))
-    bomb = b"\1" + len(packed).to_bytes(4, "little") + packed
+    bomb = bytes([ZSTD]) + len(packed).to_bytes(4, "little") + packed
     assert len(bomb) < CHUNK
     world.objects.change(chunk_key(next(snapshot.pieces()).chunk), lambda _: bomb)
     error = await refusal(world.reader, tmp_path / "into")
@@ -346,6 +360,6 @@ async def test_a_frame_that_asks_for_a_huge_window(tmp_path: Path) -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=27)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     packed = compressor.compress(noise(1000)) + compressor.flush()
-    greedy = b"\1" + len(packed).to_bytes(4, "little") + packed
+    greedy = bytes([ZSTD]) + len(packed).to_bytes(4, "little") + packed
     world.objects.change(chunk_key(next(snapshot.pieces()).chunk), lambda _: greedy)
     assert (await refusal(world.reader, tmp_path / "into")).reason == "CHUNK_DAMAGED"

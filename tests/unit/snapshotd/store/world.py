@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dumont.errors import AlreadyExists, DataLoss, NotFound
 from snapshotd.failpoints import Failpoints
 from snapshotd.model import ImageFile, Manifest
-from snapshotd.store.model import CHUNK, ObjectInfo
+from snapshotd.store.model import CHUNK, ObjectInfo, PublishedSnapshot
 from snapshotd.store.ports import KeyWrapper, ObjectStore
 from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer, TrustedKeys
@@ -179,3 +179,17 @@ def a_key_file(path: Path) -> Path:
     path.touch(mode=0o600)
     path.write_text(os.urandom(32).hex())
     return path
+
+
+async def published(
+    store: RemoteStore, folder: Path, snapshot: str = "s1", content: dict[str, bytes] | None = None
+) -> PublishedSnapshot:
+    return await store.publish(
+        an_image(folder / f"images-{snapshot}", snapshot, content), folder / f"images-{snapshot}"
+    )
+
+
+async def fetched(store: RemoteStore, snapshot: PublishedSnapshot, folder: Path) -> dict[str, bytes]:
+    folder.mkdir()
+    await store.fetch(snapshot, folder)
+    return contents(folder)

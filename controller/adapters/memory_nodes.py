@@ -1,128 +1,15 @@
-"""The ports in memory: for tests, and to see what the real ones must do."""
+"""Nodes in memory: for tests, and to see what the real ones must do."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
-from controller.model import (
-    Captured,
-    Deployment,
-    InstanceState,
-    Intent,
-    Moment,
-    Node,
-    Phase,
-    Pruned,
-    Report,
-    ResolvedModel,
-    Snapshot,
-    Verified,
-    Weights,
-)
-from controller.ports import Change, Clock, Removed, Stored, Synchronized
-from dumont.errors import (
-    Aborted,
-    AlreadyExists,
-    DataLoss,
-    DumontError,
-    FailedPrecondition,
-    NotFound,
-    Unavailable,
-)
-
-
-class ManualClock:
-    """Stands still until ``advance``; sleepers wake in the order of their times."""
-
-    def __init__(self, wall: float = 1_700_000_000.0, steady: float = 1000.0) -> None:
-        self._now = Moment(wall, steady)
-        self._sleepers: list[tuple[float, asyncio.Event]] = []
-
-    def moment(self) -> Moment:
-        return self._now
-
-    async def sleep(self, seconds: float) -> None:
-        woken = asyncio.Event()
-        sleeper = (self._now.steady + seconds, woken)
-        self._sleepers.append(sleeper)
-        try:
-            await woken.wait()
-        finally:
-            if sleeper in self._sleepers:
-                self._sleepers.remove(sleeper)
-
-    def advance(self, seconds: float) -> None:
-        """Move both clocks on."""
-        self._now = Moment(self._now.wall + seconds, self._now.steady + seconds)
-        for sleeper in sorted(self._sleepers, key=lambda s: s[0]):
-            if sleeper[0] <= self._now.steady:
-                self._sleepers.remove(sleeper)
-                sleeper[1].set()
-
-
-class MemoryRegistry:
-    """A registry that survives a controller when it is handed to the next one."""
-
-    def __init__(self) -> None:
-        self._deployments: dict[str, Deployment] = {}
-        self._nodes: dict[str, Node] = {}
-        self._intents: dict[str, Intent] = {}
-        self._captured: dict[str, Captured] = {}
-        self._last_use: dict[str, float] = {}
-
-    async def load(self) -> Stored:
-        return Stored(
-            tuple(self._deployments.values()),
-            tuple(self._nodes.values()),
-            tuple(self._intents.values()),
-            tuple(self._captured.values()),
-            dict(self._last_use),
-        )
-
-    async def create_deployment(self, deployment: Deployment) -> Deployment:
-        for known in self._deployments.values():
-            if deployment.request_id and known.request_id == deployment.request_id:
-                return known
-        if deployment.id in self._deployments:
-            raise AlreadyExists(
-                "DEPLOYMENT_EXISTS", f"deployments/{deployment.id} exists", field="deployment_id"
-            )
-        self._deployments[deployment.id] = deployment
-        return deployment
-
-    async def update_deployment(self, deployment: Deployment, etag: str) -> None:
-        known = self._deployments.get(deployment.id)
-        if known is None or known.etag != etag:
-            raise Aborted("ETAG_MISMATCH", f"deployments/{deployment.id} was changed meanwhile")
-        self._deployments[deployment.id] = deployment
-
-    async def delete_deployment(self, deployment: str) -> None:
-        self._deployments.pop(deployment, None)
-        self._last_use.pop(deployment, None)
-
-    async def save_last_use(self, times: Mapping[str, float]) -> None:
-        self._last_use.update({key: value for key, value in times.items() if key in self._deployments})
-
-    async def save_node(self, node: Node) -> None:
-        self._nodes[node.id] = node
-
-    async def save_intent(self, intent: Intent) -> None:
-        self._intents[intent.instance] = intent
-
-    async def drop_intent(self, instance: str) -> None:
-        self._intents.pop(instance, None)
-
-    async def save_captured(self, captured: Captured) -> None:
-        self._captured[captured.id] = captured
-
-    async def drop_captured(self, snapshot: str) -> None:
-        self._captured.pop(snapshot, None)
-
-    async def close(self) -> None:
-        return None
+from controller.model import InstanceState, Phase, Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
+from controller.ports import Change, Clock, Removed, Synchronized
+from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, Unavailable
 
 
 @dataclass
@@ -151,9 +38,9 @@ class MemoryNodes:
         self.calls: list[tuple[str, str, str]] = []
         self.cancelled: list[tuple[str, str, str]] = []
         self.timeouts: list[float | None] = []
-        # Instances that somebody tried to capture after a prompt had entered them.
         # Where each started instance was told to have its weights.
         self.weights: dict[str, Weights] = {}
+        # Instances that somebody tried to capture after a prompt had entered them.
         self.spoiled: list[str] = []
         self.frames: list[bytes] = [b"\x12\x03\n\x01a", b"\x1a\x00"]
         self.models: dict[str, str] = {}
@@ -262,7 +149,9 @@ class MemoryNodes:
         self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
     ) -> Report:
         self.weights[instance] = weights
-        return await self._create("start", node, Report(instance, deployment, InstanceState.STARTING))
+        return await self._create(
+            "start", node, Report(instance, deployment, InstanceState.STARTING, weights=weights)
+        )
 
     async def restore(
         self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
@@ -273,7 +162,7 @@ class MemoryNodes:
             raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
         if manifest_digest and known[snapshot].manifest_digest != manifest_digest:
             raise DataLoss("MANIFEST_REPLACED", f"snapshots/{snapshot} is another one")
-        return await self._create("restore", node, report)
+        return await self._create("restore", node, replace(report, weights=known[snapshot].weights))
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         source = self._find(node, instance)
@@ -288,7 +177,12 @@ class MemoryNodes:
                 self.tell(node, source)
         now = self._clock.moment().wall
         made = Snapshot(
-            snapshot, source.deployment, node, now, manifest_digest=f"digest of {snapshot} at {now}"
+            snapshot,
+            source.deployment,
+            node,
+            now,
+            weights=source.weights,
+            manifest_digest=f"digest of {snapshot} at {now}",
         )
         self.world[node].snapshots[snapshot] = made
         return made

@@ -6,45 +6,32 @@ snapshot on the node and one that must fetch it, and what a second capture and a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
-import grpc
-from google.longrunning import operations_pb2, operations_pb2_grpc
-from google.protobuf.message import Message
-
-from dumont.errors import DeadlineExceeded, DumontError, FailedPrecondition, Internal
-from dumont.rpc.status import from_rpc_error, from_status
-from dumont.snapshotd.v1 import (
-    instance_service_pb2,
-    instance_service_pb2_grpc,
-    snapshot_service_pb2,
-    snapshot_service_pb2_grpc,
-)
+from dumont.benchmarks.daemon import Snapshotd
+from dumont.errors import DumontError, FailedPrecondition, Internal
+from dumont.snapshotd.v1 import snapshot_service_pb2
 
 STORE_VARIABLE: Final = "DUMONT_SNAPSHOTD_STORE_URL"
-START_SECONDS: Final = 60.0
-STEP_SECONDS: Final = 1800.0
 RESTORES: Final = 3
 # Of a deployment unlike the first, as far as this machine has it.
 SECOND_MODEL: Final = "sentence-transformers/all-MiniLM-L6-v2"
 # A cold-cache restore may take its bytes at the store's own speed, and a quarter more.
 ALLOWANCE: Final = 1.25
 
-Response = TypeVar("Response", bound=Message)
 Say = Callable[[str], None]
 
 
@@ -110,10 +97,10 @@ def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
         )
     prefix = f"{base.rstrip('/')}/bench-{secrets.token_hex(4)}"
 
-    def daemon(cache: str, *flags: str) -> _Node:
-        return _Node(
-            directory / f"{cache}.log", port, directory / "state", "--cache-dir", str(directory / cache),
-            "--store-url", prefix, "--store-grace-seconds", "0", "--stop-instances-on-exit", *flags,
+    def daemon(cache: str) -> Snapshotd:
+        return Snapshotd(
+            directory, f"127.0.0.1:{port}",
+            "--cache-dir", str(directory / cache), "--store-url", prefix, "--store-grace-seconds", "0",
         )  # fmt: skip
 
     with daemon("cache") as node:
@@ -122,17 +109,17 @@ def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
         node.capture("one", "first")
         say("uploading")
         upload_seconds = _timed(partial(node.publish, "first"))
-        first = node.get("first").stored
+        first = node.stored("first")
         node.capture("one", "second")
         node.publish("second")
-        second = node.get("second").stored
+        second = node.stored("second")
         say("loading and capturing another instance, and another model")
         node.stop("one")
-        third = node.capture_new("other", model, "third")
+        third = capture_new(node, "other", model, "third")
         try:
-            second_model, fourth = SECOND_MODEL, node.capture_new("unlike", SECOND_MODEL, "fourth")
+            second_model, fourth = SECOND_MODEL, capture_new(node, "unlike", SECOND_MODEL, "fourth")
         except DumontError:
-            second_model, fourth = model, node.capture_new("unlike-again", model, "fourth")
+            second_model, fourth = model, capture_new(node, "unlike-again", model, "fourth")
         say("restoring from the node")
         local = [_timed(partial(node.restore, f"local-{number}", "first")) for number in range(RESTORES)]
         peak = node.peak_rss()
@@ -191,7 +178,27 @@ class _Cold:
     cpu_seconds: float
 
 
-def _restore_cold(node: _Node) -> _Cold:
+def capture_new(
+    node: Snapshotd, instance: str, model: str, snapshot: str
+) -> snapshot_service_pb2.StoredSnapshot:
+    """Load a model, capture and publish it, and end it; what its snapshot takes in the store.
+
+    When that fails, both ids are free again.
+    """
+    node.start(instance, model)
+    try:
+        node.capture(instance, snapshot)
+        node.publish(snapshot)
+        return node.stored(snapshot)
+    except DumontError:
+        with contextlib.suppress(DumontError):
+            node.delete(snapshot)
+        raise
+    finally:
+        node.stop(instance)
+
+
+def _restore_cold(node: Snapshotd) -> _Cold:
     node.settle()
     cpu, before = node.cpu_seconds(), time.monotonic()
     fetched = node.restore("cold", "first")
@@ -219,130 +226,3 @@ def _measure(store: str, snapshot: str) -> dict[str, float]:
     except ValueError:
         raise Internal("MEASURE_FAILED", f"the store could not be measured: {done.stderr[-500:]}") from None
     return speeds
-
-
-class _Node:
-    """A snapshotd that runs while it is entered, and its API."""
-
-    def __init__(self, log: Path, port: int, state: Path, *flags: str) -> None:
-        self.log = log
-        self.shims = state / "shims"
-        self.address = f"127.0.0.1:{port}"
-        self.flags = ("--state-dir", str(state), *flags)
-
-    def __enter__(self) -> _Node:
-        command = [sys.executable, "-m", "snapshotd.main", "--listen", self.address, *self.flags]
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        self.channel = grpc.insecure_channel(self.address)
-        self.instances: Any = instance_service_pb2_grpc.InstanceServiceStub(self.channel)
-        self.snapshots: Any = snapshot_service_pb2_grpc.SnapshotServiceStub(self.channel)
-        self.operations: Any = operations_pb2_grpc.OperationsStub(self.channel)
-        ready = grpc.channel_ready_future(self.channel)
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                ready.result(timeout=0.1)
-                return self
-            except grpc.FutureTimeoutError:
-                if self.process.poll() is None and time.monotonic() < deadline:
-                    continue
-                self.__exit__()
-                tail = self.log.read_text(errors="replace").rstrip().splitlines()[-1:]
-                raise FailedPrecondition(
-                    "SERVICE_ENDED", f"snapshotd does not serve: {' '.join(tail)}"
-                ) from None
-
-    def __exit__(self, *_: object) -> None:
-        self.channel.close()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
-
-    def settle(self) -> None:
-        """Return when its spare shim is there, as with a node that has run for a second."""
-        deadline = time.monotonic() + START_SECONDS
-        while not any(self.shims.glob("*.sock")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def start(self, instance: str, model: str) -> None:
-        request = instance_service_pb2.StartInstanceRequest(instance_id=instance, model=model)
-        self._run(self.instances.StartInstance, request, instance_service_pb2.Instance())
-
-    def stop(self, instance: str) -> None:
-        with _errors():
-            self.instances.StopInstance(
-                instance_service_pb2.StopInstanceRequest(name=f"instances/{instance}")
-            )
-
-    def capture(self, instance: str, snapshot: str) -> None:
-        request = instance_service_pb2.CaptureInstanceRequest(
-            name=f"instances/{instance}", snapshot_id=snapshot
-        )
-        self._run(self.instances.CaptureInstance, request, snapshot_service_pb2.Snapshot())
-
-    def restore(self, instance: str, snapshot: str) -> instance_service_pb2.Instance:
-        request = instance_service_pb2.RestoreInstanceRequest(
-            instance_id=instance, snapshot=f"snapshots/{snapshot}"
-        )
-        return self._run(self.instances.RestoreInstance, request, instance_service_pb2.Instance())
-
-    def capture_new(self, instance: str, model: str, snapshot: str) -> snapshot_service_pb2.StoredSnapshot:
-        """Load a model, capture and publish it, and end it; what its snapshot takes in the store."""
-        self.start(instance, model)
-        self.capture(instance, snapshot)
-        self.publish(snapshot)
-        self.stop(instance)
-        return self.get(snapshot).stored
-
-    def publish(self, snapshot: str) -> None:
-        request = snapshot_service_pb2.PublishSnapshotRequest(name=f"snapshots/{snapshot}")
-        self._run(self.snapshots.PublishSnapshot, request, snapshot_service_pb2.Snapshot())
-
-    def get(self, snapshot: str) -> snapshot_service_pb2.Snapshot:
-        request = snapshot_service_pb2.GetSnapshotRequest(name=f"snapshots/{snapshot}")
-        with _errors():
-            found: snapshot_service_pb2.Snapshot = self.snapshots.GetSnapshot(request)
-            return found
-
-    def delete(self, snapshot: str) -> None:
-        request = snapshot_service_pb2.DeleteSnapshotRequest(name=f"snapshots/{snapshot}")
-        with _errors():
-            self.snapshots.DeleteSnapshot(request)
-
-    def prune(self) -> None:
-        request = snapshot_service_pb2.PruneSnapshotsRequest()
-        self._run(self.snapshots.PruneSnapshots, request, snapshot_service_pb2.PruneSnapshotsResponse())
-
-    def cpu_seconds(self) -> float:
-        """Seconds of cores that it has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def peak_rss(self) -> int:
-        """Bytes of memory that it ever had resident."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
-
-    def _run(self, method: Any, request: Message, response: Response) -> Response:
-        with _errors():
-            operation = method(request)
-            wait = operations_pb2.WaitOperationRequest(name=operation.name)
-            wait.timeout.FromSeconds(int(STEP_SECONDS))
-            operation = self.operations.WaitOperation(wait)
-        if not operation.done:
-            raise DeadlineExceeded(
-                "STEP_TIMEOUT", f"{operation.name} did not end in {STEP_SECONDS:.0f} seconds"
-            )
-        if operation.HasField("error"):
-            raise from_status(operation.error)
-        operation.response.Unpack(response)
-        return response
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from error
