@@ -144,6 +144,9 @@ class FakeStore:
     async def discard(self, snapshot: str) -> None:
         self.staged.discard(snapshot)
 
+    async def get(self, snapshot: str) -> Snapshot:
+        return replace(a_snapshot(id=snapshot), quarantine_reason=self.quarantined.get(snapshot, ""))
+
     async def verify(self, snapshot: Snapshot) -> None:
         return
 
