@@ -88,7 +88,7 @@ class TalkingProcess:
         """Kill it; it is gone, and all that it held, when this returns."""
         self.retired = True
         _kill(self.process)
-        await self._reading
+        await asyncio.shield(self._reading)
 
     def _end_if_idle(self) -> None:
         if self.retired and not self._waiting:

@@ -79,7 +79,7 @@ class LoaderProcess:
         """Start it and wait until it is ready or has failed."""
         self.begin()
         if self._starting is not None:
-            await self._starting
+            await asyncio.shield(self._starting)
 
     def file_came(self, digest: str) -> None:
         """Have it register a file, so that the first order for it does not wait for that."""
