@@ -18,7 +18,10 @@ from typing import Final
 ALIGNMENT: Final = 256
 # The loader allocates in units of 2 MiB.
 UNIT: Final = 2 << 20
-TIMEOUT: Final = 60.0
+# Seconds. A loader that is well takes an order at once, and brings 15 GB in 0.3 s. Together they are well
+# below a wake's deadline, so that there is time left to copy the weights here.
+ORDER_TIMEOUT: Final = 2.0
+RECEIVE_TIMEOUT: Final = 15.0
 
 
 class DeliveryFailed(Exception):
@@ -105,7 +108,7 @@ class Delivery:
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(TIMEOUT)
+            connection.settimeout(ORDER_TIMEOUT)
             connection.connect(str(loader))
             order = {"gpu": gpu, "size": plan.size, "pieces": plan.pieces}
             connection.sendall(json.dumps(order).encode() + b"\n")
@@ -117,10 +120,13 @@ class Delivery:
     def receive(self) -> int:
         """Wait until everything is there; a descriptor of the memory, which the caller closes.
 
+        The connection is closed in any case: a loader that is still at it gives its memory back then.
+
         Raises:
             DeliveryFailed: the loader could not do it, or is gone.
         """
         try:
+            self._connection.settimeout(RECEIVE_TIMEOUT)
             data, descriptors, _, _ = socket.recv_fds(self._connection, 4096, 1)
         except OSError as error:
             raise DeliveryFailed(f"the loader gave no answer: {error}") from error
@@ -131,4 +137,5 @@ class Delivery:
         return descriptors[0]
 
     def cancel(self) -> None:
+        """Want it no more; the loader notices and gives its memory back."""
         self._connection.close()

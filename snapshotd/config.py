@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     weight_loader: CliImplicitFlag[bool] = Field(
         True,
         description="keep a process that brings cached weights to GPUs; its context takes 254 MiB of each "
-        "that it is used for",
+        "once weights are cached",
     )
     store_url: str = Field(
         "", description="object store: s3://BUCKET/PREFIX or file:///DIRECTORY; empty: none"

@@ -21,7 +21,7 @@ from dumont.rpc.logs import configure_logs
 from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
 from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc, snapshot_service_pb2_grpc
 from snapshotd import preflight
-from snapshotd.adapters import cuda_backend
+from snapshotd.adapters import cuda_backend, weight_loader
 from snapshotd.adapters.clock import SystemClock
 from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.facts import node_facts
@@ -29,7 +29,6 @@ from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
 from snapshotd.adapters.registration import keep_registered
 from snapshotd.adapters.shims import ShimPool
-from snapshotd.adapters.weight_loader import LoaderProcess
 from snapshotd.config import Settings, node_id
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
@@ -38,6 +37,7 @@ from snapshotd.journal import Journal
 from snapshotd.node import Deadlines, HostSettings, Node
 from snapshotd.object_store import open_remote
 from snapshotd.observer import Observers
+from snapshotd.ports import Clock
 from snapshotd.service.inference import Inference
 from snapshotd.service.instances import InstanceServicer
 from snapshotd.service.node import NodeServicer
@@ -98,11 +98,11 @@ async def run(settings: Settings) -> None:
             criu.pycriu,
             weight_cache.directory if weight_cache else None,
         )
-        loader = None
-        if nvml and weight_cache and settings.weight_loader:
-            loader = LoaderProcess(weight_cache.directory)
-        if weight_cache and loader:
-            weight_cache.on_eviction = loader.files_left
+        clock = SystemClock()
+        loader = (
+            open_loader(weight_cache, clock) if nvml and weight_cache and settings.weight_loader else None
+        )
+        if loader:
             stack.push_async_callback(loader.close)
         cuda = cuda_backend.choose(settings.cuda_backend, settings.cuda_checkpoint) if nvml else None
         node = Node(
@@ -111,7 +111,7 @@ async def run(settings: Settings) -> None:
             models=NodeModels(settings.models_dir),
             weights=weights,
             images=ImageFormat(criu.pycriu),
-            clock=SystemClock(),
+            clock=clock,
             settings=host_settings(settings),
             facts=node_facts(criu.version),
             directory=settings.state_dir,
@@ -157,7 +157,8 @@ async def run(settings: Settings) -> None:
         if cuda is not None:
             await cuda.prepare()
         if loader:
-            await loader.prepare()
+            # Nobody waits for it: until it is ready, model hosts copy their weights themselves.
+            loader.begin()
         stack.push_async_callback(inference.close)
         stack.push_async_callback(operations.close)
         await server.start()
@@ -197,6 +198,17 @@ def open_weight_cache(settings: Settings, on_gpus: bool) -> WeightCache | None:
     cache.open()
     log.info("weights are cached", bytes=budget)
     return cache
+
+
+def open_loader(cache: WeightCache, clock: Clock) -> weight_loader.LoaderProcess | None:
+    """The loader of this cache's weights, not started yet; None: it has nothing to drive GPUs with."""
+    if not weight_loader.available():
+        log.warning("model hosts copy their weights themselves: the package cuda-bindings is not installed")
+        return None
+    loader = weight_loader.LoaderProcess(cache.directory, clock, cache.digests)
+    cache.on_eviction = loader.files_left
+    cache.on_fill = loader.file_came
+    return loader
 
 
 async def check_store(remote: RemoteStore) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-Message = dict[str, Any]
+from snapshotd.cuda.speech import Message, take_stdout
+
 # Operations of different processes run beside each other.
 THREADS = 8
 
@@ -38,12 +38,7 @@ def _bare(devices: Mapping[str, str]) -> dict[str, str] | None:
 def serve(process: Callable[[int], Any]) -> None:
     """Answer until stdin ends."""
     known = commands(process)
-    speak = threading.Lock()
-
-    def say(message: Message) -> None:
-        with speak:
-            sys.stdout.write(json.dumps(message) + "\n")
-            sys.stdout.flush()
+    say = take_stdout()
 
     def answer(message: Message) -> None:
         reply: Message = {"id": message["id"]}

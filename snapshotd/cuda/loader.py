@@ -3,30 +3,35 @@
 It keeps weight files registered with the GPUs and answers each order, one a connection: a line of JSON
 ``{"gpu": UUID, "size": bytes, "pieces": [[file, offset, bytes, place], ...]}`` is answered, when everything
 is on that GPU, by a descriptor of the memory, which belongs to whoever asked from then on. Anything else
-that comes back says what went wrong.
+that comes back says what went wrong. Who closes the connection wants it no more.
+
+On stdin and stdout it talks with snapshotd, a line of JSON each: ``{"id": 1, "left": true}`` says that files
+have left the directory and is answered by ``{"id": 1, "ok": true}`` once their memory is free;
+``{"id": 2, "register": NAME}`` that one has come. ``{"id": 2, "error": "..."}`` says what went wrong.
 
 Registered memory is copied at the speed of the bus (54 GB/s on an H100), and registering 15 GB takes 0.4 s:
 too long for a restore, so it is done once, ahead of it, in a process that stays. The files must lie in a
-tmpfs.
+tmpfs. After an error of the driver that lasts the process ends, and snapshotd starts another.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import mmap
 import os
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from cuda.bindings import driver
+from snapshotd.cuda.driver import DriverError, LoaderError
+from snapshotd.cuda.gpus import Gpus
+from snapshotd.cuda.registered import Files, Registered, StillRegistered
+from snapshotd.cuda.speech import Message, take_stdout
 
 Piece = tuple[str, int, int, int]
 
@@ -35,198 +40,94 @@ LONGEST_ORDER = 64 << 20
 ANSWER = b"{}"
 
 
-class LoaderError(Exception):
-    """An order cannot be carried out; the message goes to whoever gave it."""
+class Unwanted(Exception):
+    """Whoever gave the order has closed the connection."""
 
 
-def call(function: Any, *arguments: Any) -> Any:
-    """Call the driver; its result without the status.
+@dataclass(frozen=True)
+class Loader:
+    """
+    Args:
+        give_up: ends the process, for the reason it is given.
+    """
+
+    gpus: Gpus
+    files: Files
+    give_up: Callable[[str], None]
+
+    def serve(self, connection: socket.socket) -> None:
+        """Carry out the order of one connection."""
+        with connection:
+            try:
+                descriptor = self._load(connection)
+            except Unwanted:
+                return
+            except (LoaderError, StillRegistered, ValueError, KeyError, TypeError, OSError) as error:
+                reply(connection, said(error).encode(), [])
+                self._end_after(error)
+                return
+            try:
+                reply(connection, ANSWER, [descriptor])
+            finally:
+                os.close(descriptor)
+
+    def answer(self, message: Message) -> Message:
+        """Do what snapshotd says, and the answer to it."""
+        reply: Message = {"id": message["id"]}
+        try:
+            if "register" in message:
+                self.gpus.open_all()
+                self.files.register(message["register"])
+            else:
+                self.gpus.enter_any()
+                self.files.forget()
+            reply["ok"] = True
+        except (LoaderError, StillRegistered, ValueError, OSError) as error:
+            reply["error"] = said(error)
+            self._end_after(error)
+        return reply
+
+    def _load(self, connection: socket.socket) -> int:
+        with connection.makefile("rb") as lines:
+            order = json.loads(lines.readline(LONGEST_ORDER))
+        gpu = self.gpus.get(order["gpu"])
+        with self.files.use(path for path, *_ in order["pieces"]) as files:
+            pieces = locate(files, order["pieces"], order["size"])
+            return gpu.load(order["size"], pieces, lambda: check_wanted(connection))
+
+    def _end_after(self, error: Exception) -> None:
+        if isinstance(error, StillRegistered) or (isinstance(error, DriverError) and error.lasting):
+            self.give_up(str(error))
+
+
+def said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def check_wanted(connection: socket.socket) -> None:
+    """
+    Raises:
+        Unwanted: the other end is closed.
+    """
+    try:
+        gone = not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return
+    except OSError:
+        gone = True
+    if gone:
+        raise Unwanted
+
+
+def locate(files: Mapping[str, Registered], pieces: Sequence[Piece], size: int) -> list[tuple[int, int, int]]:
+    """Where each piece lies in memory, checked against the file and the block that it goes to.
 
     Raises:
-        LoaderError: it refused.
+        LoaderError: one does not fit.
     """
-    status, *result = function(*arguments)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise LoaderError(f"{function.__name__} failed: {status.name}")
-    return result[0] if result else None
-
-
-@dataclass
-class Registered:
-    """A file that the GPUs can read from directly."""
-
-    identity: tuple[int, int, int]
-    mapping: mmap.mmap
-    address: int
-
-    @classmethod
-    def open(cls, path: Path) -> Registered:
-        with path.open("r+b") as file:
-            mapping = mmap.mmap(file.fileno(), 0)
-            identity = identify(os.fstat(file.fileno()))
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        try:
-            call(driver.cuMemHostRegister, address, len(mapping), driver.CU_MEMHOSTREGISTER_PORTABLE)
-        except LoaderError as error:
-            raise LoaderError(f"{path.name} cannot be registered: {error}") from error
-        return cls(identity, mapping, address)
-
-    def close(self) -> None:
-        driver.cuMemHostUnregister(self.address)
-        # Unmapped when the last view of it is gone, which is this object.
-
-
-def identify(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-class Files:
-    """The registered files, by name, all below one directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._open: dict[str, Registered] = {}
-        self._lock = threading.Lock()
-
-    def get(self, path: str) -> Registered:
-        """The file that a model host knows as ``path``: of its directories only the name counts here.
-
-        Raises:
-            LoaderError: it is not among the node's weight files, or cannot be registered.
-        """
-        name = Path(path).name
-        with self._lock:
-            self._forget_gone()
-            if name not in self._open:
-                found = self.directory / name
-                if found.is_symlink() or not found.is_file():
-                    raise LoaderError(f"{name} is not among the node's weight files")
-                self._open[name] = Registered.open(found)
-            return self._open[name]
-
-    def forget(self) -> None:
-        """Let go of files that have left the directory: their memory is free only then."""
-        with self._lock:
-            self._forget_gone()
-
-    def _forget_gone(self) -> None:
-        for name, registered in list(self._open.items()):
-            try:
-                there = identify((self.directory / name).stat())[:2] == registered.identity[:2]
-            except FileNotFoundError:
-                there = False
-            if not there:
-                del self._open[name]
-                registered.close()
-
-
-class Gpu:
-    """One GPU, its context, and a stream to copy on."""
-
-    def __init__(self, device: Any) -> None:
-        self.device = device
-        self.context = call(driver.cuDevicePrimaryCtxRetain, device)
-        self.enter()
-        # Nothing is computed here, so nothing needs stacks or heaps: they would take 0.3 GB of the GPU.
-        for limit in (driver.CUlimit.CU_LIMIT_STACK_SIZE, driver.CUlimit.CU_LIMIT_MALLOC_HEAP_SIZE):
-            driver.cuCtxSetLimit(limit, 0)
-        self.stream = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        self._kind = driver.CUmemAllocationProp()
-        self._kind.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        self._kind.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        self._kind.location.id = int(device)
-        handles = driver.CUmemAllocationHandleType
-        self._kind.requestedHandleTypes = handles.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-
-    def enter(self) -> None:
-        """Use it from the calling thread."""
-        call(driver.cuCtxSetCurrent, self.context)
-
-    def load(self, size: int, pieces: Iterable[tuple[int, int, int]]) -> int:
-        """Copy into new memory.
-
-        Args:
-            size: of the memory, a multiple of 2 MiB.
-            pieces: address in registered memory, bytes, place in the new memory.
-
-        Returns:
-            A descriptor of it; nothing else holds it.
-        """
-        handles = driver.CUmemAllocationHandleType
-        with ExitStack() as stack:
-            handle = call(driver.cuMemCreate, size, self._kind, 0)
-            stack.callback(driver.cuMemRelease, handle)
-            address = call(driver.cuMemAddressReserve, size, 0, 0, 0)
-            stack.callback(driver.cuMemAddressFree, address, size)
-            call(driver.cuMemMap, address, size, 0, handle, 0)
-            stack.callback(driver.cuMemUnmap, address, size)
-            access = driver.CUmemAccessDesc()
-            access.location = self._kind.location
-            access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-            call(driver.cuMemSetAccess, address, size, [access], 1)
-            stack.callback(driver.cuStreamSynchronize, self.stream)
-            for source, length, place in pieces:
-                call(driver.cuMemcpyHtoDAsync, int(address) + place, source, length, self.stream)
-            call(driver.cuStreamSynchronize, self.stream)
-            kind = handles.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-            return int(call(driver.cuMemExportToShareableHandle, handle, kind, 0))
-
-
-class Gpus:
-    """The node's GPUs, by UUID; a context only for those that are used."""
-
-    def __init__(self) -> None:
-        call(driver.cuInit, 0)
-        self._devices = {
-            str(uuid_of(device)): device
-            for device in (call(driver.cuDeviceGet, n) for n in range(call(driver.cuDeviceGetCount)))
-        }
-        self._open: dict[str, Gpu] = {}
-        self._lock = threading.Lock()
-
-    def get(self, uuid: str) -> Gpu:
-        """
-        Raises:
-            LoaderError: there is none with that UUID.
-        """
-        with self._lock:
-            if uuid not in self._devices:
-                raise LoaderError(f"there is no GPU {uuid}")
-            if uuid not in self._open:
-                self._open[uuid] = Gpu(self._devices[uuid])
-            gpu = self._open[uuid]
-        gpu.enter()
-        return gpu
-
-
-def uuid_of(device: Any) -> str:
-    """As NVML writes it."""
-    text = bytes(call(driver.cuDeviceGetUuid, device).bytes).hex()
-    return "GPU-" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-
-
-def serve(connection: socket.socket, gpus: Gpus, files: Files) -> None:
-    """Carry out the order of one connection."""
-    with connection:
-        try:
-            line = connection.makefile("rb").readline(LONGEST_ORDER)
-            order = json.loads(line)
-            gpu = gpus.get(order["gpu"])
-            descriptor = gpu.load(order["size"], locate(files, order["pieces"], order["size"]))
-        except (LoaderError, ValueError, KeyError, TypeError, OSError) as error:
-            reply(connection, str(error).encode() or type(error).__name__.encode(), [])
-            return
-        try:
-            reply(connection, ANSWER, [descriptor])
-        finally:
-            os.close(descriptor)
-
-
-def locate(files: Files, pieces: Sequence[Piece], size: int) -> list[tuple[int, int, int]]:
-    """Where each piece lies in memory, checked against the file and the block that it goes to."""
     found = []
     for path, offset, length, place in pieces:
-        registered = files.get(path)
+        registered = files[path]
         if not (0 <= offset <= offset + length <= len(registered.mapping) and 0 <= place <= size - length):
             raise LoaderError(f"{length} bytes at {offset} of {Path(path).name} do not fit at {place}")
         found.append((registered.address + offset, length, place))
@@ -253,25 +154,58 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def main() -> None:
+def end(reason: str) -> NoReturn:
+    """End the process from any of its threads, and with it all that it holds."""
+    sys.stderr.write(f"the weight loader ends: {reason}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def converse(loader: Loader, lines: Iterable[str], say: Callable[[Message], None]) -> None:
+    """Answer snapshotd until ``lines`` end.
+
+    Files that left are let go of beside the registering of others, which takes long.
+    """
+    registering, forgetting = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    for line in lines:
+        message = json.loads(line)
+        worker = registering if "register" in message else forgetting
+        worker.submit(lambda message: say(loader.answer(message)), message)
+
+
+def accept(listener: socket.socket, loader: Loader) -> None:
+    while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=loader.serve, args=(connection,), daemon=True).start()
+
+
+def run(driver: Any) -> None:
+    """Serve until stdin ends, which is when snapshotd has.
+
+    Args:
+        driver: the CUDA driver's bindings.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--files", type=Path, required=True, help="directory of the node's weight files")
     arguments = parser.parse_args()
-    gpus, files = Gpus(), Files(arguments.files)
+    say = take_stdout()
+    try:
+        loader = Loader(Gpus(driver), Files(arguments.files, driver), end)
+    except DriverError as error:
+        raise SystemExit(f"the CUDA driver cannot be used: {error}") from None
     listener = listen(arguments.socket)
-    threading.Thread(target=accept, args=(listener, gpus, files), daemon=True).start()
-    sys.stdout.write(json.dumps({"ready": True}) + "\n")
-    sys.stdout.flush()
-    # Each line says that files have left; the end of input, that snapshotd has.
-    for _ in sys.stdin:
-        files.forget()
+    threading.Thread(target=accept, args=(listener, loader), daemon=True).start()
+    say({"ready": True})
+    converse(loader, sys.stdin, say)
+    # Whatever still runs is for nobody.
+    os._exit(0)
 
 
-def accept(listener: socket.socket, gpus: Gpus, files: Files) -> None:
-    while True:
-        connection, _ = listener.accept()
-        threading.Thread(target=serve, args=(connection, gpus, files), daemon=True).start()
+def main() -> None:
+    from cuda.bindings import driver
+
+    run(driver)
 
 
 if __name__ == "__main__":

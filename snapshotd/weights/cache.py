@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,10 @@ class WeightCache:
     ) -> None:
         self.directory = directory
         self.budget = budget
-        # Called when files have left: somebody else may keep their memory.
-        self.on_eviction: Callable[[], None] = lambda: None
+        # Awaited when files have left: somebody else may keep their memory, and has given it up afterwards.
+        self.on_eviction: Callable[[], Awaitable[None]] = _nothing
+        # Called with the digest of a file that has come.
+        self.on_fill: Callable[[str], None] = lambda digest: None
         self.threads = threads
         self._now = now
         self._entries: dict[str, _Entry] = {}
@@ -90,6 +92,10 @@ class WeightCache:
         """Give the memory back, unless an instance uses it: the next daemon takes it over then."""
         if not self._holds:
             mount.unmount(self.directory)
+
+    def digests(self) -> list[str]:
+        """The files that are here, whole, the one used last first."""
+        return sorted(self._entries, key=lambda digest: self._entries[digest].last_use, reverse=True)
 
     def hold(self, owner: str, digest: str) -> bool:
         """Keep a file for ``owner``; False: it is not here."""
@@ -145,13 +151,13 @@ class WeightCache:
         partial = self.directory / f"{PARTIAL}{self._partials}"
         try:
             async with self._emptying:
-                await asyncio.to_thread(self._remove_evicted)
-                self.on_eviction()
+                await self._remove_evicted()
             async with self._copying:
                 digest = await self._copy(source, partial)
             if digest not in self._entries:
                 partial.rename(self.directory / digest)
                 self._entries[digest] = _Entry(reserved, self._now())
+                self.on_fill(digest)
             for owner in owners:
                 self.hold(owner, digest)
             return digest
@@ -163,9 +169,12 @@ class WeightCache:
     async def _copy(self, source: Path, partial: Path) -> str:
         return await asyncio.to_thread(copy, source, partial, self.threads)
 
-    def _remove_evicted(self) -> None:
-        for path in self.directory.glob(f"{EVICTED}*"):
-            path.unlink()
+    async def _remove_evicted(self) -> None:
+        """Have the memory of what left; the room for another file is there only then."""
+        evicted = list(self.directory.glob(f"{EVICTED}*"))
+        if evicted:
+            await self.on_eviction()
+            await asyncio.to_thread(_unlink, evicted)
 
     def _touch(self, digest: str) -> None:
         entry = self._entries[digest]
@@ -175,6 +184,15 @@ class WeightCache:
 
     def _show(self) -> None:
         BYTES.set(self._reserved + sum(entry.size for entry in self._entries.values()))
+
+
+async def _nothing() -> None:
+    """Nobody else keeps what left."""
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink()
 
 
 def occupied(size: int) -> int:

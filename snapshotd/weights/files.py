@@ -111,18 +111,16 @@ class NodeWeightFiles:
             The digest of each; None: it is not in the cache, for want of room.
         """
         identities = {path: identify(path) for path in paths}
-        sizes = {
-            path: occupied(path.stat().st_size)
-            for path, identity in identities.items()
-            if identity not in self._fills
-        }
+        # Several names may lead to one file, as the links of a hub's cache do: it is filled once for all.
+        new = {identity: path for path, identity in identities.items() if identity not in self._fills}
+        sizes = {identity: occupied(path.stat().st_size) for identity, path in new.items()}
         if not cache.reserve(sum(sizes.values())):
             # Perhaps they are there, and only nobody knows: a model's directory may be the copy of another.
             for path in paths:
                 await self._digest(path)
             return {path: self._hold(cache, instance, path) for path in paths}
-        for path, size in sizes.items():
-            self._begin(cache, path, identities[path], size)
+        for identity, path in new.items():
+            self._begin(cache, path, identity, sizes[identity])
         fills = {path: self._fills[identity] for path, identity in identities.items()}
         for fill in fills.values():
             fill.owners.add(instance)

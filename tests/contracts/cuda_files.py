@@ -11,11 +11,13 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 DIRECTORY = "CUDA_FILES"
+TAKING = threading.Lock()
 # Operation: the state that it needs, and the one that it leaves.
 MOVES = {
     "lock": ("running", "locked"),
@@ -85,11 +87,13 @@ class Process:
 
     def _meet(self, operation: str, faults: Path) -> None:
         """The fault that was laid here, once."""
-        laid = faults.read_text().splitlines() if faults.exists() else []
-        mine = [line for line in laid if line.split()[:2] == [operation, str(self.pid)]]
-        if not mine:
-            return
-        faults.write_text("\n".join(line for line in laid if line not in mine))
+        # The agent's threads meet faults at the same time.
+        with TAKING:
+            laid = faults.read_text().splitlines() if faults.exists() else []
+            mine = [line for line in laid if line.split()[:2] == [operation, str(self.pid)]]
+            if not mine:
+                return
+            faults.write_text("\n".join(line for line in laid if line not in mine))
         kind = mine[0].split()[2]
         if kind == "die":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -228,6 +228,34 @@ async def test_an_operation_that_never_ends_takes_no_other_with_it(
         await waiting
 
 
+async def test_what_libraries_print_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # given: one that prints when it is loaded, and again in each operation
+    monkeypatch.setenv(cuda_files.DIRECTORY, str(tmp_path))
+    printing = (
+        "import os; from tests.contracts.cuda_files import Process; from snapshotd.cuda.agent import serve\n"
+        "os.write(1, b'a banner\\n' + b'x' * 100_000 + b'\\n')\n"
+        "def process(pid): os.write(1, b'a warning\\n'); print('another', flush=True); return Process(pid)\n"
+        "serve(process)"
+    )
+    agent = CudaAgent([sys.executable, "-c", printing], HANG_SECONDS)
+    Bench(agent, tmp_path)
+    assert await agent.state(5) == "running"
+    assert await agent.state(6) == "running"
+    await agent.close()
+
+
+async def test_an_agent_that_says_what_is_no_answer_is_heard_on() -> None:
+    talking = (
+        "import json, sys; print(json.dumps({'ready': True}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        " answer = {'id': json.loads(line)['id'], 'ok': 'running'}\n"
+        " print('noise', '[]', '{}', json.dumps(answer), sep='\\n', flush=True)"
+    )
+    agent = CudaAgent([sys.executable, "-c", talking], HANG_SECONDS)
+    assert [await agent.state(5), await agent.state(5)] == ["running", "running"]
+    await agent.close()
+
+
 async def test_an_agent_that_cannot_start_is_told() -> None:
     client = CudaAgent([sys.executable, "-c", "raise SystemExit('no driver')"])
     with pytest.raises(Internal) as refusal:

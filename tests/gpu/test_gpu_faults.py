@@ -244,7 +244,7 @@ async def test_a_loader_that_dies_makes_a_resume_slower_and_nothing_else(
     await node.instances.park("unloaded")
     assert node.loader is not None
     assert node.loader._process is not None
-    node.loader._process.kill()
+    node.loader._process.process.kill()
     try:
         await node.instances.resume("unloaded")
         assert await node.answers("unloaded")

@@ -20,13 +20,12 @@ from snapshotd.adapters.facts import node_facts
 from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
 from snapshotd.adapters.shims import ShimHost, ShimPool
-from snapshotd.adapters.weight_loader import LoaderProcess
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
 from snapshotd.instances import Instances
 from snapshotd.journal import Journal
-from snapshotd.main import host_settings, prepare_state
+from snapshotd.main import host_settings, open_loader, prepare_state
 from snapshotd.model import Instance, Json, Snapshot, State, Weights
 from snapshotd.node import Deadlines, Node
 from snapshotd.observer import Observers
@@ -74,7 +73,7 @@ class NodeUnderTest:
         settings = Settings(state_dir=self.state_dir, device=self.device)
         nvml = Nvml.open() if self.device != "cpu" else None
         self.cuda = cuda_backend.choose(self.cuda_backend, settings.cuda_checkpoint) if nvml else None
-        self.loader = LoaderProcess(cache.directory) if nvml and cache else None
+        self.loader = open_loader(cache, SystemClock()) if nvml and cache else None
         self.node = Node(
             hosts=self.hosts,
             store=self.store,

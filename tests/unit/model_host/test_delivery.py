@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from model_host import delivery as deliveries
 from model_host.delivery import ALIGNMENT, UNIT, Delivery, DeliveryFailed, Extent, extents, plan
+from snapshotd.node import Deadlines
 
 
 def test_extents_are_where_the_file_has_the_bytes(tmp_path: Path) -> None:
@@ -105,3 +107,27 @@ def test_a_loader_that_cannot_do_it_says_why(tmp_path: Path, reply: bytes, said:
 def test_where_no_loader_listens_the_order_fails(tmp_path: Path) -> None:
     with pytest.raises(DeliveryFailed):
         Delivery.order(tmp_path / "loader.sock", "GPU-1", plan({}))
+
+
+@pytest.mark.parametrize("ended", ["given up", "cancelled"])
+def test_a_loader_learns_that_its_order_is_not_wanted_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str
+) -> None:
+    monkeypatch.setattr(deliveries, "RECEIVE_TIMEOUT", 0.01)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "loader.sock"))
+        listener.listen()
+        delivery = Delivery.order(tmp_path / "loader.sock", "GPU-1", plan({}))
+        with listener.accept()[0] as connection, connection.makefile("rb") as lines:
+            assert lines.readline()
+            if ended == "cancelled":
+                delivery.cancel()
+            else:
+                with pytest.raises(DeliveryFailed, match="no answer"):
+                    delivery.receive()
+            assert lines.read() == b""
+
+
+def test_waiting_for_a_loader_leaves_time_to_copy_instead() -> None:
+    waiting = deliveries.ORDER_TIMEOUT + deliveries.RECEIVE_TIMEOUT
+    assert waiting < Deadlines().wake / 2

@@ -193,6 +193,27 @@ async def test_the_same_bytes_in_another_directory_need_no_room(
     assert await files.hold("i-2", a_model(tmp_path / "copy", b"one", b"more")) == first
 
 
+async def test_names_that_lead_to_one_file_share_one_fill_and_its_room(
+    tmp_path: Path, cache: GatedCache, files: NodeWeightFiles
+) -> None:
+    # given: room for two files, and three names, two of them links to one blob
+    blob = tmp_path / "blob"
+    blob.write_bytes(b"first")
+    model = a_model(tmp_path / "one", b"", b"", b"second")
+    for link in model.weights[:2]:
+        link.unlink()
+        link.symlink_to(blob)
+
+    held = await files.hold("i-1", model)
+
+    assert held == {
+        "model-0.safetensors": digest_of(b"first"),
+        "model-1.safetensors": digest_of(b"first"),
+        "model-2.safetensors": digest_of(b"second"),
+    }
+    assert len(cache.copies) == 2
+
+
 # What goes wrong
 
 

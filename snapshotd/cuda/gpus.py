@@ -1,0 +1,152 @@
+"""The GPUs that the loader copies to."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from snapshotd.cuda.driver import DriverError, LoaderError, call
+
+# Bytes after which is seen whether they are still wanted: 5 ms of the bus.
+STRIDE = 256 << 20
+
+Source = tuple[int, int, int]
+
+
+class Gpu:
+    """One GPU, its context, and a stream to copy on."""
+
+    def __init__(self, driver: Any, device: Any) -> None:
+        self.device = device
+        self._driver = driver
+        self.context = call(driver.cuDevicePrimaryCtxRetain, device)
+        self.enter()
+        # Nothing is computed here, so nothing needs stacks or heaps: they would take 0.3 GB of the GPU.
+        for limit in (driver.CUlimit.CU_LIMIT_STACK_SIZE, driver.CUlimit.CU_LIMIT_MALLOC_HEAP_SIZE):
+            driver.cuCtxSetLimit(limit, 0)
+        self.stream = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        self._kind = driver.CUmemAllocationProp()
+        self._kind.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._kind.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._kind.location.id = int(device)
+        self._handles = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        self._kind.requestedHandleTypes = self._handles
+
+    def enter(self) -> None:
+        """Use it from the calling thread."""
+        call(self._driver.cuCtxSetCurrent, self.context)
+
+    def load(self, size: int, pieces: Iterable[Source], check: Callable[[], None]) -> int:
+        """Copy into new memory; nothing is read from the sources any more when this returns or raises.
+
+        Args:
+            size: of the memory, a multiple of 2 MiB.
+            pieces: address in registered memory, bytes, place in the new memory.
+            check: called before memory is taken and between the copies; what it raises ends them.
+
+        Returns:
+            A descriptor of it; nothing else holds it.
+
+        Raises:
+            DriverError: the driver refused; the memory was given back.
+        """
+        driver = self._driver
+        with ExitStack() as stack:
+            check()
+            handle = call(driver.cuMemCreate, size, self._kind, 0)
+            stack.callback(call, driver.cuMemRelease, handle)
+            address = call(driver.cuMemAddressReserve, size, 0, 0, 0)
+            stack.callback(call, driver.cuMemAddressFree, address, size)
+            call(driver.cuMemMap, address, size, 0, handle, 0)
+            stack.callback(call, driver.cuMemUnmap, address, size)
+            access = driver.CUmemAccessDesc()
+            access.location = self._kind.location
+            access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+            call(driver.cuMemSetAccess, address, size, [access], 1)
+            stack.callback(call, driver.cuStreamSynchronize, self.stream)
+            queued = 0
+            for source, length, place in strides(pieces):
+                if queued + length > STRIDE:
+                    call(driver.cuStreamSynchronize, self.stream)
+                    check()
+                    queued = 0
+                call(driver.cuMemcpyHtoDAsync, int(address) + place, source, length, self.stream)
+                queued += length
+            call(driver.cuStreamSynchronize, self.stream)
+            return int(call(driver.cuMemExportToShareableHandle, handle, self._handles, 0))
+
+
+def strides(pieces: Iterable[Source]) -> Iterator[Source]:
+    """The same bytes, none longer than a stride."""
+    for source, length, place in pieces:
+        for start in range(0, length, STRIDE):
+            yield source + start, min(STRIDE, length - start), place + start
+
+
+class Gpus:
+    """The node's GPUs, by UUID; a context only for those that are used, and for all once files come.
+
+    Raises:
+        DriverError: the driver cannot be used.
+    """
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        call(driver.cuInit, 0)
+        self._devices = {
+            uuid_of(driver, device): device
+            for device in (call(driver.cuDeviceGet, n) for n in range(call(driver.cuDeviceGetCount)))
+        }
+        self._open: dict[str, Gpu] = {}
+        self._lock = threading.Lock()
+
+    def get(self, uuid: str) -> Gpu:
+        """One GPU, in use from the calling thread.
+
+        Raises:
+            LoaderError: there is none with that UUID.
+            DriverError: it cannot be used.
+        """
+        with self._lock:
+            if uuid not in self._devices:
+                raise LoaderError(f"there is no GPU {uuid}")
+            if uuid not in self._open:
+                self._open[uuid] = Gpu(self._driver, self._devices[uuid])
+            gpu = self._open[uuid]
+        gpu.enter()
+        return gpu
+
+    def open_all(self) -> None:
+        """Open every GPU, so that no order waits for that, and use one of them from the calling thread.
+
+        Raises:
+            DriverError: the last one cannot be used, and neither can any other.
+        """
+        refusal = None
+        for uuid in self._devices:
+            try:
+                self.get(uuid)
+            except DriverError as error:
+                # One that is full, or kept by somebody else; an order for it is refused then.
+                sys.stderr.write(f"GPU {uuid} is not opened: {error}\n")
+                refusal = error
+        if not self.enter_any() and refusal is not None:
+            raise refusal
+
+    def enter_any(self) -> bool:
+        """Use one that is open from the calling thread; False: none is."""
+        with self._lock:
+            gpu = next(iter(self._open.values()), None)
+        if gpu is None:
+            return False
+        gpu.enter()
+        return True
+
+
+def uuid_of(driver: Any, device: Any) -> str:
+    """As NVML writes it."""
+    text = bytes(call(driver.cuDeviceGetUuid, device).bytes).hex()
+    return "GPU-" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
