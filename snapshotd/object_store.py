@@ -32,7 +32,7 @@ from snapshotd.store.workers import Workers
 SIGNING_KEY = "signing.key"
 # The line that other nodes need among their trusted keys to restore what this one captured.
 PUBLIC_KEY = "signing.pub"
-# Chunks in flight, each with at most 24 MiB of memory.
+# Calls at once.
 IN_FLIGHT = 8
 PASSES = 3
 
