@@ -98,7 +98,7 @@ def check_all_is_well(nodes: StoreNodes) -> None:
         for manifest in (bucket / "snapshots").glob("*/manifest")
         for chunk, _ in json.loads(manifest.read_bytes().partition(b"\n")[2])["chunks"]
     }
-    assert {path.name for path in (bucket / "chunks").glob("*/*")} == needed
+    assert {path.name for path in (bucket / "chunks").glob("*/*/*")} == needed
     assert [path for path in (bucket / "tmp").glob("*") if path.is_file()] == []
 
 
@@ -149,7 +149,7 @@ def test_a_deletion_can_be_repeated(nodes: StoreNodes, published: str, point: st
         delete(again)
         assert listed(again) == {}
     check_all_is_well(nodes)
-    assert list((nodes.root / "bucket" / "chunks").glob("*/*")) == []
+    assert list((nodes.root / "bucket" / "chunks").glob("*/*/*")) == []
 
 
 @pytest.mark.parametrize("point", PRUNE)
@@ -176,10 +176,10 @@ def test_a_prune_can_be_killed(nodes: StoreNodes, published: str, instruct_model
 def test_an_upload_that_was_cut_sends_no_chunk_twice(nodes: StoreNodes, a: str) -> None:
     daemon = nodes.node(a, "--failpoints", "upload.manifest=exit")
     crash(daemon, lambda: publish(daemon))
-    before = {path: path.stat().st_mtime_ns for path in (nodes.root / "bucket/chunks").glob("*/*")}
+    before = {path: path.stat().st_mtime_ns for path in (nodes.root / "bucket/chunks").glob("*/*/*")}
     assert len(before) > 10
 
     with nodes.node(a) as again:
         publish(again)
 
-    assert {path: path.stat().st_mtime_ns for path in (nodes.root / "bucket/chunks").glob("*/*")} == before
+    assert {path: path.stat().st_mtime_ns for path in (nodes.root / "bucket/chunks").glob("*/*/*")} == before

@@ -247,17 +247,13 @@ async def test_a_stranger_s_snapshot_is_listed_as_refused(world: World) -> None:
 
 
 async def test_what_was_fetched_is_refused_once_its_signer_is_trusted_no_longer(world: World) -> None:
-    # given
     await world.published()
     own = a_signer()
     node = world.node("a", signer=own, trusts=(world.signer,))
     await node.fetch(await node.get("s1"), silent)
     assert (await node.get_exactly("s1", "")).local
 
-    # when
     without = world.node("a", signer=own)
-
-    # then
     for look in (without.get("s1"), without.get_exactly("s1", ""), without.verify("s1", silent)):
         with pytest.raises(PermissionDenied) as refusal:
             await look
@@ -265,8 +261,6 @@ async def test_what_was_fetched_is_refused_once_its_signer_is_trusted_no_longer(
     found, refused = await without.list()
     assert found == []
     assert [(one.snapshot, one.reason.partition(":")[0]) for one in refused] == [("s1", "UNTRUSTED_SIGNER")]
-
-    # and it is as it was once the key is back
     assert (await world.node("a", signer=own, trusts=(world.signer,)).get("s1")).local
 
 
