@@ -58,7 +58,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Park:
+class OnInstance:
     instance: str
     reason: str
 
@@ -67,14 +67,12 @@ class Park:
         return f"instances/{self.instance}"
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
-    instance: str
-    reason: str
+class Park(OnInstance):
+    __slots__ = ()
 
-    @property
-    def target(self) -> str:
-        return f"instances/{self.instance}"
+
+class Stop(OnInstance):
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dumont.errors import Internal
 
 ACTIONS = ("error", "exit")
+# Exit status of a daemon that was made to crash: EX_SOFTWARE of sysexits.h.
+CRASHED = 70
 
 
 class Failpoints:
@@ -38,6 +40,6 @@ class Failpoints:
     def hit(self, name: str) -> None:
         action = self.actions.get(name)
         if action == "exit":
-            os._exit(70)
+            os._exit(CRASHED)
         if action == "error":
             raise Internal("FAILPOINT", f"failpoint {name}", metadata={"failpoint": name})

@@ -213,7 +213,7 @@ def _gaps(ranges: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, in
 
 def _punch(file: int, offset: int, length: int) -> None:
     """Give the space of a range back to the file system; it reads as zeros from now on."""
-    if libc().fallocate(file, PUNCH_HOLE, offset, length) != 0:
+    if _libc().fallocate(file, PUNCH_HOLE, offset, length) != 0:
         error = ctypes.get_errno()
         # A file system without holes keeps the bytes; nothing maps them.
         if error != errno.EOPNOTSUPP:
@@ -221,7 +221,7 @@ def _punch(file: int, offset: int, length: int) -> None:
 
 
 @cache
-def libc() -> ctypes.CDLL:
+def _libc() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
     library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     return library

@@ -17,6 +17,7 @@ from snapshotd.adapters.cuda_agent import CudaAgent
 from snapshotd.adapters.cuda_cli import CudaCheckpoint
 from snapshotd.config import Settings
 from snapshotd.ports import Cuda
+from tests.conftest import require
 from tests.contracts import cuda_files
 from tests.cuda_process import CudaProcess
 from tests.fake_cuda import FakeCuda
@@ -135,8 +136,9 @@ async def test_a_device_map_reaches_the_driver_whole(bench: Bench) -> None:
 
 
 async def test_a_process_without_cuda_is_told_apart(bench: Bench) -> None:
-    with refused("CUDA_FAILED"):
+    with refused("CUDA_FAILED") as told:
         await bench.cuda.state(4)
+    assert told[0].metadata == {"operation": "state", "pid": "4"}
 
 
 @pytest.mark.parametrize("operation", ["checkpoint", "restore", "unlock"])
@@ -279,7 +281,8 @@ def real(request: pytest.FixtureRequest) -> CudaAgent | CudaCheckpoint:
     try:
         return cuda_backend.choose(request.param, Settings().cuda_checkpoint)
     except DumontError as error:
-        pytest.skip(error.message)
+        require(False, error.message)
+        raise
 
 
 @pytest.mark.gpu
@@ -319,6 +322,7 @@ async def test_a_real_process_that_computes_on_and_on_cannot_be_locked_in_time(
 
 @pytest.mark.gpu
 async def test_a_real_process_without_cuda_is_told_apart(real: CudaAgent | CudaCheckpoint) -> None:
-    with CudaProcess(cuda=False) as process, refused("CUDA_FAILED"):
+    with CudaProcess(cuda=False) as process, refused("CUDA_FAILED") as told:
         await real.state(process.pid)
+    assert told[0].metadata == {"operation": "state", "pid": str(process.pid)}
     await real.close()

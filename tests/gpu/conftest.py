@@ -12,6 +12,7 @@ from dumont.errors import DumontError
 from snapshotd.adapters import cuda_backend
 from snapshotd.config import Settings
 from snapshotd.model import Snapshot
+from tests.conftest import require
 from tests.gpu.gpu_node import GpuNode, comes_back_to, used
 from tests.gpu.models import make_model
 
@@ -31,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     try:
         cuda_backend.choose(name, Settings().cuda_checkpoint)
     except DumontError as error:
-        pytest.skip(error.message)
+        require(False, error.message)
     return name
 
 

@@ -28,6 +28,8 @@ MIB = 1 << 20
 UNIT = 2 * MIB
 # What the driver itself takes and gives back in its own time.
 SLACK = 64 * MIB
+# Without it nothing can be refused before the driver begins.
+UNSEEN = "NVML does not show what this machine's processes hold, as in some containers; run it outside"
 SETTLE_SECONDS = 20.0
 POLL_SECONDS = 0.02
 

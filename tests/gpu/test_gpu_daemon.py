@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
-from dumont.errors import DumontError
 from dumont.snapshotd.v1 import instance_service_pb2 as pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
 from tests.node.daemon import Daemon
@@ -45,20 +43,6 @@ def restored(daemon: Daemon) -> pb2.Instance:
     return instance
 
 
-def crash(daemon: Daemon, failpoint: str, call: Callable[[], object]) -> None:
-    """Have the daemon die at a step of ``call``, and start the next one."""
-    daemon.kill()
-    flags, daemon.flags = daemon.flags, (*daemon.flags, "--failpoints", f"{failpoint}=exit")
-    daemon.start()
-    daemon.flags = flags
-    with pytest.raises((grpc.RpcError, DumontError)):
-        call()
-    assert daemon.process is not None
-    assert daemon.process.wait(timeout=60) == 70
-    daemon.process = None
-    daemon.start()
-
-
 @pytest.mark.parametrize(
     "failpoint",
     [
@@ -81,7 +65,7 @@ def test_a_crash_in_the_middle_of_a_park_or_capture_leaves_the_source_serving(
         capture = pb2.CaptureInstanceRequest(name="instances/victim", snapshot_id="half")
         return daemon.wait(daemon.instances.CaptureInstance(capture), snapshots_pb2.Snapshot())
 
-    crash(daemon, failpoint, job)
+    daemon.crash(failpoint, job)
 
     after = daemon.get("victim")
     assert (after.pid, after.state) == (source.pid, pb2.Instance.STATE_SERVING)
@@ -108,7 +92,7 @@ def test_a_crash_in_the_middle_of_a_resume_leaves_it_serving(
     source = restored(daemon)
     daemon.instances.ParkInstance(pb2.ParkInstanceRequest(name="instances/victim"))
     resume = pb2.ResumeInstanceRequest(name="instances/victim")
-    crash(daemon, failpoint, lambda: daemon.instances.ResumeInstance(resume))
+    daemon.crash(failpoint, lambda: daemon.instances.ResumeInstance(resume))
     after = daemon.get("victim")
     assert (after.pid, after.state) == (source.pid, pb2.Instance.STATE_SERVING)
     assert daemon.generate("victim") == answer
@@ -116,7 +100,7 @@ def test_a_crash_in_the_middle_of_a_resume_leaves_it_serving(
 
 
 def test_a_crash_in_the_middle_of_a_restore_leaves_nothing(daemon: Daemon, answer: str) -> None:
-    crash(daemon, "restore.cuda_restore.after", lambda: restored(daemon))
+    daemon.crash("restore.cuda_restore.after", lambda: restored(daemon))
     listed = daemon.instances.ListInstances(pb2.ListInstancesRequest()).instances
     assert [item.name for item in listed] == []
     restored(daemon)

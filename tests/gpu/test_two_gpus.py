@@ -11,7 +11,7 @@ from snapshotd.cuda import tree
 from snapshotd.model import Snapshot, State
 from snapshotd.relocation import relocate
 from tests.cuda_process import CudaProcess
-from tests.gpu.gpu_node import MIB, SLACK, GpuNode, comes_back_to, used
+from tests.gpu.gpu_node import MIB, SLACK, UNSEEN, GpuNode, comes_back_to, used
 from tests.node.node_under_test import refused
 
 pytestmark = [
@@ -91,8 +91,8 @@ async def test_a_move_to_a_full_gpu_is_refused_and_the_instance_serves_where_it_
     node: GpuNode, snapshot: Snapshot, memory: list[int]
 ) -> None:
     instance = await node.restore("settled", snapshot, gpu="0")
-    if not node.node.gpu_status or not node.node.gpu_status.used_by([instance.pid]):
-        pytest.skip("NVML does not show this machine's processes: what they need cannot be known before")
+    assert node.node.gpu_status is not None
+    assert node.node.gpu_status.used_by([instance.pid]), UNSEEN
     with pytest.MonkeyPatch.context() as patch:
         # As if another process had taken it: two GPUs are too much to fill in a test.
         patch.setattr(type(node.node.gpu_status), "free", lambda self, gpu: 64 * MIB)

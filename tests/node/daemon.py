@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import grpc
+import pytest
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from dumont.errors import DumontError
 from dumont.rpc.status import from_rpc_error, from_status
 from dumont.snapshotd.v1 import inference_service_pb2 as inference_pb2
 from dumont.snapshotd.v1 import inference_service_pb2_grpc as inference_grpc
@@ -21,6 +24,7 @@ from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
 from dumont.snapshotd.v1 import instance_service_pb2_grpc as instances_grpc
 from dumont.snapshotd.v1 import node_service_pb2_grpc as nodes_grpc
 from dumont.snapshotd.v1 import snapshot_service_pb2_grpc as snapshots_grpc
+from snapshotd.failpoints import CRASHED
 
 START_SECONDS = 30.0
 
@@ -65,6 +69,19 @@ class Daemon:
     def kill(self) -> None:
         """As a crash would."""
         self._end(signal.SIGKILL)
+
+    def crash(self, failpoint: str, call: Callable[[], object]) -> None:
+        """Have it die when ``call`` comes to ``failpoint``, and start the next one."""
+        self.kill()
+        flags, self.flags = self.flags, (*self.flags, "--failpoints", f"{failpoint}=exit")
+        self.start()
+        self.flags = flags
+        with pytest.raises((grpc.RpcError, DumontError)):
+            call()
+        assert self.process is not None
+        assert self.process.wait(timeout=60) == CRASHED
+        self.process = None
+        self.start()
 
     def terminate(self) -> int:
         """Ask it to drain; its exit status."""

@@ -82,23 +82,17 @@ def test_a_parked_instance_is_still_parked_after_a_crash(daemon: Daemon, instanc
 def test_a_crash_in_the_middle_of_a_capture_leaves_the_source_serving(
     daemon: Daemon, instance: str, instruct_model: Path, step: str
 ) -> None:
-    # given: a source that nobody has asked anything, and a daemon that will crash at the step
+    # given: a source that nobody has asked anything
     source = pb2.Instance()
     request = pb2.RestoreInstanceRequest(instance_id="victim", snapshot="snapshots/one")
     daemon.wait(daemon.instances.RestoreInstance(request), source)
-    daemon.kill()
-    flags, daemon.flags = daemon.flags, (*daemon.flags, "--failpoints", f"capture.{step}.after=exit")
-    daemon.start()
-    daemon.flags = flags
 
     # when
     capture = pb2.CaptureInstanceRequest(name="instances/victim", snapshot_id="half")
-    with pytest.raises((grpc.RpcError, DumontError)):
-        daemon.wait(daemon.instances.CaptureInstance(capture), snapshots_pb2.Snapshot())
-    assert daemon.process is not None
-    assert daemon.process.wait(timeout=30) == 70
-    daemon.process = None
-    daemon.start()
+    daemon.crash(
+        f"capture.{step}.after",
+        lambda: daemon.wait(daemon.instances.CaptureInstance(capture), snapshots_pb2.Snapshot()),
+    )
 
     # then: the very process serves, and no half snapshot is listed
     after = daemon.get("victim")
@@ -118,18 +112,12 @@ def test_a_crash_in_the_middle_of_a_capture_leaves_the_source_serving(
 
 @pytest.mark.parametrize("step", ["directory", "criu", "wake", "serve"])
 def test_a_crash_in_the_middle_of_a_restore_leaves_nothing(daemon: Daemon, instance: str, step: str) -> None:
-    daemon.kill()
-    flags, daemon.flags = daemon.flags, (*daemon.flags, "--failpoints", f"restore.{step}.after=exit")
-    daemon.start()
-    daemon.flags = flags
     request = pb2.RestoreInstanceRequest(instance_id="half", snapshot="snapshots/one")
 
-    with pytest.raises((grpc.RpcError, DumontError)):
-        daemon.wait(daemon.instances.RestoreInstance(request), pb2.Instance())
-    assert daemon.process is not None
-    assert daemon.process.wait(timeout=30) == 70
-    daemon.process = None
-    daemon.start()
+    daemon.crash(
+        f"restore.{step}.after",
+        lambda: daemon.wait(daemon.instances.RestoreInstance(request), pb2.Instance()),
+    )
 
     listed = daemon.instances.ListInstances(pb2.ListInstancesRequest()).instances
     assert [item.name for item in listed] == [f"instances/{instance}"]

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from dumont.errors import Unavailable
+from snapshotd.failpoints import CRASHED
 from tests.node.daemon import Daemon
 from tests.node.store_nodes import StoreNodes, capture, delete, listed, prune, publish, restore
 
@@ -21,7 +22,7 @@ UPLOAD = ["upload.chunk", "upload.chunk.after", "upload.manifest", "upload.manif
 FETCH = ["restore.fetch", "fetch.chunk", "fetch.chunk.after", "restore.fetch.after", "restore.verify"]
 DELETE = ["delete.tombstone", "delete.manifest", "delete.manifest.after"]
 PRUNE = ["gc.chunk", "gc.chunk.after", "gc.tombstone", "gc.tombstone.after"]
-EXIT_STATUS = 70
+
 SNAPSHOTD = Path(__file__).parents[2] / "snapshotd"
 
 
@@ -78,7 +79,7 @@ def crash(daemon: Daemon, work: Callable[[], object]) -> None:
     assert process is not None
     with pytest.raises((grpc.RpcError, Unavailable)):
         work()
-    assert process.wait(timeout=30) == EXIT_STATUS
+    assert process.wait(timeout=30) == CRASHED
     daemon.process = None
     daemon.channel.close()
     daemon.output.close()

@@ -170,10 +170,15 @@ class TestTrustedKeysFile:
     def test_while_it_cannot_be_read_the_last_keys_count(self, tmp_path: Path, text: str | None) -> None:
         path, friend = tmp_path / "keys", a_signer()
         trusted = self.keys(path, friend)
+        known = trusted.ids
         path.unlink()
         if text is not None:
             path.write_text(text)
         trusted.verify(friend.key_id, b"text", friend.sign(b"text"))
+        assert trusted.ids == known
+        stranger = a_signer()
+        with pytest.raises(PermissionDenied):
+            trusted.verify(stranger.key_id, b"text", stranger.sign(b"text"))
 
     async def test_what_was_refused_is_listed_once_its_signer_is_trusted(self, tmp_path: Path) -> None:
         objects, signer, own = MemoryObjects(), a_signer(), a_signer()
