@@ -88,10 +88,15 @@ async def revive_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) 
 
 async def rouse_cuda(node: Node, subject: Subject) -> None:
     """Bring a source back to running, from whatever state its suspension reached."""
-    # It answers only when it has ended what it was told before; a trim must not meet the driver.
-    await host_of(subject).call("status", node.deadlines.quiesce)
     await order_weights(node, subject)
-    await tree.rouse(cuda_of(node), await cuda_pids(node, host_of(subject)))
+    host = host_of(subject)
+    await _rouse(node, host, await cuda_pids(node, host))
+
+
+async def _rouse(node: Node, host: Host, pids: Sequence[int]) -> None:
+    # It answers only when it has ended what it was told before; a trim must not meet the driver.
+    await host.call("status", node.deadlines.quiesce)
+    await tree.rouse(cuda_of(node), pids)
 
 
 async def order_weights(node: Node, subject: Subject) -> None:
@@ -123,7 +128,7 @@ async def settle_cuda(node: Node, instance: Instance, host: Host) -> Instance:
     cuda, pids = cuda_of(node), await cuda_pids(node, host)
     if instance.state is State.PARKED and {await cuda.state(pid) for pid in pids} == {"checkpointed"}:
         return instance
-    await tree.rouse(cuda, pids)
+    await _rouse(node, host, pids)
     return replace(located(node, instance, pids), state=State.SERVING)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gpu_world import FILES, GIB, A, ReadyLoader, World, a_world
+from gpu_world import FILES, GIB, A, GpuHost, ReadyLoader, World, a_world
+from instances_world import an_instance
 
 from dumont.errors import Aborted
 from snapshotd.model import State
@@ -90,3 +91,25 @@ async def test_a_source_that_does_not_answer_after_its_checkpoint_is_ended(world
         await world.instances.park("one")
 
     assert host.released
+
+
+async def test_a_new_daemon_waits_for_a_trim_of_the_earlier_one_before_it_wakes_the_driver(
+    world: World,
+) -> None:
+    # given a process whose daemon died while it was looking through memory that the driver made
+    host = GpuHost("one")
+    host.state = "QUIESCED"
+    host.gates["status"] = asyncio.Event()
+    world.hosts.found, world.cuda.states = [host], {42: "checkpointed", 43: "checkpointed"}
+    world.instances.journal.write(replace(an_instance(State.CAPTURING), device="cuda:0", gpu=A.uuid))
+
+    # when the next one takes over
+    taking = asyncio.create_task(world.instances.take_over())
+    await host.reached.wait()
+
+    # then the driver is left alone until the process answers
+    assert set(world.cuda.states.values()) == {"checkpointed"}
+    host.gates["status"].set()
+    await taking
+    assert set(world.cuda.states.values()) == {"running"}
+    assert host.state == "SERVING"
