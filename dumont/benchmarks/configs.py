@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from dumont.benchmarks.programs import environment, script
+from dumont.benchmarks.programs import environment, run, script
 from dumont.errors import Internal, InvalidArgument
 
 Settings = Mapping[str, str | int | bool]
@@ -90,14 +89,8 @@ def build(name: str, directory: Path) -> None:
         Internal: MODEL_NOT_BUILT.
     """
     scratch = directory.with_suffix(".new")
-    done = subprocess.run(
-        [sys.executable, str(script("random_model")), str(scratch)],
-        input=json.dumps(settings_of(name)),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(script("random_model")), str(scratch)]
+    done = run(command, env=environment(), said=json.dumps(settings_of(name)))
     if done.returncode != 0:
         raise Internal("MODEL_NOT_BUILT", f"the model {name} could not be made: {done.stderr[-500:]}")
     scratch.rename(directory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import grpc
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
 
-from dumont.benchmarks.programs import tail
+from dumont.benchmarks.programs import interrupts_held, tail
 from dumont.errors import DeadlineExceeded, FailedPrecondition
 from dumont.rpc.status import from_rpc_error, from_status
 from dumont.snapshotd.v1 import (
@@ -70,16 +69,20 @@ class Snapshotd:
 
     def __enter__(self) -> Snapshotd:
         command = [sys.executable, "-m", "snapshotd.main", "--listen", self.address, *self.flags]
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         # Not shared with the channel to an earlier one at the same address.
         self.channel = grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
         self.instances: Any = instance_service_pb2_grpc.InstanceServiceStub(self.channel)
         self.snapshots: Any = snapshot_service_pb2_grpc.SnapshotServiceStub(self.channel)
         self.inference: Any = inference_service_pb2_grpc.InferenceServiceStub(self.channel)
         self.operations: Any = operations_pb2_grpc.OperationsStub(self.channel)
+        self.process: subprocess.Popen[bytes] | None = None
         try:
-            self._wait_until_serving()
+            with self.log.open("ab") as output, interrupts_held():
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                )
+            self.pid = self.process.pid
+            self._wait_until_serving(self.process)
         except BaseException:
             self.__exit__()
             raise
@@ -87,11 +90,11 @@ class Snapshotd:
 
     def __exit__(self, *_: object) -> None:
         self.channel.close()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
 
-    def _wait_until_serving(self) -> None:
+    def _wait_until_serving(self, process: subprocess.Popen[bytes]) -> None:
         ready = grpc.channel_ready_future(self.channel)
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -99,7 +102,7 @@ class Snapshotd:
                 ready.result(timeout=0.1)
                 return
             except grpc.FutureTimeoutError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
+                if process.poll() is not None or time.monotonic() > deadline:
                     message = f"snapshotd does not serve: {tail(self.log)}"
                     raise FailedPrecondition("SERVICE_ENDED", message) from None
 
@@ -166,12 +169,12 @@ class Snapshotd:
 
     def cpu_seconds(self) -> float:
         """Seconds of cores that it has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak_rss(self) -> int:
         """Bytes of memory that it ever had resident."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.pid}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 
     def generate(self, instance: str, prompt: str, max_new_tokens: int) -> Answer:

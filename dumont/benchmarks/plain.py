@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dumont.benchmarks.programs import environment, script
+from dumont.benchmarks.programs import environment, run, script
 from dumont.benchmarks.results import Sample
 from dumont.errors import Internal
 
@@ -28,7 +27,7 @@ def measure(model: Path, prompt: str, max_new_tokens: int) -> PlainAnswer:
         Internal: PLAIN_SCRIPT_FAILED.
     """
     command = [sys.executable, str(script("plain_cold_start")), str(model), prompt, str(max_new_tokens)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = run(command, env=environment())
     if done.returncode != 0:
         raise Internal(
             "PLAIN_SCRIPT_FAILED", f"the plain script failed with {model.name}: {done.stderr[-500:]}"

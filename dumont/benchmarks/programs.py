@@ -1,16 +1,21 @@
-"""The programs that a bench runs beside Dumont, and what they find around them."""
+"""The programs that a bench runs beside Dumont, how they end with it, and what they find around them."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dumont.errors import FailedPrecondition
 
 SCRIPTS: Final = Path(__file__).parent / "scripts"
+INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def script(name: str) -> Path:
@@ -24,15 +29,71 @@ def environment() -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the block has ended: a process that is being started has no name yet by
+    which it could be ended again."""
+    if threading.current_thread() is not threading.main_thread():
+        # Python handles signals in no other.
+        yield
+        return
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in INTERRUPTS:
+            before[number] = signal.signal(number, lambda which, _: came.append(which))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def run(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    said: str | None = None,
+    timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end. Should that not come, because of the timeout or an interrupt, it is killed
+    with all that it has started.
+
+    Args:
+        said: given to it on standard input.
+        timeout: in seconds.
+
+    Raises:
+        subprocess.TimeoutExpired: it was killed for that.
+    """
+    process: subprocess.Popen[str] | None = None
+    try:
+        with interrupts_held():
+            process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.PIPE if said is not None else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                process_group=0,
+            )
+        stdout, stderr = process.communicate(said, timeout=timeout)
+    finally:
+        if process is not None and process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
 def find_criu() -> Path:
     """The CRIU that snapshotd uses here.
 
     Raises:
         FailedPrecondition: CRIU_NOT_FOUND.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "snapshotd.preflight", "--criu"], capture_output=True, text=True, check=False
-    )
+    done = run([sys.executable, "-m", "snapshotd.preflight", "--criu"])
     if done.returncode != 0:
         raise FailedPrecondition("CRIU_NOT_FOUND", done.stderr.strip()[-500:] or "no CRIU works here")
     return Path(done.stdout.strip())

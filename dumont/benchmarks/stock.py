@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from dumont.benchmarks.programs import environment, script, tail
+from dumont.benchmarks.programs import environment, interrupts_held, run, script, tail
 from dumont.benchmarks.results import Costs, Sample, Spread
 from dumont.errors import DeadlineExceeded, Internal
 
@@ -116,7 +116,7 @@ class Stock:
             sys.executable, str(script("answering")),
             str(self.model), str(self.exchange), str(self.max_new_tokens),
         ]  # fmt: skip
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as log, interrupts_held():
             process = subprocess.Popen(
                 command,
                 env={**environment(), **WITHOUT_TILES},
@@ -125,9 +125,9 @@ class Stock:
                 stderr=log,
                 start_new_session=True,
             )
-        self.pid = process.pid
-        # From here on it is known by its pid alone, as it is after a restore.
-        process.returncode = 0
+            self.pid = process.pid
+            # From here on it is known by its pid alone, as it is after a restore.
+            process.returncode = 0
         self._take(READY)
         for leftover in (FIRST_TOKEN, TOKENS):
             self._take(leftover)
@@ -138,23 +138,15 @@ class Stock:
     def _command(self, command: list[str], log: Path | None = None) -> float:
         """Run a command, which may write a log, to its end; the seconds it took."""
         began = time.monotonic()
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
-        )
         try:
-            stdout, stderr = process.communicate(timeout=STEP_SECONDS)
+            done = run(command, timeout=STEP_SECONDS)
         except subprocess.TimeoutExpired:
             raise self._late(" ".join(command[:2])) from None
-        finally:
-            if process.returncode is None:
-                # With whatever it has started.
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-        if process.returncode != 0:
-            said = tail(log) if log else (stderr or stdout).strip()[-500:]
+        if done.returncode != 0:
+            said = tail(log) if log else (done.stderr or done.stdout).strip()[-500:]
             raise Internal(
                 "STOCK_FAILED",
-                f"{Path(command[0]).name} {command[1]} ended with status {process.returncode}: {said}",
+                f"{Path(command[0]).name} {command[1]} ended with status {done.returncode}: {said}",
             )
         return time.monotonic() - began
 

@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from dumont.benchmarks import programs
 from dumont.benchmarks.daemon import Snapshotd
 from dumont.errors import DumontError, FailedPrecondition, Internal
 from dumont.snapshotd.v1 import snapshot_service_pb2
@@ -214,13 +214,8 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _measure(store: str, snapshot: str) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-m", "snapshotd.object_store", "measure", snapshot],
-        env={**os.environ, STORE_VARIABLE: store},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "snapshotd.object_store", "measure", snapshot]
+    done = programs.run(command, env={**os.environ, STORE_VARIABLE: store})
     try:
         speeds: dict[str, float] = json.loads(done.stdout)
     except ValueError:

@@ -71,6 +71,8 @@ def bench(
     from dumont.up import check_installed
 
     check_installed()
+    # A bench that is told to end must end what it has started, frozen processes included.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if store:
         _store((model or [MODEL])[0], directory, as_json=json)
         return
@@ -84,8 +86,6 @@ def bench(
     chosen = [case.strip() for case in cases.split(",") if case.strip()]
     models = model or ([] if config else [MODEL])
     plan = run.plan(models, config or [], chosen, rounds, cuda_checkpoint)
-    # A bench that is told to end must end what it has started, frozen processes included.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     _starts(plan, directory, plot, output, as_json=json)
 
 
