@@ -344,7 +344,9 @@ class ShimPool:
                 while not path.exists():
                     if ended.done():
                         raise Internal(
-                            "SHIM_FAILED", f"the shim ended with status {process.returncode} at its start"
+                            "SHIM_FAILED",
+                            f"the shim ended with status {process.returncode} at its start: "
+                            f"{_last_words(path.with_suffix('.log'))}",
                         )
                     await asyncio.sleep(0.005)
             return await ShimHost.connect(path)
@@ -365,6 +367,11 @@ def _spawn(command: Sequence[str], complaints: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line[:500] for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def _forget(path: Path, keep_log: bool = False) -> None:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dumont.errors import DataLoss
+from snapshotd.shim import bindings
 
 PAGE = 4096
 
@@ -97,13 +96,12 @@ class ImageFormat:
     """
 
     def __init__(self, pycriu: Path | None) -> None:
-        if pycriu is not None and str(pycriu) not in sys.path:
-            sys.path.insert(0, str(pycriu))
-        self._pagemap: Any = import_module("pycriu.images.pagemap_pb2")
-        self._mm: Any = import_module("pycriu.images.mm_pb2")
-        self._files: Any = import_module("pycriu.images.fdinfo_pb2")
-        self._mounts: Any = import_module("pycriu.images.mnt_pb2")
-        magic: Any = import_module("pycriu.images.magic")
+        def load(name: str) -> Any:
+            return bindings.load(f"pycriu.images.{name}", pycriu)
+
+        self._pagemap, self._mm = load("pagemap_pb2"), load("mm_pb2")
+        self._files, self._mounts = load("fdinfo_pb2"), load("mnt_pb2")
+        magic = load("magic")
         self._magic = {
             name: struct.pack("<II", magic.by_name["IMG_COMMON"], magic.by_name[name])
             for name in ("PAGEMAP", "MM", "FILES", "MNTS")

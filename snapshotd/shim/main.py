@@ -19,12 +19,11 @@ import os
 import selectors
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from snapshotd.shim import criu, launcher, linux, mounts
+from snapshotd.shim import bindings, criu, launcher, linux, mounts
 from snapshotd.shim.freezer import Freezer
 from snapshotd.shim.hostlog import HostLog
 from snapshotd.shim.line import Line, Message
@@ -347,13 +346,10 @@ def main() -> None:
         "--socket", type=Path, required=True, help="where to listen; made when everything is ready"
     )
     parser.add_argument("--criu", type=Path, required=True)
-    parser.add_argument("--pycriu", default="", help="directory to import pycriu from; empty: the usual path")
+    parser.add_argument("--pycriu", type=Path, help="directory of pycriu; left out: the usual path")
     parser.add_argument("--weights", type=Path, help="the node's weight cache; left out: it has none")
     arguments = parser.parse_args()
-    if arguments.pycriu:
-        sys.path.insert(0, arguments.pycriu)
-    import pycriu
-
+    pycriu = bindings.load("pycriu", arguments.pycriu)
     linux.become_subreaper()
     private_mounts()
     folder, name = arguments.socket.parent.resolve(), arguments.socket.name
