@@ -89,5 +89,8 @@ def enter_root(root: Path, places: Mapping[str, Path]) -> None:
     """
     for point, place in places.items():
         linux.mount(str(place), root / point.lstrip("/"), None, linux.MS_BIND)
+    # Where the node's mounts are shared, as systemd makes them, these would follow them, and CRIU would look
+    # for what they follow when it restores.
+    linux.mount("none", root, None, linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("proc", root / "proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     linux.pivot_root(root)

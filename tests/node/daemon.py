@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -30,13 +30,20 @@ START_SECONDS = 30.0
 
 
 class Daemon:
-    """A running snapshotd and stubs of its services."""
+    """A running snapshotd and stubs of its services.
 
-    def __init__(self, state_dir: Path, port: int, *flags: str, device: str = "cpu") -> None:
+    Args:
+        within: a command that runs it, as the same process, in other circumstances.
+    """
+
+    def __init__(
+        self, state_dir: Path, port: int, *flags: str, device: str = "cpu", within: Sequence[str] = ()
+    ) -> None:
         self.state_dir = state_dir
         self.address = f"127.0.0.1:{port}"
         self.flags = flags
         self.device = device
+        self.within = within
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Daemon:
@@ -50,7 +57,7 @@ class Daemon:
 
     def start(self) -> None:
         """Start it and wait until it says that it serves."""
-        command = [sys.executable, "-m", "snapshotd.main", "--state-dir", str(self.state_dir)]
+        command = [*self.within, sys.executable, "-m", "snapshotd.main", "--state-dir", str(self.state_dir)]
         command += ["--listen", self.address, "--device", self.device, *self.flags]
         self.output = (self.state_dir.parent / f"{self.state_dir.name}.log").open("ab")
         self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output)

@@ -1,0 +1,52 @@
+"""A node whose mounts are shared, as systemd makes them everywhere and Docker for its volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
+from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
+from tests.node.daemon import Daemon
+
+pytestmark = pytest.mark.node
+
+SHARED = ("unshare", "--mount", "--propagation", "shared")
+
+
+@pytest.fixture
+def daemon(criu: Path, free_port: Callable[[], int], tmp_path: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path / "state", free_port(), "--stop-instances-on-exit", within=SHARED) as running:
+        yield running
+
+
+def test_instances_are_captured_restored_and_captured_again(daemon: Daemon, instruct_model: Path) -> None:
+    # given: mounts that others follow
+    assert daemon.process is not None
+    mounted = Path(f"/proc/{daemon.process.pid}/mountinfo").read_text()
+    assert " shared:" in mounted
+
+    # when: one that was restored is captured in turn
+    daemon.start_instance("first", instruct_model)
+    capture(daemon, "first", "one")
+    answer = daemon.generate("first")
+    restore(daemon, "second", "one")
+    capture(daemon, "second", "two")
+    restore(daemon, "third", "two")
+
+    # then
+    assert [daemon.generate("second"), daemon.generate("third")] == [answer, answer]
+    # and nothing of theirs is mounted on the node
+    assert Path(f"/proc/{daemon.process.pid}/mountinfo").read_text() == mounted
+
+
+def capture(daemon: Daemon, instance: str, snapshot: str) -> None:
+    request = instances_pb2.CaptureInstanceRequest(name=f"instances/{instance}", snapshot_id=snapshot)
+    daemon.wait(daemon.instances.CaptureInstance(request), snapshots_pb2.Snapshot())
+
+
+def restore(daemon: Daemon, instance: str, snapshot: str) -> None:
+    request = instances_pb2.RestoreInstanceRequest(instance_id=instance, snapshot=f"snapshots/{snapshot}")
+    daemon.wait(daemon.instances.RestoreInstance(request), instances_pb2.Instance())
