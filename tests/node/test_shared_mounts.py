@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
-from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
 from tests.node.daemon import Daemon
+from tests.node.store_nodes import capture, restore
 
 pytestmark = pytest.mark.node
 
@@ -40,13 +39,3 @@ def test_instances_are_captured_restored_and_captured_again(daemon: Daemon, inst
     assert [daemon.generate("second"), daemon.generate("third")] == [answer, answer]
     # and nothing of theirs is mounted on the node
     assert Path(f"/proc/{daemon.process.pid}/mountinfo").read_text() == mounted
-
-
-def capture(daemon: Daemon, instance: str, snapshot: str) -> None:
-    request = instances_pb2.CaptureInstanceRequest(name=f"instances/{instance}", snapshot_id=snapshot)
-    daemon.wait(daemon.instances.CaptureInstance(request), snapshots_pb2.Snapshot())
-
-
-def restore(daemon: Daemon, instance: str, snapshot: str) -> None:
-    request = instances_pb2.RestoreInstanceRequest(instance_id=instance, snapshot=f"snapshots/{snapshot}")
-    daemon.wait(daemon.instances.RestoreInstance(request), instances_pb2.Instance())
