@@ -85,6 +85,10 @@ class Settings(BaseSettings):
     encryption_key_file: Path | None = Field(
         None, description="32 bytes, as hex or raw, that chunks are encrypted under; unset: not encrypted"
     )
+    encrypt_local: CliImplicitFlag[bool] = Field(
+        False,
+        description="encrypt the node's own snapshots too; while they are used they are in memory, plain",
+    )
     trusted_keys_file: Path | None = Field(
         None, description="public keys of the nodes whose snapshots are restored here, one a line"
     )

@@ -23,7 +23,6 @@ from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc
 from snapshotd import preflight
 from snapshotd.adapters import cuda_backend, weight_loader
 from snapshotd.adapters.clock import SystemClock
-from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.facts import node_facts
 from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
@@ -34,10 +33,11 @@ from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
 from snapshotd.instances import Instances
 from snapshotd.journal import Journal
+from snapshotd.local_store import give_back_memory, open_store
 from snapshotd.node import Deadlines, HostSettings, Node
 from snapshotd.object_store import open_remote
 from snapshotd.observer import Observers
-from snapshotd.ports import Clock
+from snapshotd.ports import Clock, SnapshotStore
 from snapshotd.service.inference import Inference
 from snapshotd.service.instances import InstanceServicer
 from snapshotd.service.node import NodeServicer
@@ -80,15 +80,17 @@ async def run(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         lock = prepare_state(settings.state_dir)
         stack.callback(os.close, lock)
-        store = DirectoryStore(settings.cache_dir or settings.state_dir / "snapshots", settings.threads)
-        store.open()
         failpoints = Failpoints.parse(settings.failpoints)
+        journal = Journal(settings.state_dir / "journal")
+        # This and the weight cache may mount something: before any shim takes the node's mounts over into its
+        # own namespace.
+        store = open_store(settings, failpoints, journal)
+        stack.callback(give_back_memory, settings, journal)
         remote = open_remote(settings, failpoints)
         if remote is not None:
             stack.callback(remote.close)
             await check_store(remote)
         nvml = Nvml.open() if settings.device != "cpu" else None
-        # Mounted before any shim takes the node's mounts over into its own namespace.
         weight_cache = open_weight_cache(settings, on_gpus=nvml is not None)
         weights = NodeWeightFiles(settings.state_dir / "weights.json", weight_cache)
         stack.push_async_callback(weights.close)
@@ -126,7 +128,7 @@ async def run(settings: Settings) -> None:
         if cuda is not None:
             stack.push_async_callback(cuda.close)
         observers = Observers()
-        instances = Instances(node, Journal(settings.state_dir / "journal"), observers, failpoints)
+        instances = Instances(node, journal, observers, failpoints)
         snapshots = connect(store, remote, settings, instances)
         operations = rpc_operations.Operations(DOMAIN)
         inference = Inference(instances)
@@ -228,7 +230,7 @@ async def check_store(remote: RemoteStore) -> None:
 
 
 def connect(
-    store: DirectoryStore, remote: RemoteStore | None, settings: Settings, instances: Instances
+    store: SnapshotStore, remote: RemoteStore | None, settings: Settings, instances: Instances
 ) -> Snapshots:
     """The node's snapshots and those of its object store, if there is one."""
     tasks: set[asyncio.Task[None]] = set()

@@ -188,7 +188,27 @@ class SnapshotStore(Protocol):
         """
         ...
 
-    def images(self, snapshot: Snapshot) -> Path: ...
+    def keep(self, owner: str, snapshot: str) -> None:
+        """From now on the image files of a snapshot, once they are there, stay for ``owner``.
+
+        Args:
+            owner: an instance that restores or maps them, or whoever else reads them; it keeps one at a time.
+        """
+        ...
+
+    async def images(self, snapshot: Snapshot) -> Path:
+        """The directory with its image files, for as long as somebody keeps it; brought there if need be.
+
+        Raises:
+            DataLoss: they cannot be brought there, because what is stored of them is damaged.
+            FailedPrecondition: KEY_MISSING, they are encrypted with another key than this node's.
+            ResourceExhausted: there is no room for them.
+        """
+        ...
+
+    async def release(self, owner: str) -> None:
+        """``owner`` reads and maps nothing any more; nothing happens if it kept nothing."""
+        ...
 
     async def quarantine(self, snapshot: str, reason: str) -> None: ...
 

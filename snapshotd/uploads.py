@@ -143,7 +143,7 @@ class Uploads:
             try:
                 held = await self.store.get(snapshot)
                 await self._check_store()
-                await self.remote.publish(held.manifest, self.store.images(held), upload.tell, pending.key)
+                await self._publish(held, pending, upload)
                 break
             except PASSING as error:
                 log.warning(
@@ -163,3 +163,12 @@ class Uploads:
         self.journal.remove(snapshot)
         log.info("snapshot published", snapshot=snapshot)
         self.published(snapshot)
+
+    async def _publish(self, held: Snapshot, pending: PendingUpload, upload: Upload) -> None:
+        reader = f"upload of {pending.snapshot}"
+        self.store.keep(reader, pending.snapshot)
+        try:
+            images = await self.store.images(held)
+            await self.remote.publish(held.manifest, images, upload.tell, pending.key)
+        finally:
+            await self.store.release(reader)

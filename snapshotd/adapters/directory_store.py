@@ -69,19 +69,19 @@ class DirectoryStore:
                 metadata={"snapshot": snapshot},
             )
         try:
-            self._staged(snapshot).mkdir(mode=0o700)
+            self.staged(snapshot).mkdir(mode=0o700)
         except FileExistsError:
             raise AlreadyExists(
                 "SNAPSHOT_IN_PROGRESS", f"snapshots/{snapshot} is being made", metadata={"snapshot": snapshot}
             ) from None
-        return self._staged(snapshot)
+        return self.staged(snapshot)
 
     async def discard(self, snapshot: str) -> None:
-        await asyncio.to_thread(shutil.rmtree, self._staged(snapshot), ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, self.staged(snapshot), ignore_errors=True)
 
     async def digest(self, snapshot: str) -> list[ImageFile]:
-        before = await asyncio.to_thread(identify, self._staged(snapshot))
-        files = await digest_files(self._staged(snapshot), self.threads)
+        before = await asyncio.to_thread(identify, self.staged(snapshot))
+        files = await digest_files(self.staged(snapshot), self.threads)
         # Read whole a moment ago: unless somebody writes to them, the first restore need not read them again.
         self._verified[snapshot] = before
         return files
@@ -95,7 +95,7 @@ class DirectoryStore:
             raise
         if fetched_from:
             # Every chunk was verified before it was written here.
-            self._verified[manifest.id] = await asyncio.to_thread(identify, self.images(snapshot))
+            self._verified[manifest.id] = await asyncio.to_thread(identify, self._images(snapshot))
         return snapshot
 
     async def get(self, snapshot: str) -> Snapshot:
@@ -123,13 +123,13 @@ class DirectoryStore:
 
     async def verify(self, snapshot: Snapshot, again: bool = False) -> None:
         """As the port says; files that nobody has written to since they were last read are not read again."""
-        identities = await asyncio.to_thread(identify, self.images(snapshot))
+        identities = await asyncio.to_thread(identify, self._images(snapshot))
         if again or self._verified.get(snapshot.manifest.id) != identities:
             await self._read_all(snapshot)
             self._verified[snapshot.manifest.id] = identities
 
     async def _read_all(self, snapshot: Snapshot) -> None:
-        actual = {file.name: file for file in await digest_files(self.images(snapshot), self.threads)}
+        actual = {file.name: file for file in await digest_files(self._images(snapshot), self.threads)}
         # CRIU reads whatever lies there under a name that it knows.
         if strangers := sorted(set(actual) - {file.name for file in snapshot.manifest.files}):
             raise DataLoss(
@@ -154,8 +154,14 @@ class DirectoryStore:
                     metadata={"file": file.name, "snapshot": snapshot.manifest.id},
                 )
 
-    def images(self, snapshot: Snapshot) -> Path:
-        return self.root / snapshot.manifest.id
+    def keep(self, owner: str, snapshot: str) -> None:
+        """They stay for everybody."""
+
+    async def images(self, snapshot: Snapshot) -> Path:
+        return self._images(snapshot)
+
+    async def release(self, owner: str) -> None:
+        """As they were there before, they stay."""
 
     async def quarantine(self, snapshot: str, reason: str) -> None:
         self._cache.pop(snapshot, None)
@@ -190,19 +196,23 @@ class DirectoryStore:
     async def delete(self, snapshot: str) -> None:
         path = self.root / snapshot
         if not path.is_dir():
-            raise _unknown(snapshot)
+            raise unknown(snapshot)
         self._cache.pop(snapshot, None)
         self._verified.pop(snapshot, None)
         # Renamed first, so that it is gone from every list before the first file is.
-        doomed = self._staged(f"{snapshot}.deleted")
+        doomed = self.staged(f"{snapshot}.deleted")
         path.rename(doomed)
         await asyncio.to_thread(shutil.rmtree, doomed)
 
-    def _staged(self, snapshot: str) -> Path:
+    def _images(self, snapshot: Snapshot) -> Path:
+        return self.root / snapshot.manifest.id
+
+    def staged(self, snapshot: str) -> Path:
+        """Where the files of a snapshot in the making are."""
         return self.root / f"{STAGED}{snapshot}"
 
     def _commit(self, manifest: Manifest, fetched_from: str) -> Snapshot:
-        staged = self._staged(manifest.id)
+        staged = self.staged(manifest.id)
         data = manifests.encode(manifest)
         if fetched_from:
             (staged / PUBLISHED).touch(mode=0o600)
@@ -210,10 +220,10 @@ class DirectoryStore:
             (staged / manifests.NAME).write_bytes(data)
         else:
             for file in manifest.files:
-                _sync(staged / file.name)
+                sync(staged / file.name)
             (staged / manifests.NAME).write_bytes(data)
-            _sync(staged / manifests.NAME)
-            _sync(staged)
+            sync(staged / manifests.NAME)
+            sync(staged)
         target = self.root / manifest.id
         if target.exists():
             raise AlreadyExists(
@@ -221,7 +231,7 @@ class DirectoryStore:
             )
         staged.rename(target)
         if not fetched_from:
-            _sync(self.root)
+            sync(self.root)
         return Snapshot(manifest, manifests.digest(data), published=bool(fetched_from), signer=fetched_from)
 
     def _read(self, snapshot: str) -> Snapshot:
@@ -229,7 +239,7 @@ class DirectoryStore:
         try:
             data = (folder / manifests.NAME).read_bytes()
         except FileNotFoundError:
-            raise _unknown(snapshot) from None
+            raise unknown(snapshot) from None
         manifest = manifests.decode(data)
         if manifest.id != snapshot:
             raise DataLoss(
@@ -272,7 +282,7 @@ def _digest(path: Path) -> ImageFile:
     return ImageFile(path.name, path.stat().st_size, hasher.hexdigest())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -280,7 +290,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _unknown(snapshot: str) -> NotFound:
+def unknown(snapshot: str) -> NotFound:
     return NotFound(
         "SNAPSHOT_NOT_FOUND", f"this node has no snapshots/{snapshot}", metadata={"snapshot": snapshot}
     )

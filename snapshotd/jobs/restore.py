@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from dumont.errors import DataLoss, FailedPrecondition, ResourceExhausted
 from snapshotd import compatibility, placement
@@ -33,6 +34,7 @@ def restore(
     source = manifest.gpu or next(iter(manifest.gpus), "")
     detached = manifest.weights is Weights.DETACHED
     bringing: asyncio.Task[Brought] | None = None
+    origin = Path()
 
     async def check_facts() -> None:
         nonlocal bringing
@@ -47,6 +49,7 @@ def restore(
         if uses_cuda(manifest.device):
             moves.check_unshared(node, manifest.device)
             subject.instance = replace(subject.instance, gpu=place())
+        node.store.keep(instance.id, manifest.id)
         if detached:
             # While the image is fetched and verified.
             bringing = asyncio.create_task(bring_weights(), name=f"weights of {instance.id}")
@@ -61,11 +64,12 @@ def restore(
         files = await node.weights.hold(instance.id, model) if manifest.weight_files else {}
         return files, await node.weights.digest(model)
 
-    async def let_weights_go() -> None:
+    async def let_go() -> None:
         if bringing is not None:
             bringing.cancel()
             await asyncio.gather(bringing, return_exceptions=True)
         node.weights.release(instance.id)
+        await node.store.release(instance.id)
 
     async def check_weights() -> None:
         assert bringing is not None
@@ -82,15 +86,16 @@ def restore(
         subject.instance = replace(subject.instance, weight_files=files)
 
     async def verify() -> None:
+        nonlocal origin
         try:
+            origin = await node.store.images(snapshot)
             await node.store.verify(snapshot)
         except DataLoss as error:
             await node.store.quarantine(manifest.id, error.message)
             raise
 
     async def bring_back() -> None:
-        directory, origin = node.instance_directory(instance.id), node.store.images(snapshot)
-        images, mounts = origin, manifest.mounts
+        directory, images, mounts = node.instance_directory(instance.id), origin, manifest.mounts
         if absent := set(mounts) - node.hosts.mounts():
             images = directory / "images"
             await asyncio.to_thread(without_mounts, node.images, origin, absent, images)
@@ -137,7 +142,7 @@ def restore(
         await moves.serve(node, subject)
 
     return [
-        Step("check", check_facts, let_weights_go),
+        Step("check", check_facts, let_go),
         *([Step("fetch", fetch)] if fetch else []),
         Step("verify", verify),
         *([Step("weights", check_weights)] if detached else []),

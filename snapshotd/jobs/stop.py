@@ -13,6 +13,7 @@ def stop(node: Node, subject: Subject) -> list[Step]:
     async def release() -> None:
         await moves.release(subject)
         node.weights.release(subject.instance.id)
+        await node.store.release(subject.instance.id)
 
     return [
         Step("release", release),

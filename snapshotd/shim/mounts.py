@@ -20,8 +20,10 @@ INSTANCE_MOUNT = "/run/dumont"
 MEMORY_MOUNT = "/run/dumont-memory"
 # The same on every node, wherever its state lies: a restored process maps its weights by this path.
 WEIGHTS_MOUNT = "/run/dumont-weights"
-# What the kernel calls the source of a weight cache's mount.
+# What the kernel calls the sources of the mounts that a node makes for itself: its weight cache, and the
+# image files of encrypted snapshots while they are in use.
 WEIGHTS_SOURCE = "dumont-weights"
+UNSEALED_SOURCE = "dumont-unsealed"
 
 PSEUDO = frozenset(
     {
@@ -42,8 +44,8 @@ def external_mounts(mountinfo: Iterable[str]) -> list[str]:
 
     Returns:
         Absolute paths, parents before children, each once. What lies below a pseudo file system or
-        below ``/run`` (sockets and state of the node) is left out, and so are weight caches: a model host
-        sees that of its own node, under another name.
+        below ``/run`` (sockets and state of the node) is left out, and so is what nodes mount for themselves:
+        a model host sees its own node's weight cache, and its own snapshot, under other names.
     """
     points: set[str] = set()
     for line in mountinfo:
@@ -52,7 +54,7 @@ def external_mounts(mountinfo: Iterable[str]) -> list[str]:
         kind, source = details.split()[:2]
         if (
             kind in PSEUDO
-            or source == WEIGHTS_SOURCE
+            or source in (WEIGHTS_SOURCE, UNSEALED_SOURCE)
             or point == "/"
             or f"{point}/".startswith(HIDDEN)
             or point.startswith("/sys/")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import structlog
 
 from dumont.errors import FailedPrecondition
-from snapshotd.shim import linux
 from snapshotd.shim.mounts import WEIGHTS_SOURCE
+from snapshotd.tmpfs import Tmpfs
 
 log = structlog.get_logger(__name__)
 
 HUGE_PAGE = 2 << 20
-FLAGS = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
 
 
 def mount(directory: Path, size: int) -> None:
@@ -26,17 +24,13 @@ def mount(directory: Path, size: int) -> None:
     Raises:
         FailedPrecondition: WEIGHT_CACHE_UNUSABLE.
     """
-    options = f"size={size},mode=0700"
+    tmpfs, options = _tmpfs(directory), f"size={size},mode=0700"
     try:
-        if mounted(directory):
-            linux.mount(WEIGHTS_SOURCE, directory, "tmpfs", FLAGS | linux.MS_REMOUNT, options)
-            return
-        try:
-            linux.mount(WEIGHTS_SOURCE, directory, "tmpfs", FLAGS, f"{options},huge=always")
-        except OSError as error:
-            # A kernel that refuses this knows no huge pages in a tmpfs at all.
-            log.warning("weights are cached without huge pages", error=str(error))
-            linux.mount(WEIGHTS_SOURCE, directory, "tmpfs", FLAGS, options)
+        if tmpfs.mounted():
+            tmpfs.change(options)
+        # A kernel that refuses this knows no huge pages in a tmpfs at all.
+        elif why := tmpfs.mount(options, "huge=always"):
+            log.warning("weights are cached without huge pages", error=why)
     except OSError as error:
         raise FailedPrecondition(
             "WEIGHT_CACHE_UNUSABLE",
@@ -48,23 +42,18 @@ def mount(directory: Path, size: int) -> None:
 
 def unmount(directory: Path) -> None:
     """Take it away; what is mapped of it stays until nobody maps it any more."""
-    if mounted(directory):
-        linux.unmount(directory)
+    _tmpfs(directory).unmount()
 
 
 def used(directory: Path) -> int:
     """Bytes taken of the mount at ``directory``."""
-    status = os.statvfs(directory)
-    return (status.f_blocks - status.f_bfree) * status.f_frsize
+    return _tmpfs(directory).used()
 
 
 def mounted(directory: Path) -> bool:
     """Whether a weight cache is mounted at ``directory``."""
-    wanted = os.path.realpath(directory)
-    with Path("/proc/self/mountinfo").open() as lines:
-        for line in lines:
-            fields, _, details = line.partition(" - ")
-            point = fields.split()[4].encode().decode("unicode_escape")
-            if point == wanted and details.split()[:2] == ["tmpfs", WEIGHTS_SOURCE]:
-                return True
-    return False
+    return _tmpfs(directory).mounted()
+
+
+def _tmpfs(directory: Path) -> Tmpfs:
+    return Tmpfs(WEIGHTS_SOURCE, directory)

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dumont.errors import AlreadyExists, DataLoss, NotFound
 from snapshotd.adapters.directory_store import DirectoryStore
+from snapshotd.adapters.sealed_store import SealedStore
 from snapshotd.model import Manifest, Snapshot
 from snapshotd.ports import SnapshotStore
+from tests.unit.snapshotd.sealed_world import SealedNode
+from tests.unit.snapshotd.store.world import noise
 from tests.unit.snapshotd.test_manifest import a_manifest
 
-CONTENT = {"inventory.img": b"i" * 100, "pages-1.img": b"p" * 9_000_000}
+# What no compression makes smaller.
+CONTENT = {"inventory.img": b"i" * 100, "pages-1.img": noise(9_000_000)}
+
+OpenStore = Callable[[], DirectoryStore | SealedStore]
+
+
+@pytest.fixture(params=["directory", "sealed"])
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
+    """A function that opens the node's store, as each daemon does when it starts."""
+
+    def open_directory() -> DirectoryStore:
+        directory = DirectoryStore(tmp_path / "snapshots", threads=2)
+        directory.open()
+        return directory
+
+    return open_directory if request.param == "directory" else SealedNode(tmp_path).open
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SnapshotStore:
-    directory = DirectoryStore(tmp_path / "snapshots", threads=2)
-    directory.open()
-    return directory
+def store(open_store: OpenStore) -> SnapshotStore:
+    return open_store()
 
 
 async def staged(store: SnapshotStore, snapshot: str) -> Manifest:
@@ -33,6 +50,12 @@ async def staged(store: SnapshotStore, snapshot: str) -> Manifest:
 
 async def committed(store: SnapshotStore, snapshot: str) -> Snapshot:
     return await store.commit(await staged(store, snapshot))
+
+
+async def kept(store: SnapshotStore, snapshot: Snapshot) -> Path:
+    """Its image files, while a reader uses them."""
+    store.keep("reader", snapshot.manifest.id)
+    return await store.images(snapshot)
 
 
 async def test_a_snapshot_exists_from_its_commit_on(store: SnapshotStore) -> None:
@@ -51,7 +74,22 @@ async def test_a_snapshot_exists_from_its_commit_on(store: SnapshotStore) -> Non
 
 async def test_its_files_can_be_read_and_verified(store: SnapshotStore) -> None:
     snapshot = await committed(store, "s1")
-    assert {path.name: path.read_bytes() for path in store.images(snapshot).glob("*.img")} == CONTENT
+    images = await kept(store, snapshot)
+    assert {path.name: path.read_bytes() for path in images.glob("*.img")} == CONTENT
+    await store.verify(snapshot)
+
+
+async def test_they_stay_for_everybody_who_keeps_them(store: SnapshotStore) -> None:
+    snapshot = await committed(store, "s1")
+    images = await kept(store, snapshot)
+    store.keep("another", "s1")
+    assert await store.images(snapshot) == images
+
+    await store.release("reader")
+    await store.release("reader")
+
+    assert {path.name: path.read_bytes() for path in images.glob("*.img")} == CONTENT
+    await store.release("another")
     await store.verify(snapshot)
 
 
@@ -82,7 +120,7 @@ async def test_what_is_discarded_never_was(store: SnapshotStore) -> None:
 @pytest.mark.parametrize("damage", ["flipped", "short", "long", "missing"])
 async def test_damage_is_found_in_every_file(store: SnapshotStore, name: str, damage: str) -> None:
     snapshot = await committed(store, "s1")
-    path = store.images(snapshot) / name
+    path = await kept(store, snapshot) / name
     data = bytearray(path.read_bytes())
     if damage == "flipped":
         data[len(data) // 2] ^= 1
@@ -102,8 +140,9 @@ async def test_damage_is_found_in_every_file(store: SnapshotStore, name: str, da
 
 async def test_a_file_that_was_not_written_with_it_is_found(store: SnapshotStore) -> None:
     snapshot = await committed(store, "s1")
+    images = await kept(store, snapshot)
     await store.verify(snapshot)
-    (store.images(snapshot) / "core-1.img").write_bytes(b"planted")
+    (images / "core-1.img").write_bytes(b"planted")
 
     with pytest.raises(DataLoss) as refusal:
         await store.verify(snapshot)
@@ -112,9 +151,9 @@ async def test_a_file_that_was_not_written_with_it_is_found(store: SnapshotStore
 
 async def test_damage_after_a_verification_is_found_by_the_next(store: SnapshotStore) -> None:
     snapshot = await committed(store, "s1")
+    path = await kept(store, snapshot) / "inventory.img"
     await store.verify(snapshot)
     await store.verify(snapshot)
-    path = store.images(snapshot) / "inventory.img"
     path.write_bytes(path.read_bytes()[::-1].replace(b"i", b"j"))
 
     with pytest.raises(DataLoss) as refusal:
@@ -150,21 +189,20 @@ async def test_quarantine_of_what_was_deleted_is_nothing(store: SnapshotStore) -
 
 async def test_what_is_deleted_is_gone(store: SnapshotStore) -> None:
     snapshot = await committed(store, "s1")
+    images = await kept(store, snapshot)
     await store.delete("s1")
     assert await store.list() == []
-    assert not store.images(snapshot).exists()
+    assert not images.exists()
     with pytest.raises(NotFound):
         await store.delete("s1")
 
 
-async def test_a_new_daemon_sees_what_was_committed_and_removes_the_rest(tmp_path: Path) -> None:
-    first = DirectoryStore(tmp_path, threads=1)
-    first.open()
+async def test_a_new_daemon_sees_what_was_committed_and_removes_the_rest(open_store: OpenStore) -> None:
+    first = open_store()
     snapshot = await committed(first, "whole")
     unfinished = await first.stage("half")
 
-    second = DirectoryStore(tmp_path, threads=1)
-    second.open()
+    second = open_store()
 
     assert await second.list() == [snapshot]
     assert not unfinished.exists()
@@ -206,9 +244,10 @@ async def test_a_fetched_snapshot_is_published_and_verified_already(store: Snaps
 
 async def test_verifying_again_reads_what_was_found_right_before(store: SnapshotStore) -> None:
     snapshot = await committed(store, "s1")
+    images = await kept(store, snapshot)
     await store.verify(snapshot)
     await store.verify(snapshot, again=True)
-    (store.images(snapshot) / "inventory.img").write_bytes(b"x" * 100)
+    (images / "inventory.img").write_bytes(b"x" * 100)
     with pytest.raises(DataLoss):
         await store.verify(snapshot, again=True)
 

@@ -242,7 +242,7 @@ async def test_a_damaged_snapshot_is_refused_before_criu_and_leaves_nothing(
     captured = await node.instances.capture("donor", f"damaged-{damage}")
     await node.stop_all()
     before = await node.remains()
-    path = node.store.images(captured) / ("pages-1.img" if damage == "pages" else "manifest.json")
+    path = await node.store.images(captured) / ("pages-1.img" if damage == "pages" else "manifest.json")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x80
     path.write_bytes(data)

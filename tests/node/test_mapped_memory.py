@@ -77,7 +77,7 @@ async def test_the_files_cannot_be_written_by_those_who_map_them(
 
 
 async def test_what_replicas_write_stays_theirs(node: NodeUnderTest, snapshot: Snapshot) -> None:
-    memory = node.store.images(snapshot) / "memory-1.img"
+    memory = await node.store.images(snapshot) / "memory-1.img"
     before = memory.stat().st_mtime_ns
     await node.restore("writer", snapshot)
     await node.generate("writer")

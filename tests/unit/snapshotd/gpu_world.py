@@ -136,6 +136,7 @@ class FakeStore:
     def __init__(self) -> None:
         self.staged: set[str] = set()
         self.quarantined: dict[str, str] = {}
+        self.kept: dict[str, str] = {}
 
     async def stage(self, snapshot: str) -> Path:
         self.staged.add(snapshot)
@@ -153,8 +154,14 @@ class FakeStore:
     async def quarantine(self, snapshot: str, reason: str) -> None:
         self.quarantined[snapshot] = reason
 
-    def images(self, snapshot: Snapshot) -> Path:
+    def keep(self, owner: str, snapshot: str) -> None:
+        self.kept[owner] = snapshot
+
+    async def images(self, snapshot: Snapshot) -> Path:
         return Path("/images")
+
+    async def release(self, owner: str) -> None:
+        self.kept.pop(owner, None)
 
 
 @dataclass

@@ -126,6 +126,13 @@ class FakeWeights:
         self.held.pop(instance, None)
 
 
+class NoSnapshots:
+    """The store of a node whose instances keep none."""
+
+    async def release(self, owner: str) -> None:
+        return
+
+
 class StillClock:
     def now(self) -> datetime:
         return NOW
@@ -163,9 +170,10 @@ def a_node(directory: Path, hosts: FakeHosts, **parts: Any) -> Node:
     for folder in ("instances", "journal"):
         (directory / folder).mkdir(exist_ok=True)
     unused: Any = None
+    nothing: Any = NoSnapshots()
     node = Node(
         hosts=hosts,
-        store=unused,
+        store=nothing,
         models=FakeModels(),
         weights=FakeWeights(),
         images=unused,

@@ -189,7 +189,7 @@ async def test_a_node_finds_and_fetches_what_another_has_published(world: World)
 
     here = await node.get("s1")
     assert (here.local, here.published, here.digest) == (True, True, found.digest)
-    images = node.store.images(here)
+    images = await node.store.images(here)
     assert {name: (images / name).read_bytes() for name in CONTENT} == CONTENT
 
 

@@ -1,0 +1,48 @@
+"""A node whose snapshots are encrypted: its disk, its memory (here a directory as well) and its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snapshotd.adapters.directory_store import DirectoryStore
+from snapshotd.adapters.key_file import KeyFile
+from snapshotd.adapters.sealed_store import SealedStore
+from snapshotd.failpoints import Failpoints
+from tests.unit.snapshotd.store.world import a_key_file, a_signer
+
+
+class SealedNode:
+    """What outlives a daemon of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.disk = root / "disk"
+        self.memory = root / "memory"
+        self.key = a_key_file(root / "key")
+        self.signer = a_signer()
+
+    def open(self, failpoints: Failpoints | None = None, **kept: str) -> SealedStore:
+        """The store as a daemon opens it.
+
+        Args:
+            kept: what instances of an earlier daemon map, by instance.
+        """
+        store = SealedStore(
+            self.disk,
+            DirectoryStore(self.memory, threads=1),
+            self.signer,
+            KeyFile(self.key),
+            threads=1,
+            failpoints=failpoints,
+        )
+        for instance, snapshot in kept.items():
+            store.keep(instance, snapshot)
+        store.open()
+        return store
+
+    def plain(self) -> list[str]:
+        """The snapshots whose image files are in memory."""
+        return sorted(path.name for path in self.memory.iterdir())
+
+    def sealed(self, snapshot: str = "s1") -> list[Path]:
+        """The chunks of one, by name."""
+        return sorted((self.disk / snapshot / "chunks").rglob("*/*/*"))

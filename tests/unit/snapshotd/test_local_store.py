@@ -1,0 +1,74 @@
+"""Which store of its own a node opens, and when it refuses to start rather than leave something readable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import structlog
+
+from dumont.errors import FailedPrecondition
+from snapshotd.adapters.directory_store import DirectoryStore
+from snapshotd.config import Settings
+from snapshotd.failpoints import Failpoints
+from snapshotd.journal import Journal
+from snapshotd.local_store import open_store
+from snapshotd.ports import SnapshotStore
+from tests.unit.snapshotd.store.world import a_key_file
+from tests.unit.snapshotd.test_manifest import a_manifest
+
+
+def opened(state: Path, **settings: object) -> SnapshotStore:
+    read = Settings.model_validate({"state_dir": state, **settings})
+    return open_store(read, Failpoints(), Journal(state / "journal"))
+
+
+async def captured(store: SnapshotStore, snapshot: str) -> None:
+    (await store.stage(snapshot) / "pages-1.img").write_bytes(b"pages")
+    await store.commit(a_manifest(id=snapshot, files=tuple(await store.digest(snapshot))))
+
+
+def refusal(state: Path, **settings: object) -> FailedPrecondition:
+    with pytest.raises(FailedPrecondition) as refused:
+        opened(state, encrypt_local=True, **settings)
+    return refused.value
+
+
+def test_snapshots_are_plain_files_unless_encryption_is_asked_for(tmp_path: Path) -> None:
+    key = a_key_file(tmp_path / "key")
+    assert isinstance(opened(tmp_path, encryption_key_file=key), DirectoryStore)
+
+
+def test_encryption_needs_a_key(tmp_path: Path) -> None:
+    assert refusal(tmp_path).reason == "ENCRYPTION_KEY_MISSING"
+    assert refusal(tmp_path, encryption_key_file=tmp_path / "none").reason == "KEY_FILE_UNUSABLE"
+
+
+@pytest.mark.parametrize("where", ["snapshots", "elsewhere"])
+async def test_plain_snapshots_are_named_and_stay_as_they_are(tmp_path: Path, where: str) -> None:
+    directory = tmp_path / where
+    cache = {} if where == "snapshots" else {"cache_dir": directory}
+    plain = opened(tmp_path, **cache)
+    for snapshot in ("s1", "s2"):
+        await captured(plain, snapshot)
+
+    refused = refusal(tmp_path, encryption_key_file=a_key_file(tmp_path / "key"), **cache)
+
+    assert refused.reason == "PLAIN_SNAPSHOTS"
+    assert "s1, s2" in refused.message
+    assert [one.manifest.id for one in await opened(tmp_path, **cache).list()] == ["s1", "s2"]
+
+
+async def test_encrypted_ones_are_named_and_kept_while_encryption_is_off(tmp_path: Path) -> None:
+    sealed = tmp_path / "snapshots/.sealed/s1"
+    sealed.mkdir(parents=True)
+
+    with structlog.testing.capture_logs() as logs:
+        plain = opened(tmp_path)
+
+    assert [entry["snapshots"] for entry in logs if "--encrypt-local" in entry["event"]] == [["s1"]]
+    assert await plain.list() == []
+    # One of the same id can be made, and does not touch it.
+    await captured(plain, "s1")
+    await plain.delete("s1")
+    assert sealed.exists()
