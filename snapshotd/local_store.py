@@ -36,6 +36,9 @@ def open_store(settings: Settings, failpoints: Failpoints, journal: Journal) -> 
             UNSEALED_MEMORY_UNUSABLE.
     """
     root = settings.cache_dir or settings.state_dir / "snapshots"
+    plain = DirectoryStore(root, settings.threads)
+    # Also where none may be: what it removes was never a snapshot, and is readable.
+    plain.open()
     memory = _memory(settings)
     if not settings.encrypt_local:
         # Of an earlier daemon; instances that use it keep it alive.
@@ -45,8 +48,6 @@ def open_store(settings: Settings, failpoints: Failpoints, journal: Journal) -> 
                 "encrypted snapshots are left alone until this node runs with --encrypt-local again",
                 snapshots=sealed,
             )
-        plain = DirectoryStore(root, settings.threads)
-        plain.open()
         return plain
     if settings.encryption_key_file is None:
         raise FailedPrecondition(

@@ -59,6 +59,13 @@ async def test_plain_snapshots_are_named_and_stay_as_they_are(tmp_path: Path, wh
     assert [one.manifest.id for one in await opened(tmp_path, **cache).list()] == ["s1", "s2"]
 
 
+def test_what_a_crash_left_of_a_plain_one_is_removed_before_anything_is_encrypted(tmp_path: Path) -> None:
+    unfinished = tmp_path / "snapshots/.staged-s1"
+    unfinished.mkdir(parents=True)
+    refusal(tmp_path)
+    assert not unfinished.exists()
+
+
 async def test_encrypted_ones_are_named_and_kept_while_encryption_is_off(tmp_path: Path) -> None:
     sealed = tmp_path / "snapshots/.sealed/s1"
     sealed.mkdir(parents=True)
