@@ -54,7 +54,8 @@ class DirectoryStore:
         for leftover in self.root.glob(f"{STAGED}*"):
             log.warning("unfinished snapshot removed", snapshot=leftover.name.removeprefix(STAGED))
             shutil.rmtree(leftover)
-        for mark in self.root.glob(f"*/{FETCHED}"):
+        # What is hidden here is none of its snapshots.
+        for mark in self.root.glob(f"[!.]*/{FETCHED}"):
             boot, _, signer = mark.read_text().partition("\n")
             # Who signed it is asked at each restore; without an answer it is fetched again.
             if boot != BOOT_ID.read_text().strip() or not signer:

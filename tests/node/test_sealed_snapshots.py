@@ -160,7 +160,16 @@ def test_an_instance_goes_on_under_the_next_daemon_and_can_be_captured_there(
     assert a.generate("back") == nodes.answer
 
 
-def test_memory_is_given_back_at_exit(nodes: StoreNodes, a: Daemon) -> None:
+def test_the_memory_is_root_s_alone_never_swapped_and_given_back_at_exit(
+    nodes: StoreNodes, a: Daemon
+) -> None:
+    memory = a.state_dir / "unsealed"
+    assert memory.stat().st_mode & 0o777 == 0o700
+    (mount,) = [line for line in Path("/proc/mounts").read_text().splitlines() if f" {memory} " in line]
+    assert (
+        "noswap" in mount.split()[3].split(",") or "cannot keep unsealed snapshots out of the swap" in a.log()
+    )
+
     restore(a, "one")
     assert a.terminate() == 0
     assert not Tmpfs(UNSEALED_SOURCE, a.state_dir / "unsealed").mounted()

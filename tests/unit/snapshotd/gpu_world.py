@@ -19,6 +19,7 @@ from instances_world import (
     instances_of,
 )
 
+from snapshotd.executor import Action
 from snapshotd.instances import Instances
 from snapshotd.model import Canary, Gpu, Instance, Json, Manifest, Model, Phase, Sharing, Snapshot, State
 from tests.fake_cuda import FakeCuda
@@ -185,9 +186,11 @@ class World:
         self.host.asked.clear()
         return self.host
 
-    async def restored(self, name: str, snapshot: Snapshot, gpu: str = "") -> Instance:
+    async def restored(
+        self, name: str, snapshot: Snapshot, fetch: Action | None = None, gpu: str = ""
+    ) -> Instance:
         self.instances.admit(replace(an_instance(State.RESTORING), id=name))
-        return await self.instances.restore(name, snapshot, gpu=gpu)
+        return await self.instances.restore(name, snapshot, fetch, gpu)
 
     def runs(self) -> bool:
         return set(self.cuda.states.values()) == {"running"} and self.host.state == "SERVING"

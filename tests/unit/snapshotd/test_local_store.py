@@ -66,16 +66,19 @@ def test_what_a_crash_left_of_a_plain_one_is_removed_before_anything_is_encrypte
     assert not unfinished.exists()
 
 
-async def test_encrypted_ones_are_named_and_kept_while_encryption_is_off(tmp_path: Path) -> None:
-    sealed = tmp_path / "snapshots/.sealed/s1"
+@pytest.mark.parametrize("snapshot", ["s1", "fetched", "published"])
+async def test_encrypted_ones_are_named_and_kept_while_encryption_is_off(
+    tmp_path: Path, snapshot: str
+) -> None:
+    sealed = tmp_path / "snapshots/.sealed" / snapshot
     sealed.mkdir(parents=True)
 
     with structlog.testing.capture_logs() as logs:
         plain = opened(tmp_path)
 
-    assert [entry["snapshots"] for entry in logs if "--encrypt-local" in entry["event"]] == [["s1"]]
+    assert [entry["snapshots"] for entry in logs if "--encrypt-local" in entry["event"]] == [[snapshot]]
     assert await plain.list() == []
     # One of the same id can be made, and does not touch it.
-    await captured(plain, "s1")
-    await plain.delete("s1")
+    await captured(plain, snapshot)
+    await plain.delete(snapshot)
     assert sealed.exists()

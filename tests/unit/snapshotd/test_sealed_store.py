@@ -14,12 +14,15 @@ from dumont.errors import (
     NotFound,
     PermissionDenied,
     ResourceExhausted,
+    Unavailable,
 )
 from snapshotd.adapters.sealed_store import SealedStore
 from snapshotd.failpoints import Failpoints
 from snapshotd.model import Snapshot
+from snapshotd.store.journal import UploadJournal
+from snapshotd.uploads import Uploads
 from tests.unit.snapshotd.sealed_world import SealedNode
-from tests.unit.snapshotd.store.world import a_key_file, a_signer, noise
+from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, noise
 from tests.unit.snapshotd.test_manifest import a_manifest
 
 MARKER = b"a prompt that nobody may read"
@@ -153,6 +156,41 @@ async def test_without_room_in_memory_it_says_what_to_stop(
         await store.images(snapshot)
     assert refusal.value.reason == "UNSEALED_MEMORY_FULL"
     assert node.plain() == []
+
+
+async def test_an_upload_has_it_in_memory_while_it_reads_and_not_while_it_waits(
+    node: SealedNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given: a store that fails once
+    store, objects = node.open(), MemoryObjects()
+    snapshot = await capture(store)
+    journal = UploadJournal(tmp_path / "uploads")
+    journal.open()
+    uploads = Uploads(store, a_node(objects), journal, lambda _: None, retry_seconds=0.001)
+    before, during = [], []
+    get = store.get
+
+    async def begin(name: str) -> Snapshot:
+        before.append(node.plain())
+        return await get(name)
+
+    def look(method: str, key: str) -> None:
+        if method == "put":
+            during.append(node.plain())
+            if len(during) == 1:
+                raise Unavailable("STORE_UNAVAILABLE", "down")
+
+    monkeypatch.setattr(store, "get", begin)
+    objects.before = look
+
+    # when
+    await uploads.publish(snapshot, lambda done, total: None)
+
+    # then
+    assert before == [[], []]
+    assert all(plain == ["s1"] for plain in during)
+    assert node.plain() == []
+    assert (await get("s1")).published
 
 
 # The next daemon
