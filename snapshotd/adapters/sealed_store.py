@@ -51,7 +51,8 @@ WORKERS = 8
 
 
 class SealedStore:
-    """
+    """Snapshots of this node, at rest on its disk and in use in its memory.
+
     Args:
         root: where snapshots are at rest.
         unsealed: where their image files are while they are used; in memory.
@@ -129,9 +130,10 @@ class SealedStore:
                 self._known[name] = await objects.publish(manifest, self.unsealed.staged(name))
             await asyncio.to_thread(self._settle, staged, name, fetched_from)
             if name in self._kept.values():
-                await self.unsealed.commit(manifest, self._signer.key_id)
-            else:
-                await self.unsealed.discard(name)
+                # Without room for it there, whoever keeps it unseals it.
+                with contextlib.suppress(OSError):
+                    await self.unsealed.commit(manifest, self._signer.key_id)
+            await self.unsealed.discard(name)
         return await self.get(name)
 
     def _settle(self, staged: Path, snapshot: str, fetched_from: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from dumont.errors import (
 )
 from snapshotd.adapters.sealed_store import SealedStore
 from snapshotd.failpoints import Failpoints
-from snapshotd.model import Snapshot
+from snapshotd.model import Manifest, Snapshot
 from snapshotd.store.journal import UploadJournal
 from snapshotd.uploads import Uploads
 from tests.unit.snapshotd.sealed_world import SealedNode
@@ -95,6 +96,23 @@ async def test_what_is_fetched_for_a_restore_is_unsealed_already_and_what_is_bro
     await capture(store, "s1", fetched_from="a key")
     await capture(store, "s2", fetched_from="a key")
     assert node.plain() == ["s1"]
+
+
+async def test_what_has_no_room_in_memory_once_it_is_sealed_is_a_snapshot_all_the_same(
+    node: SealedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(manifest: Manifest, fetched_from: str) -> Snapshot:
+        raise OSError(errno.ENOSPC, "full")
+
+    store = node.open()
+    store.keep("one", "s1")
+    with monkeypatch.context() as patch:
+        patch.setattr(store.unsealed, "commit", full)
+        snapshot = await capture(store, fetched_from="a key")
+    assert node.plain() == []
+
+    assert await store.list() == [snapshot]
+    assert contents(await store.images(snapshot)) == CONTENT
 
 
 async def test_a_reader_who_comes_while_the_last_one_leaves_has_it(node: SealedNode) -> None:
