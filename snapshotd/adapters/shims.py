@@ -329,6 +329,8 @@ class ShimPool:
             str(path),
             "--criu",
             str(self.criu),
+            "--daemon",
+            str(os.getpid()),
         ]
         if self.pycriu is not None:
             command += ["--pycriu", str(self.pycriu)]

@@ -24,6 +24,7 @@ MS_PRIVATE = 0x4_0000
 MS_SLAVE = 0x8_0000
 
 MNT_DETACH = 0x2
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +55,11 @@ def unmount(target: str | Path) -> None:
 def become_subreaper() -> None:
     """Orphaned descendants become children of the calling process, which can wait for them."""
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+
+
+def end_with_parent(number: int) -> None:
+    """Have the kernel send signal ``number`` when the parent dies; 0: no longer."""
+    _check(_libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0), "prctl")
 
 
 def kill_children() -> None:

@@ -216,6 +216,8 @@ class Shim:
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
+        # From now on the end of the connection tells of the daemon's.
+        linux.end_with_parent(0)
         if self.client is not None:
             # The newest snapshotd owns the instance; an older one has lost its lock on the state.
             self._disconnect()
@@ -348,7 +350,12 @@ def main() -> None:
     parser.add_argument("--criu", type=Path, required=True)
     parser.add_argument("--pycriu", type=Path, help="directory of pycriu; left out: the usual path")
     parser.add_argument("--weights", type=Path, help="the node's weight cache; left out: it has none")
+    parser.add_argument("--daemon", type=int, required=True, help="pid of the snapshotd that starts it")
     arguments = parser.parse_args()
+    # A daemon that dies before it connects would leave a process that nobody knows.
+    linux.end_with_parent(signal.SIGKILL)
+    if os.getppid() != arguments.daemon:
+        raise SystemExit("the snapshotd that started this is gone")
     pycriu = bindings.load("pycriu", arguments.pycriu)
     linux.become_subreaper()
     private_mounts()

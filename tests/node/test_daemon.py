@@ -245,10 +245,15 @@ def test_sigterm_drains_and_ends_everything_that_it_was_told_to_end(daemon: Daem
     daemon.start()
 
 
-def test_a_spare_shim_ends_with_its_daemon(criu: Path, tmp_path: Path, free_port: Callable[[], int]) -> None:
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_spare_shim_ends_with_its_daemon(
+    criu: Path, tmp_path: Path, free_port: Callable[[], int], connected: bool
+) -> None:
     with Daemon(tmp_path / "state", free_port()) as daemon:
-        # given: the spare, once the daemon is connected to it
-        while not (shims := _shims_of(daemon.state_dir)):
+        # given: the spare, as soon as it is there, or once it has a name
+        while not (shims := _shims_of(daemon.state_dir)) or (
+            connected and not list((daemon.state_dir / "shims").glob("shim-*.sock"))
+        ):
             pass
         descriptors = [os.pidfd_open(pid) for pid in shims]
 
