@@ -7,7 +7,6 @@ from pathlib import Path
 import structlog
 
 from dumont.errors import FailedPrecondition
-from snapshotd import manifest as manifests
 from snapshotd.adapters.directory_store import STAGED, DirectoryStore
 from snapshotd.adapters.key_file import KeyFile
 from snapshotd.adapters.sealed_store import SealedStore
@@ -41,8 +40,7 @@ def open_store(settings: Settings, failpoints: Failpoints, journal: Journal) -> 
     plain.open()
     memory = _memory(settings)
     if not settings.encrypt_local:
-        # Of an earlier daemon; instances that use it keep it alive.
-        memory.unmount()
+        give_back_memory(settings, journal)
         if sealed := _ids(root / SEALED):
             log.warning(
                 "encrypted snapshots are left alone until this node runs with --encrypt-local again",
@@ -71,8 +69,10 @@ def open_store(settings: Settings, failpoints: Failpoints, journal: Journal) -> 
 
 
 def give_back_memory(settings: Settings, journal: Journal) -> None:
-    """Unmount what snapshots were unsealed to, unless an instance goes on: its shim has this very mount."""
-    if settings.encrypt_local and not journal.read():
+    """Unmount what snapshots were unsealed to, unless an instance goes on: its shim has this very mount,
+    and its next capture is staged there.
+    """
+    if not journal.read():
         _memory(settings).unmount()
 
 
@@ -99,7 +99,8 @@ def _mount(memory: Tmpfs) -> None:
 
 
 def _refuse_plain(root: Path) -> None:
-    plain = sorted(path.parent.name for path in root.glob(f"*/{manifests.NAME}"))
+    # Also without a manifest: it is readable all the same.
+    plain = sorted(path.name for path in root.iterdir() if path.name != SEALED)
     if plain:
         raise FailedPrecondition(
             "PLAIN_SNAPSHOTS",

@@ -14,6 +14,7 @@ from dumont.errors import Aborted, DumontError, ResourceExhausted, Unauthenticat
 from snapshotd.model import Snapshot
 from snapshotd.ports import SnapshotStore
 from snapshotd.store.journal import PendingUpload, UploadJournal
+from snapshotd.store.layout import manifest_key
 from snapshotd.store.ports import Progress
 from snapshotd.store.remote import RemoteStore, check_conditional_create
 
@@ -59,6 +60,7 @@ class Uploads:
         self.retry_seconds = retry_seconds
         self._running: dict[str, Upload] = {}
         self._checked = False
+        self._reading = asyncio.Lock()
 
     def resume(self) -> None:
         """Go on with what the daemon before this one had begun."""
@@ -165,10 +167,15 @@ class Uploads:
         self.published(snapshot)
 
     async def _publish(self, held: Snapshot, pending: PendingUpload, upload: Upload) -> None:
+        # Before the image files are had, which may mean to decrypt them: while the store is down that would
+        # be for nothing, again and again.
+        await self.remote.objects.stat(manifest_key(pending.snapshot))
         reader = f"upload of {pending.snapshot}"
-        self.store.keep(reader, pending.snapshot)
-        try:
-            images = await self.store.images(held)
-            await self.remote.publish(held.manifest, images, upload.tell, pending.key)
-        finally:
-            await self.store.release(reader)
+        # One after the other: image files that are brought to memory for it should be those of one.
+        async with self._reading:
+            self.store.keep(reader, pending.snapshot)
+            try:
+                images = await self.store.images(held)
+                await self.remote.publish(held.manifest, images, upload.tell, pending.key)
+            finally:
+                await self.store.release(reader)

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from dumont.errors import AlreadyExists, DumontError, NotFound, ResourceExhausted
+from dumont.errors import AlreadyExists, DumontError, NotFound, PermissionDenied, ResourceExhausted
 from snapshotd import manifest as manifests
 from snapshotd.adapters.directory_objects import DirectoryObjects
 from snapshotd.adapters.directory_store import (
@@ -93,6 +93,8 @@ class SealedStore:
             log.warning("unfinished snapshot removed", snapshot=leftover.name.removeprefix(STAGED))
             shutil.rmtree(leftover)
         self.unsealed.open()
+        # What an instance maps is there: where nothing is, it maps a snapshot that was deleted since.
+        self._kept = {owner: kept for owner, kept in self._kept.items() if self._is_unsealed(kept)}
         for path in self.unsealed.root.iterdir():
             if path.name not in self._kept.values():
                 log.info("image files that nobody uses removed", snapshot=path.name)
@@ -115,7 +117,7 @@ class SealedStore:
 
     async def commit(self, manifest: Manifest, fetched_from: str = "") -> Snapshot:
         try:
-            return await whole(self._commit(manifest, fetched_from))
+            return await self._commit(manifest, fetched_from)
         except asyncio.CancelledError:
             with contextlib.suppress(NotFound):
                 await self.delete(manifest.id)
@@ -126,17 +128,30 @@ class SealedStore:
     async def _commit(self, manifest: Manifest, fetched_from: str) -> Snapshot:
         name, staged = manifest.id, self._staged(manifest.id)
         async with self._lock(name):
-            with self._objects(staged) as objects:
-                self._known[name] = await objects.publish(manifest, self.unsealed.staged(name))
-            await asyncio.to_thread(self._settle, staged, name, fetched_from)
-            if name in self._kept.values():
-                # Without room for it there, whoever keeps it unseals it.
-                with contextlib.suppress(OSError):
-                    await self.unsealed.commit(manifest, self._signer.key_id)
-            await self.unsealed.discard(name)
+            try:
+                with self._objects(staged) as objects:
+                    self._known[name] = await objects.publish(manifest, self.unsealed.staged(name))
+            except ResourceExhausted as error:
+                raise ResourceExhausted(
+                    "DISK_FULL",
+                    f"snapshots/{name} found no room in {self.root} when it was encrypted; delete snapshots",
+                    metadata={"snapshot": name},
+                ) from error
+            await whole(self._settle(staged, manifest, fetched_from))
         return await self.get(name)
 
-    def _settle(self, staged: Path, snapshot: str, fetched_from: str) -> None:
+    async def _settle(self, staged: Path, manifest: Manifest, fetched_from: str) -> None:
+        name = manifest.id
+        await asyncio.to_thread(self._put_in_place, staged, name, fetched_from)
+        if name in self._kept.values():
+            try:
+                await self.unsealed.commit(manifest, self._signer.key_id)
+            except OSError as error:
+                # Without room for its manifest; whoever keeps it unseals it.
+                log.warning("snapshot does not stay in memory", snapshot=name, error=str(error))
+        await self.unsealed.discard(name)
+
+    def _put_in_place(self, staged: Path, snapshot: str, fetched_from: str) -> None:
         if fetched_from:
             (staged / PUBLISHED).touch(mode=0o600)
             (staged / FETCHED).write_text(fetched_from)
@@ -157,7 +172,15 @@ class SealedStore:
             raise unknown(snapshot)
         if snapshot not in self._known:
             with self._objects(self.root / snapshot) as objects:
-                self._known[snapshot] = await objects.get(snapshot)
+                try:
+                    self._known[snapshot] = await objects.get(snapshot)
+                except PermissionDenied as error:
+                    raise PermissionDenied(
+                        error.reason,
+                        f"snapshots/{snapshot} was signed here with a key that this node no longer has; put "
+                        f"that key back, or stop the node and remove {self.root / snapshot}",
+                        metadata=error.metadata,
+                    ) from error
         return self._known[snapshot]
 
     def _as_snapshot(self, document: PublishedSnapshot) -> Snapshot:

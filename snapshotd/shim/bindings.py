@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+PACKAGE: Final = "pycriu"
 
 
 def load(module: str, directory: Path | None) -> Any:
-    """Import ``pycriu`` or a module of it.
+    """Import ``pycriu`` or a module of it; the same one for all in this process.
 
     Args:
         directory: that holds the package; None: it is on Python's path. A distribution's directory holds
-            other packages as well, made for the distribution's own Python: protobuf, for one. They are
-            looked at after our own, and never again once this returns.
+            other packages as well, made for the distribution's own Python, protobuf for one, so it is never
+            on that path here.
 
     Raises:
         ImportError: it is not there, or fails.
     """
-    place = str(directory)
-    if directory is None or place in sys.path:
-        return import_module(module)
-    # Else a package "google" over there would be found first: ours has no file of its own.
-    import_module("google.protobuf")
-    sys.path.append(place)
+    if directory is not None and PACKAGE not in sys.modules:
+        _load_package(directory / PACKAGE / "__init__.py")
+    return import_module(module)
+
+
+def _load_package(file: Path) -> None:
+    spec = spec_from_file_location(PACKAGE, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise ImportError(f"{file} is not there")
+    sys.modules[PACKAGE] = package = module_from_spec(spec)
     try:
-        return import_module(module)
-    finally:
-        sys.path.remove(place)
+        spec.loader.exec_module(package)
+    except BaseException:
+        del sys.modules[PACKAGE]
+        raise

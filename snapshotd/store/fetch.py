@@ -126,9 +126,12 @@ class Fetch:
 
     def _lay_out(self, folder: Path) -> None:
         """Make the files at their sizes, all holes."""
-        needed, free = self._published.data_size, shutil.disk_usage(folder).free
-        if needed + ROOM_TO_SPARE > free:
-            raise _full(f"snapshots/{self._published.manifest.id} needs {needed} bytes and {free} are free")
+        needed, free = self._published.data_size + ROOM_TO_SPARE, shutil.disk_usage(folder).free
+        if needed > free:
+            raise _full(
+                f"snapshots/{self._published.manifest.id} needs {needed} bytes in {folder.parent} and {free} "
+                "are free"
+            )
         for file in self._published.files:
             try:
                 descriptor = os.open(
@@ -151,7 +154,7 @@ class Fetch:
                 write(folder, pieces, plain)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _full("the disk filled up while a snapshot was fetched") from None
+                raise _full(f"{folder.parent} filled up while a snapshot was fetched") from None
             raise
 
 
@@ -160,4 +163,4 @@ def _discard(plain: memoryview) -> None:
 
 
 def _full(why: str) -> ResourceExhausted:
-    return ResourceExhausted("DISK_FULL", f"{why}; delete snapshots or give the cache more room")
+    return ResourceExhausted("DISK_FULL", f"{why}; delete snapshots or give it more room")

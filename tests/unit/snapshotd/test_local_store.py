@@ -59,6 +59,14 @@ async def test_plain_snapshots_are_named_and_stay_as_they_are(tmp_path: Path, wh
     assert [one.manifest.id for one in await opened(tmp_path, **cache).list()] == ["s1", "s2"]
 
 
+def test_files_of_a_snapshot_that_lost_its_manifest_are_named_too(tmp_path: Path) -> None:
+    lost = tmp_path / "snapshots/lost"
+    lost.mkdir(parents=True)
+    (lost / "pages-1.img").write_bytes(b"pages")
+    refused = refusal(tmp_path, encryption_key_file=a_key_file(tmp_path / "key"))
+    assert (refused.reason, refused.metadata["snapshots"]) == ("PLAIN_SNAPSHOTS", "lost")
+
+
 def test_what_a_crash_left_of_a_plain_one_is_removed_before_anything_is_encrypted(tmp_path: Path) -> None:
     unfinished = tmp_path / "snapshots/.staged-s1"
     unfinished.mkdir(parents=True)
