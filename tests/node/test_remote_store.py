@@ -195,6 +195,7 @@ def test_nothing_of_an_encrypted_snapshot_can_be_read_without_its_key(
         d.start_instance("source", instruct_model)
         capture(d)
         assert readable(nodes.root / "d/snapshots", marker) == ["one"]
+        nodes.copy_snapshots("d", "plain")
         publish(d)
         assert d.snapshots.GetSnapshot(
             snapshots_pb2.GetSnapshotRequest(name="snapshots/one")
@@ -202,8 +203,7 @@ def test_nothing_of_an_encrypted_snapshot_can_be_read_without_its_key(
         nodes.trust("d")
     monkeypatch.delenv("LD_LIBRARY_PATH")
 
-    # and a bucket with the same images and no key, where the search finds it
-    nodes.copy_snapshots("d", "plain")
+    # and a node that publishes the same images without a key, where the search finds it
     with nodes.node("plain", store=f"s3://{bucket.bucket}/plain") as plain:
         publish(plain)
     assert readable_keys(bucket, "plain/chunks/", marker)
