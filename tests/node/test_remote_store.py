@@ -17,6 +17,7 @@ from dumont.rpc.status import from_rpc_error
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
 from tests.fault_proxy import FaultProxy
 from tests.node.daemon import Daemon
+from tests.node.markers import readable, reads
 from tests.node.store_nodes import (
     StoreNodes,
     capture,
@@ -184,8 +185,8 @@ def test_nothing_of_an_encrypted_snapshot_can_be_read_without_its_key(
     nodes: StoreNodes, instruct_model: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # given: a model host whose memory holds a marker, and nodes with and without the key
-    marker = f"marker-{os.urandom(16).hex()}"
-    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nonexistent/{marker}")
+    marker = f"marker-{os.urandom(16).hex()}".encode()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nonexistent/{marker.decode()}")
     key = nodes.root / "key"
     key.write_text(os.urandom(32).hex())
     key.chmod(0o600)
@@ -193,10 +194,8 @@ def test_nothing_of_an_encrypted_snapshot_can_be_read_without_its_key(
     with nodes.node("d", "--encryption-key-file", str(key), store=store) as d:
         d.start_instance("source", instruct_model)
         capture(d)
-        # the marker is in the image, so a search would find it
-        assert any(
-            marker.encode() in path.read_bytes() for path in (nodes.root / "d/snapshots/one").iterdir()
-        )
+        assert readable(nodes.root / "d/snapshots", marker) == ["one"]
+        nodes.copy_snapshots("d", "plain")
         publish(d)
         assert d.snapshots.GetSnapshot(
             snapshots_pb2.GetSnapshotRequest(name="snapshots/one")
@@ -204,9 +203,14 @@ def test_nothing_of_an_encrypted_snapshot_can_be_read_without_its_key(
         nodes.trust("d")
     monkeypatch.delenv("LD_LIBRARY_PATH")
 
-    # then: the bucket does not hold it
+    # and a node that publishes the same images without a key, where the search finds it
+    with nodes.node("plain", store=f"s3://{bucket.bucket}/plain") as plain:
+        publish(plain)
+    assert readable_keys(bucket, "plain/chunks/", marker)
+
+    # then: it finds it nowhere in the encrypted one
     assert keys(bucket, "encrypted/chunks/")
-    assert [name for name in keys(bucket, "encrypted/") if marker.encode() in content(bucket, name)] == []
+    assert readable_keys(bucket, "encrypted/", marker) == []
 
     # and a node without the key refuses, one with it serves
     with nodes.node("e", store=store) as e:
@@ -303,6 +307,10 @@ def client(bucket: S3Server) -> Minio:
 def keys(bucket: S3Server, prefix: str) -> list[str]:
     found = client(bucket).list_objects(bucket.bucket, prefix, recursive=True)
     return [item.object_name for item in found if item.object_name]
+
+
+def readable_keys(bucket: S3Server, prefix: str, marker: bytes) -> list[str]:
+    return [key for key in keys(bucket, prefix) if reads(content(bucket, key), marker)]
 
 
 def content(bucket: S3Server, key: str) -> bytes:

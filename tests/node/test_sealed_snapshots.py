@@ -12,6 +12,7 @@ import pytest
 from snapshotd.shim.mounts import UNSEALED_SOURCE
 from snapshotd.tmpfs import Tmpfs
 from tests.node.daemon import Daemon
+from tests.node.markers import readable
 from tests.node.store_nodes import StoreNodes, capture, delete, listed, publish, refused, restore, verify
 from tests.unit.snapshotd.store.world import a_key_file
 
@@ -77,12 +78,6 @@ def sealed(nodes: StoreNodes, name: str, key: str = "key") -> Daemon:
     return nodes.node(name, "--encrypt-local", "--encryption-key-file", str(nodes.root / key))
 
 
-def readable(folder: Path, marker: bytes) -> list[str]:
-    """Every file below ``folder``, in memory or not, that holds the marker; by its first folder."""
-    found = [path for path in folder.rglob("*") if path.is_file() and marker in path.read_bytes()]
-    return sorted({path.relative_to(folder).parts[0] for path in found})
-
-
 def unsealed(daemon: Daemon) -> list[str]:
     """The snapshots whose image files are in memory."""
     memory = daemon.state_dir / "unsealed"
@@ -93,11 +88,14 @@ def unsealed(daemon: Daemon) -> list[str]:
 def test_a_marker_in_a_model_host_s_memory_is_readable_nowhere_once_it_is_captured(
     nodes: StoreNodes, marker: bytes, instruct_model: Path
 ) -> None:
-    # given: a node that does not encrypt, where the search finds it
+    # given: a node that does not encrypt, where the search finds it, in compressed chunks as well
     with nodes.node("plain") as plain:
         plain.start_instance("source", instruct_model)
         capture(plain)
         assert readable(nodes.root / "plain", marker) == ["snapshots"]
+        publish(plain)
+        assert readable(nodes.root / "bucket", marker) == ["chunks"]
+    shutil.rmtree(nodes.root / "bucket")
 
     # when: captured, and its instance goes on
     with sealed(nodes, "b") as b:

@@ -8,7 +8,16 @@ from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.key_file import KeyFile
 from snapshotd.adapters.sealed_store import SealedStore
 from snapshotd.failpoints import Failpoints
-from tests.unit.snapshotd.store.world import a_key_file, a_signer
+from snapshotd.model import Snapshot
+from tests.unit.snapshotd.store.world import a_key_file, a_signer, noise
+from tests.unit.snapshotd.test_manifest import a_manifest
+
+MARKER = b"a prompt that nobody may read"
+CONTENT = {
+    "inventory.img": b"i" * 100 + MARKER,
+    "pages-1.img": noise(9_000_000, 1) + MARKER,
+    "core-1.img": noise(70_000, 2),
+}
 
 
 class SealedNode:
@@ -46,3 +55,15 @@ class SealedNode:
     def sealed(self, snapshot: str = "s1") -> list[Path]:
         """The chunks of one, by name."""
         return sorted((self.disk / snapshot / "chunks").rglob("*/*/*"))
+
+
+async def capture(store: SealedStore, snapshot: str = "s1", fetched_from: str = "") -> Snapshot:
+    folder = await store.stage(snapshot)
+    for name, data in CONTENT.items():
+        (folder / name).write_bytes(data)
+    files = tuple(await store.digest(snapshot))
+    return await store.commit(a_manifest(id=snapshot, files=files), fetched_from)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.img")}

@@ -17,38 +17,18 @@ from dumont.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from snapshotd.adapters.sealed_store import SealedStore
 from snapshotd.failpoints import Failpoints
 from snapshotd.model import Manifest, Snapshot
 from snapshotd.store.journal import UploadJournal
 from snapshotd.uploads import Uploads
-from tests.unit.snapshotd.sealed_world import SealedNode
-from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, noise
+from tests.unit.snapshotd.sealed_world import CONTENT, MARKER, SealedNode, capture, contents
+from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer
 from tests.unit.snapshotd.test_manifest import a_manifest
-
-MARKER = b"a prompt that nobody may read"
-CONTENT = {
-    "inventory.img": b"i" * 100 + MARKER,
-    "pages-1.img": noise(9_000_000, 1) + MARKER,
-    "core-1.img": noise(70_000, 2),
-}
 
 
 @pytest.fixture
 def node(tmp_path: Path) -> SealedNode:
     return SealedNode(tmp_path)
-
-
-async def capture(store: SealedStore, snapshot: str = "s1", fetched_from: str = "") -> Snapshot:
-    folder = await store.stage(snapshot)
-    for name, data in CONTENT.items():
-        (folder / name).write_bytes(data)
-    files = tuple(await store.digest(snapshot))
-    return await store.commit(a_manifest(id=snapshot, files=files), fetched_from)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.img")}
 
 
 def holds(folder: Path, what: bytes) -> bool:
@@ -113,41 +93,6 @@ async def test_what_has_no_room_in_memory_once_it_is_sealed_is_a_snapshot_all_th
 
     assert await store.list() == [snapshot]
     assert contents(await store.images(snapshot)) == CONTENT
-
-
-async def test_a_reader_who_comes_while_the_last_one_leaves_has_it(node: SealedNode) -> None:
-    store = node.open()
-    snapshot = await capture(store)
-    store.keep("one", "s1")
-    await store.images(snapshot)
-
-    leaving = asyncio.create_task(store.release("one"))
-    await asyncio.sleep(0)
-    store.keep("two", "s1")
-    images = await store.images(snapshot)
-    await leaving
-
-    assert contents(images) == CONTENT
-
-
-async def test_who_gives_up_while_it_is_unsealed_leaves_nothing_in_memory(node: SealedNode) -> None:
-    reached = asyncio.Event()
-
-    class Watched(Failpoints):
-        def hit(self, name: str) -> None:
-            if name == "fetch.chunk.after":
-                reached.set()
-
-    store = node.open(Watched())
-    snapshot = await capture(store)
-    store.keep("one", "s1")
-    unsealing = asyncio.create_task(store.images(snapshot))
-    await reached.wait()
-    unsealing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await unsealing
-    await store.release("one")
-    assert node.plain() == []
 
 
 async def test_a_deleted_one_is_gone_from_memory_and_another_of_its_id_is_not_kept_for_the_same(
