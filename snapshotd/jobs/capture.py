@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dumont.errors import FailedPrecondition, Internal, NotFound
+from dumont.errors import DumontError, FailedPrecondition, Internal, NotFound, ResourceExhausted
 from snapshotd.executor import Step
 from snapshotd.images.compact import check, compact
 from snapshotd.jobs import moves
 from snapshotd.model import Json, Manifest, Phase, Snapshot
 from snapshotd.node import Node, Subject, uses_cuda
 from snapshotd.threads import finish
+
+# Bytes free of a disk on which nothing more can be written.
+FULL = 1 << 20
 
 
 @dataclass
@@ -113,7 +117,18 @@ class Capture:
             self.suspended = False
 
     async def dump(self) -> None:
-        self.layout = await moves.host_of(self.subject).dump(self._staged(), self.node.deadlines.dump)
+        staged = self._staged()
+        try:
+            self.layout = await moves.host_of(self.subject).dump(staged, self.node.deadlines.dump)
+        except DumontError as error:
+            # CRIU does not say it in a way that could be relied on.
+            if shutil.disk_usage(staged).free < FULL:
+                raise ResourceExhausted(
+                    "DISK_FULL",
+                    f"{staged.parent} filled up during the dump; delete snapshots or give it more room",
+                    metadata={"snapshot": self.snapshot},
+                ) from error
+            raise
 
     async def wake(self) -> None:
         await moves.wake(self.node, self.subject)

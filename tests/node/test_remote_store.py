@@ -272,6 +272,22 @@ def test_a_full_disk_refuses_a_fetch_and_keeps_nothing_of_it(nodes: StoreNodes, 
         subprocess.run(("umount", str(tmp_path)), check=True)
 
 
+def test_a_full_disk_refuses_a_capture_whose_source_serves_on(
+    nodes: StoreNodes, instruct_model: Path, tmp_path: Path
+) -> None:
+    subprocess.run(("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(tmp_path)), check=True)
+    try:
+        with nodes.node("brimful", "--cache-dir", str(tmp_path / "cache")) as brimful:
+            brimful.start_instance("source", instruct_model)
+            with pytest.raises(DumontError) as refused:
+                capture(brimful)
+            assert (refused.value.reason, refused.value.code) == ("DISK_FULL", "RESOURCE_EXHAUSTED")
+            assert list((tmp_path / "cache").iterdir()) == []
+            assert brimful.generate("source") == nodes.answer
+    finally:
+        subprocess.run(("umount", str(tmp_path)), check=True)
+
+
 def test_wrong_credentials_are_told_to_the_operator_and_never_printed(
     nodes: StoreNodes, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
