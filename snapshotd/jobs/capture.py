@@ -122,7 +122,7 @@ class Capture:
             self.layout = await moves.host_of(self.subject).dump(staged, self.node.deadlines.dump)
         except DumontError as error:
             # CRIU does not say it in a way that could be relied on.
-            if shutil.disk_usage(staged).free < FULL:
+            if _is_full(staged):
                 raise ResourceExhausted(
                     "DISK_FULL",
                     f"{staged.parent} filled up during the dump; delete snapshots or give it more room",
@@ -181,3 +181,9 @@ class Capture:
     async def retract(self) -> None:
         if self.result is not None:
             await self.node.store.delete(self.snapshot)
+
+
+def _is_full(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free < FULL
+    return False
