@@ -142,12 +142,15 @@ def check_plot() -> None:
 
 
 @contextmanager
-def workspace(chosen: Path | None, subjects: Sequence[Subject]) -> Iterator[Path]:
+def workspace(chosen: Path | None, subjects: Sequence[Subject] = ()) -> Iterator[Path]:
     """A directory for models, images and state, which is gone afterwards.
 
     It is below ``chosen``, else in memory if there is room, else where temporary files go.
+
+    Args:
+        subjects: whose weights are in the images, or are made.
     """
-    needed = 4 * max(subject.weights_bytes for subject in subjects) + ROOM_BYTES
+    needed = 4 * max((subject.weights_bytes for subject in subjects), default=0) + ROOM_BYTES
     if chosen is None and MEMORY_FILE_SYSTEM.is_dir():
         free = min(shutil.disk_usage(MEMORY_FILE_SYSTEM).free, memory_available())
         chosen = MEMORY_FILE_SYSTEM if free >= needed else None

@@ -6,7 +6,6 @@ import json as json_codec
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -137,13 +136,10 @@ def _save(
 
 
 def _store(model: str, directory: Path | None, *, as_json: bool) -> None:
-    from dumont.benchmarks.store import run
+    from dumont.benchmarks import run, store
 
-    with (
-        tempfile.TemporaryDirectory(prefix="dumont-bench-", dir=directory) as state,
-        console(stderr=True).status("starting") as status,
-    ):
-        found = run(model, Path(state), _free_port(), status.update)
+    with run.workspace(directory) as state, console(stderr=True).status("starting") as status:
+        found = store.run(model, state, _free_port(), status.update)
     if as_json:
         print_json(found)
         return
