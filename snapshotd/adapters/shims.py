@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import structlog
@@ -286,7 +287,15 @@ class ShimPool:
         paths = sorted(self.directory.glob("*.sock"))
         found = [host for host in await asyncio.gather(*map(self._find, paths)) if host is not None]
         self._hosts |= set(found)
+        self._clear({host.shim for host in found})
         return found
+
+    def _clear(self, living: AbstractSet[str]) -> None:
+        """Remove what shims left that ended, or were ended, before they had a socket."""
+        for path in list(self.directory.iterdir()):
+            shim = path.name.removeprefix(".").partition(".")[0]
+            if shim not in living:
+                _forget(self.directory / f"{shim}.sock")
 
     async def _find(self, path: Path) -> ShimHost | None:
         try:

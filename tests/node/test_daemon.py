@@ -268,6 +268,18 @@ def test_a_spare_shim_ends_with_its_daemon(
         assert _shims_of(daemon.state_dir) == []
 
 
+def test_the_next_daemon_removes_what_a_shim_left_that_never_had_a_socket(
+    criu: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    shims = tmp_path / "state" / "shims"
+    (shims / "shim-1.sock.root").mkdir(parents=True)
+    for name in ("shim-1.log", ".shim-1.sock"):
+        (shims / name).touch()
+    with Daemon(tmp_path / "state", free_port()) as daemon:
+        assert daemon.terminate() == 0
+    assert list(shims.iterdir()) == []
+
+
 def _shims_of(state_dir: Path) -> list[int]:
     """Pids of the shims whose sockets lie in a state directory."""
     found = []
