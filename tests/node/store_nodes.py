@@ -48,6 +48,13 @@ class StoreNodes:
         with self.trusted.open("a") as file:
             file.write((self.root / name / "signing.pub").read_text())
 
+    def fill(self, daemon: Daemon, model: Path) -> None:
+        """Have a running node capture ``one``, and remember what its source said."""
+        daemon.start_instance("source", model)
+        self.digest = capture(daemon).manifest_digest
+        self.answer = daemon.generate("source")
+        self.trust(daemon.state_dir.name)
+
     def copy_snapshots(self, source: str, target: str) -> None:
         """Give a node that was never started the snapshots and the signing key of another."""
         folder = self.root / target

@@ -47,10 +47,7 @@ def nodes(
     root = tmp_path_factory.mktemp("crashes")
     made = StoreNodes(root, free_port, f"file://{root}/bucket")
     with made.node("a") as a:
-        a.start_instance("source", instruct_model)
-        capture(a)
-        made.answer = a.generate("source")
-        made.trust("a")
+        made.fill(a, instruct_model)
     return made
 
 

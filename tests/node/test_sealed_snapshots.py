@@ -57,10 +57,7 @@ def nodes(
     made = StoreNodes(root, free_port, f"file://{root}/bucket")
     a_key_file(root / "key")
     with sealed(made, "a") as a:
-        a.start_instance("source", instruct_model)
-        capture(a)
-        made.answer = a.generate("source")
-        made.trust("a")
+        made.fill(a, instruct_model)
     return made
 
 

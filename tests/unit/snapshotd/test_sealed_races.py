@@ -12,6 +12,7 @@ import pytest
 from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.sealed_store import SealedStore
 from snapshotd.failpoints import Failpoints
+from snapshotd.model import Snapshot
 from tests.unit.snapshotd.sealed_world import CONTENT, SealedNode, capture, contents
 
 
@@ -39,6 +40,14 @@ class Gate:
         patch.setattr(store, method, gated)
 
 
+async def read_by_one(store: SealedStore) -> Snapshot:
+    """Capture ``s1``, and have ``one`` read it."""
+    snapshot = await capture(store)
+    store.keep("one", "s1")
+    await store.images(snapshot)
+    return snapshot
+
+
 async def everybody_is_as_far_as_they_get() -> None:
     """Let the tasks run that wait for nothing but their turn."""
     for _ in range(10):
@@ -49,9 +58,7 @@ async def test_a_reader_who_comes_while_the_last_one_leaves_has_it(
     node: SealedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = node.open()
-    snapshot = await capture(store)
-    store.keep("one", "s1")
-    await store.images(snapshot)
+    snapshot = await read_by_one(store)
     removal = Gate(store.unsealed, "delete", monkeypatch)
 
     leaving = asyncio.create_task(store.release("one"))
@@ -69,9 +76,7 @@ async def test_it_is_verified_whole_while_the_last_reader_leaves(
     node: SealedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = node.open()
-    snapshot = await capture(store)
-    store.keep("one", "s1")
-    await store.images(snapshot)
+    snapshot = await read_by_one(store)
     verification = Gate(store.unsealed, "verify", monkeypatch)
 
     verifying = asyncio.create_task(store.verify(snapshot, again=True))
