@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-import stat
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,9 +17,7 @@ from grpc_status import rpc_status
 
 from dumont.errors import (
     DeadlineExceeded,
-    FailedPrecondition,
     Internal,
-    InvalidArgument,
     NotFound,
     ResourceExhausted,
     Unavailable,
@@ -288,88 +283,6 @@ async def test_an_endpoint_nobody_serves_is_unavailable() -> None:
     error = from_rpc_error(raised.value)
     assert isinstance(error, Unavailable)
     assert error.reason == "UNAVAILABLE"
-
-
-async def test_a_taken_port_is_refused(service: Service) -> None:
-    with pytest.raises(FailedPrecondition) as raised:
-        bind(new_server("other.dumont"), service.address)
-    assert raised.value.reason == "ADDRESS_IN_USE"
-    assert raised.value.metadata == {"address": service.address}
-
-
-async def test_a_port_taken_on_127_0_0_1_is_taken_on_localhost(service: Service) -> None:
-    port = service.address.rpartition(":")[2]
-    with pytest.raises(FailedPrecondition, match="another process listens"):
-        bind(new_server("other.dumont"), f"localhost:{port}")
-
-
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.invalid:0"])
-async def test_plain_text_is_refused_where_others_can_reach_it(address: str) -> None:
-    with pytest.raises(FailedPrecondition) as raised:
-        bind(new_server("test.dumont"), address)
-    assert raised.value.reason == "PLAINTEXT_REFUSED"
-
-
-async def test_plain_text_can_be_allowed() -> None:
-    server = new_server("test.dumont")
-    address = bind(server, "0.0.0.0:0", insecure_ok=True)
-    await server.stop(0)
-    assert int(address.removeprefix("0.0.0.0:")) > 0
-
-
-async def test_an_address_of_another_machine_cannot_be_used() -> None:
-    with pytest.raises(FailedPrecondition) as raised:
-        bind(new_server("test.dumont"), "192.0.2.1:0", insecure_ok=True)
-    assert raised.value.reason == "ADDRESS_UNUSABLE"
-
-
-@pytest.mark.parametrize(
-    "address", ["", "7070", ":7070", "127.0.0.1:", "127.0.0.1:-1", "127.0.0.1:70000", "unix:"]
-)
-async def test_a_malformed_address_is_named(address: str) -> None:
-    with pytest.raises(InvalidArgument) as raised:
-        bind(new_server("test.dumont"), address)
-    assert (raised.value.reason, raised.value.field) == ("INVALID_ADDRESS", "address")
-
-
-async def test_a_unix_socket_is_its_owners_only(tmp_path: Path) -> None:
-    server = new_server("test.dumont")
-    handlers = Handlers()
-    server.add_generic_rpc_handlers((handlers.generic(),))
-    path = tmp_path / "host.sock"
-    address = bind(server, f"unix:{path}")
-    await server.start()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    async with grpc.aio.insecure_channel(address) as channel:
-        assert await channel.unary_unary("/test.Raw/Unary")(b"ok", timeout=10) == b"ok"
-    with pytest.raises(FailedPrecondition) as raised:
-        bind(new_server("other.dumont"), address)
-    assert raised.value.reason == "ADDRESS_IN_USE"
-    await server.stop(0)
-
-
-async def test_a_unix_socket_left_behind_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "host.sock"
-    with socket.socket(socket.AF_UNIX) as left_behind:
-        left_behind.bind(str(path))
-    server = new_server("test.dumont")
-    address = bind(server, f"unix:{path}")
-    await server.start()
-    async with grpc.aio.insecure_channel(address) as channel:
-        await asyncio.wait_for(channel.channel_ready(), 10)
-        assert channel.get_state() is grpc.ChannelConnectivity.READY
-    await server.stop(0)
-
-
-async def test_a_unix_socket_needs_its_directory(tmp_path: Path) -> None:
-    with pytest.raises(FailedPrecondition) as raised:
-        bind(new_server("test.dumont"), f"unix:{tmp_path}/none/host.sock")
-    assert raised.value.reason == "ADDRESS_UNUSABLE"
-
-
-async def test_a_unix_path_the_kernel_would_cut_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="107 bytes"):
-        bind(new_server("test.dumont"), f"unix:{tmp_path}/{'x' * 108}")
 
 
 async def test_health_and_reflection_cover_each_service_and_draining_shows() -> None:
