@@ -28,9 +28,10 @@ class Host(Protocol):
 
     It begins empty. ``launch`` or ``restore`` gives it a process; ``release`` ends both and leaves
     nothing. Between them ``call`` reaches the model host's life cycle (load, serve, drain, quiesce,
-    wake, canary), ``dump`` writes its image while it waits in quiescence, and ``freeze`` stops it
-    from running. Every method raises ``DumontError``: the model host's own refusal with its reason,
-    ``HOST_TIMEOUT`` when it gives no answer, ``HOST_LOST`` when its process or shim is gone.
+    wake, canary), ``dump``, once prepared, writes its image while it waits in quiescence, and
+    ``freeze`` stops it from running. Every method raises ``DumontError``: the model host's own refusal
+    with its reason, ``HOST_TIMEOUT`` when it gives no answer, ``HOST_LOST`` when its process or shim is
+    gone.
     """
 
     instance: str
@@ -57,6 +58,14 @@ class Host(Protocol):
             origin: the snapshot's own directory, where memory is mapped from.
             mounts: external mounts, by mount point; this node must have each.
         """
+        ...
+
+    async def prepare(self, images: Path, timeout: float) -> None:
+        """Make ready for one dump into the directory ``images``, which the model host need not wait for."""
+        ...
+
+    async def abandon(self) -> None:
+        """Undo ``prepare``, if there was no dump since."""
         ...
 
     async def dump(self, images: Path, timeout: float) -> Json:

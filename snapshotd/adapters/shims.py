@@ -104,6 +104,13 @@ class ShimHost:
         )
         self._hold(instance, answer["pid"])
 
+    async def prepare(self, images: Path, timeout: float) -> None:
+        request = {"do": "prepare", "images": str(images), "timeout": timeout}
+        await self._ask(request, timeout + SHIM_ANSWER_TIMEOUT)
+
+    async def abandon(self) -> None:
+        await self._ask({"do": "abandon"}, SHIM_ANSWER_TIMEOUT)
+
     async def dump(self, images: Path, timeout: float) -> Json:
         request = {"do": "dump", "images": str(images), "timeout": timeout}
         return await self._ask(request, timeout + SHIM_ANSWER_TIMEOUT)

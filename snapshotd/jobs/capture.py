@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ class Capture:
         cuda = uses_cuda(self.subject.instance.device)
         return [
             Step("stage", self.stage, self.discard),
+            Step("prepare", self.prepare, self.abandon),
             Step("drain", self.drain, self.keep_serving),
             Step("quiesce", self.quiesce),
             *([Step("cuda_checkpoint", self.suspend, self.revive), Step("trim", self.trim)] if cuda else []),
@@ -59,6 +61,16 @@ class Capture:
         # What another capture of the same id staged is not ours to remove.
         if self.staged is not None:
             await self.node.store.discard(self.snapshot)
+
+    async def prepare(self) -> None:
+        """Before the pause: whatever a dump needs besides the process, room for its memory above all."""
+        with self._disk_may_fill():
+            await moves.host_of(self.subject).prepare(self._staged(), self.node.deadlines.dump)
+
+    async def abandon(self) -> None:
+        # A host that is gone took it along.
+        with contextlib.suppress(DumontError):
+            await moves.host_of(self.subject).abandon()
 
     async def drain(self) -> None:
         await self._refuse_served()
@@ -117,18 +129,8 @@ class Capture:
             self.suspended = False
 
     async def dump(self) -> None:
-        staged = self._staged()
-        try:
-            self.layout = await moves.host_of(self.subject).dump(staged, self.node.deadlines.dump)
-        except DumontError as error:
-            # CRIU does not say it in a way that could be relied on.
-            if _is_full(staged):
-                raise ResourceExhausted(
-                    "DISK_FULL",
-                    f"{staged.parent} filled up during the dump; delete snapshots or give it more room",
-                    metadata={"snapshot": self.snapshot},
-                ) from error
-            raise
+        with self._disk_may_fill():
+            self.layout = await moves.host_of(self.subject).dump(self._staged(), self.node.deadlines.dump)
 
     async def wake(self) -> None:
         await moves.wake(self.node, self.subject)
@@ -177,6 +179,21 @@ class Capture:
         if self.staged is None:
             raise Internal("NOT_STAGED", f"snapshots/{self.snapshot} has no directory yet")
         return self.staged
+
+    @contextlib.contextmanager
+    def _disk_may_fill(self) -> Iterator[None]:
+        """CRIU and the page server do not say it in a way that could be relied on."""
+        staged = self._staged()
+        try:
+            yield
+        except DumontError as error:
+            if _is_full(staged):
+                raise ResourceExhausted(
+                    "DISK_FULL",
+                    f"{staged.parent} filled up during the dump; delete snapshots or give it more room",
+                    metadata={"snapshot": self.snapshot},
+                ) from error
+            raise
 
     async def retract(self) -> None:
         if self.result is not None:

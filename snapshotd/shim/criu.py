@@ -73,8 +73,13 @@ class Layout:
     pipes: Mapping[str, int]
 
 
-def dump(worker: Worker, pycriu: Any, pid: int, images: Path, layout: Layout, timeout: float) -> None:
+def dump(
+    worker: Worker, pycriu: Any, pid: int, images: Path, layout: Layout, pages: int, timeout: float
+) -> None:
     """Write the tree of ``pid`` into the existing directory ``images``; the tree runs on.
+
+    Args:
+        pages: descriptor, open in the worker, of a connection to the page server.
 
     Raises:
         CriuFailed: nothing was kept and the tree runs on, unless CRIU had to be killed.
@@ -82,6 +87,7 @@ def dump(worker: Worker, pycriu: Any, pid: int, images: Path, layout: Layout, ti
     options = _options(pycriu, layout)
     options.pid = pid
     options.leave_running = True
+    options.ps.fd = pages
     _run(worker, pycriu, "dump", options, images, images, timeout)
 
 

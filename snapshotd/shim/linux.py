@@ -71,6 +71,14 @@ def kill_children() -> None:
             os.waitpid(int(pid), 0)
 
 
+def anonymous_memory(pid: int) -> int:
+    """Bytes of memory that a process has written to and that belong to no file."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def pivot_root(root: Path) -> None:
     """Make ``root``, a mount point, the root of this mount namespace and let go of the old one."""
     os.chdir(root)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from snapshotd.shim import bindings, criu, launcher, linux, mounts
+from snapshotd.shim.dumper import Dumper
 from snapshotd.shim.freezer import Freezer
 from snapshotd.shim.hostlog import HostLog
 from snapshotd.shim.line import Line, Message
@@ -53,8 +54,8 @@ class Shim:
         Args:
             weights: the node's weight cache; None: it has none.
         """
-        self.criu_binary = criu_binary
         self.pycriu = pycriu
+        self.dumper = Dumper(criu_binary, pycriu)
         self.selector = selectors.DefaultSelector()
         self.client: Line | None = None
         self.host: Line | None = None
@@ -90,6 +91,8 @@ class Shim:
         self.commands: dict[str, Callable[[Message], Message]] = {
             "launch": self.launch,
             "restore": self.restore,
+            "prepare": self.prepare,
+            "abandon": self.abandon,
             "dump": self.dump,
             "freeze": self.freeze,
             "thaw": self.thaw,
@@ -148,6 +151,17 @@ class Shim:
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
 
+    def prepare(self, message: Message) -> Message:
+        """Start what a dump into ``images`` needs, while the model host still serves."""
+        self._must_run()
+        self.dumper.prepare(self.pid, Path(message["images"]), message["timeout"])
+        return {}
+
+    def abandon(self, message: Message) -> Message:
+        """End what was prepared, if there was no dump."""
+        self.dumper.abandon()
+        return {}
+
     def dump(self, message: Message) -> Message:
         """Write the model host into ``images``; it runs on. Answers what a restore must be told."""
         self._must_run()
@@ -156,11 +170,8 @@ class Shim:
                 f"the snapshot that {self.instance} was restored from is deleted, and most of its memory is "
                 "mapped from there; capture an instance that was started, or restored from a snapshot in use"
             )
-        names = {name: Path(name) for name in self.mounts}
-        worker = criu.Worker.start(self.criu_binary)
-        layout = criu.Layout(names, self.inodes)
-        images = Path(message["images"])
-        criu.dump(worker, self.pycriu, self.pid, images, layout, message["timeout"])
+        layout = criu.Layout({name: Path(name) for name in self.mounts}, self.inodes)
+        self.dumper.dump(self.pid, Path(message["images"]), layout, message["timeout"])
         origin = str(self.origin) if self.origin else ""
         return {"mounts": self.mounts, "pipes": self.inodes, "origin": origin}
 
@@ -229,6 +240,8 @@ class Shim:
             self.selector.unregister(self.client.fd)
             self.client.close()
             self.client = None
+            # Whoever prepared it will not dump.
+            self.dumper.abandon()
 
     def _from_client(self, fd: int) -> None:
         assert self.client is not None
@@ -280,6 +293,7 @@ class Shim:
     def _reap(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(fd, 4096)
+        self.dumper.reap()
         if self.pid and self.exit_status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:

@@ -12,8 +12,8 @@ from tests.node.node_under_test import refused
 pytestmark = [pytest.mark.gpu, pytest.mark.node, pytest.mark.asyncio(loop_scope="module")]
 
 CAPTURE_STEPS = [
-    "stage", "drain", "quiesce", "cuda_checkpoint", "trim", "dump", "cuda_restore", "wake", "compact",
-    "verify", "commit",
+    "stage", "prepare", "drain", "quiesce", "cuda_checkpoint", "trim", "dump", "cuda_restore", "wake",
+    "compact", "verify", "commit",
 ]  # fmt: skip
 RESTORE_STEPS = [
     "check", "verify", "weights", "directory", "criu", "cuda_restore", "wake", "canary", "serve",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -163,6 +164,7 @@ class NodeUnderTest:
                 line for line in Path("/proc/mounts").read_text().splitlines() if str(self.state_dir) in line
             ],
             "processes": sorted(_model_hosts(self.state_dir)),
+            "page servers": sorted(_page_servers(self.state_dir)),
             "groups": sorted(self.shims & {path.name for path in (groups / "dumont").glob("*/")})
             if groups
             else [],
@@ -185,6 +187,17 @@ def _model_hosts(state_dir: Path) -> list[str]:
                 found.append(path.parent.name)
         except OSError:
             continue
+    return found
+
+
+def _page_servers(state_dir: Path) -> list[str]:
+    """Pids of all that write below ``state_dir``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = path.read_bytes()
+            if b".page_server\0" in command and str(state_dir).encode() in command:
+                found.append(path.parent.name)
     return found
 
 

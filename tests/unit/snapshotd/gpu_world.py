@@ -67,7 +67,9 @@ class GpuHost(FakeHost):
         self.instance, self.state = str(arguments[0]), "QUIESCED"
 
     async def dump(self, images: Path, timeout: float) -> Json:
+        assert self.prepared
         await self._do("dump")
+        self.prepared = False
         return {"mounts": [], "pipes": {}}
 
     async def call(self, command: str, timeout: float, **arguments: object) -> Json:

@@ -38,6 +38,7 @@ class FakeHost:
         self.lost = asyncio.Event()
         self.state = "SERVING"
         self.frozen = False
+        self.prepared = False
         self.released = False
         self.gates: dict[str, asyncio.Event] = {}
         self.failing: set[str] = set()
@@ -58,6 +59,14 @@ class FakeHost:
 
     async def restore(self, *arguments: object) -> None:
         raise AssertionError("nothing here restores")
+
+    async def prepare(self, images: Path, timeout: float) -> None:
+        await self._do("prepare")
+        self.prepared = True
+
+    async def abandon(self) -> None:
+        await self._do("abandon")
+        self.prepared = False
 
     async def dump(self, images: Path, timeout: float) -> Json:
         raise AssertionError("nothing here captures")

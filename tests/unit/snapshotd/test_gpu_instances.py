@@ -80,6 +80,27 @@ async def test_what_fails_once_the_gpu_was_given_up_leaves_the_instance_serving(
     assert world.instances.get("one").state is State.SERVING
 
 
+@pytest.mark.parametrize("step", ["drain", "quiesce", "trim", "dump"])
+async def test_what_was_prepared_for_a_dump_is_abandoned_when_the_capture_fails(
+    world: World, step: str
+) -> None:
+    host = await world.serving()
+    host.failing = {step}
+    with pytest.raises(Aborted, match=step):
+        await world.instances.capture("one", "first")
+    assert not host.prepared
+    assert world.store.staged == set()
+
+
+async def test_a_capture_that_cannot_be_prepared_does_not_pause_its_source(world: World) -> None:
+    host = await world.serving()
+    host.failing = {"prepare"}
+    with pytest.raises(Aborted, match="prepare"):
+        await world.instances.capture("one", "first")
+    assert not {"drain", "quiesce"} & set(host.asked)
+    assert world.store.staged == set()
+
+
 async def test_a_capture_that_finds_the_gpu_full_when_it_is_done_says_so_and_tries_again(
     world: World,
 ) -> None:
