@@ -32,7 +32,7 @@ from snapshotd.store.model import CHUNK, Piece, SealedKey
 from snapshotd.store.placing import Places
 from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer, TrustedKeys
-from snapshotd.store.workers import Workers
+from snapshotd.store.workers import Limits, Workers
 from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, an_image, noise
 
 
@@ -233,6 +233,14 @@ def test_the_journal_remembers_uploads_until_they_are_done(tmp_path: Path) -> No
     journal.remove("s1")
     journal.remove("s1")
     assert [upload.snapshot for upload in journal.pending()] == ["s2"]
+
+
+@given(cores=st.integers(1, 1024))
+def test_every_core_has_work_and_chunks_in_flight_stay_below_384_mib(cores: int) -> None:
+    limits = Limits.of(cores)
+    assert limits.threads == min(cores, 12)
+    assert limits.threads <= limits.calls < limits.chunks
+    assert limits.chunks * 3 * CHUNK <= 384 << 20
 
 
 async def test_cancelled_work_has_ended_when_the_cancellation_is_seen() -> None:
