@@ -105,7 +105,9 @@ class Settings(BaseSettings):
         description="the cuda-checkpoint program; unset: DUMONT_CUDA_CHECKPOINT, else the one on the PATH",
     )
     threads: int = Field(
-        default_factory=lambda: os.cpu_count() or 1, ge=1, description="threads of store workers"
+        default_factory=lambda: len(os.sched_getaffinity(0)),
+        ge=1,
+        description="threads of store workers; unset: one for each core that snapshotd may use",
     )
     host_threads: int = Field(0, ge=0, description="compute threads of a model host; 0: one for each core")
     max_queue: int = Field(64, ge=1, description="requests that one model host holds before it refuses more")

@@ -27,13 +27,11 @@ from snapshotd.store.model import CHUNK
 from snapshotd.store.ports import ObjectStore
 from snapshotd.store.remote import RemoteStore, check_conditional_create
 from snapshotd.store.signing import Signer, TrustedKeys
-from snapshotd.store.workers import Workers
+from snapshotd.store.workers import Limits, Workers
 
 SIGNING_KEY = "signing.key"
 # The line that other nodes need among their trusted keys to restore what this one captured.
 PUBLIC_KEY = "signing.pub"
-# Calls at once.
-IN_FLIGHT = 8
 PASSES = 3
 
 
@@ -61,7 +59,7 @@ def open_objects(settings: Settings) -> ObjectStore | None:
         S3Settings.from_url(
             url, settings.s3_endpoint, settings.s3_access_key, secret, settings.s3_region, settings.s3_ca_file
         ),
-        IN_FLIGHT,
+        Limits.of(settings.threads).calls,
     )
 
 
@@ -77,14 +75,14 @@ def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | Non
     signer = Signer.open(settings.state_dir / SIGNING_KEY)
     (settings.state_dir / PUBLIC_KEY).write_text(f"{signer.line()}\n")
     keys = settings.trusted_keys_file
+    limits = Limits.of(settings.threads)
     return RemoteStore(
         objects,
         signer,
         TrustedKeysFile(keys, signer) if keys else TrustedKeys([signer.public]),
         KeyFile(settings.encryption_key_file) if settings.encryption_key_file else None,
-        # More than calls: while chunks are unpacked others must be on their way, or the store waits.
-        workers=IN_FLIGHT + min(settings.threads, IN_FLIGHT // 2),
-        threads=min(settings.threads, IN_FLIGHT),
+        workers=limits.chunks,
+        threads=limits.threads,
         grace=timedelta(seconds=settings.store_grace_seconds),
         failpoints=failpoints,
     )
@@ -118,7 +116,7 @@ async def measure(settings: Settings, snapshot: str) -> dict[str, float]:
     chunks = document.named_chunks(await objects.get(manifest_key(snapshot), document.LARGEST))
     name = f"{TEMPORARY}speed-{os.urandom(8).hex()}"
     noise = os.urandom(CHUNK + OVERHEAD)
-    workers = Workers(IN_FLIGHT, 1)
+    workers = Workers(Limits.of(settings.threads).calls, 1)
     sizes: dict[str, int] = {}
 
     async def read(chunk: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -16,7 +17,11 @@ ERROR = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection:
 
 
 class FaultProxy:
-    """Runs in a thread of its own while it is entered."""
+    """Runs in a thread of its own while it is entered.
+
+    Attributes:
+        asked: called with what a client sends, before it is passed on.
+    """
 
     def __init__(self, target: str) -> None:
         host, _, port = target.removeprefix("http://").rpartition(":")
@@ -26,6 +31,7 @@ class FaultProxy:
         self._refuses = False
         # How many connections met the fault.
         self.stumbled = 0
+        self.asked: Callable[[bytes], None] = lambda data: None
         self._writers: set[asyncio.StreamWriter] = set()
 
     def __enter__(self) -> Self:
@@ -93,22 +99,32 @@ class FaultProxy:
             self._writers.discard(writer)
             writer.close()
 
+    def _ask(self, data: bytes) -> None:
+        # Connections stay; what is to be called may have been set since.
+        self.asked(data)
+
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: str) -> None:
         target_reader, target_writer = await asyncio.open_connection(self._host, self._target_port)
-        there = asyncio.create_task(_pump(reader, target_writer))
-        back = asyncio.create_task(_pump(target_reader, writer, fault))
+        there = asyncio.create_task(_pump(reader, target_writer, self._ask))
+        back = asyncio.create_task(_pump(target_reader, writer, fault=fault))
         await asyncio.wait({there, back}, return_when=asyncio.FIRST_COMPLETED)
         there.cancel()
         back.cancel()
         target_writer.close()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: str = "") -> None:
+async def _pump(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    seen: Callable[[bytes], None] = lambda data: None,
+    fault: str = "",
+) -> None:
     sent = 0
     with contextlib.suppress(OSError):
         while data := await reader.read(BLOCK):
             if fault == "cut" and sent + len(data) > CUT_AFTER:
                 return
+            seen(data)
             if fault == "slow":
                 await asyncio.sleep(SLOW_SECONDS)
             sent += len(data)

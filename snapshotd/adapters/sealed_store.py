@@ -42,12 +42,10 @@ from snapshotd.store.model import PublishedSnapshot
 from snapshotd.store.ports import KeyWrapper
 from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer, TrustedKeys
+from snapshotd.store.workers import Limits
 from snapshotd.threads import finish, whole
 
 log = structlog.get_logger(__name__)
-
-# Chunks in flight: while some are packed, others are on their way to the disk.
-WORKERS = 8
 
 
 class SealedStore:
@@ -74,7 +72,7 @@ class SealedStore:
         self.unsealed = unsealed
         self._signer = signer
         self._wrapper = wrapper
-        self._threads = threads
+        self._limits = Limits.of(threads)
         self._failpoints = failpoints or Failpoints()
         # Who keeps which snapshot.
         self._kept: dict[str, str] = {}
@@ -319,8 +317,8 @@ class SealedStore:
             self._signer,
             TrustedKeys([self._signer.public]),
             self._wrapper,
-            workers=WORKERS,
-            threads=self._threads,
+            workers=self._limits.chunks,
+            threads=self._limits.threads,
             failpoints=self._failpoints,
         )
         try:

@@ -1,4 +1,4 @@
-"""Image files to chunks and back. A chunk is named by what it holds, so it is stored once.
+"""Image files to chunks. A chunk is named by what it holds, so it is stored once.
 
 A large file is cut into chunks, and the small ones, of which CRIU writes some twenty, share chunks: each
 chunk is a request to the store, and a request costs as much as the bytes of many small files.
@@ -7,7 +7,7 @@ chunk is a request to the store, and a request costs as much as the bytes of man
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from dumont.errors import DataLoss
 from snapshotd.model import ImageFile
-from snapshotd.store.model import CHUNK, Extent, Piece, PublishedFile
+from snapshotd.store.model import CHUNK, Extent, PublishedFile
 
 # Files of fewer bytes share chunks.
 SMALL = 64 << 10
@@ -68,19 +68,6 @@ def read(folder: Path, content: Content) -> bytearray | None:
         _read_span(folder / span.file, span, into[start : start + span.size])
         start += span.size
     return None if _ZEROS.startswith(plain) else plain
-
-
-def write(folder: Path, pieces: Sequence[Piece], plain: memoryview) -> None:
-    """Put the parts of a chunk in their places in files that exist."""
-    for piece in pieces:
-        descriptor = os.open(folder / piece.file, os.O_WRONLY | os.O_NOFOLLOW)
-        try:
-            rest, offset = plain[piece.start : piece.start + piece.size], piece.offset
-            while rest:
-                written = os.pwrite(descriptor, rest, offset)
-                rest, offset = rest[written:], offset + written
-        finally:
-            os.close(descriptor)
 
 
 def name_chunk(plain: bytes | bytearray | memoryview, name_key: bytes | None) -> str:

@@ -7,6 +7,7 @@ chunk opens only where it belongs.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from typing import TypeAlias
@@ -40,7 +41,14 @@ class _Contexts(threading.local):
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=LEVEL)
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
-        self.buffer = bytearray()
+        self.buffer: mmap.mmap | None = None
+
+    def room(self, size: int) -> memoryview:
+        """Memory for so many bytes; the same again for the next who asks for no more."""
+        if self.buffer is None or len(self.buffer) < size:
+            # Unlike a bytearray it is not zeroed while all other threads wait for the interpreter's lock.
+            self.buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return memoryview(self.buffer)[:size]
 
 
 class Codec:
@@ -109,13 +117,10 @@ class Codec:
         packed = framed[LENGTH:]
         if len(packed) != int.from_bytes(framed[:LENGTH], "little"):
             raise damaged(name, "its compressed bytes do not end where they should")
-        contexts = self._contexts
         # One byte more than it may have, so that a larger one is seen and never unpacked.
-        if len(contexts.buffer) <= size:
-            contexts.buffer = bytearray(size + 1)
-        into = memoryview(contexts.buffer)[: size + 1]
+        into = self._contexts.room(size + 1)
         try:
-            count = contexts.decompressor.stream_reader(packed).readinto(into)
+            count = self._contexts.decompressor.stream_reader(packed).readinto(into)
         except zstandard.ZstdError as error:
             raise damaged(name, f"it cannot be decompressed: {error}") from None
         if count > size:

@@ -6,17 +6,16 @@ import contextlib
 import errno
 import os
 import shutil
-import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
 from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, ResourceExhausted
 from snapshotd.failpoints import Failpoints
-from snapshotd.store.chunking import write
 from snapshotd.store.codec import OVERHEAD, Codec, damaged
 from snapshotd.store.layout import chunk_key, damage_key
 from snapshotd.store.model import Piece, PublishedSnapshot
+from snapshotd.store.placing import Places
 from snapshotd.store.ports import ObjectStore, Progress
 from snapshotd.store.workers import Counter, Workers
 
@@ -40,8 +39,6 @@ class Fetch:
         self._objects = objects
         self._workers = workers
         self._failpoints = failpoints
-        # Two threads that write one file wait for each other in the kernel, which costs more than here.
-        self._writing = threading.Lock()
 
     async def into(self, folder: Path, progress: Progress) -> None:
         """Write all files into ``folder``; on failure it holds a part of them.
@@ -51,10 +48,11 @@ class Fetch:
             ResourceExhausted: the disk has no room.
         """
         await self._workers.compute(self._lay_out, folder)
+        places = Places(folder)
 
         async def write(pieces: list[Piece]) -> None:
             self._failpoints.hit("fetch.chunk")
-            await self._read(pieces, partial(self._write, folder, pieces))
+            await self._read(pieces, partial(_fill, places, folder, pieces))
             self._failpoints.hit("fetch.chunk.after")
 
         await self._each_chunk(write, progress)
@@ -148,14 +146,14 @@ class Fetch:
             finally:
                 os.close(descriptor)
 
-    def _write(self, folder: Path, pieces: list[Piece], plain: memoryview) -> None:
-        try:
-            with self._writing:
-                write(folder, pieces, plain)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _full(f"{folder.parent} filled up while a snapshot was fetched") from None
-            raise
+
+def _fill(places: Places, folder: Path, pieces: list[Piece], plain: memoryview) -> None:
+    try:
+        places.fill(pieces, plain)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(f"{folder.parent} filled up while a snapshot was fetched") from None
+        raise
 
 
 def _discard(plain: memoryview) -> None:

@@ -76,7 +76,7 @@ class RemoteStore:
         self._signer = signer
         self._trusted = trusted
         self._wrapper = wrapper
-        self._workers = Workers(workers, threads or os.cpu_count() or 1)
+        self._workers = Workers(workers, threads or len(os.sched_getaffinity(0)))
         self._now = now
         self._failpoints = failpoints or Failpoints()
         self._pins: Tally[str] = Tally()

@@ -5,12 +5,36 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from snapshotd.store.ports import Progress
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of an upload or a fetch is done at once.
+
+    Attributes:
+        calls: to the store.
+        chunks: in flight, on the wire or in work; each takes up to 24 MiB.
+        threads: that hash, compress and encrypt.
+    """
+
+    calls: int
+    chunks: int
+    threads: int
+
+    @classmethod
+    def of(cls, cores: int) -> Limits:
+        """What keeps so many cores busy: 288 MiB on few of them, never more than 384."""
+        threads = min(cores, 12)
+        calls = max(8, threads)
+        # More than calls: while chunks are unpacked others must be on their way, or the store waits.
+        return cls(calls, calls + min(threads, 4), threads)
 
 
 class Workers:

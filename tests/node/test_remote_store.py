@@ -272,6 +272,37 @@ def test_a_full_disk_refuses_a_fetch_and_keeps_nothing_of_it(nodes: StoreNodes, 
         subprocess.run(("umount", str(tmp_path)), check=True)
 
 
+@pytest.mark.parametrize("threads", [1, 8])
+def test_a_disk_that_fills_up_in_the_middle_refuses_a_fetch_and_the_node_serves_on(
+    nodes: StoreNodes, proxy: FaultProxy, tmp_path: Path, threads: int
+) -> None:
+    # given: there was room, until the first chunk was asked for
+    ballast = tmp_path / "ballast"
+
+    def fill(data: bytes) -> None:
+        if data.startswith(b"GET ") and b"/chunks/" in data and not ballast.exists():
+            free = shutil.disk_usage(tmp_path).free
+            with ballast.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, free - (30 << 20))
+
+    proxy.asked = fill
+    subprocess.run(("mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(tmp_path)), check=True)
+    try:
+        flags = ("--cache-dir", str(tmp_path / "cache"), "--threads", str(threads))
+        with nodes.node(f"filled-{threads}", *flags) as filled:
+            # then
+            assert refused(filled, "victim").reason == "DISK_FULL"
+            assert list((tmp_path / "cache").iterdir()) == []
+
+            # and with room again it restores
+            proxy.asked = lambda data: None
+            ballast.unlink()
+            restore(filled, "back", digest=nodes.digest)
+            assert filled.generate("back") == nodes.answer
+    finally:
+        subprocess.run(("umount", str(tmp_path)), check=True)
+
+
 def test_a_full_disk_refuses_a_capture_whose_source_serves_on(
     nodes: StoreNodes, instruct_model: Path, tmp_path: Path
 ) -> None:

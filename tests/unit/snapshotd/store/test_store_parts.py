@@ -25,14 +25,14 @@ from snapshotd.adapters.directory_objects import DirectoryObjects
 from snapshotd.adapters.key_file import KeyFile
 from snapshotd.adapters.trusted_keys import TrustedKeysFile
 from snapshotd.model import ImageFile
-from snapshotd.store import fetch as fetching
 from snapshotd.store.chunking import SMALL, Span, cut, join, read, size_of
 from snapshotd.store.codec import OVERHEAD, Codec
 from snapshotd.store.journal import PendingUpload, UploadJournal
 from snapshotd.store.model import CHUNK, Piece, SealedKey
+from snapshotd.store.placing import Places
 from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer, TrustedKeys
-from snapshotd.store.workers import Workers
+from snapshotd.store.workers import Limits, Workers
 from tests.unit.snapshotd.store.world import MemoryObjects, a_key_file, a_node, a_signer, an_image, noise
 
 
@@ -235,6 +235,14 @@ def test_the_journal_remembers_uploads_until_they_are_done(tmp_path: Path) -> No
     assert [upload.snapshot for upload in journal.pending()] == ["s2"]
 
 
+@given(cores=st.integers(1, 1024))
+def test_every_core_has_work_and_chunks_in_flight_stay_below_384_mib(cores: int) -> None:
+    limits = Limits.of(cores)
+    assert limits.threads == min(cores, 12)
+    assert limits.threads <= limits.calls < limits.chunks
+    assert limits.chunks * 3 * CHUNK <= 384 << 20
+
+
 async def test_cancelled_work_has_ended_when_the_cancellation_is_seen() -> None:
     workers = Workers(1, 1)
     began, may_end, ended = threading.Event(), threading.Event(), threading.Event()
@@ -294,10 +302,10 @@ async def test_a_disk_that_fills_up_in_the_middle_is_said(
     store = a_node(MemoryObjects())
     snapshot = await store.publish(an_image(tmp_path / "images"), tmp_path / "images")
 
-    def full(folder: Path, pieces: list[Piece], plain: memoryview) -> None:
+    def full(places: Places, pieces: list[Piece], plain: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(fetching, "write", full)
+    monkeypatch.setattr(Places, "fill", full)
     (tmp_path / "into").mkdir()
     with pytest.raises(ResourceExhausted) as refusal:
         await store.fetch(snapshot, tmp_path / "into")
