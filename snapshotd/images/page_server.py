@@ -45,7 +45,7 @@ class Broken(Exception):
 
 
 class Memory:
-    """The memory of one process: its bytes, and where they belong.
+    """The memory of one process, or shared memory: its bytes, and where they belong.
 
     Args:
         number: of its pages file in ``directory``.
@@ -55,34 +55,37 @@ class Memory:
         OSError: there is no room for them.
     """
 
-    def __init__(self, directory: Path, number: int, expected: int) -> None:
+    def __init__(self, directory: Path, number: int, expected: int = 0) -> None:
         self.number = number
         self.name = ""
         self._size = 0
         self._runs: list[PageRun] = []
         self._file = (directory / f"pages-{number}.img").open("x+b")
-        self._file.truncate(max(expected, SMALLEST))
+        # Mapped beyond what is expected: it costs nothing where nothing is allocated; moving it later would.
+        self._file.truncate(max(2 * expected, SMALLEST))
         self._bytes = mmap.mmap(self._file.fileno(), 0)
-        try:
-            self._bytes.madvise(MADV_POPULATE_WRITE)
-        except OSError as error:
-            # A kernel before 5.14 cannot; memory is then allocated as it comes. Others have none.
-            if error.errno != errno.EINVAL:
-                raise
+        if expected:
+            try:
+                self._bytes.madvise(MADV_POPULATE_WRITE, 0, expected)
+            except OSError as error:
+                # A kernel before 5.14 cannot; memory is then allocated as it comes. Others have none.
+                if error.errno != errno.EINVAL:
+                    raise
+        self._view = memoryview(self._bytes)
 
     def take(self, connection: socket.socket, run: PageRun) -> None:
         """Receive the pages of ``run``, if there are any."""
         self._runs.append(run)
         end = self._size + (run.pages * PAGE if run.present else 0)
         if end > len(self._bytes):
+            self._view.release()
             self._bytes.resize(2 * end)
-        with memoryview(self._bytes) as view:
-            while self._size < end:
-                with view[self._size : end] as rest:
-                    count = connection.recv_into(rest)
-                if not count:
-                    raise Broken(ENDED_EARLY)
-                self._size += count
+            self._view = memoryview(self._bytes)
+        while self._size < end:
+            count = connection.recv_into(self._view[self._size : end])
+            if not count:
+                raise Broken(ENDED_EARLY)
+            self._size += count
 
     def close(self, images: ImageFormat, directory: Path) -> None:
         """Write its pagemap, if it is somebody's."""
@@ -101,7 +104,9 @@ def serve(connection: socket.socket, images: ImageFormat, directory: Path, expec
     Raises:
         Broken, OSError: what is there of the dump is of no use.
     """
-    memories = [Memory(directory, 1, expected)]
+    # CRIU sends shared memory first, so not whatever comes first is what this is for.
+    prepared = Memory(directory, 1, expected)
+    memories = [prepared]
     connection.sendall(READY)
     if not connection.recv(1, socket.MSG_PEEK):
         return
@@ -109,16 +114,21 @@ def serve(connection: socket.socket, images: ImageFormat, directory: Path, expec
     if not HEADER.unpack(data)[-1]:
         # What is opened first must be somebody's.
         data, header = data + _receive(connection, LONG_HEADER.size - HEADER.size), LONG_HEADER
+    current = prepared
     while True:
         word, pages, address, whose = header.unpack(data)
         command, flags = word & ((1 << COMMAND_BITS) - 1), word >> COMMAND_BITS
         if command == OPEN:
-            if memories[-1].name:
-                memories.append(Memory(directory, len(memories) + 1, 0))
-            memories[-1].name = _name(whose)
+            kind, name = _name(whose)
+            if kind == PROCESS and not prepared.name:
+                current = prepared
+            else:
+                current = Memory(directory, len(memories) + 1)
+                memories.append(current)
+            current.name = name
             connection.sendall(NO_PARENT)
         elif command == ADD:
-            memories[-1].take(connection, PageRun(address, pages, flags))
+            current.take(connection, PageRun(address, pages, flags))
         elif command in (CLOSE, FORCE_CLOSE):
             break
         else:
@@ -130,11 +140,11 @@ def serve(connection: socket.socket, images: ImageFormat, directory: Path, expec
     connection.sendall(DONE)
 
 
-def _name(whose: int) -> str:
+def _name(whose: int) -> tuple[int, str]:
     kind, number = whose & ((1 << KIND_BITS) - 1), whose >> KIND_BITS
     if kind not in (PROCESS, SHARED):
         raise Broken(f"unknown kind of memory {kind}")
-    return str(number) if kind == PROCESS else f"shmem-{number}"
+    return kind, str(number) if kind == PROCESS else f"shmem-{number}"
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:

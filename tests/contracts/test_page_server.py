@@ -75,13 +75,14 @@ def content(pages: int, seed: int) -> bytes:
 
 
 def test_each_memory_gets_its_pages_and_its_map(dump: Dump, images: ImageFormat, tmp_path: Path) -> None:
-    # given: two processes and shared memory; one larger than expected, one with a page that is not sent
+    # given: shared memory, which CRIU sends first, and two processes; one is larger than expected, one has a
+    # page that is not sent
     small, large = PageRun(BASE, 3, PAGE_PRESENT), PageRun(BASE + 9 * PAGE, 9000, PAGE_PRESENT)
     absent, present = PageRun(BASE, 1, PAGE_IN_PARENT), PageRun(BASE + PAGE, 2, PAGE_PRESENT)
     sent = {
+        SHARED: [(PageRun(0, 1, PAGE_PRESENT), content(1, 3))],
         FIRST: [(small, content(3, 1)), (large, content(9000, 50))],
         SECOND: [(absent, b""), (present, content(2, 7))],
-        SHARED: [(PageRun(0, 1, PAGE_PRESENT), content(1, 3))],
     }
 
     # when
@@ -94,6 +95,8 @@ def test_each_memory_gets_its_pages_and_its_map(dump: Dump, images: ImageFormat,
 
     # then
     assert answer == struct.pack("<i", 0)
+    # the first process is in the file that has room for it already
+    assert images.read_pagemap(tmp_path / "pagemap-1.img")[0] == 1
     for name, whose in (("1", FIRST), ("20", SECOND), ("shmem-5", SHARED)):
         number, found = images.read_pagemap(tmp_path / f"pagemap-{name}.img")
         assert found == [run for run, _ in sent[whose]]
