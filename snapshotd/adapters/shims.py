@@ -105,8 +105,7 @@ class ShimHost:
         self._hold(instance, answer["pid"])
 
     async def prepare(self, images: Path, timeout: float) -> None:
-        request = {"do": "prepare", "images": str(images), "timeout": timeout}
-        await self._ask(request, timeout + SHIM_ANSWER_TIMEOUT)
+        await self._ask({"do": "prepare", "images": str(images)}, timeout)
 
     async def abandon(self) -> None:
         await self._ask({"do": "abandon"}, SHIM_ANSWER_TIMEOUT)

@@ -20,6 +20,8 @@ from dumont.errors import DataLoss
 from snapshotd.shim import bindings
 
 PAGE = 4096
+# The field of a pagemap entry that had 32 bits; CRIU 4.2 has another in its place.
+COUNT_BEFORE_4_2 = "compat_nr_pages"
 
 # Values of CRIU's include/image.h.
 VMA_REGULAR = 1 << 0
@@ -119,6 +121,9 @@ class ImageFormat:
         messages = [self._pagemap.pagemap_head(pages_id=pages_id).SerializeToString()]
         for run in runs:
             entry = self._pagemap.pagemap_entry(vaddr=run.start, nr_pages=run.pages, flags=run.flags)
+            if COUNT_BEFORE_4_2 in entry.DESCRIPTOR.fields_by_name:
+                # Required there still, and of no meaning.
+                setattr(entry, COUNT_BEFORE_4_2, 0)
             messages.append(entry.SerializeToString())
         self._write(path, "PAGEMAP", messages)
 

@@ -4,8 +4,8 @@
 
 CRIU copies memory into a file page by page, each allocated at that moment, while the process stands still.
 To a page server it hands references to the pages; this one copies them into memory that it had allocated
-before, beside CRIU, which goes on to the next ones. It says with a byte that it is ready, and ends with the
-connection.
+before, beside CRIU, which goes on to the next ones. It says with a byte that it is ready, or why it is not,
+and ends with the connection.
 
 Source of the protocol: CRIU's ``criu/page-xfer.c``.
 """
@@ -105,19 +105,24 @@ def serve(connection: socket.socket, images: ImageFormat, directory: Path, expec
         Broken, OSError: what is there of the dump is of no use.
     """
     # CRIU sends shared memory first, so not whatever comes first is what this is for.
-    prepared = Memory(directory, 1, expected)
+    try:
+        prepared = Memory(directory, 1, expected)
+    except OSError as error:
+        connection.sendall(f"no room for {expected} bytes of memory: {error}".encode())
+        raise
     memories = [prepared]
     connection.sendall(READY)
     if not connection.recv(1, socket.MSG_PEEK):
         return
     data, header = _receive(connection, HEADER.size), HEADER
-    if not HEADER.unpack(data)[-1]:
-        # What is opened first must be somebody's.
+    word, *_, whose = HEADER.unpack(data)
+    if _command(word) == OPEN and not whose:
+        # What is opened must be somebody's.
         data, header = data + _receive(connection, LONG_HEADER.size - HEADER.size), LONG_HEADER
     current = prepared
     while True:
         word, pages, address, whose = header.unpack(data)
-        command, flags = word & ((1 << COMMAND_BITS) - 1), word >> COMMAND_BITS
+        command = _command(word)
         if command == OPEN:
             kind, name = _name(whose)
             if kind == PROCESS and not prepared.name:
@@ -128,8 +133,9 @@ def serve(connection: socket.socket, images: ImageFormat, directory: Path, expec
             current.name = name
             connection.sendall(NO_PARENT)
         elif command == ADD:
-            current.take(connection, PageRun(address, pages, flags))
+            current.take(connection, PageRun(address, pages, word >> COMMAND_BITS))
         elif command in (CLOSE, FORCE_CLOSE):
+            # The latter also if CRIU refused the dump before it sent anything.
             break
         else:
             raise Broken(f"unknown command {command}")
@@ -138,6 +144,10 @@ def serve(connection: socket.socket, images: ImageFormat, directory: Path, expec
         memory.close(images, directory)
     # CRIU lets the process run on when it has this.
     connection.sendall(DONE)
+
+
+def _command(word: int) -> int:
+    return word & ((1 << COMMAND_BITS) - 1)
 
 
 def _name(whose: int) -> tuple[int, str]:

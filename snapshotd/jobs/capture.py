@@ -64,6 +64,7 @@ class Capture:
 
     async def prepare(self) -> None:
         """Before the pause: whatever a dump needs besides the process, room for its memory above all."""
+        await self._refuse_served()
         with self._disk_may_fill():
             await moves.host_of(self.subject).prepare(self._staged(), self.node.deadlines.dump)
 
@@ -190,7 +191,7 @@ class Capture:
             if _is_full(staged):
                 raise ResourceExhausted(
                     "DISK_FULL",
-                    f"{staged.parent} filled up during the dump; delete snapshots or give it more room",
+                    f"{staged.parent} filled up during the capture; delete snapshots or give it more room",
                     metadata={"snapshot": self.snapshot},
                 ) from error
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snapshotd.images.page_server import READY
 from snapshotd.shim import linux
 from snapshotd.shim.criu import CriuFailed, Layout, Worker, dump
 
@@ -18,6 +18,7 @@ from snapshotd.shim.criu import CriuFailed, Layout, Worker, dump
 # 208 KiB, which nobody without CAP_NET_ADMIN may exceed, nothing is gained.
 IN_FLIGHT = 64 << 20
 SO_SNDBUFFORCE = 32
+LONGEST_REASON = 4096
 
 
 @dataclass
@@ -31,28 +32,35 @@ class Dumper:
 
     binary: Path
     pycriu: Any
+    # To the page server, until it is ready.
+    connection: socket.socket | None = None
     _worker: Worker | None = None
     _pages: int = -1
     _server: subprocess.Popen[bytes] | None = None
 
-    def prepare(self, pid: int, images: Path, timeout: float) -> None:
-        """Start them for one dump of ``pid`` into the directory ``images``.
+    def prepare(self, pid: int, images: Path) -> None:
+        """Start the page server for one dump of ``pid`` into the directory ``images``.
 
-        Args:
-            timeout: seconds to allocate as much memory as the process holds.
-
-        Raises:
-            CriuFailed: the page server did not get ready; nothing of it is left.
+        When ``connection`` can be read from, :meth:`complete` is due.
         """
         self.abandon()
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs:
-                self._server = self._start_server(theirs.fileno(), images, linux.anonymous_memory(pid))
-            ready, _, _ = select.select([ours], [], [], timeout)
-            if not (ready and ours.recv(1)):
-                self.abandon()
-                raise CriuFailed("there is no room for the process's memory, or the page server failed")
+        self.connection, theirs = socket.socketpair()
+        with theirs:
+            self._server = self._start_server(theirs.fileno(), images, linux.anonymous_memory(pid))
+
+    def complete(self) -> None:
+        """Start CRIU, once the page server has said that it is ready.
+
+        Raises:
+            CriuFailed: it is not, and has ended; what it had allocated is in the directory.
+        """
+        assert self.connection is not None
+        answer = self.connection.recv(LONGEST_REASON)
+        if answer != READY:
+            self.abandon()
+            raise CriuFailed(answer.decode(errors="replace") or "the page server ended")
+        with self.connection as ours:
+            self.connection = None
             with contextlib.suppress(PermissionError):
                 ours.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, IN_FLIGHT)
             self._pages = ours.fileno()
@@ -70,7 +78,10 @@ class Dumper:
         dump(worker, self.pycriu, pid, images, layout, self._pages, timeout)
 
     def abandon(self) -> None:
-        """There will be no dump; nothing of what was prepared for it is left."""
+        """There will be no dump; nothing that was prepared for it runs any more."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None

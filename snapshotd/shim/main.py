@@ -66,6 +66,8 @@ class Shim:
         self.freezer: Freezer | None = None
         self.log: HostLog | None = None
         self.released = False
+        # What asked for a dump to be prepared, until it is.
+        self.preparing: Message | None = None
         # The images that the model host was restored from, and maps its memory from.
         self.origin: Path | None = None
         self.origin_identity = (0, 0)
@@ -88,7 +90,7 @@ class Shim:
         for point in points:
             (self.root / point.lstrip("/")).mkdir(parents=True, exist_ok=True)
         self.worker = criu.Worker.start(criu_binary, list(self.pipes.host_ends().values()))
-        self.commands: dict[str, Callable[[Message], Message]] = {
+        self.commands: dict[str, Callable[[Message], Message | None]] = {
             "launch": self.launch,
             "restore": self.restore,
             "prepare": self.prepare,
@@ -101,7 +103,7 @@ class Shim:
             "release": self.release,
         }
 
-    # Commands: each takes the message's fields and returns the fields of its answer.
+    # Commands: each takes the message's fields and returns the fields of its answer; None: it answers later.
 
     def launch(self, message: Message) -> Message:
         """Start the model host ``command`` in its namespaces."""
@@ -151,15 +153,17 @@ class Shim:
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
 
-    def prepare(self, message: Message) -> Message:
-        """Start what a dump into ``images`` needs, while the model host still serves."""
+    def prepare(self, message: Message) -> None:
+        """Start what a dump into ``images`` needs, while the model host still serves, and is served here."""
         self._must_run()
-        self.dumper.prepare(self.pid, Path(message["images"]), message["timeout"])
-        return {}
+        self._abandon()
+        self.dumper.prepare(self.pid, Path(message["images"]))
+        self.preparing = message
+        self.selector.register(self._page_server(), selectors.EVENT_READ, self._prepared)
 
     def abandon(self, message: Message) -> Message:
         """End what was prepared, if there was no dump."""
-        self.dumper.abandon()
+        self._abandon()
         return {}
 
     def dump(self, message: Message) -> Message:
@@ -241,10 +245,12 @@ class Shim:
             self.client.close()
             self.client = None
             # Whoever prepared it will not dump.
-            self.dumper.abandon()
+            self._abandon()
 
     def _from_client(self, fd: int) -> None:
-        assert self.client is not None
+        if self.client is None:
+            # Lost since the selector saw it.
+            return
         messages = self.client.receive()
         if messages is None:
             self._disconnect()
@@ -255,13 +261,26 @@ class Shim:
             self._handle(message)
 
     def _handle(self, message: Message) -> None:
+        if message["do"] == "host":
+            self._answer(message, self._pass_on)
+        elif message["do"] in self.commands:
+            self._answer(message, self.commands[message["do"]])
+        else:
+            self._answer(message, _refuse)
+
+    def _pass_on(self, message: Message) -> None:
+        """To the model host, which answers itself."""
+        self._must_run()
+        forwarded = message["message"] | {"id": message.get("id")}
+        os.write(self.pipes.to_host, json.dumps(forwarded).encode() + b"\n")
+
+    def _answer(self, message: Message, command: Callable[[Message], Message | None]) -> None:
         answer: Message = {"id": message.get("id")}
         try:
-            if message["do"] == "host":
-                self._must_run()
-                os.write(self.pipes.to_host, json.dumps(message["message"] | answer).encode() + b"\n")
+            result = command(message)
+            if result is None:
                 return
-            answer["ok"] = self.commands[message["do"]](message)
+            answer["ok"] = result
         except OriginGone as error:
             answer["error"] = {"reason": "ORIGIN_GONE", "message": str(error)}
         except Refused as error:
@@ -273,6 +292,28 @@ class Shim:
         except OSError as error:
             answer["error"] = {"reason": "OS_ERROR", "message": str(error)}
         self._send(answer)
+
+    def _prepared(self, connection: socket.socket) -> None:
+        if self.preparing is None or connection is not self.dumper.connection:
+            # Abandoned since the selector saw it.
+            return
+        message, self.preparing = self.preparing, None
+        self.selector.unregister(connection)
+        self._answer(message, self._complete)
+
+    def _complete(self, message: Message) -> Message:
+        self.dumper.complete()
+        return {}
+
+    def _abandon(self) -> None:
+        if self.preparing is not None:
+            self.preparing = None
+            self.selector.unregister(self._page_server())
+        self.dumper.abandon()
+
+    def _page_server(self) -> socket.socket:
+        assert self.dumper.connection is not None
+        return self.dumper.connection
 
     def _from_host(self, fd: int) -> None:
         assert self.host is not None
@@ -335,6 +376,10 @@ class Shim:
         if self.freezer is None or self.exit_status is not None:
             raise Refused("no model host runs here")
         return self.freezer
+
+
+def _refuse(message: Message) -> Message:
+    raise Refused(f"{message['do']!r} is unknown here; this shim is of another version than its snapshotd")
 
 
 def private_mounts() -> None:

@@ -73,15 +73,20 @@ class Codec:
         return name_chunk(plain, self._name_key)
 
     def pack(self, name: str, plain: Bytes) -> bytes:
+        """A chunk as it is stored; while it is made it takes twice its size."""
+        stored = self._frame(plain)
+        if self._cipher is not None:
+            nonce = os.urandom(NONCE)
+            # Under one name, so that there are never more than two of them.
+            stored = self._cipher.encrypt(nonce, stored, self._bound(name))
+            stored = nonce + stored
+        return stored
+
+    def _frame(self, plain: Bytes) -> bytes:
         packed = self._contexts.compressor.compress(plain)
         if LENGTH + len(packed) < len(plain):
-            framed = bytes([ZSTD]) + len(packed).to_bytes(LENGTH, "little") + packed
-        else:
-            framed = bytes([RAW]) + plain
-        if self._cipher is None:
-            return framed
-        nonce = os.urandom(NONCE)
-        return nonce + self._cipher.encrypt(nonce, framed, self._bound(name))
+            return bytes([ZSTD]) + len(packed).to_bytes(LENGTH, "little") + packed
+        return bytes([RAW]) + plain
 
     def open(self, name: str, stored: bytes, size: int) -> memoryview:
         """The plain bytes of a chunk, verified; this thread's next call may write over them.
@@ -109,7 +114,7 @@ class Codec:
     def _decrypt(self, name: str, stored: bytes) -> bytes:
         assert self._cipher is not None
         try:
-            return self._cipher.decrypt(stored[:NONCE], stored[NONCE:], self._bound(name))
+            return self._cipher.decrypt(stored[:NONCE], memoryview(stored)[NONCE:], self._bound(name))
         except (InvalidTag, ValueError):
             raise damaged(name, "it does not open with this snapshot's key") from None
 

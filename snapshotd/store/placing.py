@@ -88,6 +88,7 @@ def copy(descriptor: int, plain: memoryview, offset: int) -> int:
                 brought = os.pwrite(source.fileno(), plain[done : done + STEP], 0)
                 with place[done : done + brought] as into:
                     done += os.preadv(source.fileno(), [into], 0)
-    except OSError:
+    except (OSError, ValueError):
+        # The latter from a mapping beyond the end of the file.
         pass
     return done

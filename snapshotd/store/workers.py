@@ -30,7 +30,7 @@ class Limits:
 
     @classmethod
     def of(cls, cores: int) -> Limits:
-        """What keeps so many cores busy: 288 MiB on few of them, never more than 384."""
+        """What keeps so many cores busy, in no more than 384 MiB."""
         threads = min(cores, 12)
         calls = max(8, threads)
         # More than calls: while chunks are unpacked others must be on their way, or the store waits.

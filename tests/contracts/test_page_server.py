@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from snapshotd.images import page_server
 from snapshotd.images.format import PAGE, PAGE_IN_PARENT, PAGE_PRESENT, ImageFormat, PageRun
@@ -103,6 +104,32 @@ def test_each_memory_gets_its_pages_and_its_map(dump: Dump, images: ImageFormat,
         assert (tmp_path / f"pages-{number}.img").read_bytes() == b"".join(data for _, data in sent[whose])
 
 
+def test_criu_4_2_gets_the_field_that_it_requires(
+    images: ImageFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given: entries as its pagemap.proto has them
+    file = descriptor_pb2.FileDescriptorProto(name="pagemap-4.2.proto", syntax="proto2")
+    entry = file.message_type.add(name="pagemap_entry")
+    field = descriptor_pb2.FieldDescriptorProto
+    for number, name, label in (
+        (1, "vaddr", field.LABEL_REQUIRED),
+        (2, "compat_nr_pages", field.LABEL_REQUIRED),
+        (4, "flags", field.LABEL_OPTIONAL),
+        (5, "nr_pages", field.LABEL_OPTIONAL),
+    ):
+        entry.field.add(name=name, number=number, label=label, type=field.TYPE_UINT64)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    of_4_2 = message_factory.GetMessageClass(pool.FindMessageTypeByName("pagemap_entry"))
+    monkeypatch.setattr(images._pagemap, "pagemap_entry", of_4_2)
+
+    # when
+    images.write_pagemap(tmp_path / "pagemap-1.img", 1, [PageRun(BASE, 3, PAGE_PRESENT)])
+
+    # then
+    assert images.read_pagemap(tmp_path / "pagemap-1.img") == (1, [PageRun(BASE, 3, PAGE_PRESENT)])
+
+
 def test_a_dump_that_breaks_off_is_not_taken_for_a_whole_one(dump: Dump, tmp_path: Path) -> None:
     dump.open(FIRST)
     dump.add(PageRun(BASE, 2, PAGE_PRESENT), content(1, 1), FIRST)
@@ -119,6 +146,21 @@ def test_what_it_does_not_understand_ends_it(dump: Dump) -> None:
 
     with pytest.raises(page_server.Broken, match="unknown command 99"):
         dump.served.result()
+
+
+def test_a_dump_that_criu_refuses_before_it_sends_anything_is_answered(dump: Dump, tmp_path: Path) -> None:
+    assert dump.close() == struct.pack("<i", 0)
+
+    dump.served.result()
+    assert not list(tmp_path.glob("pagemap-*"))
+
+
+def test_who_waits_for_it_learns_that_there_is_no_room(images: ImageFormat, tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(FileNotFoundError):
+            page_server.serve(theirs, images, tmp_path / "gone", PAGE)
+        assert b"no room for 4096 bytes of memory: [Errno 2]" in ours.recv(200)
 
 
 def test_a_dump_that_never_comes_is_no_failure(dump: Dump) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +25,22 @@ pytestmark = [pytest.mark.node, pytest.mark.asyncio(loop_scope="module")]
 
 # One start costs seconds, a restore tenths: what can be restored is not started again.
 CAPTURE_STEPS = ["stage", "prepare", "drain", "quiesce", "dump", "wake", "compact", "verify", "commit"]
+# From the kernel's ptrace.h.
+PTRACE_SEIZE = 0x4206
 RESTORE_STEPS = ["check", "verify", "weights", "directory", "criu", "wake", "canary", "serve"]
+
+
+@contextlib.contextmanager
+def traced(pid: int) -> Iterator[None]:
+    """Another process traces ``pid``, which runs on."""
+    code = f"import ctypes; print(ctypes.CDLL(None).ptrace({PTRACE_SEIZE}, {pid}, 0, 0), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as tracer:
+        assert tracer.stdout is not None
+        assert tracer.stdout.readline() == "0\n"
+        yield
+        tracer.communicate("\n")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -152,6 +170,23 @@ async def test_a_capture_that_fails_at_any_step_leaves_the_source_answering(
     await node.stop_all()
 
 
+async def test_a_capture_that_criu_refuses_at_once_leaves_the_source_answering(
+    node: NodeUnderTest, snapshot: Snapshot
+) -> None:
+    # given: a process that another one traces already
+    instance = await node.restore("traced", snapshot)
+    with traced(instance.pid):
+        # when
+        error = await refused(node.instances.capture("traced", "failed"))
+
+    # then
+    assert (error.reason, error.metadata["step"]) == ("CRIU_FAILED", "capture.dump")
+    assert await node.generate("traced") == node.answer
+    left = await node.remains()
+    assert (left["staged"], left["page servers"]) == ([], [])
+    await node.stop_all()
+
+
 @pytest.mark.parametrize("moment", ["", ".after"], ids=["before", "after"])
 @pytest.mark.parametrize("step", RESTORE_STEPS)
 async def test_a_restore_that_fails_at_any_step_leaves_nothing(
@@ -177,6 +212,19 @@ async def test_the_steps_tested_are_all_there_are(node: NodeUnderTest, snapshot:
     assert [phase.name for phase in instance.phases] == RESTORE_STEPS
     record = node.instances._record("steps")
     assert [step.name for step in Capture(node.node, record, "x").steps()] == CAPTURE_STEPS
+    await node.stop_all()
+
+
+async def test_a_shim_of_another_version_refuses_what_it_does_not_know_and_lives_on(
+    node: NodeUnderTest, snapshot: Snapshot
+) -> None:
+    await node.restore("old", snapshot)
+    host = node.instances._record("old").host
+    assert isinstance(host, ShimHost)
+
+    assert (await refused(host._ask({"do": "unheard of"}, 10))).reason == "SHIM_REFUSED"
+
+    assert await node.generate("old") == node.answer
     await node.stop_all()
 
 

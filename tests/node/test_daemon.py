@@ -78,7 +78,7 @@ def test_a_parked_instance_is_still_parked_after_a_crash(daemon: Daemon, instanc
     assert daemon.generate(instance)
 
 
-@pytest.mark.parametrize("step", ["drain", "quiesce", "dump", "wake", "commit"])
+@pytest.mark.parametrize("step", ["prepare", "drain", "quiesce", "dump", "wake", "commit"])
 def test_a_crash_in_the_middle_of_a_capture_leaves_the_source_serving(
     daemon: Daemon, instance: str, instruct_model: Path, step: str
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,25 @@ def test_a_chunk_is_sealed_to_its_snapshot_and_name() -> None:
     for other in (Codec("s2", bytes(32)), Codec("s1", bytes(31) + b"\1")):
         with pytest.raises(DataLoss):
             other.open(other.name(plain), stored, len(plain))
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_chunk_in_work_takes_no_more_than_three_times_its_size(encrypted: bool) -> None:
+    codec, plain = Codec("s1", bytes(32) if encrypted else None), noise(1 << 20)
+    name = codec.name(plain)
+    tracemalloc.start()
+    try:
+        stored = codec.pack(name, plain)
+        _, packing = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        kept, _ = tracemalloc.get_traced_memory()
+        codec.open(name, stored, len(plain))
+        _, opening = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # beside the plain bytes; an opened chunk unpacks into memory of its thread, which this does not see
+    assert len(plain) <= packing <= 2.1 * len(plain)
+    assert opening - kept <= 1.1 * len(plain)
 
 
 def test_what_does_not_shrink_is_stored_as_it_is() -> None:
