@@ -13,14 +13,19 @@ Source of the protocol: CRIU's ``criu/page-xfer.c``.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
 import mmap
+import os
 import socket
 import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 from snapshotd.images.format import PAGE, ImageFormat, PageRun
+from snapshotd.shim import PAGE_SERVER_READY
 
 # Command and flags, pages, address, whose. CRIU 4.2 counts pages in 64 bits.
 HEADER: Final = struct.Struct("<IIQQ")
@@ -31,12 +36,13 @@ OPEN, ADD, CLOSE, FORCE_CLOSE = 4, 6, 0x1023, 0x1024
 KIND_BITS: Final = 8
 PROCESS, SHARED = 1, 2
 
-READY: Final = b"\1"
 NO_PARENT: Final = b"\0"
 DONE: Final = struct.pack("<i", 0)
 # From the kernel's mman-common.h; not in the mmap module.
 MADV_POPULATE_WRITE: Final = 23
 SMALLEST: Final = 16 << 20
+MOST_THREADS: Final = 8
+_libc = ctypes.CDLL(None, use_errno=True)
 ENDED_EARLY: Final = "the connection ended early"
 
 
@@ -65,12 +71,7 @@ class Memory:
         self._file.truncate(max(2 * expected, SMALLEST))
         self._bytes = mmap.mmap(self._file.fileno(), 0)
         if expected:
-            try:
-                self._bytes.madvise(MADV_POPULATE_WRITE, 0, expected)
-            except OSError as error:
-                # A kernel before 5.14 cannot; memory is then allocated as it comes. Others have none.
-                if error.errno != errno.EINVAL:
-                    raise
+            _allocate(self._bytes, expected)
         self._view = memoryview(self._bytes)
 
     def take(self, connection: socket.socket, run: PageRun) -> None:
@@ -94,10 +95,32 @@ class Memory:
             images.write_pagemap(directory / f"pagemap-{self.name}.img", self.number, self._runs)
 
 
-def serve(connection: socket.socket, images: ImageFormat, directory: Path, expected: int) -> None:
+def _allocate(memory: mmap.mmap, size: int) -> None:
+    # Not held by the mapping, which could not grow then.
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    part = -(-size // (threads * PAGE)) * PAGE
+
+    def populate(offset: int) -> int:
+        # The mmap module's own call holds the interpreter's lock.
+        length = min(part, size - offset)
+        done = _libc.madvise(ctypes.c_void_p(start + offset), ctypes.c_size_t(length), MADV_POPULATE_WRITE)
+        return ctypes.get_errno() if done else 0
+
+    with ThreadPoolExecutor(threads) as pool:
+        for failure in pool.map(populate, range(0, size, part)):
+            # A kernel before 5.14 cannot; memory is then allocated as it comes. Others have none.
+            if failure not in (0, errno.EINVAL):
+                raise OSError(failure, os.strerror(failure))
+
+
+def serve(
+    connection: socket.socket, load_format: Callable[[], ImageFormat], directory: Path, expected: int
+) -> None:
     """Take a dump, or return if there is none.
 
     Args:
+        load_format: called when whoever waits for this to be ready waits no more.
         directory: of its images.
         expected: bytes of the first process.
 
@@ -111,7 +134,8 @@ def serve(connection: socket.socket, images: ImageFormat, directory: Path, expec
         connection.sendall(f"no room for {expected} bytes of memory: {error}".encode())
         raise
     memories = [prepared]
-    connection.sendall(READY)
+    connection.sendall(PAGE_SERVER_READY)
+    images = load_format()
     if not connection.recv(1, socket.MSG_PEEK):
         return
     data, header = _receive(connection, HEADER.size), HEADER
@@ -173,7 +197,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with socket.socket(fileno=arguments.socket) as connection:
         try:
-            serve(connection, ImageFormat(arguments.pycriu), arguments.directory, arguments.expect)
+            serve(connection, lambda: ImageFormat(arguments.pycriu), arguments.directory, arguments.expect)
         except (Broken, OSError) as error:
             raise SystemExit(f"page server: {error}") from None
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snapshotd.images.page_server import READY
-from snapshotd.shim import linux
+from snapshotd.shim import PAGE_SERVER_READY, linux
 from snapshotd.shim.criu import CriuFailed, Layout, Worker, dump
 
 # Bytes of references on their way to the page server, so that CRIU need not wait for it. With the kernel's
@@ -56,7 +55,7 @@ class Dumper:
         """
         assert self.connection is not None
         answer = self.connection.recv(LONGEST_REASON)
-        if answer != READY:
+        if answer != PAGE_SERVER_READY:
             self.abandon()
             raise CriuFailed(answer.decode(errors="replace") or "the page server ended")
         with self.connection as ours:

@@ -14,6 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from snapshotd.images import page_server
 from snapshotd.images.format import PAGE, PAGE_IN_PARENT, PAGE_PRESENT, ImageFormat, PageRun
 from snapshotd.preflight import find_criu
+from snapshotd.shim import PAGE_SERVER_READY
 
 BASE = 0x7F0000000000
 # Of CRIU 4.0 and 4.1, and from 4.2 on.
@@ -28,11 +29,11 @@ class Dump:
         self.layout = layout
         self.connection, theirs = socket.socketpair()
         self.served: Future[None] = pool.submit(self._serve, theirs, images, directory)
-        assert self.connection.recv(1) == page_server.READY
+        assert self.connection.recv(1) == PAGE_SERVER_READY
 
     def _serve(self, connection: socket.socket, images: ImageFormat, directory: Path) -> None:
         with connection:
-            page_server.serve(connection, images, directory, 2 * PAGE)
+            page_server.serve(connection, lambda: images, directory, 2 * PAGE)
 
     def say(self, command: int, flags: int = 0, pages: int = 0, address: int = 0, whose: int = 0) -> None:
         self.connection.sendall(struct.pack(self.layout, flags << 16 | command, pages, address, whose))
@@ -159,7 +160,7 @@ def test_who_waits_for_it_learns_that_there_is_no_room(images: ImageFormat, tmp_
     ours, theirs = socket.socketpair()
     with ours, theirs:
         with pytest.raises(FileNotFoundError):
-            page_server.serve(theirs, images, tmp_path / "gone", PAGE)
+            page_server.serve(theirs, lambda: images, tmp_path / "gone", PAGE)
         assert b"no room for 4096 bytes of memory: [Errno 2]" in ours.recv(200)
 
 
