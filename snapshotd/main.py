@@ -27,7 +27,7 @@ from snapshotd.adapters.facts import node_facts
 from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
 from snapshotd.adapters.registration import keep_registered
-from snapshotd.adapters.shims import ShimPool
+from snapshotd.adapters.shim_pool import ShimPool
 from snapshotd.config import Settings, node_id
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat

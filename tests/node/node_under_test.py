@@ -20,7 +20,8 @@ from snapshotd.adapters.directory_store import DirectoryStore
 from snapshotd.adapters.facts import node_facts
 from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
-from snapshotd.adapters.shims import ShimHost, ShimPool
+from snapshotd.adapters.shim_host import ShimHost
+from snapshotd.adapters.shim_pool import ShimPool
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from snapshotd.adapters import shims
-from snapshotd.adapters.shims import ShimHost
+from snapshotd.adapters import shim_host
+from snapshotd.adapters.shim_host import ShimHost
 from snapshotd.jobs import Capture
 from snapshotd.model import Snapshot, State
 from tests.node.node_under_test import NodeUnderTest, refused
@@ -271,7 +271,7 @@ async def test_a_shim_that_does_not_answer_is_ended_with_its_process(
     assert isinstance(host, ShimHost)
     path = node.state_dir / "shims" / f"{host.shim}.sock"
     os.kill(shim, signal.SIGSTOP)
-    monkeypatch.setattr(shims, "FIND_TIMEOUT", 0.1)
+    monkeypatch.setattr(shim_host, "FIND_TIMEOUT", 0.1)
 
     # when
     assert await node.hosts._find(path) is None
