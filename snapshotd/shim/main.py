@@ -382,25 +382,6 @@ def _refuse(message: Message) -> Message:
     raise Refused(f"{message['do']!r} is unknown here; this shim is of another version than its snapshotd")
 
 
-def private_mounts() -> None:
-    """A mount namespace of our own: what we mount goes with us and is never seen on the node.
-
-    CRIU keeps what it finds out about the kernel in ``/run``, if that is a tmpfs; where it is not, every
-    CRIU start would find it out anew (50 ms here), so ``/run`` becomes one, shared by all shims.
-    """
-    linux.unshare(linux.CLONE_NEWNS)
-    linux.mount("none", "/", None, linux.MS_REC | linux.MS_SLAVE)
-    with Path("/proc/self/mountinfo").open() as lines:
-        tmpfs = {line.split()[4] for line in lines if " - tmpfs " in line}
-    cache = Path("/dev/shm/dumont-criu")
-    if "/run" not in tmpfs and "/dev/shm" in tmpfs:
-        # Anybody may have put something else there first; then it takes the 50 ms.
-        with contextlib.suppress(OSError):
-            cache.mkdir(mode=0o700, exist_ok=True)
-            if cache.stat().st_uid == os.getuid() and not cache.is_symlink():
-                linux.mount(str(cache), "/run", None, linux.MS_BIND)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
@@ -417,7 +398,7 @@ def main() -> None:
         raise SystemExit("the snapshotd that started this is gone")
     pycriu = bindings.load("pycriu", arguments.pycriu)
     linux.become_subreaper()
-    private_mounts()
+    mounts.make_private()
     folder, name = arguments.socket.parent.resolve(), arguments.socket.name
     scratch = folder / f"{name}.root"
     scratch.mkdir(mode=0o700, exist_ok=True)

@@ -17,6 +17,7 @@ from minio import Minio
 import dumont
 from tests.e2e.stack import STOP_SECONDS, command
 from tests.s3_server import S3Server
+from tests.tampering import flip_a_byte
 
 pytestmark = pytest.mark.node
 
@@ -170,7 +171,6 @@ def chunks(server: S3Server) -> list[tuple[str, int]]:
 
 def flip(server: S3Server, key: str) -> None:
     response = store(server).get_object(server.bucket, key)
-    data = bytearray(response.read())
+    data = flip_a_byte(response.read())
     response.close()
-    data[len(data) // 2] ^= 1
-    store(server).put_object(server.bucket, key, io.BytesIO(bytes(data)), len(data))
+    store(server).put_object(server.bucket, key, io.BytesIO(data), len(data))

@@ -18,6 +18,7 @@ from snapshotd.store.layout import chunk_key
 from snapshotd.store.signing import Signer
 from tests.node.daemon import Daemon
 from tests.node.store_nodes import Snapshot, StoreNodes, capture, listed, publish, refused, restore
+from tests.tampering import flip_a_byte
 
 pytestmark = pytest.mark.node
 
@@ -60,10 +61,9 @@ class Bucket:
         self.manifest().write_bytes(head + body)
 
 
-def flip_a_byte(bucket: Bucket) -> None:
-    data = bytearray(bucket.chunks()[0].read_bytes())
-    data[len(data) // 2] ^= 1
-    bucket.chunks()[0].write_bytes(data)
+def flip(bucket: Bucket) -> None:
+    chunk = bucket.chunks()[0]
+    chunk.write_bytes(flip_a_byte(chunk.read_bytes()))
 
 
 def truncate(bucket: Bucket) -> None:
@@ -145,7 +145,7 @@ def make_it_huge(bucket: Bucket) -> None:
 
 
 TAMPERINGS: dict[str, tuple[Callable[[Bucket], None], str]] = {
-    "a flipped byte": (flip_a_byte, "CHUNK_DAMAGED"),
+    "a flipped byte": (flip, "CHUNK_DAMAGED"),
     "a truncated chunk": (truncate, "CHUNK_DAMAGED"),
     "a missing chunk": (remove, "CHUNK_MISSING"),
     "two chunks swapped": (swap, "CHUNK_DAMAGED"),
