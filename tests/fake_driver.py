@@ -32,6 +32,7 @@ class FakeDriver:
         contexts: GPUs that were opened.
         registered: memory that the GPUs can read, bytes by address.
         memory: of the GPUs, by handle.
+        modes: how processes may share each GPU.
     """
 
     CU_MEMHOSTREGISTER_PORTABLE = 1
@@ -43,6 +44,7 @@ class FakeDriver:
         self.contexts: set[int] = set()
         self.registered: dict[int, int] = {}
         self.memory: dict[int, bytearray] = {}
+        self.modes = ["CU_COMPUTEMODE_DEFAULT"] * len(UUIDS)
         self._queued: list[tuple[int, int, int]] = []
         self._mapped: dict[int, int] = {}
         self._numbers = itertools.count(1)
@@ -79,6 +81,10 @@ class FakeDriver:
 
     def _cuDeviceGetUuid(self, device: int) -> SimpleNamespace:
         return SimpleNamespace(bytes=bytes.fromhex(UUIDS[device][4:].replace("-", "")))
+
+    def _cuDeviceGetAttribute(self, attribute: str, device: int) -> str:
+        assert attribute == "CU_DEVICE_ATTRIBUTE_COMPUTE_MODE"
+        return self.modes[device]
 
     def _cuDevicePrimaryCtxRetain(self, device: int) -> int:
         self.contexts.add(device)

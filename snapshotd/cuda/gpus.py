@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from snapshotd.cuda.driver import DriverError, LoaderError, call
+from snapshotd.cuda.driver import LoaderError, call
 
 # Bytes after which is seen whether they are still wanted: 5 ms of the bus.
 STRIDE = 256 << 20
@@ -89,6 +89,8 @@ def strides(pieces: Iterable[Source]) -> Iterator[Source]:
 class Gpus:
     """The node's GPUs, by UUID; a context only for those that are used, and for all once files come.
 
+    One that is set to let a single process in is left to the model host: what it lacks here it brings itself.
+
     Raises:
         DriverError: the driver cannot be used.
     """
@@ -107,13 +109,14 @@ class Gpus:
         """One GPU, in use from the calling thread.
 
         Raises:
-            LoaderError: there is none with that UUID.
+            LoaderError: there is none with that UUID, or it is not to be shared.
             DriverError: it cannot be used.
         """
         with self._lock:
             if uuid not in self._devices:
                 raise LoaderError(f"there is no GPU {uuid}")
             if uuid not in self._open:
+                self._check_shared(uuid)
                 self._open[uuid] = Gpu(self._driver, self._devices[uuid])
             gpu = self._open[uuid]
         gpu.enter()
@@ -123,18 +126,27 @@ class Gpus:
         """Open every GPU, so that no order waits for that, and use one of them from the calling thread.
 
         Raises:
-            DriverError: the last one cannot be used, and neither can any other.
+            LoaderError: the last one cannot be used, and neither can any other.
         """
         refusal = None
         for uuid in self._devices:
             try:
                 self.get(uuid)
-            except DriverError as error:
+            except LoaderError as error:
                 # One that is full, or kept by somebody else; an order for it is refused then.
                 sys.stderr.write(f"GPU {uuid} is not opened: {error}\n")
                 refusal = error
         if not self.enter_any() and refusal is not None:
             raise refusal
+
+    def _check_shared(self, uuid: str) -> None:
+        """Before a context keeps the GPU's own users out."""
+        attribute = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
+        mode = call(self._driver.cuDeviceGetAttribute, attribute, self._devices[uuid])
+        if mode != self._driver.CUcomputemode.CU_COMPUTEMODE_DEFAULT:
+            raise LoaderError(
+                f"{uuid} lets one process in at a time; 'nvidia-smi -i {uuid} -c DEFAULT' lets it be shared"
+            )
 
     def enter_any(self) -> bool:
         """Use one that is open from the calling thread; False: none is."""

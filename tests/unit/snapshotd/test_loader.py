@@ -116,6 +116,26 @@ def test_a_gpu_that_is_full_keeps_no_file_from_being_registered(bench: Bench) ->
     assert bench.driver.contexts == {1}
 
 
+def test_a_gpu_that_lets_one_process_in_is_left_to_its_users(bench: Bench) -> None:
+    bench.driver.modes[0] = "CU_COMPUTEMODE_EXCLUSIVE_PROCESS"
+
+    assert bench.loader.answer({"id": 1, "register": OLD}) == {"id": 1, "ok": True}
+    assert bench.driver.contexts == {1}
+    assert f"nvidia-smi -i {UUIDS[0]} -c DEFAULT".encode() in bench.order((OLD, 0, 10, 0))
+    assert bench.driver.contexts == {1}
+    assert bench.given_up == []
+
+
+def test_where_no_gpu_is_to_be_shared_no_file_is_registered(bench: Bench) -> None:
+    bench.driver.modes = ["CU_COMPUTEMODE_EXCLUSIVE_PROCESS"] * 2
+
+    answer = bench.loader.answer({"id": 1, "register": OLD})
+
+    assert "one process in at a time" in answer["error"]
+    assert "cuMemHostRegister" not in bench.driver.calls
+    assert (bench.driver.contexts, bench.given_up) == (set(), [])
+
+
 # What it refuses
 
 
