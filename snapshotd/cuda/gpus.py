@@ -139,15 +139,6 @@ class Gpus:
         if not self.enter_any() and refusal is not None:
             raise refusal
 
-    def _check_shared(self, uuid: str) -> None:
-        """Before a context keeps the GPU's own users out."""
-        attribute = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
-        mode = call(self._driver.cuDeviceGetAttribute, attribute, self._devices[uuid])
-        if mode != self._driver.CUcomputemode.CU_COMPUTEMODE_DEFAULT:
-            raise LoaderError(
-                f"{uuid} lets one process in at a time; 'nvidia-smi -i {uuid} -c DEFAULT' lets it be shared"
-            )
-
     def enter_any(self) -> bool:
         """Use one that is open from the calling thread; False: none is."""
         with self._lock:
@@ -156,6 +147,15 @@ class Gpus:
             return False
         gpu.enter()
         return True
+
+    def _check_shared(self, uuid: str) -> None:
+        """Before a context keeps the GPU's own users out."""
+        attribute = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
+        mode = call(self._driver.cuDeviceGetAttribute, attribute, self._devices[uuid])
+        if mode != self._driver.CUcomputemode.CU_COMPUTEMODE_DEFAULT:
+            raise LoaderError(
+                f"{uuid} lets one process in at a time; 'nvidia-smi -i {uuid} -c DEFAULT' lets it be shared"
+            )
 
 
 def uuid_of(driver: Any, device: Any) -> str:

@@ -1,0 +1,371 @@
+"""One model host and the way to it: what a shim does when it is told to, and when something happens to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from snapshotd.shim import criu, launcher, linux, mounts
+from snapshotd.shim.dumper import Dumper
+from snapshotd.shim.freezer import Freezer
+from snapshotd.shim.hostlog import HostLog
+from snapshotd.shim.line import Line, Message
+
+
+class Refused(Exception):
+    """The command does not fit what is here."""
+
+
+class OriginGone(Refused):
+    """What most of the model host's memory is mapped from is not there any more."""
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_dev, status.st_ino
+
+
+class Shim:
+    """One model host and the way to it."""
+
+    def __init__(self, scratch: Path, criu_binary: Path, pycriu: Any, weights: Path | None) -> None:
+        """
+        Args:
+            weights: the node's weight cache; None: it has none.
+        """
+        self.pycriu = pycriu
+        self.dumper = Dumper(criu_binary, pycriu)
+        self.selector = selectors.DefaultSelector()
+        self.client: Line | None = None
+        self.host: Line | None = None
+        self.instance = ""
+        self.pid = 0
+        self.exit_status: int | None = None
+        self.frozen = False
+        self.freezer: Freezer | None = None
+        self.log: HostLog | None = None
+        self.released = False
+        # What asked for a dump to be prepared, until it is.
+        self.preparing: Message | None = None
+        # The images that the model host was restored from, and maps its memory from.
+        self.origin: Path | None = None
+        self.origin_identity = (0, 0)
+        # What else than its root the model host has mounted, by mount point.
+        self.mounts: list[str] = []
+
+        # What a model host sees besides its root, and where that was on the node when this process started.
+        self.places = {name: Path(name) for name in mounts.node_mounts()}
+        self.root = scratch
+        # Of its own, because two daemons may each have an instance of the same id.
+        self.group = scratch.name.partition(".")[0]
+        self.pipes = launcher.Pipes.create()
+        self.inodes = self.pipes.inodes()
+        mounts.bind_root(self.root)
+        points = [mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT]
+        if weights is not None:
+            mounts.make_read_only(weights)
+            self.places[mounts.WEIGHTS_MOUNT] = weights
+            points.append(mounts.WEIGHTS_MOUNT)
+        for point in points:
+            (self.root / point.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        self.worker = criu.Worker.start(criu_binary, list(self.pipes.host_ends().values()))
+        self.commands: dict[str, Callable[[Message], Message | None]] = {
+            "launch": self.launch,
+            "restore": self.restore,
+            "prepare": self.prepare,
+            "abandon": self.abandon,
+            "dump": self.dump,
+            "freeze": self.freeze,
+            "thaw": self.thaw,
+            "kill": self.kill,
+            "status": self.status,
+            "release": self.release,
+        }
+
+    # Commands: each takes the message's fields and returns the fields of its answer; None: it answers later.
+
+    def launch(self, message: Message) -> Message:
+        """Start the model host ``command`` in its namespaces."""
+        self._must_be_empty()
+        directory = Path(message["directory"])
+        # It has no images; what is mounted in their place is of no matter.
+        own = {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: directory}
+        places = self._places() | own
+        self.mounts = sorted(places)
+        self.pid = launcher.launch(message["command"], message["environment"], self.pipes, self.root, places)
+        self.worker.close()
+        self._adopt(message["instance"], directory)
+        return {"pid": self.pid}
+
+    def restore(self, message: Message) -> Message:
+        """Bring the model host back from ``images``, its memory mapped from the snapshot at ``origin``; its
+        pipes at capture are named in ``pipes``.
+        """
+        self._must_be_empty()
+        directory, origin = Path(message["directory"]), Path(message["origin"])
+        places = self._places() | {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: origin}
+        unknown = set(message["mounts"]) - set(places)
+        if unknown:
+            raise Refused(
+                f"the image needs mounts that this node does not have: {', '.join(sorted(unknown))}"
+            )
+        layout = criu.Layout({name: places[name] for name in message["mounts"]}, message["pipes"])
+        # Other instances map the same files.
+        mounts.make_read_only(origin)
+        try:
+            self.pid = criu.restore(
+                self.worker,
+                self.pycriu,
+                Path(message["images"]),
+                self.root,
+                layout,
+                self.pipes.host_ends(),
+                directory,
+                message["timeout"],
+            )
+        except criu.CriuTimeout:
+            # Nobody is left to end the half of the tree that it had made.
+            linux.kill_children()
+            raise
+        self.origin, self.origin_identity = origin, _identity(origin)
+        self.mounts = sorted(message["mounts"])
+        self._adopt(message["instance"], directory)
+        return {"pid": self.pid}
+
+    def prepare(self, message: Message) -> None:
+        """Start what a dump into ``images`` needs, while the model host still serves, and is served here."""
+        self._must_run()
+        self._abandon()
+        self.dumper.prepare(self.pid, Path(message["images"]))
+        self.preparing = message
+        self.selector.register(self._page_server(), selectors.EVENT_READ, self._prepared)
+
+    def abandon(self, message: Message) -> Message:
+        """End what was prepared, if there was no dump."""
+        self._abandon()
+        return {}
+
+    def dump(self, message: Message) -> Message:
+        """Write the model host into ``images``; it runs on. Answers what a restore must be told."""
+        self._must_run()
+        if self.origin is not None and _identity(self.origin) != self.origin_identity:
+            raise OriginGone(
+                f"the snapshot that {self.instance} was restored from is deleted, and most of its memory is "
+                "mapped from there; capture an instance that was started, or restored from a snapshot in use"
+            )
+        layout = criu.Layout({name: Path(name) for name in self.mounts}, self.inodes)
+        self.dumper.dump(self.pid, Path(message["images"]), layout, message["timeout"])
+        origin = str(self.origin) if self.origin else ""
+        return {"mounts": self.mounts, "pipes": self.inodes, "origin": origin}
+
+    def freeze(self, message: Message) -> Message:
+        self._must_run().freeze()
+        self.frozen = True
+        return {}
+
+    def thaw(self, message: Message) -> Message:
+        self._must_run().thaw()
+        self.frozen = False
+        return {}
+
+    def kill(self, message: Message) -> Message:
+        """End the model host with everything in its pid namespace, and wait until it is gone."""
+        if self.pid and self.exit_status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            if self.freezer is not None and self.frozen:
+                self.freezer.thaw()
+            _, status = os.waitpid(self.pid, 0)
+            self._ended(status)
+        return {}
+
+    def status(self, message: Message) -> Message:
+        return {
+            "instance": self.instance,
+            "pid": self.pid,
+            "frozen": self.frozen,
+            "exit_status": self.exit_status,
+        }
+
+    def release(self, message: Message) -> Message:
+        """End the model host and this process."""
+        self.kill(message)
+        self.released = True
+        return {}
+
+    # Events.
+
+    def serve(self, listener: socket.socket) -> None:
+        """Run until released."""
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_write, False)
+        os.set_blocking(wake_read, False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(wake_write)
+        self.selector.register(listener, selectors.EVENT_READ, self._accept)
+        self.selector.register(wake_read, selectors.EVENT_READ, self._reap)
+        while not self.released:
+            for key, _ in self.selector.select():
+                key.data(key.fileobj)
+
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        # From now on the end of the connection tells of the daemon's.
+        linux.end_with_parent(0)
+        if self.client is not None:
+            # The newest snapshotd owns the instance; an older one has lost its lock on the state.
+            self._disconnect()
+        self.client = Line(connection.detach())
+        self.selector.register(self.client.fd, selectors.EVENT_READ, self._from_client)
+
+    def _disconnect(self) -> None:
+        if self.client is not None:
+            self.selector.unregister(self.client.fd)
+            self.client.close()
+            self.client = None
+            # Whoever prepared it will not dump.
+            self._abandon()
+
+    def _from_client(self, fd: int) -> None:
+        if self.client is None:
+            # Lost since the selector saw it.
+            return
+        messages = self.client.receive()
+        if messages is None:
+            self._disconnect()
+            # Without a model host there is nothing to outlive the daemon for.
+            self.released = not self.pid
+            return
+        for message in messages:
+            self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        if message["do"] == "host":
+            self._answer(message, self._pass_on)
+        elif message["do"] in self.commands:
+            self._answer(message, self.commands[message["do"]])
+        else:
+            self._answer(message, _refuse)
+
+    def _pass_on(self, message: Message) -> None:
+        """To the model host, which answers itself."""
+        self._must_run()
+        forwarded = message["message"] | {"id": message.get("id")}
+        os.write(self.pipes.to_host, json.dumps(forwarded).encode() + b"\n")
+
+    def _answer(self, message: Message, command: Callable[[Message], Message | None]) -> None:
+        answer: Message = {"id": message.get("id")}
+        try:
+            result = command(message)
+            if result is None:
+                return
+            answer["ok"] = result
+        except OriginGone as error:
+            answer["error"] = {"reason": "ORIGIN_GONE", "message": str(error)}
+        except Refused as error:
+            answer["error"] = {"reason": "SHIM_REFUSED", "message": str(error)}
+        except criu.CriuTimeout as error:
+            answer["error"] = {"reason": "CRIU_TIMEOUT", "message": str(error)}
+        except criu.CriuFailed as error:
+            answer["error"] = {"reason": "CRIU_FAILED", "message": str(error)}
+        except OSError as error:
+            answer["error"] = {"reason": "OS_ERROR", "message": str(error)}
+        self._send(answer)
+
+    def _prepared(self, connection: socket.socket) -> None:
+        if self.preparing is None or connection is not self.dumper.connection:
+            # Abandoned since the selector saw it.
+            return
+        message, self.preparing = self.preparing, None
+        self.selector.unregister(connection)
+        self._answer(message, self._complete)
+
+    def _complete(self, message: Message) -> Message:
+        self.dumper.complete()
+        return {}
+
+    def _abandon(self) -> None:
+        if self.preparing is not None:
+            self.preparing = None
+            self.selector.unregister(self._page_server())
+        self.dumper.abandon()
+
+    def _page_server(self) -> socket.socket:
+        assert self.dumper.connection is not None
+        return self.dumper.connection
+
+    def _from_host(self, fd: int) -> None:
+        assert self.host is not None
+        messages = self.host.receive()
+        if messages is None:
+            self.selector.unregister(fd)
+            return
+        for message in messages:
+            self._send(message)
+
+    def _from_log(self, fd: int) -> None:
+        data = os.read(fd, 65536)
+        if not data:
+            self.selector.unregister(fd)
+        elif self.log is not None:
+            self.log.write(data)
+
+    def _reap(self, fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(fd, 4096)
+        self.dumper.reap()
+        if self.pid and self.exit_status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._ended(status)
+
+    def _send(self, message: Message) -> None:
+        if self.client is not None:
+            try:
+                self.client.send(message)
+            except OSError:
+                self._disconnect()
+
+    def _adopt(self, instance: str, directory: Path) -> None:
+        self.instance = instance
+        self.freezer = Freezer.create(self.group, self.pid)
+        self.pipes.close_host_ends()
+        self.log = HostLog(directory / "host.log")
+        self.host = Line(self.pipes.from_host)
+        self.selector.register(self.pipes.from_host, selectors.EVENT_READ, self._from_host)
+        self.selector.register(self.pipes.log, selectors.EVENT_READ, self._from_log)
+
+    def _ended(self, status: int) -> None:
+        self.exit_status = status
+        self.frozen = False
+        if self.freezer is not None:
+            self.freezer.remove()
+        self._send({"event": "exited", "status": status})
+
+    def _places(self) -> dict[str, Path]:
+        """Less what was unmounted since this process started, perhaps long before it was taken."""
+        still = {*mounts.node_mounts(), mounts.WEIGHTS_MOUNT}
+        return {name: place for name, place in self.places.items() if name in still}
+
+    def _must_be_empty(self) -> None:
+        if self.pid:
+            raise Refused(f"this shim already holds {self.instance}")
+
+    def _must_run(self) -> Freezer:
+        if self.freezer is None or self.exit_status is not None:
+            raise Refused("no model host runs here")
+        return self.freezer
+
+
+def _refuse(message: Message) -> Message:
+    raise Refused(f"{message['do']!r} is unknown here; this shim is of another version than its snapshotd")
