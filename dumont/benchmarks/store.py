@@ -43,7 +43,9 @@ class StoreBench:
     when it takes no longer than ``cold_cache_limit_seconds``: a local one and these bytes at the store's own
     speed, and a quarter of that. ``cold_cache_limit_image_seconds`` counts the image's bytes in their place:
     what a store that kept the image as it is would have to send. The raw speeds are those of the very objects
-    that a fetch reads. ``cold_cache_cpu_seconds`` are those of cores that snapshotd spent on a cold-cache
+    that a fetch reads. Only the snapshot is fetched then: like for a local restore, the node has run the model
+    before. ``new_node_restore_seconds`` is the same on a node that started a second ago and knows nothing:
+    its weights are read, and what drives its GPUs starts, meanwhile. ``cold_cache_cpu_seconds`` are those of cores that snapshotd spent on a cold-cache
     restore; a store on the same machine needs its own beside them.
 
     ``stored_bytes`` are those of the first snapshot, ``second_capture_bytes`` what another of the same
@@ -62,6 +64,7 @@ class StoreBench:
     cold_cache_limit_image_seconds: float
     within_limit_image: bool
     fetch_seconds: float
+    new_node_restore_seconds: float
     cold_cache_cpu_seconds: float
     cores: int
     bytes_fetched: int
@@ -126,13 +129,19 @@ def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
     say("measuring the store itself")
     raw = _measure(prefix, "first")
     cold: list[_Cold] = []
-    for number in range(RESTORES):
+    new: list[_Cold] = []
+    for number in range(2 * RESTORES):
+        known = number % 2 == 1
         with daemon(f"empty-{number}") as node:
+            if known:
+                say("loading the model on a node without the snapshot")
+                node.start("warm", model)
+                node.stop("warm")
             say("restoring from the store")
-            cold.append(_restore_cold(node))
+            (cold if known else new).append(_restore_cold(node))
             peak = max(peak, node.peak_rss())
             node.stop("cold")
-            if number == RESTORES - 1:
+            if number == 2 * RESTORES - 1:
                 for snapshot in ("first", "second", "third", "fourth"):
                     node.delete(snapshot)
                 # A deletion is remembered for the grace time, which is none: the first prune takes what it
@@ -155,6 +164,7 @@ def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
         cold_cache_limit_image_seconds=image_limit,
         within_limit_image=cold_seconds <= image_limit,
         fetch_seconds=statistics.median(one.fetch_seconds for one in cold),
+        new_node_restore_seconds=statistics.median(one.seconds for one in new),
         cold_cache_cpu_seconds=statistics.median(one.cpu_seconds for one in cold),
         cores=len(os.sched_getaffinity(0)),
         bytes_fetched=first.stored_bytes,

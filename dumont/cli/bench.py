@@ -151,6 +151,7 @@ def _store(model: str, directory: Path | None, *, as_json: bool) -> None:
     seconds = {
         "restore from the node": found.local_restore_seconds,
         "restore from the store": found.cold_cache_restore_seconds,
+        "restore from the store on a new node": found.new_node_restore_seconds,
         "may take, for the stored bytes": found.cold_cache_limit_seconds,
         "may take, for the image's bytes": found.cold_cache_limit_image_seconds,
     }

@@ -1,15 +1,16 @@
-"""The ObjectStore port over a bucket: MinIO's SDK for bulk, obstore for what must be created only once.
+"""The ObjectStore port over a bucket: MinIO's SDK, and obstore for what must be created once or read fast.
 
-MinIO's SDK knows no conditional write, and passing the header as metadata is silently ignored.
+MinIO's SDK knows no conditional write, and passing the header as metadata is silently ignored. Its reads hold the
+interpreter's lock for a millisecond each, which many cores that unpack then wait for; obstore's do not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
@@ -44,6 +45,8 @@ Page = list[ObjectInfo]
 LIST_PAGE = 1000
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
+# Of a whole read, which lasts as long as bytes come.
+LONGEST_SECONDS = 3600.0
 
 _REFUSED = {
     "AccessDenied",
@@ -58,6 +61,10 @@ _REFUSED = {
 _FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
 _ABSENT = {"NoSuchKey", "NoSuchObject", "NotFound", "ResourceNotFound"}
 _BUSY = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted"}
+
+# As obstore words what a server answered; it tells neither in another way.
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 
 
 @dataclass(frozen=True)
@@ -127,22 +134,8 @@ class S3Objects:
             region=settings.region,
             http_client=_http_client(settings, connections),
         )
-        self._obstore = S3Store(
-            settings.bucket,
-            endpoint=settings.endpoint,
-            access_key_id=settings.access_key,
-            secret_access_key=settings.secret_key,
-            region=settings.region,
-            virtual_hosted_style_request=False,
-            client_options={
-                "allow_http": not secure,
-                "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
-                "timeout": timedelta(seconds=READ_SECONDS),
-                **({"root_certificate": settings.ca_file.read_bytes()} if settings.ca_file else {}),
-            },
-            # Repeating is this adapter's own business, and only there.
-            retry_config={"max_retries": 0},
-        )
+        self._creating = _obstore(settings, READ_SECONDS)
+        self._reading = _obstore(settings, LONGEST_SECONDS)
 
     async def put(self, key: str, data: bytes) -> None:
         def work() -> None:
@@ -161,38 +154,32 @@ class S3Objects:
         async def attempt() -> None:
             try:
                 await obstore.put_async(
-                    self._obstore, self._prefix + key, data, mode="create", use_multipart=False
+                    self._creating, self._prefix + key, data, mode="create", use_multipart=False
                 )
             except (obstore_errors.AlreadyExistsError, obstore_errors.PreconditionError):
                 raise AlreadyExists("OBJECT_EXISTS", f"{key} exists", metadata={"key": key}) from None
             except FileNotFoundError:
                 raise self._no_bucket() from None
-            except (obstore_errors.UnauthenticatedError, obstore_errors.PermissionDeniedError) as error:
-                raise _refused(error) from error
             except obstore_errors.BaseError as error:
-                raise _unavailable(error) from error
+                raise self._said_by_obstore(error, key) from error
 
         await self._retry(attempt)
 
     async def get(self, key: str, limit: int) -> bytes:
-        def work() -> bytes:
-            response = self._minio.get_object(self._settings.bucket, self._prefix + key)
-            with closing(response):
-                expected = int(response.headers.get("Content-Length", -1))
-                # Of known length it is read at once, which is bounded and spares a copy.
-                data = b"" if expected > limit else response.read(limit + 1 if expected < 0 else None)
-                if expected > limit or len(data) > limit:
+        async def attempt() -> bytes:
+            try:
+                found = await obstore.get_async(self._reading, self._prefix + key)
+                if found.meta["size"] > limit:
                     raise DataLoss(
                         "OBJECT_TOO_LARGE",
                         f"{key} has more than the {limit} bytes it may have",
                         metadata={"key": key},
                     )
-                if len(data) < expected:
-                    raise Unavailable("STORE_UNAVAILABLE", f"the store sent only a part of {key}")
-                response.release_conn()
-                return bytes(data)
+                return (await found.bytes_async()).to_bytes()
+            except (FileNotFoundError, obstore_errors.BaseError) as error:
+                raise self._said_by_obstore(error, key) from error
 
-        return await self._call(key, work)
+        return await self._retry(attempt)
 
     async def stat(self, key: str) -> ObjectInfo | None:
         def work() -> ObjectInfo:
@@ -246,23 +233,40 @@ class S3Objects:
 
     def _classify(self, error: Exception, key: str) -> DumontError:
         if isinstance(error, S3Error):
-            code = error.code or ""
             status = error.response.status if error.response is not None else 0
-            if code in _ABSENT:
-                return NotFound("OBJECT_NOT_FOUND", f"there is no {key}", metadata={"key": key})
-            if code == "NoSuchBucket":
-                return self._no_bucket()
-            if code in _REFUSED or status in (401, 403):
-                return _refused(error)
-            if code in _FULL or status == 507:
-                return ResourceExhausted("STORE_FULL", f"the store has no room: {code}")
-            if code not in _BUSY and 400 <= status < 500:
-                return FailedPrecondition(
-                    "STORE_REFUSED", f"the store refused {key}: {code}", metadata={"code": code, "key": key}
-                )
+            return self._named(error.code or "", status, key)
         if isinstance(error, InvalidResponseError | ServerError) and "507" in str(error):
             return ResourceExhausted("STORE_FULL", "the store has no room")
-        return _unavailable(error)
+        return _unavailable(type(error).__name__)
+
+    def _said_by_obstore(self, error: Exception, key: str) -> DumontError:
+        status, code = _STATUS.search(str(error)), _CODE.search(str(error))
+        if status is None:
+            return _unavailable(type(error).__name__)
+        return self._named(code[1] if code else "", int(status[1]), key)
+
+    def _named(self, code: str, status: int, key: str) -> DumontError:
+        """What a server's answer means.
+
+        Args:
+            code: S3's word for it; empty: it gave none.
+            status: of HTTP; 0: unknown.
+        """
+        if code == "NoSuchBucket":
+            return self._no_bucket()
+        if code in _ABSENT or (status == 404 and not code):
+            return NotFound("OBJECT_NOT_FOUND", f"there is no {key}", metadata={"key": key})
+        if code in _REFUSED or status in (401, 403):
+            return _refused(code or str(status))
+        if code in _FULL or status == 507:
+            return ResourceExhausted("STORE_FULL", f"the store has no room: {code or status}")
+        if code not in _BUSY and 400 <= status < 500:
+            return FailedPrecondition(
+                "STORE_REFUSED",
+                f"the store refused {key}: {code or status}",
+                metadata={"code": code or str(status), "key": key},
+            )
+        return _unavailable(code or str(status))
 
     def _no_bucket(self) -> FailedPrecondition:
         return FailedPrecondition(
@@ -288,18 +292,35 @@ def _http_client(settings: S3Settings, connections: int) -> urllib3.PoolManager:
     return client
 
 
-def _refused(error: Exception) -> Unauthenticated:
-    code = error.code if isinstance(error, S3Error) else type(error).__name__
+def _obstore(settings: S3Settings, seconds: float) -> S3Store:
+    """A client whose calls last at most so long."""
+    return S3Store(
+        settings.bucket,
+        endpoint=settings.endpoint,
+        access_key_id=settings.access_key,
+        secret_access_key=settings.secret_key,
+        region=settings.region,
+        virtual_hosted_style_request=False,
+        client_options={
+            "allow_http": settings.endpoint.startswith("http://"),
+            "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+            "read_timeout": timedelta(seconds=READ_SECONDS),
+            "timeout": timedelta(seconds=seconds),
+            **({"root_certificate": settings.ca_file.read_bytes()} if settings.ca_file else {}),
+        },
+        # Repeating is this adapter's own business, and only there.
+        retry_config={"max_retries": 0},
+    )
+
+
+def _refused(code: str) -> Unauthenticated:
     return Unauthenticated(
         "STORE_CREDENTIALS_REFUSED",
         f"the store refused the credentials ({code}); check the keys, their rights and this machine's clock",
-        metadata={"code": str(code)},
+        metadata={"code": code},
     )
 
 
-def _unavailable(error: Exception) -> Unavailable:
-    # The error's own words may hold URLs with signatures, so only its kind is told.
-    code = error.code if isinstance(error, S3Error) else type(error).__name__
-    return Unavailable(
-        "STORE_UNAVAILABLE", f"the store does not answer ({code})", metadata={"code": str(code)}
-    )
+def _unavailable(code: str) -> Unavailable:
+    # What clients say of an error may hold URLs with signatures, so only its kind is told.
+    return Unavailable("STORE_UNAVAILABLE", f"the store does not answer ({code})", metadata={"code": code})

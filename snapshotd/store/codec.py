@@ -88,25 +88,30 @@ class Codec:
             return bytes([ZSTD]) + len(packed).to_bytes(LENGTH, "little") + packed
         return bytes([RAW]) + plain
 
-    def open(self, name: str, stored: bytes, size: int) -> memoryview:
-        """The plain bytes of a chunk, verified; this thread's next call may write over them.
+    def open(self, name: str, stored: bytes, size: int, into: memoryview | None = None) -> memoryview:
+        """The plain bytes of a chunk, verified.
 
         Args:
             size: plain bytes it must have; no more are ever taken from it.
+            into: as many bytes of memory, for the plain ones; None: this thread's own, which its next call
+                may write over.
 
         Raises:
-            DataLoss: it is not the chunk of that name and size.
+            DataLoss: it is not the chunk of that name and size; ``into`` holds anything then.
         """
         framed = memoryview(stored if self._cipher is None else self._decrypt(name, stored))
         method = framed[0] if framed else -1
         if method == ZSTD:
-            plain = self._decompress(name, framed[1:], size)
+            plain = self._decompress(name, framed[1:], size, into)
         elif method == RAW:
             plain = framed[1:]
         else:
             raise damaged(name, "it is packed in a way that is not known")
         if len(plain) != size:
             raise damaged(name, f"it has {len(plain)} bytes instead of {size}")
+        if into is not None and method == RAW:
+            into[:] = plain
+            plain = into
         if self.name(plain) != name:
             raise damaged(name, "its bytes are not those that were stored")
         return plain
@@ -118,19 +123,21 @@ class Codec:
         except (InvalidTag, ValueError):
             raise damaged(name, "it does not open with this snapshot's key") from None
 
-    def _decompress(self, name: str, framed: memoryview, size: int) -> memoryview:
+    def _decompress(self, name: str, framed: memoryview, size: int, into: memoryview | None) -> memoryview:
         packed = framed[LENGTH:]
         if len(packed) != int.from_bytes(framed[:LENGTH], "little"):
             raise damaged(name, "its compressed bytes do not end where they should")
-        # One byte more than it may have, so that a larger one is seen and never unpacked.
-        into = self._contexts.room(size + 1)
+        plain = self._contexts.room(size) if into is None else into
+        reader = self._contexts.decompressor.stream_reader(packed)
         try:
-            count = self._contexts.decompressor.stream_reader(packed).readinto(into)
+            count = reader.readinto(plain)
+            # A larger one is seen by its next byte and never unpacked.
+            larger = count == size and reader.read(1)
         except zstandard.ZstdError as error:
             raise damaged(name, f"it cannot be decompressed: {error}") from None
-        if count > size:
+        if larger:
             raise damaged(name, f"it unpacks to more than {size} bytes")
-        return into[:count]
+        return plain[:count]
 
     def _bound(self, name: str) -> bytes:
         return b"dumont chunk v1\0" + self.snapshot.encode() + b"\0" + name.encode()

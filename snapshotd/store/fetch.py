@@ -1,4 +1,4 @@
-"""Bring a published snapshot's files back, every byte verified before it is written."""
+"""Bring a published snapshot's files back, every byte verified before anybody is given them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from snapshotd.failpoints import Failpoints
 from snapshotd.store.codec import OVERHEAD, Codec, damaged
 from snapshotd.store.layout import chunk_key, damage_key
 from snapshotd.store.model import Piece, PublishedSnapshot
-from snapshotd.store.placing import Places
+from snapshotd.store.placing import Unpack, place
 from snapshotd.store.ports import ObjectStore, Progress
 from snapshotd.store.workers import Counter, Workers
 
@@ -48,11 +48,10 @@ class Fetch:
             ResourceExhausted: the disk has no room.
         """
         await self._workers.compute(self._lay_out, folder)
-        places = Places(folder)
 
         async def write(pieces: list[Piece]) -> None:
             self._failpoints.hit("fetch.chunk")
-            await self._read(pieces, partial(_fill, places, folder, pieces))
+            await self._read(pieces, partial(_place, folder, pieces))
             self._failpoints.hit("fetch.chunk.after")
 
         await self._each_chunk(write, progress)
@@ -95,8 +94,8 @@ class Fetch:
 
         await self._workers.each(places.values(), counted)
 
-    async def _read(self, pieces: list[Piece], use: Callable[[memoryview], None]) -> None:
-        """Give the plain bytes of a chunk to ``use``, once they are verified."""
+    async def _read(self, pieces: list[Piece], use: Callable[[Unpack], object]) -> None:
+        """Have ``use`` unpack a chunk, which raises when the bytes are not the right ones."""
         piece = pieces[0]
         try:
             try:
@@ -109,7 +108,8 @@ class Fetch:
                 ) from None
             except DataLoss as error:
                 raise damaged(piece.chunk, error.message) from None
-            await self._workers.compute(self._open, piece, stored, use)
+            # Unpacked, verified and put in place by one thread, while the bytes are in its core's cache.
+            await self._workers.compute(use, partial(self._codec.open, piece.chunk, stored, piece.chunk_size))
         except DataLoss as error:
             if error.reason == "CHUNK_DAMAGED":
                 # So that no upload counts on it. What is wrong with it is told, whatever becomes of this.
@@ -117,10 +117,6 @@ class Fetch:
                     await self._objects.put(damage_key(piece.chunk), b"")
             error.metadata |= {"file": piece.file, "snapshot": self._published.manifest.id}
             raise
-
-    def _open(self, piece: Piece, stored: bytes, use: Callable[[memoryview], None]) -> None:
-        # In one thread, while the bytes are in its core's cache.
-        use(self._codec.open(piece.chunk, stored, piece.chunk_size))
 
     def _lay_out(self, folder: Path) -> None:
         """Make the files at their sizes, all holes."""
@@ -147,17 +143,18 @@ class Fetch:
                 os.close(descriptor)
 
 
-def _fill(places: Places, folder: Path, pieces: list[Piece], plain: memoryview) -> None:
+def _place(folder: Path, pieces: list[Piece], unpack: Unpack) -> None:
     try:
-        places.fill(pieces, plain)
+        place(folder, pieces, unpack)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(f"{folder.parent} filled up while a snapshot was fetched") from None
         raise
 
 
-def _discard(plain: memoryview) -> None:
+def _discard(unpack: Unpack) -> None:
     """For those who only want to know that it is right."""
+    unpack(None)
 
 
 def _full(why: str) -> ResourceExhausted:

@@ -11,7 +11,7 @@ from pathlib import Path
 from blake3 import blake3
 
 # Mapped at a time by each thread: what is mapped counts as memory of this process.
-PIECE = 16 << 20
+PIECE = 8 << 20
 
 
 def copy(source: Path, target: Path, threads: int) -> str:

@@ -1,4 +1,4 @@
-"""A copy through a mapping tells of a full disk as an error, on the file systems that images lie on."""
+"""A chunk is placed on the file systems that images lie on, and a full one is an error, not a signal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from snapshotd.store import placing
 from snapshotd.store.model import Piece
-from snapshotd.store.placing import Places, copy
+from snapshotd.store.placing import HUGE_PAGE, place
 
 pytestmark = pytest.mark.node
 
@@ -20,23 +19,25 @@ DISK = 32 << 20
 PLAIN = os.urandom(DISK)
 
 
-@pytest.fixture(params=["tmpfs", "ext4"])
+@pytest.fixture(params=["tmpfs", "tmpfs with huge pages", "ext4"])
 def path(root: None, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file, all holes, for which its file system has too little room."""
+    """A file, all holes, for all of which its file system has too little room."""
     mounted = tmp_path / "mounted"
     mounted.mkdir()
-    if request.param == "tmpfs":
-        run("mount", "-t", "tmpfs", "-o", f"size={DISK // 2}", "tmpfs", mounted)
-    else:
+    if request.param == "ext4":
         disk = tmp_path / "disk"
         disk.touch()
         os.truncate(disk, DISK)
         run("mkfs.ext4", "-q", disk)
         run("mount", "-o", "loop", disk, mounted)
+    else:
+        huge = ",huge=within_size" if "huge" in request.param else ""
+        run("mount", "-t", "tmpfs", "-o", f"size={DISK // 2}{huge}", "tmpfs", mounted)
     try:
         path = mounted / "a.img"
         path.touch()
         os.truncate(path, DISK)
+        assert (path.stat().st_blksize >= HUGE_PAGE) == ("huge" in request.param)
         yield path
     finally:
         run("umount", mounted)
@@ -46,21 +47,23 @@ def run(*command: str | Path) -> None:
     subprocess.run(command, check=True)
 
 
-def test_a_copy_says_how_far_it_came(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        copied = copy(descriptor, memoryview(PLAIN), 0)
-    finally:
-        os.close(descriptor)
-    assert 0 < copied < DISK
-    assert path.read_bytes()[:copied] == PLAIN[:copied]
+def unpack(into: memoryview | None, size: int) -> memoryview:
+    if into is None:
+        return memoryview(PLAIN)[:size]
+    into[:] = PLAIN[:size]
+    return into
 
 
-@pytest.mark.parametrize("queue", [0, 2])
-def test_what_has_no_place_is_refused_for_want_of_room(
-    path: Path, monkeypatch: pytest.MonkeyPatch, queue: int
-) -> None:
-    monkeypatch.setattr(placing, "QUEUE", queue)
-    whole = Piece(path.name, 0, DISK, "ab" * 32, 0, DISK)
+def put(path: Path, offset: int, size: int) -> None:
+    piece = Piece(path.name, offset, size, "ab" * 32, 0, size)
+    place(path.parent, [piece], lambda into: unpack(into, size))
+
+
+def test_a_chunk_that_has_room_is_there(path: Path) -> None:
+    put(path, 8 << 20, 5 << 20)
+    assert path.read_bytes() == bytes(8 << 20) + PLAIN[: 5 << 20] + bytes(DISK - (13 << 20))
+
+
+def test_what_has_no_place_is_refused_for_want_of_room(path: Path) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        Places(path.parent).fill([whole], memoryview(PLAIN))
+        put(path, 0, DISK)
