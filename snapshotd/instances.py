@@ -337,7 +337,8 @@ class Instances:
         if record.job is not None or record.instance.state in (State.STOPPING, State.FAILED, State.GONE):
             # The job under way fails by itself and says more about why.
             return
-        await self._end(record, Event.LOST, "HOST_LOST", "its process ended by itself; its log may say why")
+        how = f": {host.end}" if host.end else ""
+        await self._end(record, Event.LOST, "HOST_LOST", f"its process ended by itself{how}")
 
     def _publish(self, record: Record) -> None:
         instance = record.instance

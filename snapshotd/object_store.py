@@ -116,11 +116,11 @@ async def measure(settings: Settings, snapshot: str) -> dict[str, float]:
     chunks = document.named_chunks(await objects.get(manifest_key(snapshot), document.LARGEST))
     name = f"{TEMPORARY}speed-{os.urandom(8).hex()}"
     noise = os.urandom(CHUNK + OVERHEAD)
-    workers = Workers(Limits.of(settings.threads).calls, 1)
+    workers = Workers(Limits.of(settings.threads).chunks, 1)
     sizes: dict[str, int] = {}
 
     async def read(chunk: str) -> None:
-        sizes[chunk] = len(await objects.get(chunk_key(chunk), CHUNK + OVERHEAD))
+        sizes[chunk] = await objects.read(chunk_key(chunk), CHUNK + OVERHEAD, len, workers.wait)
 
     async def write(chunk: str) -> None:
         await objects.put(f"{name}-{chunk}", noise[: sizes[chunk]])

@@ -31,12 +31,13 @@ class Host(Protocol):
     wake, canary), ``dump``, once prepared, writes its image while it waits in quiescence, and
     ``freeze`` stops it from running. Every method raises ``DumontError``: the model host's own refusal
     with its reason, ``HOST_TIMEOUT`` when it gives no answer, ``HOST_LOST`` when its process or shim is
-    gone.
+    gone. ``end`` is how the process ended by itself, in words; empty while it runs or where nobody saw it.
     """
 
     instance: str
     pid: int
     lost: asyncio.Event
+    end: str
 
     async def launch(
         self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]

@@ -149,12 +149,23 @@ def workspace(chosen: Path | None, subjects: Sequence[Subject] = ()) -> Iterator
 
     Args:
         subjects: whose weights are in the images, or are made.
+
+    Raises:
+        InvalidArgument: INVALID_DIRECTORY.
     """
     needed = 4 * max((subject.weights_bytes for subject in subjects), default=0) + ROOM_BYTES
     if chosen is None and MEMORY_FILE_SYSTEM.is_dir():
         free = min(shutil.disk_usage(MEMORY_FILE_SYSTEM).free, memory_available())
         chosen = MEMORY_FILE_SYSTEM if free >= needed else None
-    with tempfile.TemporaryDirectory(prefix="dumont-bench-", dir=chosen) as directory:
+    try:
+        made = tempfile.TemporaryDirectory(prefix="dumont-bench-", dir=chosen)
+    except OSError as error:
+        raise InvalidArgument(
+            "INVALID_DIRECTORY",
+            f"nothing can be written in {chosen}: {error.strerror}; make it, or choose another --directory",
+            field="directory",
+        ) from error
+    with made as directory:
         yield Path(directory)
 
 

@@ -43,10 +43,11 @@ class StoreBench:
     when it takes no longer than ``cold_cache_limit_seconds``: a local one and these bytes at the store's own
     speed, and a quarter of that. ``cold_cache_limit_image_seconds`` counts the image's bytes in their place:
     what a store that kept the image as it is would have to send. The raw speeds are those of the very objects
-    that a fetch reads. Only the snapshot is fetched then: like for a local restore, the node has run the model
-    before. ``new_node_restore_seconds`` is the same on a node that started a second ago and knows nothing:
-    its weights are read, and what drives its GPUs starts, meanwhile. ``cold_cache_cpu_seconds`` are those of cores that snapshotd spent on a cold-cache
-    restore; a store on the same machine needs its own beside them.
+    that a fetch reads. Only the snapshot is fetched then: like for a local restore, the node has run the
+    model before. ``new_node_restore_seconds`` is the same on a node that started a second ago and knows
+    nothing: its weights are read, and what drives its GPUs starts, meanwhile. ``cold_cache_cpu_seconds`` are
+    those of cores that snapshotd spent on a cold-cache restore; a store on the same machine needs its own
+    beside them.
 
     ``stored_bytes`` are those of the first snapshot, ``second_capture_bytes`` what another of the same
     instance added, ``second_instance_bytes`` what one of the same model, newly loaded, did, and

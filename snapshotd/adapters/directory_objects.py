@@ -15,6 +15,7 @@ from typing import TypeVar
 from dumont.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from snapshotd.store.layout import TEMPORARY
 from snapshotd.store.model import ObjectInfo
+from snapshotd.store.ports import Bytes, Run
 
 T = TypeVar("T")
 
@@ -36,6 +37,9 @@ class DirectoryObjects:
     async def get(self, key: str, limit: int) -> bytes:
         return await self._run(self._get, key, limit)
 
+    async def read(self, key: str, limit: int, use: Callable[[Bytes], T], run: Run) -> T:
+        return await run(lambda: use(_guarded(self._get, key, limit)))
+
     async def stat(self, key: str) -> ObjectInfo | None:
         return await self._run(self._stat, key)
 
@@ -47,14 +51,7 @@ class DirectoryObjects:
         await self._run(self._delete, key)
 
     async def _run(self, work: Callable[..., T], *args: object) -> T:
-        try:
-            return await asyncio.to_thread(work, *args)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceExhausted("STORE_FULL", "the store's disk is full") from error
-            raise Unavailable(
-                "STORE_UNAVAILABLE", f"the store's directory failed: {error.strerror}"
-            ) from error
+        return await asyncio.to_thread(_guarded, work, *args)
 
     def _put(self, key: str, data: bytes) -> None:
         with self._written(key, data) as (scratch, path):
@@ -126,6 +123,15 @@ class DirectoryObjects:
         if not _KEY.fullmatch(key):
             raise InvalidArgument("INVALID_KEY", f"{key[:120]!r} is no key", metadata={"key": key[:120]})
         return self.root / key
+
+
+def _guarded(work: Callable[..., T], *args: object) -> T:
+    try:
+        return work(*args)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted("STORE_FULL", "the store's disk is full") from error
+        raise Unavailable("STORE_UNAVAILABLE", f"the store's directory failed: {error.strerror}") from error
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The ObjectStore port over a bucket: MinIO's SDK, and obstore for what must be created once or read fast.
 
-MinIO's SDK knows no conditional write, and passing the header as metadata is silently ignored. Its reads hold the
-interpreter's lock for a millisecond each, which many cores that unpack then wait for; obstore's do not.
+MinIO's SDK knows no conditional write, and passing the header as metadata is silently ignored. Its reads hold
+the interpreter's lock for a millisecond each, which many cores that unpack then wait for; obstore's do not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -38,6 +38,7 @@ from dumont.errors import (
 )
 from snapshotd.adapters.retrying import Retry
 from snapshotd.store.model import ObjectInfo
+from snapshotd.store.ports import Bytes, Run
 
 T = TypeVar("T")
 Page = list[ObjectInfo]
@@ -166,20 +167,23 @@ class S3Objects:
         await self._retry(attempt)
 
     async def get(self, key: str, limit: int) -> bytes:
-        async def attempt() -> bytes:
-            try:
-                found = await obstore.get_async(self._reading, self._prefix + key)
-                if found.meta["size"] > limit:
-                    raise DataLoss(
-                        "OBJECT_TOO_LARGE",
-                        f"{key} has more than the {limit} bytes it may have",
-                        metadata={"key": key},
-                    )
-                return (await found.bytes_async()).to_bytes()
-            except (FileNotFoundError, obstore_errors.BaseError) as error:
-                raise self._said_by_obstore(error, key) from error
+        return await self.read(key, limit, bytes, self._in_thread)
 
-        return await self._retry(attempt)
+    async def read(self, key: str, limit: int, use: Callable[[Bytes], T], run: Run) -> T:
+        return await self._retry(lambda: run(lambda: use(self._read(key, limit))))
+
+    def _read(self, key: str, limit: int) -> memoryview:
+        try:
+            found = obstore.get(self._reading, self._prefix + key)
+            if found.meta["size"] > limit:
+                raise DataLoss(
+                    "OBJECT_TOO_LARGE",
+                    f"{key} has more than the {limit} bytes it may have",
+                    metadata={"key": key},
+                )
+            return memoryview(found.bytes())
+        except (FileNotFoundError, obstore_errors.BaseError) as error:
+            raise self._said_by_obstore(error, key) from error
 
     async def stat(self, key: str) -> ObjectInfo | None:
         def work() -> ObjectInfo:
@@ -229,7 +233,10 @@ class S3Objects:
             except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
                 raise self._classify(error, key) from error
 
-        return await self._retry(lambda: asyncio.wrap_future(self._threads.submit(classified)))
+        return await self._retry(lambda: self._in_thread(classified))
+
+    def _in_thread(self, work: Callable[[], T]) -> Awaitable[T]:
+        return asyncio.wrap_future(self._threads.submit(work))
 
     def _classify(self, error: Exception, key: str) -> DumontError:
         if isinstance(error, S3Error):

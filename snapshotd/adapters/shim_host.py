@@ -38,6 +38,8 @@ class ShimHost:
         self.instance = ""
         self.pid = 0
         self.lost = asyncio.Event()
+        # How the model host ended, as far as its shim could tell.
+        self.end = ""
         self._writer = writer
         self._waiting: dict[int, asyncio.Future[Json]] = {}
         self._of_host: set[int] = set()
@@ -213,7 +215,8 @@ class ShimHost:
             while line := await reader.readline():
                 message = json.loads(line)
                 if message.get("event") == "exited":
-                    log.info("model host ended", shim=self.shim, status=message["status"])
+                    self.end = _described(message["status"], message.get("said", ""))
+                    log.info("model host ended", shim=self.shim, how=self.end)
                     self._lose(self._of_host)
                 elif (future := self._waiting.get(message["id"])) is not None and not future.done():
                     future.set_result(message)
@@ -232,8 +235,21 @@ class ShimHost:
 
     def _gone(self, command: str) -> DumontError:
         return Unavailable(
-            "HOST_LOST", f"the model host ended before it answered {command}", metadata={"shim": self.shim}
+            "HOST_LOST",
+            f"the model host ended before it answered {command}{self.end and f': {self.end}'}",
+            metadata={"shim": self.shim},
         )
+
+
+def _described(status: int, said: str) -> str:
+    """How a process ended, from its wait status and the last line that it printed."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        names = {entry.value: entry.name for entry in signal.Signals}
+        how = f"ended by {names.get(number, f'signal {number}')}"
+    else:
+        how = f"exit status {os.waitstatus_to_exitcode(status)}"
+    return f"{how}, and the last line of its log is: {said}" if said else how
 
 
 def _error(command: str, error: Json) -> DumontError:

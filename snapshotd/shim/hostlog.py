@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 LIMIT = 4 << 20
+# Characters of a line that are told.
+LONGEST_LINE = 300
 
 
 class HostLog:
@@ -21,6 +23,16 @@ class HostLog:
         """Append ``data``, or lose it: a disk that is full must not end the model that printed it."""
         with contextlib.suppress(OSError):
             self._write(data)
+
+    def last_line(self) -> str:
+        """The last line with anything in it, cut to what fits a message; empty: there is none."""
+        try:
+            text = self.path.read_bytes()[-64 * LONGEST_LINE :].decode(errors="replace")
+        except OSError:
+            return ""
+        lines = [line.strip() for line in text.splitlines()]
+        last = next((line for line in reversed(lines) if line), "")
+        return "".join(letter if letter.isprintable() else " " for letter in last[:LONGEST_LINE])
 
     def _write(self, data: bytes) -> None:
         if os.fstat(self.fd).st_size + len(data) > self.limit:

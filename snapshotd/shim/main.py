@@ -5,7 +5,7 @@ a waiting CRIU), then listens on its socket. Each message is one JSON object on 
 
 - ``{"id": 1, "do": "launch", ...}`` answered by ``{"id": 1, "ok": {...}}`` or ``{"id": 1, "error": ...}``;
 - ``do: host`` passes its ``message`` to the model host, whose answer comes back the same way;
-- ``{"event": "exited", "status": 9}`` when the model host ends.
+- ``{"event": "exited", "status": 9, "said": "…"}`` when the model host ends, with the last line of its log.
 
 snapshotd may go and come back at any time; ``do: status`` tells a new one what is here.
 """

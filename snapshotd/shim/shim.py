@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -350,7 +351,11 @@ class Shim:
         self.frozen = False
         if self.freezer is not None:
             self.freezer.remove()
-        self._send({"event": "exited", "status": status})
+        # What it said last is still in the pipe, and soon nobody will be able to read it.
+        while self.pipes.log in self.selector.get_map() and select.select([self.pipes.log], [], [], 0)[0]:
+            self._from_log(self.pipes.log)
+        said = self.log.last_line() if self.log is not None else ""
+        self._send({"event": "exited", "status": status, "said": said})
 
     def _places(self) -> dict[str, Path]:
         """Less what was unmounted since this process started, perhaps long before it was taken."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from typing import TypeAlias
 
 import zstandard
 from blake3 import blake3
@@ -19,8 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from dumont.errors import DataLoss
 from snapshotd.store.chunking import name_chunk
-
-Bytes: TypeAlias = bytes | bytearray | memoryview
+from snapshotd.store.ports import Bytes
 
 # 1 was a compressed rest without its length; see ``layout.chunk_key``.
 RAW, ZSTD = 0, 2
@@ -88,7 +86,7 @@ class Codec:
             return bytes([ZSTD]) + len(packed).to_bytes(LENGTH, "little") + packed
         return bytes([RAW]) + plain
 
-    def open(self, name: str, stored: bytes, size: int, into: memoryview | None = None) -> memoryview:
+    def open(self, name: str, stored: Bytes, size: int, into: memoryview | None = None) -> memoryview:
         """The plain bytes of a chunk, verified.
 
         Args:
@@ -116,7 +114,7 @@ class Codec:
             raise damaged(name, "its bytes are not those that were stored")
         return plain
 
-    def _decrypt(self, name: str, stored: bytes) -> bytes:
+    def _decrypt(self, name: str, stored: Bytes) -> bytes:
         assert self._cipher is not None
         try:
             return self._cipher.decrypt(stored[:NONCE], memoryview(stored)[NONCE:], self._bound(name))

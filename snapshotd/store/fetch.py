@@ -16,8 +16,8 @@ from snapshotd.store.codec import OVERHEAD, Codec, damaged
 from snapshotd.store.layout import chunk_key, damage_key
 from snapshotd.store.model import Piece, PublishedSnapshot
 from snapshotd.store.placing import Unpack, place
-from snapshotd.store.ports import ObjectStore, Progress
-from snapshotd.store.workers import Counter, Workers
+from snapshotd.store.ports import Bytes, ObjectStore, Progress
+from snapshotd.store.workers import Counter, Turnstile, Workers
 
 # Left free on the disk beside what a fetch writes, in bytes.
 ROOM_TO_SPARE = 64 << 20
@@ -39,6 +39,7 @@ class Fetch:
         self._objects = objects
         self._workers = workers
         self._failpoints = failpoints
+        self._turnstile = Turnstile()
 
     async def into(self, folder: Path, progress: Progress) -> None:
         """Write all files into ``folder``; on failure it holds a part of them.
@@ -54,7 +55,11 @@ class Fetch:
             await self._read(pieces, partial(_place, folder, pieces))
             self._failpoints.hit("fetch.chunk.after")
 
-        await self._each_chunk(write, progress)
+        try:
+            await self._each_chunk(write, progress)
+        finally:
+            # Nobody takes the files away while a thread writes to them.
+            await self._workers.compute(self._turnstile.shut)
 
     async def check(self, progress: Progress) -> None:
         """Read every chunk and write nothing.
@@ -97,9 +102,19 @@ class Fetch:
     async def _read(self, pieces: list[Piece], use: Callable[[Unpack], object]) -> None:
         """Have ``use`` unpack a chunk, which raises when the bytes are not the right ones."""
         piece = pieces[0]
+
+        def work(stored: Bytes) -> None:
+            with self._turnstile.passed() as in_time, self._workers.cores:
+                if in_time:
+                    use(partial(self._codec.open, piece.chunk, stored, piece.chunk_size))
+
         try:
             try:
-                stored = await self._objects.get(chunk_key(piece.chunk), piece.chunk_size + OVERHEAD)
+                # Read, unpacked, verified and put in place by one thread: each way back to the event loop
+                # and on to another thread waits for the interpreter's lock, a third of it all on many cores.
+                await self._objects.read(
+                    chunk_key(piece.chunk), piece.chunk_size + OVERHEAD, work, self._workers.wait
+                )
             except NotFound:
                 raise DataLoss(
                     "CHUNK_MISSING",
@@ -107,9 +122,9 @@ class Fetch:
                     metadata={"chunk": piece.chunk},
                 ) from None
             except DataLoss as error:
+                if error.reason != "OBJECT_TOO_LARGE":
+                    raise
                 raise damaged(piece.chunk, error.message) from None
-            # Unpacked, verified and put in place by one thread, while the bytes are in its core's cache.
-            await self._workers.compute(use, partial(self._codec.open, piece.chunk, stored, piece.chunk_size))
         except DataLoss as error:
             if error.reason == "CHUNK_DAMAGED":
                 # So that no upload counts on it. What is wrong with it is told, whatever becomes of this.

@@ -1,9 +1,9 @@
 """Put chunks in their places in files.
 
-The kernel lets one thread at a time write to a file, which bounds what many cores can fetch. On a file system in
-memory that gives huge pages a chunk is therefore unpacked into a mapping of its place: nobody waits for a turn
-there, the bytes are not copied again, and a page that is mapped and zeroed for it is 2 MiB large. With pages of
-4 KiB that costs more than writing does.
+The kernel lets one thread at a time write to a file, which bounds what many cores can fetch. On a file system
+in memory that gives huge pages a chunk is therefore unpacked into a mapping of its place: nobody waits for a
+turn there, the bytes are not copied again, and a page that is mapped and zeroed for it is 2 MiB large. With
+pages of 4 KiB that costs more than writing does.
 """
 
 from __future__ import annotations

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol, TypeAlias, TypeVar
 
 from snapshotd.store.model import ObjectInfo
+
+T = TypeVar("T")
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+
+class Run(Protocol):
+    """Does blocking work in some thread."""
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
+
 
 # Called with the bytes done and the bytes in all, never with fewer done than before.
 Progress = Callable[[int, int], None]
@@ -36,6 +46,18 @@ class ObjectStore(Protocol):
         Raises:
             NotFound: there is none.
             DataLoss: it is larger; no more than the limit was read.
+        """
+        ...
+
+    async def read(self, key: str, limit: int, use: Callable[[Bytes], T], run: Run) -> T:
+        """Read an object as ``get`` does and use its bytes in one thread, without a way back in between.
+
+        Args:
+            use: called once, with the bytes, after they are all there; what it raises is raised.
+            run: has the thread wait for the bytes and for ``use``. Cancelled, it may leave it to go on.
+
+        Raises:
+            NotFound, DataLoss: as ``get``.
         """
         ...
 

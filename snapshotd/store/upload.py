@@ -99,13 +99,16 @@ class Upload:
             if await self._will_stay(name, found):
                 return
             self._rewritten.append(content)
-        await self._put(name, plain)
+        packed = await self._workers.compute(self._codec.pack, name, plain)
+        # A slow store keeps the packed bytes for long, and these are several times as many.
+        del plain
+        await self._put(name, packed)
         if name in self._damaged:
             await self._objects.delete(damage_key(name))
 
-    async def _put(self, name: str, plain: bytearray) -> None:
+    async def _put(self, name: str, packed: bytes) -> None:
         self._failpoints.hit("upload.chunk")
-        await self._objects.put(chunk_key(name), await self._workers.compute(self._codec.pack, name, plain))
+        await self._objects.put(chunk_key(name), packed)
         self._failpoints.hit("upload.chunk.after")
 
     async def _confirm(self, content: Content) -> None:
@@ -119,7 +122,7 @@ class Upload:
                 f"{content[0].file} of snapshots/{self._manifest.id} changed while it was uploaded",
                 metadata={"file": content[0].file, "snapshot": self._manifest.id},
             )
-        await self._put(name, plain)
+        await self._put(name, await self._workers.compute(self._codec.pack, name, plain))
 
     def _read(self, content: Content) -> tuple[str | None, bytearray]:
         plain = read(self._images, content)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import contextlib
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -21,7 +23,7 @@ class Limits:
     Attributes:
         calls: to the store.
         chunks: in flight, on the wire or in work; each takes up to 24 MiB.
-        threads: that hash, compress and encrypt.
+        threads: that hash, compress and encrypt, or unpack what others read.
     """
 
     calls: int
@@ -43,11 +45,17 @@ class Workers:
     Args:
         count: items in flight at once; each holds a few chunks' worth of memory.
         threads: threads for work that keeps a core busy.
+
+    Attributes:
+        cores: to be held by a thread of :meth:`wait` while it keeps a core busy.
     """
 
     def __init__(self, count: int, threads: int) -> None:
         self.count = count
+        # As many of these as keep the cores busy are at work.
+        self.cores = threading.Semaphore(threads)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
+        self._readers = ThreadPoolExecutor(count, thread_name_prefix="store-read")
 
     async def each(self, items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
         """Do ``work`` for every item; the first error ends the rest and is raised."""
@@ -73,8 +81,41 @@ class Workers:
         """Run ``work`` in a thread, to its end: nobody takes its files away while it writes to them."""
         return await to_the_end(asyncio.wrap_future(self._threads.submit(work, *args, **kwargs)))
 
+    def wait(self, work: Callable[[], T]) -> Awaitable[T]:
+        """Run ``work``, which mostly waits, in a thread; whoever is cancelled leaves it to go on."""
+        return asyncio.wrap_future(self._readers.submit(work))
+
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._readers):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Turnstile:
+    """Lets threads in until it is shut; nobody is inside any more when that is done."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._shut = False
+
+    @contextlib.contextmanager
+    def passed(self) -> Iterator[bool]:
+        """Whether this thread is inside, or came too late."""
+        with self._changed:
+            let_in = not self._shut
+            self._inside += let_in
+        try:
+            yield let_in
+        finally:
+            with self._changed:
+                self._inside -= let_in
+                self._changed.notify_all()
+
+    def shut(self) -> None:
+        """Let nobody in any more, and wait for those inside."""
+        with self._changed:
+            self._shut = True
+            self._changed.wait_for(lambda: not self._inside)
 
 
 async def to_the_end(work: Awaitable[T]) -> T:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import errno
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -14,7 +18,7 @@ from dumont.names import new_id
 from snapshotd.adapters.directory_objects import DirectoryObjects
 from snapshotd.adapters.s3_objects import S3Objects, S3Settings
 from snapshotd.store.model import CHUNK
-from snapshotd.store.ports import ObjectStore
+from snapshotd.store.ports import Bytes, ObjectStore
 from snapshotd.store.remote import check_conditional_create
 from tests.s3_server import S3Server
 from tests.unit.snapshotd.store.world import (
@@ -24,8 +28,11 @@ from tests.unit.snapshotd.store.world import (
     a_signer,
     an_image,
     contents,
+    in_a_thread,
     noise,
 )
+
+T = TypeVar("T")
 
 
 @pytest.fixture(params=["memory", "directory", "s3"])
@@ -77,6 +84,40 @@ async def test_no_more_than_the_limit_is_read(objects: ObjectStore) -> None:
     await objects.put("a", bytes(100))
     with pytest.raises(DataLoss):
         await objects.get("a", 99)
+
+
+async def test_what_is_read_is_used_in_the_thread_that_waited_for_it(objects: ObjectStore) -> None:
+    await objects.put("a", b"some bytes")
+    threads: list[threading.Thread] = []
+
+    def use(stored: Bytes) -> bytes:
+        threads.append(threading.current_thread())
+        return bytes(stored).upper()
+
+    def run(work: Callable[[], T]) -> Awaitable[T]:
+        return asyncio.wrap_future(one.submit(work))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="chosen") as one:
+        assert await objects.read("a", 10, use, run) == b"SOME BYTES"
+    assert [thread.name for thread in threads] == ["chosen_0"]
+    with pytest.raises(DataLoss):
+        await objects.read("a", 9, use, in_a_thread)
+    with pytest.raises(NotFound):
+        await objects.read("b", 9, use, in_a_thread)
+    assert len(threads) == 1
+
+
+async def test_what_fails_while_it_is_used_is_not_the_store_s_fault(objects: ObjectStore) -> None:
+    await objects.put("a", b"x")
+    uses: list[Bytes] = []
+
+    def fail(stored: Bytes) -> None:
+        uses.append(stored)
+        raise OSError(errno.EIO, "no disk")
+
+    with pytest.raises(OSError, match="no disk"):
+        await objects.read("a", 1, fail, in_a_thread)
+    assert len(uses) == 1
 
 
 async def test_create_never_replaces(objects: ObjectStore) -> None:

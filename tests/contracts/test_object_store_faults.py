@@ -21,6 +21,7 @@ from dumont.errors import (
 from snapshotd.adapters import s3_objects
 from snapshotd.adapters.retrying import Retry
 from snapshotd.adapters.s3_objects import S3Objects, S3Settings
+from tests.unit.snapshotd.store.world import in_a_thread
 
 ATTEMPTS = 3
 SECRET = "a-secret-that-nobody-may-read"
@@ -106,6 +107,7 @@ CALLS: dict[str, Call] = {
     "put": lambda objects: objects.put("chunks/a", b"data"),
     "create": lambda objects: objects.create("snapshots/a/manifest", b"data"),
     "get": lambda objects: objects.get("chunks/a", 100),
+    "read": lambda objects: objects.read("chunks/a", 100, bytes, in_a_thread),
 }
 
 

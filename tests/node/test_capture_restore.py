@@ -238,7 +238,23 @@ async def test_a_process_that_dies_is_noticed_and_cleaned_up(node: NodeUnderTest
         while (change := await changes.get()).instance is None or change.instance.state is not State.FAILED:
             pass
     assert change.instance.failure_reason == "HOST_LOST"
+    assert "SIGKILL" in change.instance.failure_message
     await node.instances.stop("mortal")
+    assert await node.remains() == before
+
+
+async def test_a_process_that_ends_before_it_serves_says_why(
+    node: NodeUnderTest, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await node.stop_all()
+    before = await node.remains()
+    command = (sys.executable, "-m", "no_such_module")
+    monkeypatch.setattr(node.node, "settings", replace(node.node.settings, command=command))
+    error = await refused(node.start("stillborn"))
+    assert error.reason == "HOST_LOST"
+    assert "exit status 1" in error.message
+    assert "No module named no_such_module" in error.message
+    await node.instances.stop("stillborn")
     assert await node.remains() == before
 
 

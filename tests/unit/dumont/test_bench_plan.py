@@ -93,6 +93,12 @@ def test_the_workspace_is_where_it_was_asked_for_and_leaves_nothing(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_workspace_where_nothing_can_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="nowhere") as refused, run.workspace(tmp_path / "nowhere"):
+        pass
+    assert (refused.value.reason, refused.value.field) == ("INVALID_DIRECTORY", "directory")
+
+
 @pytest.mark.parametrize(("available", "in_memory"), [(64 << 30, True), (63 << 30, False)])
 def test_the_workspace_is_in_memory_only_where_it_fits(
     available: int, in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

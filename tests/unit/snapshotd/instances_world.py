@@ -36,6 +36,7 @@ class FakeHost:
         self.instance = instance
         self.pid = 42
         self.lost = asyncio.Event()
+        self.end = ""
         self.state = "SERVING"
         self.frozen = False
         self.prepared = False

@@ -97,14 +97,14 @@ def test_want_of_room_is_an_error_before_anything_is_touched(
 
 
 def test_a_chunk_that_is_refused_leaves_nothing_open(path: Path, huge: bool) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = sorted(Path("/proc/self/fd").iterdir())
 
     def refuse(into: memoryview | None) -> memoryview:
         raise damaged(NAME, "it is a test's")
 
     with pytest.raises(DataLoss):
         place(path.parent, [a_whole_chunk(0, SIZE)], refuse)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
     assert str(path) not in Path("/proc/self/maps").read_text()
 
 

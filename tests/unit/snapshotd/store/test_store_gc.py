@@ -149,6 +149,7 @@ async def test_what_is_being_restored_stays(tmp_path: Path) -> None:
 
     class Collects(MemoryObjects):
         async def get(self, key: str, limit: int) -> bytes:
+            # Fetches read by way of this.
             if not taken:
                 # The slowest of restores: its snapshot is deleted and the grace is over.
                 taken.append(-1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,10 +17,12 @@ from dumont.errors import AlreadyExists, DataLoss, NotFound
 from snapshotd.failpoints import Failpoints
 from snapshotd.model import ImageFile, Manifest
 from snapshotd.store.model import CHUNK, ObjectInfo, PublishedSnapshot
-from snapshotd.store.ports import KeyWrapper, ObjectStore
+from snapshotd.store.ports import Bytes, KeyWrapper, ObjectStore, Run
 from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer, TrustedKeys
 from tests.unit.snapshotd.test_manifest import a_manifest
+
+T = TypeVar("T")
 
 GRACE = timedelta(hours=4)
 
@@ -79,6 +82,10 @@ class MemoryObjects:
             raise DataLoss("OBJECT_TOO_LARGE", f"{key} is too large")
         return data
 
+    async def read(self, key: str, limit: int, use: Callable[[Bytes], T], run: Run) -> T:
+        stored = await self.get(key, limit)
+        return await run(lambda: use(stored))
+
     async def stat(self, key: str) -> ObjectInfo | None:
         await self._called("stat", key)
         return self._info(key) if key in self.objects else None
@@ -117,6 +124,11 @@ class MemoryObjects:
         # Others run here, as they would while a request is under way.
         await asyncio.sleep(0)
         self.in_flight -= 1
+
+
+def in_a_thread(work: Callable[[], T]) -> Awaitable[T]:
+    """Some thread, for those who read."""
+    return asyncio.to_thread(work)
 
 
 def a_signer() -> Signer:
