@@ -20,7 +20,7 @@ from dumont.rpc import operations as rpc_operations
 from dumont.rpc.logs import configure_logs
 from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
 from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc, snapshot_service_pb2_grpc
-from snapshotd import preflight
+from snapshotd import memory, preflight
 from snapshotd.adapters import cuda_backend, weight_loader
 from snapshotd.adapters.clock import SystemClock
 from snapshotd.adapters.facts import node_facts
@@ -337,6 +337,7 @@ def main() -> None:
     try:
         settings = CliApp.run(Settings)
         configure_logs(settings.log_format)
+        memory.give_back_large_blocks()
         asyncio.run(run(settings))
     except ValidationError as error:
         raise SystemExit(f"dumont-snapshotd: {error}") from None

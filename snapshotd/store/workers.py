@@ -32,11 +32,11 @@ class Limits:
 
     @classmethod
     def of(cls, cores: int) -> Limits:
-        """What keeps so many cores busy, in no more than 384 MiB."""
+        """What keeps so many cores busy, in no more than 336 MiB."""
         threads = min(cores, 12)
         calls = max(8, threads)
         # More than calls: while chunks are unpacked others must be on their way, or the store waits.
-        return cls(calls, calls + min(threads, 4), threads)
+        return cls(calls, calls + min(threads, 2), threads)
 
 
 class Workers:

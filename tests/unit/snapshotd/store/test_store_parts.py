@@ -257,11 +257,11 @@ def test_the_journal_remembers_uploads_until_they_are_done(tmp_path: Path) -> No
 
 
 @given(cores=st.integers(1, 1024))
-def test_every_core_has_work_and_chunks_in_flight_stay_below_384_mib(cores: int) -> None:
+def test_every_core_has_work_and_chunks_in_flight_stay_below_336_mib(cores: int) -> None:
     limits = Limits.of(cores)
     assert limits.threads == min(cores, 12)
     assert limits.threads <= limits.calls < limits.chunks
-    assert limits.chunks * 3 * CHUNK <= 384 << 20
+    assert limits.chunks * 3 * CHUNK <= 336 << 20
 
 
 async def test_cancelled_work_has_ended_when_the_cancellation_is_seen() -> None:
