@@ -244,16 +244,20 @@ async def test_a_process_that_dies_is_noticed_and_cleaned_up(node: NodeUnderTest
 
 
 async def test_a_process_that_ends_before_it_serves_says_why(
-    node: NodeUnderTest, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+    node: NodeUnderTest, snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # given: a model host that cannot start
     await node.stop_all()
     before = await node.remains()
-    command = (sys.executable, "-m", "no_such_module")
-    monkeypatch.setattr(node.node, "settings", replace(node.node.settings, command=command))
+    (tmp_path / "sitecustomize.py").write_text("import os; print('not today', flush=True); os._exit(3)")
+    environment = node.node.settings.environment
+    assert isinstance(environment, dict)
+    monkeypatch.setitem(environment, "PYTHONPATH", str(tmp_path))
+    # when
     error = await refused(node.start("stillborn"))
+    # then
     assert error.reason == "HOST_LOST"
-    assert "exit status 1" in error.message
-    assert "No module named no_such_module" in error.message
+    assert "exit status 3, and the last line of its log is: not today" in error.message
     await node.instances.stop("stillborn")
     assert await node.remains() == before
 
