@@ -15,7 +15,7 @@ from snapshotd.failpoints import Failpoints
 from snapshotd.store.codec import OVERHEAD, Codec, damaged
 from snapshotd.store.layout import chunk_key, damage_key
 from snapshotd.store.model import Piece, PublishedSnapshot
-from snapshotd.store.placing import Unpack, place
+from snapshotd.store.placing import Places, Unpack
 from snapshotd.store.ports import Bytes, ObjectStore, Progress
 from snapshotd.store.workers import Counter, Turnstile, Workers
 
@@ -49,10 +49,11 @@ class Fetch:
             ResourceExhausted: the disk has no room.
         """
         await self._workers.compute(self._lay_out, folder)
+        places = Places(folder, self._workers.threads)
 
         async def write(pieces: list[Piece]) -> None:
             self._failpoints.hit("fetch.chunk")
-            await self._read(pieces, partial(_place, folder, pieces))
+            await self._read(pieces, partial(_place, places, folder, pieces))
             self._failpoints.hit("fetch.chunk.after")
 
         try:
@@ -158,9 +159,9 @@ class Fetch:
                 os.close(descriptor)
 
 
-def _place(folder: Path, pieces: list[Piece], unpack: Unpack) -> None:
+def _place(places: Places, folder: Path, pieces: list[Piece], unpack: Unpack) -> None:
     try:
-        place(folder, pieces, unpack)
+        places.fill(pieces, unpack)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(f"{folder.parent} filled up while a snapshot was fetched") from None

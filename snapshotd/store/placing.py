@@ -1,9 +1,9 @@
 """Put chunks in their places in files.
 
 The kernel lets one thread at a time write to a file, which bounds what many cores can fetch. On a file system
-in memory that gives huge pages a chunk is therefore unpacked into a mapping of its place: nobody waits for a
-turn there, the bytes are not copied again, and a page that is mapped and zeroed for it is 2 MiB large. With
-pages of 4 KiB that costs more than writing does.
+in memory a chunk is therefore unpacked into a mapping of its place: nobody waits for a turn there, and the
+bytes are not copied again. Each page is mapped and zeroed for it first, which is little where pages have
+2 MiB, and with pages of 4 KiB costs more than writing does, so that few cores write.
 """
 
 from __future__ import annotations
@@ -17,31 +17,61 @@ from pathlib import Path
 from snapshotd.store.model import Piece
 
 HUGE_PAGE = 2 << 20
+# So many threads wait longer for their turn to write than they need to map small pages.
+MANY = 6
 
 # Unpacks a chunk into the memory it is given, which has its size, or into its own; returns where it did.
 Unpack = Callable[[memoryview | None], memoryview]
 
 
-def place(folder: Path, pieces: Sequence[Piece], unpack: Unpack) -> None:
-    """Put the parts of a chunk in their places, in files that exist at their sizes.
+class Places:
+    """The places of chunks in the files of a directory, which exist at their sizes.
 
     Args:
-        unpack: called once; what it raises leaves those places with anything.
-
-    Raises:
-        OSError: they cannot be written, for want of room (``ENOSPC``, ``EDQUOT``) or else.
+        threads: that put chunks there at once.
     """
-    first = pieces[0]
-    if len(pieces) == 1 and first.size == first.chunk_size and first.offset % mmap.ALLOCATIONGRANULARITY == 0:
-        with _opened(folder / first.file) as descriptor:
-            # How a tmpfs says that it gives huge pages.
-            if os.fstat(descriptor).st_blksize >= HUGE_PAGE:
-                _unpack_into(descriptor, first, unpack)
-                return
-    plain = unpack(None)
-    for piece in pieces:
-        with _opened(folder / piece.file) as descriptor:
-            _write(descriptor, plain[piece.start : piece.start + piece.size], piece.offset)
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._folder = folder
+        self._many = threads >= MANY
+        self._in_memory = _in_memory(folder.stat().st_dev)
+
+    def fill(self, pieces: Sequence[Piece], unpack: Unpack) -> None:
+        """Put the parts of a chunk in their places.
+
+        Args:
+            unpack: called once; what it raises leaves those places with anything.
+
+        Raises:
+            OSError: they cannot be written, for want of room (``ENOSPC``, ``EDQUOT``) or else.
+        """
+        first = pieces[0]
+        whole = len(pieces) == 1 and first.size == first.chunk_size
+        if self._in_memory and whole and first.offset % mmap.ALLOCATIONGRANULARITY == 0:
+            with self._opened(first) as descriptor:
+                # A tmpfs tells that a file has huge pages with the size of its blocks.
+                if self._many or os.fstat(descriptor).st_blksize >= HUGE_PAGE:
+                    _unpack_into(descriptor, first, unpack)
+                    return
+        plain = unpack(None)
+        for piece in pieces:
+            with self._opened(piece) as descriptor:
+                _write(descriptor, plain[piece.start : piece.start + piece.size], piece.offset)
+
+    @contextlib.contextmanager
+    def _opened(self, piece: Piece) -> Iterator[int]:
+        descriptor = os.open(self._folder / piece.file, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _in_memory(device: int) -> bool:
+    """Whether it is a tmpfs. Room on a disk may have to be found again when a mapped page is written back."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with Path("/proc/self/mountinfo").open() as lines:
+        return any(line.split()[2] == number and " - tmpfs " in line for line in lines)
 
 
 def _unpack_into(descriptor: int, piece: Piece, unpack: Unpack) -> None:
@@ -54,15 +84,6 @@ def _unpack_into(descriptor: int, piece: Piece, unpack: Unpack) -> None:
         # Whoever handles an error may still hold a part of it, and it goes with that.
         with contextlib.suppress(BufferError):
             mapping.close()
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _write(descriptor: int, plain: memoryview, offset: int) -> None:

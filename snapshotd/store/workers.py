@@ -52,6 +52,7 @@ class Workers:
 
     def __init__(self, count: int, threads: int) -> None:
         self.count = count
+        self.threads = threads
         # As many of these as keep the cores busy are at work.
         self.cores = threading.Semaphore(threads)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapshotd.store.model import Piece
-from snapshotd.store.placing import HUGE_PAGE, place
+from snapshotd.store.placing import HUGE_PAGE, MANY, Places
 
 pytestmark = pytest.mark.node
 
@@ -54,16 +54,18 @@ def unpack(into: memoryview | None, size: int) -> memoryview:
     return into
 
 
-def put(path: Path, offset: int, size: int) -> None:
+def put(path: Path, threads: int, offset: int, size: int) -> None:
     piece = Piece(path.name, offset, size, "ab" * 32, 0, size)
-    place(path.parent, [piece], lambda into: unpack(into, size))
+    Places(path.parent, threads).fill([piece], lambda into: unpack(into, size))
 
 
-def test_a_chunk_that_has_room_is_there(path: Path) -> None:
-    put(path, 8 << 20, 5 << 20)
+@pytest.mark.parametrize("threads", [1, MANY])
+def test_a_chunk_that_has_room_is_there(path: Path, threads: int) -> None:
+    put(path, threads, 8 << 20, 5 << 20)
     assert path.read_bytes() == bytes(8 << 20) + PLAIN[: 5 << 20] + bytes(DISK - (13 << 20))
 
 
-def test_what_has_no_place_is_refused_for_want_of_room(path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, MANY])
+def test_what_has_no_place_is_refused_for_want_of_room(path: Path, threads: int) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        put(path, 0, DISK)
+        put(path, threads, 0, DISK)

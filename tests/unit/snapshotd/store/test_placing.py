@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from dumont.errors import DataLoss
 from snapshotd.store import placing
 from snapshotd.store.codec import Codec, damaged
 from snapshotd.store.model import Piece
-from snapshotd.store.placing import Unpack, place
+from snapshotd.store.placing import MANY, Places, Unpack
 from tests.unit.snapshotd.store.world import noise
 
 SIZE = 1 << 20
@@ -29,12 +29,16 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["small pages", "huge pages"])
-def huge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the file system counts as one that gives huge pages."""
-    pages = request.param == "huge pages"
-    monkeypatch.setattr(placing, "HUGE_PAGE", 0 if pages else 1 << 40)
-    return pages
+@pytest.fixture(params=["written", "mapped"])
+def mapped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """How chunks are to come into their places."""
+    monkeypatch.setattr(placing, "_in_memory", lambda device: True)
+    monkeypatch.setattr(placing, "HUGE_PAGE", 1 << 40)
+    return bool(request.param == "mapped")
+
+
+def fill(path: Path, mapped: bool, pieces: Sequence[Piece], unpack: Unpack) -> None:
+    Places(path.parent, MANY if mapped else MANY - 1).fill(pieces, unpack)
 
 
 def holding(plain: bytes, given: list[bool] | None = None) -> Unpack:
@@ -57,19 +61,34 @@ def a_whole_chunk(offset: int, size: int) -> Piece:
 
 @pytest.mark.parametrize("offset", [0, 1, 4095, 4096, 300_000])
 @pytest.mark.parametrize("size", [1, 4096, 70_001])
-def test_a_chunk_is_at_its_offset_and_nothing_else(path: Path, huge: bool, offset: int, size: int) -> None:
+def test_a_chunk_is_at_its_offset_and_nothing_else(path: Path, mapped: bool, offset: int, size: int) -> None:
     plain = noise(size)
-    place(path.parent, [a_whole_chunk(offset, size)], holding(plain))
+    fill(path, mapped, [a_whole_chunk(offset, size)], holding(plain))
     assert path.read_bytes() == bytes(offset) + plain + bytes(SIZE - offset - size)
 
 
-def test_a_chunk_that_belongs_in_one_place_is_unpacked_there_if_that_pays(path: Path, huge: bool) -> None:
+def test_a_chunk_that_belongs_in_one_place_is_unpacked_there_by_many(path: Path, mapped: bool) -> None:
     given: list[bool] = []
-    place(path.parent, [a_whole_chunk(8192, 5000)], holding(noise(5000), given))
-    assert given == [huge]
+    fill(path, mapped, [a_whole_chunk(8192, 5000)], holding(noise(5000), given))
+    assert given == [mapped]
 
 
-def test_a_chunk_comes_into_all_of_its_places(path: Path, huge: bool) -> None:
+def test_few_do_so_where_pages_are_huge(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placing, "_in_memory", lambda device: True)
+    monkeypatch.setattr(placing, "HUGE_PAGE", 0)
+    given: list[bool] = []
+    fill(path, False, [a_whole_chunk(8192, 5000)], holding(noise(5000), given))
+    assert given == [True]
+
+
+def test_nobody_does_so_on_a_disk(path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placing, "_in_memory", lambda device: False)
+    given: list[bool] = []
+    fill(path, mapped, [a_whole_chunk(8192, 5000)], holding(noise(5000), given))
+    assert given == [False]
+
+
+def test_a_chunk_comes_into_all_of_its_places(path: Path, mapped: bool) -> None:
     (path.parent / "b.img").write_bytes(bytes(10))
     plain = noise(5000)
     pieces = [
@@ -77,7 +96,7 @@ def test_a_chunk_comes_into_all_of_its_places(path: Path, huge: bool) -> None:
         Piece("a.img", 9000, 3000, NAME, 0, 5000),
         Piece("b.img", 2, 8, NAME, 4000, 5000),
     ]
-    place(path.parent, pieces, holding(plain))
+    fill(path, mapped, pieces, holding(plain))
     assert path.read_bytes()[:12_000] == plain[:3000] + bytes(6000) + plain[:3000]
     assert (path.parent / "b.img").read_bytes() == bytes(2) + plain[4000:4008]
 
@@ -87,23 +106,23 @@ def no_room(*arguments: object) -> None:
 
 
 def test_want_of_room_is_an_error_before_anything_is_touched(
-    path: Path, huge: bool, monkeypatch: pytest.MonkeyPatch
+    path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "posix_fallocate" if huge else "pwrite", no_room)
+    monkeypatch.setattr(os, "posix_fallocate" if mapped else "pwrite", no_room)
     given: list[bool] = []
     with pytest.raises(OSError, match="No space left"):
-        place(path.parent, [a_whole_chunk(0, SIZE)], holding(noise(SIZE), given))
-    assert given == ([] if huge else [False])
+        fill(path, mapped, [a_whole_chunk(0, SIZE)], holding(noise(SIZE), given))
+    assert given == ([] if mapped else [False])
 
 
-def test_a_chunk_that_is_refused_leaves_nothing_open(path: Path, huge: bool) -> None:
+def test_a_chunk_that_is_refused_leaves_nothing_open(path: Path, mapped: bool) -> None:
     before = sorted(Path("/proc/self/fd").iterdir())
 
     def refuse(into: memoryview | None) -> memoryview:
         raise damaged(NAME, "it is a test's")
 
     with pytest.raises(DataLoss):
-        place(path.parent, [a_whole_chunk(0, SIZE)], refuse)
+        fill(path, mapped, [a_whole_chunk(0, SIZE)], refuse)
     assert sorted(Path("/proc/self/fd").iterdir()) == before
     assert str(path) not in Path("/proc/self/maps").read_text()
 
@@ -111,18 +130,18 @@ def test_a_chunk_that_is_refused_leaves_nothing_open(path: Path, huge: bool) -> 
 @pytest.mark.parametrize("encrypted", [False, True])
 @pytest.mark.parametrize("make", [noise, bytes], ids=["stored as it is", "compressed"])
 def test_what_a_store_packed_is_unpacked_in_place(
-    path: Path, huge: bool, encrypted: bool, make: Callable[[int], bytes]
+    path: Path, mapped: bool, encrypted: bool, make: Callable[[int], bytes]
 ) -> None:
     codec, plain = Codec("s1", bytes(32) if encrypted else None), make(SIZE)
     name = codec.name(plain)
     stored = codec.pack(name, plain)
-    place(path.parent, [a_whole_chunk(0, SIZE)], lambda into: codec.open(name, stored, SIZE, into))
+    fill(path, mapped, [a_whole_chunk(0, SIZE)], lambda into: codec.open(name, stored, SIZE, into))
     assert path.read_bytes() == plain
 
 
 @pytest.mark.parametrize("size", [SIZE - 4096, SIZE + 4096, 9 * SIZE])
 def test_what_has_another_size_is_refused_and_writes_nothing_beyond_its_place(
-    path: Path, huge: bool, size: int
+    path: Path, mapped: bool, size: int
 ) -> None:
     # given: it compresses well, so that a small object unpacks to as much as it likes
     codec, plain = Codec("s1", None), b"x" * size
@@ -130,5 +149,5 @@ def test_what_has_another_size_is_refused_and_writes_nothing_beyond_its_place(
     stored = codec.pack(name, plain)
     half = SIZE // 2
     with pytest.raises(DataLoss):
-        place(path.parent, [a_whole_chunk(0, half)], lambda into: codec.open(name, stored, half, into))
+        fill(path, mapped, [a_whole_chunk(0, half)], lambda into: codec.open(name, stored, half, into))
     assert path.read_bytes()[half:] == bytes(SIZE - half)

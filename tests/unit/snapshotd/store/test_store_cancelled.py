@@ -10,9 +10,8 @@ from typing import TypeVar
 
 import pytest
 
-from snapshotd.store import fetch
 from snapshotd.store.model import Piece
-from snapshotd.store.placing import Unpack, place
+from snapshotd.store.placing import Places, Unpack
 from snapshotd.store.ports import Bytes, Run
 from snapshotd.store.workers import Turnstile
 from tests.unit.snapshotd.store.world import MemoryObjects, a_node, an_image, contents, noise
@@ -71,13 +70,15 @@ async def test_who_writes_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
     # given
     writing, go_on, written = threading.Event(), threading.Event(), threading.Event()
 
-    def slow(folder: Path, pieces: list[Piece], unpack: Unpack) -> None:
+    fill = Places.fill
+
+    def slow(places: Places, pieces: list[Piece], unpack: Unpack) -> None:
         writing.set()
         assert go_on.wait(SECONDS)
-        place(folder, pieces, unpack)
+        fill(places, pieces, unpack)
         written.set()
 
-    monkeypatch.setattr(fetch, "place", slow)
+    monkeypatch.setattr(Places, "fill", slow)
     fetching = await begin(MemoryObjects(), tmp_path)
     assert await asyncio.to_thread(writing.wait, SECONDS)
     # when

@@ -26,12 +26,11 @@ from snapshotd.adapters.directory_objects import DirectoryObjects
 from snapshotd.adapters.key_file import KeyFile
 from snapshotd.adapters.trusted_keys import TrustedKeysFile
 from snapshotd.model import ImageFile
-from snapshotd.store import fetch
 from snapshotd.store.chunking import SMALL, Span, cut, join, read, size_of
 from snapshotd.store.codec import OVERHEAD, Codec
 from snapshotd.store.journal import PendingUpload, UploadJournal
 from snapshotd.store.model import CHUNK, Piece, SealedKey
-from snapshotd.store.placing import Unpack
+from snapshotd.store.placing import Places, Unpack
 from snapshotd.store.remote import RemoteStore
 from snapshotd.store.signing import Signer, TrustedKeys
 from snapshotd.store.workers import Limits, Workers
@@ -323,10 +322,10 @@ async def test_a_disk_that_fills_up_in_the_middle_is_said(
     store = a_node(MemoryObjects())
     snapshot = await store.publish(an_image(tmp_path / "images"), tmp_path / "images")
 
-    def full(folder: Path, pieces: list[Piece], unpack: Unpack) -> None:
+    def full(places: Places, pieces: list[Piece], unpack: Unpack) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(fetch, "place", full)
+    monkeypatch.setattr(Places, "fill", full)
     (tmp_path / "into").mkdir()
     with pytest.raises(ResourceExhausted) as refusal:
         await store.fetch(snapshot, tmp_path / "into")
