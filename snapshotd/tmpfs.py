@@ -58,7 +58,7 @@ class Tmpfs:
 
     def mounted(self) -> bool:
         wanted = os.path.realpath(self.directory)
-        with Path("/proc/self/mountinfo").open() as lines:
+        with Path("/proc/self/mountinfo").open(errors="replace") as lines:
             for line in lines:
                 fields, _, details = line.partition(" - ")
                 point = fields.split()[4].encode().decode("unicode_escape")

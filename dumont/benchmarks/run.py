@@ -162,7 +162,8 @@ def workspace(chosen: Path | None, subjects: Sequence[Subject] = ()) -> Iterator
     except OSError as error:
         raise InvalidArgument(
             "INVALID_DIRECTORY",
-            f"nothing can be written in {chosen}: {error.strerror}; make it, or choose another --directory",
+            f"nothing can be written in {error.filename}: {error.strerror}; make its directory, or choose "
+            "another with --directory",
             field="directory",
         ) from error
     with made as directory:

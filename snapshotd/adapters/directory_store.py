@@ -95,7 +95,7 @@ class DirectoryStore:
                 await self.delete(manifest.id)
             raise
         if fetched_from:
-            # Every chunk was verified before it was written here.
+            # Every chunk was verified when it was put here.
             self._verified[manifest.id] = await asyncio.to_thread(identify, self._images(snapshot))
         return snapshot
 

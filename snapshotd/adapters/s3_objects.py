@@ -7,15 +7,18 @@ the interpreter's lock for a millisecond each, which many cores that unpack then
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
+from xml.etree.ElementTree import ParseError
 
 import certifi
 import obstore
@@ -62,6 +65,9 @@ _REFUSED = {
 _FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
 _ABSENT = {"NoSuchKey", "NoSuchObject", "NotFound", "ResourceNotFound"}
 _BUSY = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted"}
+# Statuses of those who ask for another try: request timeout, too many requests.
+_PASSING = {408, 429}
+_PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 
 # As obstore words what a server answered; it tells neither in another way.
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -118,7 +124,7 @@ class S3Objects:
     """Objects are those of one bucket under one prefix.
 
     Args:
-        connections: calls to the bucket at once.
+        connections: calls to the bucket at once, besides :meth:`read`, for which its callers' threads count.
     """
 
     def __init__(self, settings: S3Settings, connections: int = 8, retry: Retry | None = None) -> None:
@@ -159,9 +165,7 @@ class S3Objects:
                 )
             except (obstore_errors.AlreadyExistsError, obstore_errors.PreconditionError):
                 raise AlreadyExists("OBJECT_EXISTS", f"{key} exists", metadata={"key": key}) from None
-            except FileNotFoundError:
-                raise self._no_bucket() from None
-            except obstore_errors.BaseError as error:
+            except (FileNotFoundError, obstore_errors.BaseError) as error:
                 raise self._said_by_obstore(error, key) from error
 
         await self._retry(attempt)
@@ -175,15 +179,24 @@ class S3Objects:
     def _read(self, key: str, limit: int) -> memoryview:
         try:
             found = obstore.get(self._reading, self._prefix + key)
-            if found.meta["size"] > limit:
-                raise DataLoss(
-                    "OBJECT_TOO_LARGE",
-                    f"{key} has more than the {limit} bytes it may have",
-                    metadata={"key": key},
-                )
-            return memoryview(found.bytes())
+            parts, size = [], found.meta["size"]
+            if size <= limit:
+                size = 0
+                # In one part, unless more comes than was announced.
+                for part in found.stream(min_chunk_size=limit + 1):
+                    parts.append(part)
+                    size += len(part)
+                    if size > limit:
+                        break
         except (FileNotFoundError, obstore_errors.BaseError) as error:
             raise self._said_by_obstore(error, key) from error
+        if size > limit:
+            raise DataLoss(
+                "OBJECT_TOO_LARGE",
+                f"{key} has more than the {limit} bytes it may have",
+                metadata={"key": key},
+            )
+        return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
 
     async def stat(self, key: str) -> ObjectInfo | None:
         def work() -> ObjectInfo:
@@ -230,7 +243,8 @@ class S3Objects:
                 return work(*args)
             except DumontError:
                 raise
-            except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            # The last: an answer that is no XML, from somebody who is no object store.
+            except (MinioException, urllib3.exceptions.HTTPError, OSError, ParseError) as error:
                 raise self._classify(error, key) from error
 
         return await self._retry(lambda: self._in_thread(classified))
@@ -256,22 +270,21 @@ class S3Objects:
         """What a server's answer means.
 
         Args:
-            code: S3's word for it; empty: it gave none.
+            code: S3's word for it; empty: it gave none, so that somebody else may have answered, such as a
+                load balancer in front of a store that is away.
             status: of HTTP; 0: unknown.
         """
         if code == "NoSuchBucket":
             return self._no_bucket()
-        if code in _ABSENT or (status == 404 and not code):
+        if code in _ABSENT:
             return NotFound("OBJECT_NOT_FOUND", f"there is no {key}", metadata={"key": key})
-        if code in _REFUSED or status in (401, 403):
-            return _refused(code or str(status))
+        if code in _REFUSED or (code and status in (401, 403)):
+            return _refused(code)
         if code in _FULL or status == 507:
             return ResourceExhausted("STORE_FULL", f"the store has no room: {code or status}")
-        if code not in _BUSY and 400 <= status < 500:
+        if code and code not in _BUSY and 400 <= status < 500 and status not in _PASSING:
             return FailedPrecondition(
-                "STORE_REFUSED",
-                f"the store refused {key}: {code or status}",
-                metadata={"code": code or str(status), "key": key},
+                "STORE_REFUSED", f"the store refused {key}: {code}", metadata={"code": code, "key": key}
             )
         return _unavailable(code or str(status))
 
@@ -301,23 +314,40 @@ def _http_client(settings: S3Settings, connections: int) -> urllib3.PoolManager:
 
 def _obstore(settings: S3Settings, seconds: float) -> S3Store:
     """A client whose calls last at most so long."""
-    return S3Store(
-        settings.bucket,
-        endpoint=settings.endpoint,
-        access_key_id=settings.access_key,
-        secret_access_key=settings.secret_key,
-        region=settings.region,
-        virtual_hosted_style_request=False,
-        client_options={
-            "allow_http": settings.endpoint.startswith("http://"),
-            "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
-            "read_timeout": timedelta(seconds=READ_SECONDS),
-            "timeout": timedelta(seconds=seconds),
-            **({"root_certificate": settings.ca_file.read_bytes()} if settings.ca_file else {}),
-        },
-        # Repeating is this adapter's own business, and only there.
-        retry_config={"max_retries": 0},
-    )
+    with _settings_alone():
+        return S3Store(
+            settings.bucket,
+            endpoint=settings.endpoint,
+            access_key_id=settings.access_key,
+            secret_access_key=settings.secret_key,
+            region=settings.region,
+            virtual_hosted_style_request=False,
+            client_options={
+                "allow_http": settings.endpoint.startswith("http://"),
+                "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+                "read_timeout": timedelta(seconds=READ_SECONDS),
+                "timeout": timedelta(seconds=seconds),
+                **({"root_certificate": settings.ca_file.read_bytes()} if settings.ca_file else {}),
+            },
+            # Repeating is this adapter's own business, and only there.
+            retry_config={"max_retries": 0},
+        )
+
+
+@contextlib.contextmanager
+def _settings_alone() -> Iterator[None]:
+    """Nothing in the environment counts: obstore would take another endpoint, a token or a proxy from it."""
+    hidden = {name: value for name, value in os.environ.items() if _is_read_by_obstore(name.upper())}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _is_read_by_obstore(name: str) -> bool:
+    return name.startswith("AWS_") or name in _PROXIES
 
 
 def _refused(code: str) -> Unauthenticated:

@@ -216,7 +216,7 @@ class ShimHost:
                 message = json.loads(line)
                 if message.get("event") == "exited":
                     self.end = _described(message["status"], message.get("said", ""))
-                    log.info("model host ended", shim=self.shim, how=self.end)
+                    log.info("model host ended", shim=self.shim, status=message["status"])
                     self._lose(self._of_host)
                 elif (future := self._waiting.get(message["id"])) is not None and not future.done():
                     future.set_result(message)

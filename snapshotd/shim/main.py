@@ -5,7 +5,7 @@ a waiting CRIU), then listens on its socket. Each message is one JSON object on 
 
 - ``{"id": 1, "do": "launch", ...}`` answered by ``{"id": 1, "ok": {...}}`` or ``{"id": 1, "error": ...}``;
 - ``do: host`` passes its ``message`` to the model host, whose answer comes back the same way;
-- ``{"event": "exited", "status": 9, "said": "…"}`` when the model host ends, with the last line of its log.
+- ``{"event": "exited", "status": 256, "said": "…"}`` when the model host ends: how, and its last words.
 
 snapshotd may go and come back at any time; ``do: status`` tells a new one what is here.
 """

@@ -315,7 +315,13 @@ class Shim:
             self._send(message)
 
     def _from_log(self, fd: int) -> None:
-        data = os.read(fd, 65536)
+        if fd not in self.selector.get_map():
+            # It was drained to its end since the selector saw it.
+            return
+        try:
+            data = os.read(fd, 65536)
+        except BlockingIOError:
+            return
         if not data:
             self.selector.unregister(fd)
         elif self.log is not None:
@@ -342,6 +348,7 @@ class Shim:
         self.freezer = Freezer.create(self.group, self.pid)
         self.pipes.close_host_ends()
         self.log = HostLog(directory / "host.log")
+        os.set_blocking(self.pipes.log, False)
         self.host = Line(self.pipes.from_host)
         self.selector.register(self.pipes.from_host, selectors.EVENT_READ, self._from_host)
         self.selector.register(self.pipes.log, selectors.EVENT_READ, self._from_log)
@@ -351,10 +358,12 @@ class Shim:
         self.frozen = False
         if self.freezer is not None:
             self.freezer.remove()
-        # What it said last is still in the pipe, and soon nobody will be able to read it.
-        while self.pipes.log in self.selector.get_map() and select.select([self.pipes.log], [], [], 0)[0]:
-            self._from_log(self.pipes.log)
-        said = self.log.last_line() if self.log is not None else ""
+        said = ""
+        if self.log is not None and os.WIFEXITED(status) and status:
+            # It may have said why. That is still in the pipe, and soon nobody will be able to read it.
+            while self.pipes.log in self.selector.get_map() and select.select([self.pipes.log], [], [], 0)[0]:
+                self._from_log(self.pipes.log)
+            said = self.log.last_line()
         self._send({"event": "exited", "status": status, "said": said})
 
     def _places(self) -> dict[str, Path]:

@@ -91,8 +91,8 @@ class Codec:
 
         Args:
             size: plain bytes it must have; no more are ever taken from it.
-            into: as many bytes of memory, for the plain ones; None: this thread's own, which its next call
-                may write over.
+            into: as many bytes of memory, to be unpacked into; None: this thread's own, which its next call
+                may write over. What is stored as it is stays where it is.
 
         Raises:
             DataLoss: it is not the chunk of that name and size; ``into`` holds anything then.
@@ -107,9 +107,6 @@ class Codec:
             raise damaged(name, "it is packed in a way that is not known")
         if len(plain) != size:
             raise damaged(name, f"it has {len(plain)} bytes instead of {size}")
-        if into is not None and method == RAW:
-            into[:] = plain
-            plain = into
         if self.name(plain) != name:
             raise damaged(name, "its bytes are not those that were stored")
         return plain

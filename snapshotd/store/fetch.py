@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
-from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, ResourceExhausted
+from dumont.errors import Aborted, DataLoss, DumontError, FailedPrecondition, NotFound, ResourceExhausted
 from snapshotd.failpoints import Failpoints
 from snapshotd.store.codec import OVERHEAD, Codec, damaged
 from snapshotd.store.layout import chunk_key, damage_key
@@ -39,7 +39,6 @@ class Fetch:
         self._objects = objects
         self._workers = workers
         self._failpoints = failpoints
-        self._turnstile = Turnstile()
 
     async def into(self, folder: Path, progress: Progress) -> None:
         """Write all files into ``folder``; on failure it holds a part of them.
@@ -48,19 +47,19 @@ class Fetch:
             DataLoss: a chunk is missing or damaged.
             ResourceExhausted: the disk has no room.
         """
-        await self._workers.compute(self._lay_out, folder)
-        places = Places(folder, self._workers.threads)
+        places = await self._workers.compute(self._lay_out, folder)
+        turnstile = Turnstile()
 
         async def write(pieces: list[Piece]) -> None:
             self._failpoints.hit("fetch.chunk")
-            await self._read(pieces, partial(_place, places, folder, pieces))
+            await self._read(pieces, partial(_place, places, folder, pieces), turnstile)
             self._failpoints.hit("fetch.chunk.after")
 
         try:
             await self._each_chunk(write, progress)
         finally:
             # Nobody takes the files away while a thread writes to them.
-            await self._workers.compute(self._turnstile.shut)
+            await self._workers.compute(turnstile.shut)
 
     async def check(self, progress: Progress) -> None:
         """Read every chunk and write nothing.
@@ -72,7 +71,7 @@ class Fetch:
 
         async def look(pieces: list[Piece]) -> None:
             try:
-                await self._read(pieces, _discard)
+                await self._read(pieces, _discard, Turnstile())
             except DataLoss as error:
                 failures.extend((piece, error) for piece in pieces)
 
@@ -100,14 +99,21 @@ class Fetch:
 
         await self._workers.each(places.values(), counted)
 
-    async def _read(self, pieces: list[Piece], use: Callable[[Unpack], object]) -> None:
-        """Have ``use`` unpack a chunk, which raises when the bytes are not the right ones."""
+    async def _read(self, pieces: list[Piece], use: Callable[[Unpack], object], turnstile: Turnstile) -> None:
+        """Have ``use`` unpack a chunk, which raises when the bytes are not the right ones.
+
+        Args:
+            turnstile: behind which ``use`` is.
+        """
         piece = pieces[0]
 
         def work(stored: Bytes) -> None:
-            with self._turnstile.passed() as in_time, self._workers.cores:
-                if in_time:
-                    use(partial(self._codec.open, piece.chunk, stored, piece.chunk_size))
+            with self._workers.cores, turnstile.passed() as in_time:
+                if not in_time:
+                    raise Aborted(
+                        "FETCH_STOPPED", f"chunk {piece.chunk[:16]}… came after the fetch had ended"
+                    )
+                use(partial(self._codec.open, piece.chunk, stored, piece.chunk_size))
 
         try:
             try:
@@ -134,7 +140,7 @@ class Fetch:
             error.metadata |= {"file": piece.file, "snapshot": self._published.manifest.id}
             raise
 
-    def _lay_out(self, folder: Path) -> None:
+    def _lay_out(self, folder: Path) -> Places:
         """Make the files at their sizes, all holes."""
         needed, free = self._published.data_size + ROOM_TO_SPARE, shutil.disk_usage(folder).free
         if needed > free:
@@ -157,6 +163,7 @@ class Fetch:
                 os.truncate(descriptor, file.size)
             finally:
                 os.close(descriptor)
+        return Places(folder, self._workers.threads)
 
 
 def _place(places: Places, folder: Path, pieces: list[Piece], unpack: Unpack) -> None:

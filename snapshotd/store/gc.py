@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from dumont.errors import DataLoss, FailedPrecondition, NotFound
+from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound
 from snapshotd.failpoints import Failpoints
 from snapshotd.store import document
 from snapshotd.store.layout import CHUNKS, DAMAGED, DELETED, SNAPSHOTS, TEMPORARY, chunk_of, snapshot_of
@@ -51,18 +51,25 @@ class Marks:
             return self._read[item]
         try:
             return document.named_chunks(await self.objects.get(item.key, document.LARGEST))
-        except NotFound:
-            return frozenset()
+        except NotFound as error:
+            # Deleted since it was listed. A store that lists what it does not give is not believed.
+            if await self.objects.stat(item.key) is None:
+                return frozenset()
+            raise _blocked(item.key, error) from error
         except DataLoss as error:
-            snapshot = snapshot_of(item.key)
-            # A tombstone stops to count by itself.
-            cure = f"delete snapshots/{snapshot} first" if snapshot else "try again after the grace time"
-            raise FailedPrecondition(
-                "GC_BLOCKED",
-                f"{item.key} cannot be read, so what it needs is not known and nothing is deleted; {cure} "
-                f"({error.message})",
-                metadata={"key": item.key},
-            ) from error
+            raise _blocked(item.key, error) from error
+
+
+def _blocked(key: str, error: DumontError) -> FailedPrecondition:
+    snapshot = snapshot_of(key)
+    # A tombstone stops to count by itself.
+    cure = f"delete snapshots/{snapshot} first" if snapshot else "try again after the grace time"
+    return FailedPrecondition(
+        "GC_BLOCKED",
+        f"{key} cannot be read, so what it needs is not known and nothing is deleted; {cure} "
+        f"({error.message})",
+        metadata={"key": key},
+    )
 
 
 async def plan(objects: ObjectStore, cutoff: datetime, pins: Pins) -> GcPlan:

@@ -54,7 +54,7 @@ class RemoteStore:
         trusted: whose signatures count.
         wrapper: wraps data keys; None: nothing is encrypted, and what is cannot be read.
         workers: chunks in flight; at most 24 MiB of memory each.
-        threads: threads that hash, compress and encrypt.
+        threads: that hash, compress and encrypt, and that unpack what was read, at once.
         grace: what garbage collection leaves alone is younger; the same for all nodes of a store.
     """
 
@@ -191,7 +191,7 @@ class RemoteStore:
         )
 
     async def fetch(self, published: PublishedSnapshot, into: Path, progress: Progress = no_progress) -> None:
-        """Write the snapshot's files into an empty directory, each chunk verified before it is written.
+        """Write the snapshot's files into an empty directory; when this returns each chunk is verified.
 
         Raises:
             DataLoss: a chunk is missing or damaged.

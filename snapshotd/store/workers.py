@@ -21,7 +21,7 @@ class Limits:
     """How much of an upload or a fetch is done at once.
 
     Attributes:
-        calls: to the store.
+        calls: to the store, besides those that read chunks.
         chunks: in flight, on the wire or in work; each takes up to 24 MiB.
         threads: that hash, compress and encrypt, or unpack what others read.
     """
@@ -44,7 +44,7 @@ class Workers:
 
     Args:
         count: items in flight at once; each holds a few chunks' worth of memory.
-        threads: threads for work that keeps a core busy.
+        threads: threads for work that keeps a core busy, and how many that read may keep one busy.
 
     Attributes:
         cores: to be held by a thread of :meth:`wait` while it keeps a core busy.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -24,6 +27,7 @@ from snapshotd.adapters.s3_objects import S3Objects, S3Settings
 from tests.unit.snapshotd.store.world import in_a_thread
 
 ATTEMPTS = 3
+MOST_PIECES = 2000
 SECRET = "a-secret-that-nobody-may-read"
 
 
@@ -36,6 +40,8 @@ class FaultyServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers: list[tuple[int, str | bytes]] = []
         self.requests: list[str] = []
+        self.headers: list[Message] = []
+        self.pieces = 0
         self.released = threading.Event()
 
     def next(self) -> tuple[int, str | bytes]:
@@ -48,8 +54,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         self.server.requests.append(self.command)
+        self.server.headers.append(self.headers)
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         status, body = self.server.next()
+        if body == "more":
+            self.send_more()
+            return
         if body == "hang":
             self.server.released.wait(20)
             self.close_connection = True
@@ -66,6 +76,19 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
         self.close_connection = cut
+
+    def send_more(self) -> None:
+        """More than was announced, as long as anybody takes it."""
+        self.send_response(200)
+        for name, value in {"Content-Length": "10", "Transfer-Encoding": "chunked", "ETag": '"e"'}.items():
+            self.send_header(name, value)
+        self.send_header("Last-Modified", "Sun, 01 Nov 2026 00:00:00 GMT")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(MOST_PIECES):
+                self.wfile.write(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
+                self.server.pieces += 1
+        self.close_connection = True
 
     do_GET = do_PUT = do_HEAD = do_DELETE = answer
 
@@ -121,7 +144,18 @@ async def failure(objects: S3Objects, call: str) -> DumontError:
 
 @pytest.mark.parametrize("call", sorted(CALLS))
 @pytest.mark.parametrize(
-    "fault", [(500, "InternalError"), (503, "SlowDown"), (502, b"<html>bad gateway</html>")]
+    "fault",
+    [
+        (500, "InternalError"),
+        (503, "SlowDown"),
+        (429, "TooManyRequests"),
+        # Who answers so is no object store: a load balancer, while the store behind it is away.
+        (502, b"<html>bad gateway</html>"),
+        (404, b"404 page not found"),
+        (403, b"<html>forbidden</html>"),
+        (429, b""),
+        (408, b""),
+    ],
 )
 async def test_a_fault_that_passes_is_not_noticed(
     server: FaultyServer, objects: S3Objects, waits: list[float], call: str, fault: tuple[int, str | bytes]
@@ -198,6 +232,37 @@ async def test_an_answer_that_is_too_large_is_not_read(server: FaultyServer, obj
     server.answers = [(200, bytes(101))]
     assert type(await failure(objects, "get")) is DataLoss
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("call", ["get", "read"])
+async def test_of_an_answer_longer_than_announced_no_more_is_taken(
+    server: FaultyServer, objects: S3Objects, call: str
+) -> None:
+    server.answers = [(200, "more")]
+    error = await failure(objects, call)
+    assert (type(error), error.reason) == (DataLoss, "OBJECT_TOO_LARGE")
+    assert server.pieces < MOST_PIECES / 2
+
+
+async def test_what_the_environment_says_of_other_clients_does_not_count(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = "http://127.0.0.1:1"
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, nowhere)
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "somebody's")
+    settings = S3Settings.from_url("s3://bucket", f"http://127.0.0.1:{server.server_port}", "access", SECRET)
+    store = S3Objects(settings, retry=Retry(attempts=1))
+    server.answers = [(200, b"data")]
+    for call in CALLS.values():
+        await call(store)
+    store.close()
+    assert len(server.headers) == len(CALLS)
+    for headers in server.headers:
+        assert "Authorization" in headers
+        assert "x-amz-security-token" not in headers
+    assert os.environ["AWS_ENDPOINT_URL_S3"] == nowhere
 
 
 async def test_a_server_that_hangs_is_left(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
+# What else sets how malloc gives back.
+SETTINGS = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
 # Threads that take chunks as an upload does, each with something small that stays behind it.
 SCRIPT = """
 import sys
@@ -34,7 +37,12 @@ with ThreadPoolExecutor(8) as threads:
 def left(how: str) -> int:
     """Bytes that a process holds after it has freed everything large."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", SCRIPT, how],
+        env={name: value for name, value in os.environ.items() if name not in SETTINGS},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     return int(done.stdout)
 

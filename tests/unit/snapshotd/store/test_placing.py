@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from snapshotd.store import placing
 from snapshotd.store.codec import Codec, damaged
 from snapshotd.store.model import Piece
 from snapshotd.store.placing import MANY, Places, Unpack
-from tests.unit.snapshotd.store.world import noise
+from tests.unit.snapshotd.store.world import MemoryObjects, a_node, an_image, noise
 
 SIZE = 1 << 20
 NAME = "ab" * 32
@@ -115,6 +116,22 @@ def test_want_of_room_is_an_error_before_anything_is_touched(
     assert given == ([] if mapped else [False])
 
 
+def test_what_cannot_be_mapped_is_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_mapping(*arguments: object, **others: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(placing, "_in_memory", lambda device: True)
+    monkeypatch.setattr(placing.mmap, "mmap", no_mapping)
+    plain = noise(SIZE)
+    fill(path, True, [a_whole_chunk(0, SIZE)], holding(plain))
+    assert path.read_bytes() == plain
+
+
+def test_what_is_in_memory_is_known() -> None:
+    assert placing._in_memory(Path("/dev/shm").stat().st_dev)
+    assert not placing._in_memory(Path("/proc").stat().st_dev)
+
+
 def test_a_chunk_that_is_refused_leaves_nothing_open(path: Path, mapped: bool) -> None:
     before = sorted(Path("/proc/self/fd").iterdir())
 
@@ -125,6 +142,31 @@ def test_a_chunk_that_is_refused_leaves_nothing_open(path: Path, mapped: bool) -
         fill(path, mapped, [a_whole_chunk(0, SIZE)], refuse)
     assert sorted(Path("/proc/self/fd").iterdir()) == before
     assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+async def test_a_fetch_that_fails_keeps_nothing_of_its_files(
+    tmp_path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given: a chunk that is damaged, and nobody who collects what refers to itself
+    monkeypatch.setattr(placing, "MANY", 1 if mapped else 99)
+    objects = MemoryObjects()
+    store = a_node(objects)
+    manifest = an_image(tmp_path / "images", content={"pages-1.img": b"x" * 100_000 + noise(100_000)})
+    snapshot = await store.publish(manifest, tmp_path / "images")
+    (key,) = objects.keys("chunks/")
+    objects.change(key, lambda stored: stored[:-1] + bytes([stored[-1] ^ 1]))
+    folder = tmp_path / "into"
+    folder.mkdir()
+    gc.disable()
+    try:
+        # when
+        with pytest.raises(DataLoss):
+            await store.fetch(snapshot, folder)
+        # then
+        assert str(folder) not in Path("/proc/self/maps").read_text()
+        assert not [entry for entry in Path("/proc/self/fd").iterdir() if folder in entry.resolve().parents]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("encrypted", [False, True])

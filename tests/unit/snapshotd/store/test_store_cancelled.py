@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ from tests.unit.snapshotd.store.world import MemoryObjects, a_node, an_image, co
 T = TypeVar("T")
 CONTENT = {"pages-1.img": noise(5000)}
 SECONDS = 10
+# Long enough for what must not happen.
+LITTLE = 0.2
 
 
 class HangingObjects(MemoryObjects):
@@ -83,7 +86,7 @@ async def test_who_writes_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
     assert await asyncio.to_thread(writing.wait, SECONDS)
     # when
     fetching.cancel()
-    await asyncio.wait([fetching], timeout=0)
+    await asyncio.wait([fetching], timeout=LITTLE)
     # then
     assert not fetching.done()
     go_on.set()
@@ -91,6 +94,25 @@ async def test_who_writes_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
         await asyncio.wait_for(fetching, SECONDS)
     assert written.is_set()
     assert contents(tmp_path / "into") == CONTENT
+
+
+def test_it_is_not_shut_while_somebody_is_inside() -> None:
+    turnstile = Turnstile()
+    inside, may_leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with turnstile.passed():
+            inside.set()
+            assert may_leave.wait(SECONDS)
+
+    with ThreadPoolExecutor(2) as threads:
+        staying = threads.submit(stay)
+        assert inside.wait(SECONDS)
+        shutting = threads.submit(turnstile.shut)
+        assert wait([shutting], timeout=LITTLE).not_done
+        may_leave.set()
+        shutting.result(SECONDS)
+        staying.result(SECONDS)
 
 
 def test_nobody_comes_in_once_it_is_shut() -> None:
