@@ -52,7 +52,7 @@ class Fetch:
 
         async def write(pieces: list[Piece]) -> None:
             self._failpoints.hit("fetch.chunk")
-            await self._read(pieces, partial(_place, places, folder, pieces), turnstile)
+            await self._read(pieces, partial(_place, places, folder, pieces, turnstile))
             self._failpoints.hit("fetch.chunk.after")
 
         try:
@@ -71,7 +71,7 @@ class Fetch:
 
         async def look(pieces: list[Piece]) -> None:
             try:
-                await self._read(pieces, _discard, Turnstile())
+                await self._read(pieces, _discard)
             except DataLoss as error:
                 failures.extend((piece, error) for piece in pieces)
 
@@ -99,20 +99,12 @@ class Fetch:
 
         await self._workers.each(places.values(), counted)
 
-    async def _read(self, pieces: list[Piece], use: Callable[[Unpack], object], turnstile: Turnstile) -> None:
-        """Have ``use`` unpack a chunk, which raises when the bytes are not the right ones.
-
-        Args:
-            turnstile: behind which ``use`` is.
-        """
+    async def _read(self, pieces: list[Piece], use: Callable[[Unpack], object]) -> None:
+        """Have ``use`` unpack a chunk, which raises when the bytes are not the right ones."""
         piece = pieces[0]
 
         def work(stored: Bytes) -> None:
-            with self._workers.cores, turnstile.passed() as in_time:
-                if not in_time:
-                    raise Aborted(
-                        "FETCH_STOPPED", f"chunk {piece.chunk[:16]}… came after the fetch had ended"
-                    )
+            with self._workers.cores:
                 use(partial(self._codec.open, piece.chunk, stored, piece.chunk_size))
 
         try:
@@ -166,13 +158,16 @@ class Fetch:
         return Places(folder, self._workers.threads)
 
 
-def _place(places: Places, folder: Path, pieces: list[Piece], unpack: Unpack) -> None:
-    try:
-        places.fill(pieces, unpack)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(f"{folder.parent} filled up while a snapshot was fetched") from None
-        raise
+def _place(places: Places, folder: Path, pieces: list[Piece], turnstile: Turnstile, unpack: Unpack) -> None:
+    with turnstile.passed() as in_time:
+        if not in_time:
+            raise Aborted("FETCH_STOPPED", f"a chunk came after the end of its fetch into {folder.name}")
+        try:
+            places.fill(pieces, unpack)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full(f"{folder.parent} filled up while a snapshot was fetched") from None
+            raise
 
 
 def _discard(unpack: Unpack) -> None:
