@@ -28,7 +28,7 @@ class FinishReason(Enum):
 
     END = "end"  # the model ended its answer
     LENGTH = "length"  # max_new_tokens or the context was used up
-    STOP = "stop"  # a stop string came up
+    STOP = "stop"  # a stop string or stop token came up
 
 
 @dataclass(frozen=True)
@@ -43,38 +43,94 @@ class Message:
 class Generation:
     """A request for text: either ``prompt`` or ``messages``.
 
+    None means: what the model's ``generation_config.json`` says, and nothing where it says nothing.
+
     Args:
-        max_new_tokens: 0 means 256.
+        max_new_tokens: of each answer; 0 means 256.
         temperature: 0 is greedy.
         top_p: the smallest set of tokens with this probability is drawn from.
-        seed: makes the draws repeatable; without it they differ each time.
+        seed: makes the draws repeatable; without it they differ each time. Answer ``i`` of ``n`` is drawn as
+            with ``seed + i``.
         stop: strings that end the answer; the text before them is the answer.
+        top_k: this many of the likeliest tokens are drawn from; 0: all.
+        min_p: tokens less likely than this fraction of the likeliest are not drawn; 0: all are.
+        repetition_penalty: positive logits of tokens that the prompt or the answer has are divided by it,
+            others multiplied; 1 changes nothing.
+        presence_penalty: subtracted from the logits of tokens that the answer has.
+        frequency_penalty: the same, once for each time that the answer has the token.
+        logit_bias: added to logits, by token.
+        stop_token_ids: tokens that end the answer; they are no part of it.
+        ignore_eos: write on to ``max_new_tokens`` where the model would end.
+        min_new_tokens: no token ends the answer before it has this many.
+        logprobs: report the log-probability of each token and of this many of the likeliest; None: of none.
+        n: how many answers.
     """
 
     prompt: str = ""
     messages: tuple[Message, ...] = ()
     max_new_tokens: int = 0
     temperature: float = 0.0
-    top_p: float = 1.0
+    top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_new_tokens: int = 0
+    logprobs: int | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class TopLogprob:
+    """One of the likeliest tokens at a place of the answer; ``text`` is the token by itself."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token, before any sampling setting; ``top`` has the likeliest first."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of the answer; one without text and tokens only says that a step was done."""
+    """A piece of answer ``index`` of ``n``; one without text and tokens only says that a step was done.
+
+    ``logprobs`` has one entry for each of ``token_ids`` if the request asked for them.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Finish:
-    """The last of a token stream. ``output_tokens`` leaves out the model's own end mark."""
+    """The end of answer ``index``; a stream ends with that of its last one.
+
+    ``output_tokens`` leaves out the model's own end mark. ``cached_prompt_tokens`` are those of
+    ``prompt_tokens`` that another request's prompt had computed.
+    """
 
     reason: FinishReason
     prompt_tokens: int
     output_tokens: int
+    index: int = 0
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)

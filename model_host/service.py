@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 from grpc_status import rpc_status
@@ -23,7 +23,7 @@ from dumont.inference.v1 import inference_pb2
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
 from dumont.rpc.status import to_status
-from model_host.engine import Engine, Finish, FinishReason, Generation, Message, Work
+from model_host.engine import Engine, Finish, FinishReason, Generation, Message, Piece, Work
 from model_host.gate import Gate
 from model_host.scheduler import Scheduler
 
@@ -69,8 +69,7 @@ class ModelHostService(pb2_grpc.ModelHostServiceServicer):
                 if isinstance(item, Finish):
                     yield pb2.GenerateResponse(finish=_finish(item))
                 elif item.token_ids:
-                    chunk = inference_pb2.TextChunk(text=item.text, token_ids=item.token_ids)
-                    yield pb2.GenerateResponse(chunk=chunk)
+                    yield pb2.GenerateResponse(chunk=_chunk(item))
 
     def Embed(self, request: pb2.EmbedRequest, context: grpc.ServicerContext) -> pb2.EmbedResponse:
         with _errors(context), self._gate.enter():
@@ -161,19 +160,47 @@ def _errors(context: grpc.ServicerContext) -> Iterator[None]:
 
 
 def _generation(request: pb2.GenerateRequest) -> Generation:
+    def given(field: str) -> Any:
+        return getattr(request, field) if request.HasField(field) else None  # type: ignore[arg-type]
+
     return Generation(
         prompt=request.prompt,
         messages=tuple(Message(message.role, message.content) for message in request.messages),
         max_new_tokens=request.max_new_tokens,
         temperature=request.temperature,  # absent is 0, greedy
-        top_p=request.top_p if request.HasField("top_p") else 1.0,
-        seed=request.seed if request.HasField("seed") else None,
+        top_p=given("top_p"),
+        seed=given("seed"),
         stop=tuple(request.stop),
+        top_k=given("top_k"),
+        min_p=given("min_p"),
+        repetition_penalty=given("repetition_penalty"),
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=dict(request.logit_bias),
+        stop_token_ids=tuple(request.stop_token_ids),
+        ignore_eos=request.ignore_eos,
+        min_new_tokens=request.min_new_tokens,
+        logprobs=given("logprobs"),
+        n=request.n or 1,
     )
+
+
+def _chunk(piece: Piece) -> inference_pb2.TextChunk:
+    chunk = inference_pb2.TextChunk(text=piece.text, token_ids=piece.token_ids, index=piece.index)
+    for token in piece.logprobs:
+        told = chunk.logprobs.add(token_id=token.token_id, text=token.text, logprob=token.logprob)
+        for top in token.top:
+            told.top.add(token_id=top.token_id, text=top.text, logprob=top.logprob)
+    return chunk
 
 
 def _finish(finish: Finish) -> inference_pb2.Finish:
     return inference_pb2.Finish(
         reason=REASONS[finish.reason],
-        usage=inference_pb2.Usage(prompt_tokens=finish.prompt_tokens, output_tokens=finish.output_tokens),
+        usage=inference_pb2.Usage(
+            prompt_tokens=finish.prompt_tokens,
+            output_tokens=finish.output_tokens,
+            cached_prompt_tokens=finish.cached_prompt_tokens,
+        ),
+        index=finish.index,
     )

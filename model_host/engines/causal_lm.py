@@ -145,7 +145,7 @@ class CausalLM:
             )
         if not (math.isfinite(request.temperature) and request.temperature >= 0):
             _refuse("INVALID_TEMPERATURE", "temperature", "temperature must be 0 or more")
-        if not 0 < request.top_p <= 1:
+        if request.top_p is not None and not 0 < request.top_p <= 1:
             _refuse("INVALID_TOP_P", "top_p", "top_p must be above 0 and at most 1")
         if not all(request.stop) or len(request.stop) > MAX_STOPS:
             _refuse("INVALID_STOP", "stop", f"stop takes at most {MAX_STOPS} strings, none of them empty")

@@ -47,7 +47,8 @@ class Chooser:
         # The best first, so that a tiny temperature does not make infinities of it.
         values = (values - best) / np.float32(max(self._request.temperature, SMALLEST_TEMPERATURE))
         chance = self._seeded.random() if self._seeded else np.random.random()
-        return draw(values, self._request.top_p, chance)
+        top_p = self._request.top_p
+        return draw(values, 1.0 if top_p is None else top_p, chance)
 
 
 def draw(logits: Floats, top_p: float, chance: float) -> int:

@@ -15,7 +15,18 @@ from dumont.inference.v1 import inference_pb2
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
 from dumont.rpc.status import from_rpc_error
-from model_host.engine import Canary, Embedded, Finish, FinishReason, Generation, Message, Piece, Work
+from model_host.engine import (
+    Canary,
+    Embedded,
+    Finish,
+    FinishReason,
+    Generation,
+    Message,
+    Piece,
+    TokenLogprob,
+    TopLogprob,
+    Work,
+)
 from model_host.gate import Gate
 from model_host.process import open_descriptors, wait_for_descriptors
 from model_host.scheduler import Scheduler
@@ -31,13 +42,14 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.requests: list[Generation] = []
+        self.script: list[Piece | Finish] = []
         self.waiting, self.go_on, self.closed = threading.Event(), threading.Event(), threading.Event()
 
     def generate(self, request: Generation) -> Work[Piece | Finish]:
         self.requests.append(request)
         if request.prompt == "wrong":
             raise InvalidArgument("EMPTY_PROMPT", "wrong", field="prompt")
-        return lambda: self._answer(request.prompt)
+        return lambda: iter(self.script) if self.script else self._answer(request.prompt)
 
     def _answer(self, prompt: str) -> Iterator[Piece | Finish]:
         try:
@@ -134,7 +146,23 @@ def test_a_request_reaches_the_engine_in_full(
     list(
         stub.Generate(
             pb2.GenerateRequest(
-                messages=[message], max_new_tokens=5, temperature=0.5, top_p=0.25, seed=-3, stop=["x"]
+                messages=[message],
+                max_new_tokens=5,
+                temperature=0.5,
+                top_p=0.25,
+                seed=-3,
+                stop=["x"],
+                top_k=0,
+                min_p=0.125,
+                repetition_penalty=1.5,
+                presence_penalty=-0.5,
+                frequency_penalty=0.25,
+                logit_bias={7: -100.0},
+                stop_token_ids=[3],
+                ignore_eos=True,
+                min_new_tokens=2,
+                logprobs=0,
+                n=4,
             )
         )
     )
@@ -148,9 +176,42 @@ def test_a_request_reaches_the_engine_in_full(
             top_p=0.25,
             seed=-3,
             stop=("x",),
+            top_k=0,
+            min_p=0.125,
+            repetition_penalty=1.5,
+            presence_penalty=-0.5,
+            frequency_penalty=0.25,
+            logit_bias={7: -100.0},
+            stop_token_ids=(3,),
+            ignore_eos=True,
+            min_new_tokens=2,
+            logprobs=0,
+            n=4,
         ),
-        Generation(prompt="p", temperature=0.0, top_p=1.0, seed=None),
+        # What was left out is the model's own affair, but for the temperature.
+        Generation(prompt="p", temperature=0.0, top_p=None, top_k=None, min_p=None, logprobs=None, n=1),
     ]
+
+
+def test_what_the_engine_says_of_a_token_is_told(
+    stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine
+) -> None:
+    likely = TokenLogprob(7, "one", -0.5, (TopLogprob(8, "two", -0.25), TopLogprob(7, "one", -0.5)))
+    engine.script = [
+        Piece("one", (7,), index=1, logprobs=(likely,)),
+        Finish(FinishReason.STOP, prompt_tokens=3, output_tokens=1, index=1, cached_prompt_tokens=2),
+    ]
+
+    chunk, finish = stub.Generate(pb2.GenerateRequest(prompt="p"))
+
+    told = chunk.chunk.logprobs[0]
+    assert (told.token_id, told.text, told.logprob) == (7, "one", -0.5)
+    assert [(top.token_id, top.text, top.logprob) for top in told.top] == [
+        (8, "two", -0.25),
+        (7, "one", -0.5),
+    ]
+    assert (chunk.chunk.index, finish.finish.index) == (1, 1)
+    assert finish.finish.usage.cached_prompt_tokens == 2
 
 
 def test_embeddings_keep_the_order_of_their_inputs(stub: pb2_grpc.ModelHostServiceStub) -> None:
