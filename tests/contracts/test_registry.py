@@ -12,7 +12,6 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from controller.adapters.memory_registry import MemoryRegistry
 from controller.adapters.registry_sql import METADATA, open_registry
 from controller.model import (
     Captured,
@@ -27,6 +26,7 @@ from controller.model import (
 )
 from controller.ports import Registry
 from dumont.errors import Aborted, AlreadyExists, Unavailable
+from tests.fakes.memory_registry import MemoryRegistry
 
 POSTGRES = os.environ.get("DUMONT_TEST_POSTGRES_URL", "")
 Reopen = Callable[[], Awaitable[Registry]]

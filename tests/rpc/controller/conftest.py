@@ -10,14 +10,14 @@ import grpc
 import pytest
 
 from controller.adapters.clock import SystemClock
-from controller.adapters.memory_nodes import MemoryNodes
-from controller.adapters.memory_registry import MemoryRegistry
 from controller.assembly import Controller, assemble
 from controller.config import Config
 from controller.main import DOMAIN, LIMITS, SERVICES, add_services
 from controller.model import Node, NodeState
 from dumont.rpc.operations import Operations
 from dumont.rpc.server import add_standard_services, bind, new_server
+from tests.fakes.memory_nodes import MemoryNodes
+from tests.fakes.memory_registry import MemoryRegistry
 
 
 @dataclass

@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 
-from controller.adapters.manual_clock import ManualClock
-from controller.adapters.memory_nodes import MemoryNodes
-from controller.adapters.memory_registry import MemoryRegistry
 from controller.assembly import Controller, assemble
 from controller.catalogue import Draft
 from controller.model import CAUSAL_LM, Deployment, InstanceState, Node, NodeState, StartInfo, StartMode
+from tests.fakes.manual_clock import ManualClock
+from tests.fakes.memory_nodes import MemoryNodes
+from tests.fakes.memory_registry import MemoryRegistry
 
 
 class World:

@@ -1,4 +1,4 @@
-"""Nodes in memory: for tests, and to see what the real ones must do."""
+"""Nodes in memory; every call is recorded, and may be made to fail or to wait."""
 
 from __future__ import annotations
 

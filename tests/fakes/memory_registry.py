@@ -1,4 +1,4 @@
-"""The registry in memory: for tests, and to see what the real one must do."""
+"""The registry in memory."""
 
 from __future__ import annotations
 
