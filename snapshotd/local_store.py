@@ -7,16 +7,16 @@ from pathlib import Path
 import structlog
 
 from dumont.errors import FailedPrecondition
-from snapshotd.adapters.directory_store import STAGED, DirectoryStore
-from snapshotd.adapters.key_file import KeyFile
-from snapshotd.adapters.sealed_store import SealedStore
+from snapshotd.adapters.object_store.key_file import KeyFile
+from snapshotd.adapters.snapshot_store.directory import STAGED, DirectoryStore
+from snapshotd.adapters.snapshot_store.sealed import SealedStore
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
-from snapshotd.journal import Journal
+from snapshotd.instances.journal import Journal
 from snapshotd.object_store import SIGNING_KEY
-from snapshotd.shim.mounts import UNSEALED_SOURCE
-from snapshotd.store.signing import Signer
-from snapshotd.tmpfs import Tmpfs
+from snapshotd.repository.signing import Signer
+from snapshotd.system.mounts import UNSEALED_SOURCE
+from snapshotd.system.tmpfs import Tmpfs
 
 log = structlog.get_logger(__name__)
 

@@ -20,32 +20,34 @@ from dumont.rpc import operations as rpc_operations
 from dumont.rpc.logs import configure_logs
 from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
 from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc, snapshot_service_pb2_grpc
-from snapshotd import memory, preflight
-from snapshotd.adapters import cuda_backend, weight_loader
+from snapshotd import preflight
 from snapshotd.adapters.clock import SystemClock
+from snapshotd.adapters.criu_shim.pool import ShimPool
+from snapshotd.adapters.cuda import backend as cuda_backend
+from snapshotd.adapters.cuda import weight_loader
+from snapshotd.adapters.cuda.nvml import Nvml
 from snapshotd.adapters.facts import node_facts
-from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
 from snapshotd.adapters.registration import keep_registered
-from snapshotd.adapters.shim_pool import ShimPool
 from snapshotd.config import Settings, node_id
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
-from snapshotd.instances import Instances
-from snapshotd.journal import Journal
+from snapshotd.instances.journal import Journal
+from snapshotd.instances.manager import Instances
+from snapshotd.jobs.context import Deadlines, HostSettings, Node
+from snapshotd.jobs.observers import Observers
 from snapshotd.local_store import give_back_memory, open_store
-from snapshotd.node import Deadlines, HostSettings, Node
 from snapshotd.object_store import open_remote
-from snapshotd.observer import Observers
 from snapshotd.ports import Clock, SnapshotStore
+from snapshotd.repository.repository import RemoteStore, check_conditional_create
 from snapshotd.service.inference import Inference
 from snapshotd.service.instances import InstanceServicer
 from snapshotd.service.node import NodeServicer
 from snapshotd.service.snapshots import SnapshotServicer
-from snapshotd.snapshots import Snapshots
-from snapshotd.store.journal import UploadJournal
-from snapshotd.store.remote import RemoteStore, check_conditional_create
-from snapshotd.uploads import Uploads
+from snapshotd.snapshots.catalog import Snapshots
+from snapshotd.snapshots.upload_journal import UploadJournal
+from snapshotd.snapshots.uploads import Uploads
+from snapshotd.system import malloc
 from snapshotd.weights import mount
 from snapshotd.weights.cache import WeightCache
 from snapshotd.weights.files import NodeWeightFiles
@@ -337,7 +339,7 @@ def main() -> None:
     try:
         settings = CliApp.run(Settings)
         configure_logs(settings.log_format)
-        memory.give_back_large_blocks()
+        malloc.give_back_large_blocks()
         asyncio.run(run(settings))
     except ValidationError as error:
         raise SystemExit(f"dumont-snapshotd: {error}") from None

@@ -14,20 +14,20 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
-from snapshotd.adapters.directory_objects import DirectoryObjects
-from snapshotd.adapters.key_file import KeyFile
-from snapshotd.adapters.s3_objects import S3Objects, S3Settings
-from snapshotd.adapters.trusted_keys import TrustedKeysFile
+from snapshotd.adapters.object_store.directory import DirectoryObjects
+from snapshotd.adapters.object_store.key_file import KeyFile
+from snapshotd.adapters.object_store.s3 import S3Objects, S3Settings
+from snapshotd.adapters.object_store.trusted_keys import TrustedKeysFile
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
-from snapshotd.store import document
-from snapshotd.store.codec import OVERHEAD
-from snapshotd.store.layout import TEMPORARY, chunk_key, manifest_key
-from snapshotd.store.model import CHUNK
-from snapshotd.store.ports import ObjectStore
-from snapshotd.store.remote import RemoteStore, check_conditional_create
-from snapshotd.store.signing import Signer, TrustedKeys
-from snapshotd.store.workers import Limits, Workers
+from snapshotd.repository import document
+from snapshotd.repository.codec import OVERHEAD
+from snapshotd.repository.model import CHUNK
+from snapshotd.repository.object_keys import TEMPORARY, chunk_key, manifest_key
+from snapshotd.repository.ports import ObjectStore
+from snapshotd.repository.repository import RemoteStore, check_conditional_create
+from snapshotd.repository.signing import Signer, TrustedKeys
+from snapshotd.repository.workers import Limits, Workers
 
 SIGNING_KEY = "signing.key"
 # The line that other nodes need among their trusted keys to restore what this one captured.

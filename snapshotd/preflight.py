@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from snapshotd import gpu_sharing
+from snapshotd.gpu import sharing as gpu_sharing
 from snapshotd.model import Finding
 
 OLDEST_CRIU = (4, 0)
@@ -127,7 +127,7 @@ def check_machine(gpu: bool = True) -> list[Finding]:
 
 
 def _check_cgroup() -> Finding:
-    from snapshotd.shim.freezer import cgroup2_root
+    from snapshotd.system.freezer import cgroup2_root
 
     root = cgroup2_root()
     if root is not None and os.access(root, os.W_OK):

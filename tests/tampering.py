@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zstandard
 
-from snapshotd.store.codec import LENGTH
-from snapshotd.store.model import CHUNK
+from snapshotd.repository.codec import LENGTH
+from snapshotd.repository.model import CHUNK
 
 
 def flip_a_byte(stored: bytes) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from snapshotd.cuda.speech import Message, take_stdout
+from snapshotd.cuda.json_output import Message, take_stdout
 
 # Operations of different processes run beside each other.
 THREADS = 8

@@ -30,8 +30,8 @@ from typing import Any, NoReturn
 
 from snapshotd.cuda.driver import DriverError, LoaderError
 from snapshotd.cuda.gpus import Gpus
+from snapshotd.cuda.json_output import Message, take_stdout
 from snapshotd.cuda.registered import Files, Registered, StillRegistered
-from snapshotd.cuda.speech import Message, take_stdout
 
 Piece = tuple[str, int, int, int]
 

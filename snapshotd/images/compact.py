@@ -21,7 +21,7 @@ import numpy as np
 from dumont.errors import DataLoss
 from snapshotd.images.format import PAGE, ImageFormat, Kind, Vma
 from snapshotd.images.layout import Flags, Layout, Piece, Source, lay_out
-from snapshotd.shim.mounts import MEMORY_MOUNT
+from snapshotd.system.mounts import MEMORY_MOUNT
 
 # Pages looked at together: small enough for the cache, large enough that Python does not matter.
 BLOCK = 512

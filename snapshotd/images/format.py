@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dumont.errors import DataLoss
-from snapshotd.shim import bindings
+from snapshotd.system import criu_bindings
 
 PAGE = 4096
 # The field of a pagemap entry that had 32 bits; CRIU 4.2 has another in its place.
@@ -99,7 +99,7 @@ class ImageFormat:
 
     def __init__(self, pycriu: Path | None) -> None:
         def load(name: str) -> Any:
-            return bindings.load(f"pycriu.images.{name}", pycriu)
+            return criu_bindings.load(f"pycriu.images.{name}", pycriu)
 
         self._pagemap, self._mm = load("pagemap_pb2"), load("mm_pb2")
         self._files, self._mounts = load("fdinfo_pb2"), load("mnt_pb2")

@@ -24,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+from snapshotd.images import PAGE_SERVER_READY
 from snapshotd.images.format import PAGE, ImageFormat, PageRun
-from snapshotd.shim import PAGE_SERVER_READY
 
 # Command and flags, pages, address, whose. CRIU 4.2 counts pages in 64 bits.
 HEADER: Final = struct.Struct("<IIQQ")

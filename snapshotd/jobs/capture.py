@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from dumont.aio import finish
 from dumont.errors import DumontError, FailedPrecondition, Internal, NotFound, ResourceExhausted
-from snapshotd.executor import Step
 from snapshotd.images.compact import check, compact
-from snapshotd.jobs import moves
+from snapshotd.jobs import actions
+from snapshotd.jobs.context import Node, Subject, uses_cuda
+from snapshotd.jobs.executor import Step
 from snapshotd.model import Json, Manifest, Phase, Snapshot
-from snapshotd.node import Node, Subject, uses_cuda
-from snapshotd.threads import finish
 
 # Bytes free of a disk on which nothing more can be written.
 FULL = 1 << 20
@@ -66,25 +66,25 @@ class Capture:
         """Before the pause: whatever a dump needs besides the process, room for its memory above all."""
         await self._refuse_served()
         with self._disk_may_fill():
-            await moves.host_of(self.subject).prepare(self._staged(), self.node.deadlines.dump)
+            await actions.host_of(self.subject).prepare(self._staged(), self.node.deadlines.dump)
 
     async def abandon(self) -> None:
         # A host that is gone took it along.
         with contextlib.suppress(DumontError):
-            await moves.host_of(self.subject).abandon()
+            await actions.host_of(self.subject).abandon()
 
     async def drain(self) -> None:
         await self._refuse_served()
         self.paused_at = self.node.clock.monotonic()
-        await moves.drain(self.node, self.subject)
+        await actions.drain(self.node, self.subject)
 
     async def keep_serving(self) -> None:
-        await moves.keep_serving(self.node, self.subject)
+        await actions.keep_serving(self.node, self.subject)
 
     async def quiesce(self) -> None:
-        moves.note_gpu_memory(self.node, self.subject)
-        moves.keep_room(self.node, self.subject)
-        await moves.quiesce(self.node, self.subject)
+        actions.note_gpu_memory(self.node, self.subject)
+        actions.keep_room(self.node, self.subject)
+        await actions.quiesce(self.node, self.subject)
         # Its socket is closed now: a prompt that came, and was refused, while it drained is in its memory.
         await self._refuse_served()
 
@@ -103,7 +103,7 @@ class Capture:
                 )
 
     async def _refuse_served(self) -> None:
-        status = await moves.host_of(self.subject).call("status", self.node.deadlines.serve)
+        status = await actions.host_of(self.subject).call("status", self.node.deadlines.serve)
         if status["served"]:
             raise FailedPrecondition(
                 "INSTANCE_SERVED",
@@ -115,27 +115,27 @@ class Capture:
     async def suspend(self) -> None:
         # First: what is half done is undone as well.
         self.suspended = True
-        await moves.suspend_cuda(self.node, self.subject)
+        await actions.suspend_cuda(self.node, self.subject)
 
     async def rouse(self) -> None:
-        await moves.rouse_cuda(self.node, self.subject)
+        await actions.rouse_cuda(self.node, self.subject)
         self.suspended = False
 
     async def trim(self) -> None:
-        await moves.trim(self.node, self.subject)
+        await actions.trim(self.node, self.subject)
 
     async def revive(self) -> None:
         if self.suspended:
-            await moves.unless_lost(self.subject, lambda: moves.rouse_cuda(self.node, self.subject))
+            await actions.unless_lost(self.subject, lambda: actions.rouse_cuda(self.node, self.subject))
             self.suspended = False
 
     async def dump(self) -> None:
         with self._disk_may_fill():
-            self.layout = await moves.host_of(self.subject).dump(self._staged(), self.node.deadlines.dump)
+            self.layout = await actions.host_of(self.subject).dump(self._staged(), self.node.deadlines.dump)
 
     async def wake(self) -> None:
-        await moves.wake(self.node, self.subject)
-        await moves.serve(self.node, self.subject)
+        await actions.wake(self.node, self.subject)
+        await actions.serve(self.node, self.subject)
         self.pause_seconds = self.node.clock.monotonic() - self.paused_at
 
     async def compact(self) -> None:

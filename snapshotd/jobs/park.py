@@ -8,40 +8,40 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from snapshotd import placement
-from snapshotd.executor import Step
-from snapshotd.jobs import moves
-from snapshotd.node import Node, Subject, uses_cuda
+from snapshotd.gpu import placement
+from snapshotd.jobs import actions
+from snapshotd.jobs.context import Node, Subject, uses_cuda
+from snapshotd.jobs.executor import Step
 
 
 def park(node: Node, subject: Subject) -> list[Step]:
     """Answer what is running, then give up the GPU or, without one, the CPU."""
 
     async def drain() -> None:
-        await moves.drain(node, subject)
+        await actions.drain(node, subject)
 
     async def keep_serving() -> None:
-        await moves.keep_serving(node, subject)
+        await actions.keep_serving(node, subject)
 
     async def freeze() -> None:
-        await moves.host_of(subject).freeze()
+        await actions.host_of(subject).freeze()
 
     async def thaw() -> None:
-        await moves.unless_lost(subject, moves.host_of(subject).thaw)
+        await actions.unless_lost(subject, actions.host_of(subject).thaw)
 
     async def quiesce() -> None:
-        moves.note_gpu_memory(node, subject)
-        moves.keep_room(node, subject)
-        await moves.quiesce(node, subject)
+        actions.note_gpu_memory(node, subject)
+        actions.keep_room(node, subject)
+        await actions.quiesce(node, subject)
 
     async def suspend() -> None:
-        await moves.suspend_cuda(node, subject)
+        await actions.suspend_cuda(node, subject)
 
     async def trim() -> None:
-        await moves.trim(node, subject)
+        await actions.trim(node, subject)
 
     async def rouse() -> None:
-        await moves.unless_lost(subject, lambda: moves.rouse_cuda(node, subject))
+        await actions.unless_lost(subject, lambda: actions.rouse_cuda(node, subject))
 
     if uses_cuda(subject.instance.device):
         return [
@@ -61,7 +61,7 @@ def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
     """
 
     async def thaw() -> None:
-        await moves.host_of(subject).thaw()
+        await actions.host_of(subject).thaw()
 
     async def revive() -> None:
         here = [known.uuid for known in node.gpus]
@@ -69,16 +69,16 @@ def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
         # First: its weights are brought to where it comes back.
         subject.instance = replace(subject.instance, gpu=target)
         devices = placement.device_map(here, here, home, target) if target else {}
-        await moves.revive_cuda(node, subject, devices)
+        await actions.revive_cuda(node, subject, devices)
 
     async def wake() -> None:
-        await moves.wake(node, subject)
+        await actions.wake(node, subject)
 
     async def serve() -> None:
-        await moves.serve(node, subject)
+        await actions.serve(node, subject)
 
     async def accept() -> None:
-        await moves.accept(node, subject)
+        await actions.accept(node, subject)
 
     if uses_cuda(subject.instance.device):
         return [Step("cuda_restore", revive), Step("wake", wake), Step("serve", serve)]

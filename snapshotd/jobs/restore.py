@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from dumont.errors import DataLoss, FailedPrecondition, ResourceExhausted
-from snapshotd import compatibility, placement
-from snapshotd.executor import Action, Step
-from snapshotd.images.mounts import without_mounts
-from snapshotd.jobs import moves
+from snapshotd import compatibility
+from snapshotd.gpu import placement
+from snapshotd.images.missing_mounts import without_mounts
+from snapshotd.jobs import actions
+from snapshotd.jobs.context import Node, Subject, uses_cuda
+from snapshotd.jobs.executor import Action, Step
 from snapshotd.model import Snapshot, Weights
-from snapshotd.node import Node, Subject, uses_cuda
 
 # The weight files that the node's cache holds, by name, and the digest of all of them.
 Brought = tuple[Mapping[str, str], str]
@@ -47,7 +48,7 @@ def restore(
         captured = {name: fact for name, fact in manifest.compatibility.items() if name != "weights"}
         compatibility.check(manifest.id, captured, node.facts_of(manifest.device))
         if uses_cuda(manifest.device):
-            moves.check_unshared(node, manifest.device)
+            actions.check_unshared(node, manifest.device)
             subject.instance = replace(subject.instance, gpu=place())
         node.store.keep(instance.id, manifest.id)
         if detached:
@@ -57,7 +58,7 @@ def restore(
     def place() -> str:
         places = placement.arrange(manifest.gpus, uuids)
         home = placement.named(node.gpus, places.get(source, source))
-        return moves.find_room(node, subject.instance, home, gpu, manifest.gpu_bytes)
+        return actions.find_room(node, subject.instance, home, gpu, manifest.gpu_bytes)
 
     async def bring_weights() -> Brought:
         model = await node.models.resolve(manifest.model, manifest.engine)
@@ -122,13 +123,13 @@ def restore(
 
     async def revive() -> None:
         devices = placement.device_map(manifest.gpus, uuids, source, subject.instance.gpu)
-        await moves.revive_cuda(node, subject, devices)
+        await actions.revive_cuda(node, subject, devices)
 
     async def wake() -> None:
-        await moves.wake(node, subject)
+        await actions.wake(node, subject)
 
     async def canary() -> None:
-        answer = moves.canary_of(await moves.host_of(subject).call("canary", node.deadlines.canary))
+        answer = actions.canary_of(await actions.host_of(subject).call("canary", node.deadlines.canary))
         if not manifest.canary.agrees(answer):
             reason = f"its canary answered {answer.tokens[:8]}…, not {manifest.canary.tokens[:8]}…"
             await node.store.quarantine(manifest.id, reason)
@@ -139,15 +140,15 @@ def restore(
             )
 
     async def serve() -> None:
-        await moves.serve(node, subject)
+        await actions.serve(node, subject)
 
     return [
         Step("check", check_facts, let_go),
         *([Step("fetch", fetch)] if fetch else []),
         Step("verify", verify),
         *([Step("weights", check_weights)] if detached else []),
-        moves.directory_step(node, instance),
-        Step("criu", bring_back, lambda: moves.release(subject)),
+        actions.directory_step(node, instance),
+        Step("criu", bring_back, lambda: actions.release(subject)),
         *([Step("cuda_restore", revive)] if uses_cuda(manifest.device) else []),
         Step("wake", wake),
         Step("canary", canary),

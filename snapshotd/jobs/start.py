@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from snapshotd.executor import Step
-from snapshotd.jobs import moves
+from snapshotd.jobs import actions
+from snapshotd.jobs.context import Node, Subject, uses_cuda
+from snapshotd.jobs.executor import Step
 from snapshotd.model import Model, Phase, Weights
-from snapshotd.node import Node, Subject, uses_cuda
-from snapshotd.shim.mounts import WEIGHTS_MOUNT
+from snapshotd.system.mounts import WEIGHTS_MOUNT
 
 # The driver's variable: the process sees this GPU alone, as its device 0, wherever it is brought back to.
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -52,7 +52,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         """The environment that shows the process its GPU; as it is where the node does not choose one."""
         if not gpu and (not node.gpus or _divided(node)):
             return {}
-        chosen = moves.find_room(node, instance, None, gpu, model.weights_bytes)
+        chosen = actions.find_room(node, instance, None, gpu, model.weights_bytes)
         subject.instance = replace(subject.instance, gpu=chosen)
         return {VISIBLE: chosen}
 
@@ -60,7 +60,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         # Unless they are cached, the digest is read beside the load: both want the same file's pages.
         digest = asyncio.create_task(node.weights.digest(found))
         try:
-            loaded = await moves.host_of(subject).call(
+            loaded = await actions.host_of(subject).call(
                 "load",
                 node.deadlines.load,
                 model_dir=str(found.directory),
@@ -71,7 +71,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
                     name: f"{WEIGHTS_MOUNT}/{digest}"
                     for name, digest in subject.instance.weight_files.items()
                 },
-                **await moves.loader_of(node, subject),
+                **await actions.loader_of(node, subject),
                 max_queue=node.settings.max_queue,
                 max_new_tokens_limit=node.settings.max_new_tokens,
             )
@@ -83,20 +83,20 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
             engine=loaded["engine"],
             device=loaded["device"],
             gpu=subject.instance.gpu if uses_cuda(loaded["device"]) else "",
-            canary=moves.canary_of(loaded["canary"]),
+            canary=actions.canary_of(loaded["canary"]),
             versions=loaded["versions"],
             weights_digest=await digest,
         )
         subject.load_parts = tuple(Phase(f"load.{name}", seconds) for name, seconds in loaded["phases"])
 
     async def serve() -> None:
-        await moves.serve(node, subject)
+        await actions.serve(node, subject)
 
     return [
         Step("fetch", fetch),
         Step("weights", bring_weights, release_weights),
-        moves.directory_step(node, instance),
-        Step("launch", launch, lambda: moves.release(subject)),
+        actions.directory_step(node, instance),
+        Step("launch", launch, lambda: actions.release(subject)),
         Step("load", load),
         Step("serve", serve),
     ]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from snapshotd.executor import Step
-from snapshotd.jobs import moves
-from snapshotd.node import Node, Subject
+from snapshotd.jobs import actions
+from snapshotd.jobs.context import Node, Subject
+from snapshotd.jobs.executor import Step
 
 
 def stop(node: Node, subject: Subject) -> list[Step]:
     """End an instance and remove what it left."""
 
     async def release() -> None:
-        await moves.release(subject)
+        await actions.release(subject)
         node.weights.release(subject.instance.id)
         await node.store.release(subject.instance.id)
 
     return [
         Step("release", release),
-        Step("directory", lambda: moves.remove_directory(node, subject.instance)),
+        Step("directory", lambda: actions.remove_directory(node, subject.instance)),
     ]

@@ -20,7 +20,7 @@ from dumont.errors import FailedPrecondition, InvalidArgument, Unavailable
 from dumont.rpc.server import remaining
 from dumont.rpc.status import from_rpc_error
 from dumont.snapshotd.v1 import inference_service_pb2 as pb2
-from snapshotd.instances import Instances
+from snapshotd.instances.manager import Instances
 from snapshotd.model import Instance, State
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -18,15 +18,15 @@ from dumont.rpc.operations import Operations, Progress
 from dumont.rpc.streams import until_draining
 from dumont.snapshotd.v1 import instance_service_pb2 as pb2
 from dumont.snapshotd.v1 import instance_service_pb2_grpc as pb2_grpc
-from snapshotd import convert
-from snapshotd.instances import Instances
+from snapshotd.instances.manager import Instances
+from snapshotd.instances.migration import relocate
+from snapshotd.jobs.observers import Observers
 from snapshotd.model import Instance, State
-from snapshotd.observer import Observers
-from snapshotd.relocation import relocate
+from snapshotd.service import convert
 from snapshotd.service.logs import read_log
 from snapshotd.service.pages import page
 from snapshotd.service.snapshots import told
-from snapshotd.snapshots import Snapshots
+from snapshotd.snapshots.catalog import Snapshots
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

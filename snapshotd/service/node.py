@@ -12,9 +12,9 @@ import psutil
 from dumont import names
 from dumont.snapshotd.v1 import node_service_pb2 as pb2
 from dumont.snapshotd.v1 import node_service_pb2_grpc as pb2_grpc
-from snapshotd import convert
+from snapshotd.jobs.context import Node
 from snapshotd.model import Finding
-from snapshotd.node import Node
+from snapshotd.service import convert
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -13,12 +13,13 @@ from dumont.errors import FailedPrecondition
 from dumont.rpc.operations import Operations, Progress, Work
 from dumont.snapshotd.v1 import snapshot_service_pb2 as pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2_grpc as pb2_grpc
-from snapshotd import compatibility, convert
+from snapshotd import compatibility
+from snapshotd.jobs.context import Node
 from snapshotd.model import Snapshot
-from snapshotd.node import Node
+from snapshotd.repository.ports import Progress as Bytes
+from snapshotd.service import convert
 from snapshotd.service.pages import page
-from snapshotd.snapshots import Snapshots
-from snapshotd.store.ports import Progress as Bytes
+from snapshotd.snapshots.catalog import Snapshots
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -3,6 +3,3 @@
 It is single-threaded and imports no gRPC, so that forking and pycriu are safe in it, and it
 outlives snapshotd, so that a restart of the daemon kills no model.
 """
-
-# What a page server says when a dump may begin; anything else is why it may not.
-PAGE_SERVER_READY = b"\1"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snapshotd.shim import linux
+from snapshotd.system import linux
 
 # Level 4 writes megabytes; level 2 says what went wrong.
 LOG_LEVEL = 2

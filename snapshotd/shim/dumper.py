@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snapshotd.shim import PAGE_SERVER_READY, linux
+from snapshotd.images import PAGE_SERVER_READY
 from snapshotd.shim.criu import CriuFailed, Layout, Worker, dump
+from snapshotd.system import linux
 
 # Bytes of references on their way to the page server, so that CRIU need not wait for it. With the kernel's
 # 208 KiB, which nobody without CAP_NET_ADMIN may exceed, nothing is gained.

@@ -18,8 +18,8 @@ import signal
 import socket
 from pathlib import Path
 
-from snapshotd.shim import bindings, linux, mounts
 from snapshotd.shim.shim import Shim
+from snapshotd.system import criu_bindings, linux, mounts
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     linux.end_with_parent(signal.SIGKILL)
     if os.getppid() != arguments.daemon:
         raise SystemExit("the snapshotd that started this is gone")
-    pycriu = bindings.load("pycriu", arguments.pycriu)
+    pycriu = criu_bindings.load("pycriu", arguments.pycriu)
     linux.become_subreaper()
     mounts.make_private()
     folder, name = arguments.socket.parent.resolve(), arguments.socket.name

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from snapshotd.shim import criu, launcher, linux, mounts
+from snapshotd.shim import criu, namespaces
 from snapshotd.shim.dumper import Dumper
-from snapshotd.shim.freezer import Freezer
 from snapshotd.shim.hostlog import HostLog
-from snapshotd.shim.line import Line, Message
+from snapshotd.shim.json_lines import Line, Message
+from snapshotd.system import linux, mounts
+from snapshotd.system.freezer import Freezer
 
 
 class Refused(Exception):
@@ -69,7 +70,7 @@ class Shim:
         self.root = scratch
         # Of its own, because two daemons may each have an instance of the same id.
         self.group = scratch.name.partition(".")[0]
-        self.pipes = launcher.Pipes.create()
+        self.pipes = namespaces.Pipes.create()
         self.inodes = self.pipes.inodes()
         mounts.bind_root(self.root)
         points = [mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT]
@@ -103,7 +104,9 @@ class Shim:
         own = {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: directory}
         places = self._places() | own
         self.mounts = sorted(places)
-        self.pid = launcher.launch(message["command"], message["environment"], self.pipes, self.root, places)
+        self.pid = namespaces.launch(
+            message["command"], message["environment"], self.pipes, self.root, places
+        )
         self.worker.close()
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}

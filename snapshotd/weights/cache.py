@@ -13,8 +13,8 @@ from pathlib import Path
 import structlog
 from prometheus_client import Counter, Gauge
 
-from snapshotd import cache
-from snapshotd.cache import Held
+from snapshotd import eviction
+from snapshotd.eviction import Held
 from snapshotd.weights import mount
 from snapshotd.weights.copying import copy
 
@@ -122,7 +122,7 @@ class WeightCache:
             Held(name, entry.size, entry.last_use, removable=name not in held)
             for name, entry in self._entries.items()
         ]
-        leaving, short = cache.choose([*kept, *entries], self.budget, size)
+        leaving, short = eviction.choose([*kept, *entries], self.budget, size)
         if short > 0:
             return False
         for digest in leaving:

@@ -12,8 +12,8 @@ import structlog
 from blake3 import blake3
 from prometheus_client import Counter
 
-from snapshotd.digests import update_from
 from snapshotd.model import Model
+from snapshotd.system.hashing import update_from
 from snapshotd.weights.cache import WeightCache, occupied
 from snapshotd.weights.known import KnownDigests, identify
 

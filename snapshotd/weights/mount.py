@@ -7,8 +7,8 @@ from pathlib import Path
 import structlog
 
 from dumont.errors import FailedPrecondition
-from snapshotd.shim.mounts import WEIGHTS_SOURCE
-from snapshotd.tmpfs import Tmpfs
+from snapshotd.system.mounts import WEIGHTS_SOURCE
+from snapshotd.system.tmpfs import Tmpfs
 
 log = structlog.get_logger(__name__)
 

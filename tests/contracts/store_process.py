@@ -11,13 +11,13 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from snapshotd.adapters.directory_objects import DirectoryObjects
-from snapshotd.adapters.s3_objects import S3Objects, S3Settings
+from snapshotd.adapters.object_store.directory import DirectoryObjects
+from snapshotd.adapters.object_store.s3 import S3Objects, S3Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.manifest import decode
-from snapshotd.store.ports import ObjectStore
-from snapshotd.store.remote import RemoteStore
-from snapshotd.store.signing import Signer, TrustedKeys
+from snapshotd.repository.ports import ObjectStore
+from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.signing import Signer, TrustedKeys
 
 # The points that the life below passes, in its order.
 POINTS = (

@@ -12,9 +12,9 @@ import pytest
 import pytest_asyncio
 
 from dumont.errors import Aborted, DumontError, Internal, ResourceExhausted
-from snapshotd.adapters import cuda_backend
-from snapshotd.adapters.cuda_agent import CudaAgent
-from snapshotd.adapters.cuda_cli import CudaCheckpoint
+from snapshotd.adapters.cuda import backend as cuda_backend
+from snapshotd.adapters.cuda.agent import CudaAgent
+from snapshotd.adapters.cuda.cli import CudaCheckpoint
 from snapshotd.config import Settings
 from snapshotd.ports import Cuda
 from tests.conftest import require

@@ -15,13 +15,13 @@ import pytest
 
 from dumont.errors import AlreadyExists, DataLoss, NotFound
 from dumont.names import new_id
-from snapshotd.adapters.directory_objects import DirectoryObjects
-from snapshotd.adapters.s3_objects import S3Objects, S3Settings
-from snapshotd.store.model import CHUNK
-from snapshotd.store.ports import Bytes, ObjectStore
-from snapshotd.store.remote import check_conditional_create
+from snapshotd.adapters.object_store.directory import DirectoryObjects
+from snapshotd.adapters.object_store.s3 import S3Objects, S3Settings
+from snapshotd.repository.model import CHUNK
+from snapshotd.repository.ports import Bytes, ObjectStore
+from snapshotd.repository.repository import check_conditional_create
 from tests.s3_server import S3Server
-from tests.unit.snapshotd.store.world import (
+from tests.unit.snapshotd.repository.world import (
     MemoryObjects,
     WallClock,
     a_node,
@@ -168,7 +168,7 @@ async def test_a_list_is_of_one_prefix_and_tells_sizes(objects: ObjectStore) -> 
 async def test_a_list_longer_than_a_page_is_whole(
     objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snapshotd.adapters.s3_objects.LIST_PAGE", 7)
+    monkeypatch.setattr("snapshotd.adapters.object_store.s3.LIST_PAGE", 7)
     names = {f"chunks/{number % 5}/{number:03}" for number in range(31)}
     await asyncio.gather(*(objects.put(key, b"x") for key in names))
     listed = [item.key async for item in objects.list("chunks/")]

@@ -11,11 +11,11 @@ import pytest
 
 from dumont.names import new_id
 from snapshotd import manifest as manifests
-from snapshotd.store.layout import chunk_key, manifest_key
-from snapshotd.store.model import CHUNK
+from snapshotd.repository.model import CHUNK
+from snapshotd.repository.object_keys import chunk_key, manifest_key
 from tests.contracts.store_process import POINTS, collect, open_store
 from tests.s3_server import S3Server
-from tests.unit.snapshotd.store.world import an_image, contents, noise
+from tests.unit.snapshotd.repository.world import an_image, contents, noise
 
 KILLED = 70
 ROOT = Path(__file__).parents[2]

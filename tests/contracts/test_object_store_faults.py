@@ -21,10 +21,10 @@ from dumont.errors import (
     Unauthenticated,
     Unavailable,
 )
-from snapshotd.adapters import s3_objects
-from snapshotd.adapters.retrying import Retry
-from snapshotd.adapters.s3_objects import S3Objects, S3Settings
-from tests.unit.snapshotd.store.world import in_a_thread
+from snapshotd.adapters.object_store import s3
+from snapshotd.adapters.object_store.retrying import Retry
+from snapshotd.adapters.object_store.s3 import S3Objects, S3Settings
+from tests.unit.snapshotd.repository.world import in_a_thread
 
 ATTEMPTS = 3
 MOST_PIECES = 2000
@@ -266,7 +266,7 @@ async def test_what_the_environment_says_of_other_clients_does_not_count(
 
 
 async def test_a_server_that_hangs_is_left(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_objects, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(s3, "READ_SECONDS", 0.2)
     settings = S3Settings.from_url("s3://bucket", f"http://127.0.0.1:{server.server_port}", "access", SECRET)
     impatient = S3Objects(settings, retry=Retry(attempts=1))
     server.answers = [(200, "hang")]

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from dumont.errors import DumontError, Unavailable
-from snapshotd.adapters.retrying import Retry
-from snapshotd.adapters.s3_objects import S3Objects, S3Settings
+from snapshotd.adapters.object_store.retrying import Retry
+from snapshotd.adapters.object_store.s3 import S3Objects, S3Settings
 from snapshotd.config import Settings
 from snapshotd.object_store import check
 from tests.contracts.test_object_store_faults import FaultyServer

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from snapshotd.images import page_server
+from snapshotd.images import PAGE_SERVER_READY, page_server
 from snapshotd.images.format import PAGE, PAGE_IN_PARENT, PAGE_PRESENT, ImageFormat, PageRun
 from snapshotd.preflight import find_criu
-from snapshotd.shim import PAGE_SERVER_READY
 
 BASE = 0x7F0000000000
 # Of CRIU 4.0 and 4.1, and from 4.2 on.

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from dumont.errors import AlreadyExists, DataLoss, NotFound
-from snapshotd.adapters.directory_store import DirectoryStore
-from snapshotd.adapters.sealed_store import SealedStore
+from snapshotd.adapters.snapshot_store.directory import DirectoryStore
+from snapshotd.adapters.snapshot_store.sealed import SealedStore
 from snapshotd.model import Manifest, Snapshot
 from snapshotd.ports import SnapshotStore
-from tests.unit.snapshotd.sealed_world import SealedNode
-from tests.unit.snapshotd.store.world import noise
+from tests.unit.snapshotd.adapters.snapshot_store.sealed_world import SealedNode
+from tests.unit.snapshotd.repository.world import noise
 from tests.unit.snapshotd.test_manifest import a_manifest
 
 # What no compression makes smaller.
@@ -268,7 +268,7 @@ async def test_what_was_fetched_before_the_machine_started_is_removed_and_the_re
 
     other_boot = tmp_path / "boot_id"
     other_boot.write_text("another boot\n")
-    monkeypatch.setattr("snapshotd.adapters.directory_store.BOOT_ID", other_boot)
+    monkeypatch.setattr("snapshotd.adapters.snapshot_store.directory.BOOT_ID", other_boot)
     after = DirectoryStore(tmp_path / "snapshots", threads=1)
     after.open()
     assert [snapshot.manifest.id for snapshot in await after.list()] == ["captured"]

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from snapshotd.adapters import weight_loader
 from snapshotd.adapters.clock import SystemClock
-from snapshotd.adapters.weight_loader import PAUSE, SOCKET, LoaderProcess
+from snapshotd.adapters.cuda import weight_loader
+from snapshotd.adapters.cuda.weight_loader import PAUSE, SOCKET, LoaderProcess
 from snapshotd.weights.cache import WeightCache
 from snapshotd.weights.files import NodeWeightFiles
 from snapshotd.weights.mount import HUGE_PAGE
 from tests.fake_driver import UUIDS
-from tests.unit.snapshotd.test_weight_files import a_model
+from tests.unit.snapshotd.weights.test_weight_files import a_model
 
 LOADER = (
     "import os; from snapshotd.cuda.loader import run; from tests.fake_driver import FakeDriver\n"

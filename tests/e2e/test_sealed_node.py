@@ -9,7 +9,7 @@ import pytest
 
 import dumont
 from tests.e2e.stack import Stack
-from tests.unit.snapshotd.store.world import a_key_file
+from tests.unit.snapshotd.repository.world import a_key_file
 
 pytestmark = pytest.mark.node
 

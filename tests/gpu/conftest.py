@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from dumont.errors import DumontError
-from snapshotd.adapters import cuda_backend
+from snapshotd.adapters.cuda import backend as cuda_backend
 from snapshotd.config import Settings
 from snapshotd.model import Snapshot
 from tests.conftest import require

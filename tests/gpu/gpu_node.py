@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import psutil
 
-from snapshotd.adapters.cuda_agent import CudaAgent
-from snapshotd.adapters.weight_loader import SOCKET
+from snapshotd.adapters.cuda.agent import CudaAgent
+from snapshotd.adapters.cuda.weight_loader import SOCKET
 from snapshotd.model import State
 from snapshotd.preflight import open_nvml
 from tests.node.node_under_test import NodeUnderTest

@@ -70,7 +70,7 @@ def _criu() -> Iterator[Requirement]:
 
 
 def _gpus() -> Iterator[Requirement]:
-    from snapshotd import gpu_sharing
+    from snapshotd.gpu import sharing as gpu_sharing
     from snapshotd.preflight import open_nvml
 
     nvml = open_nvml()
@@ -103,7 +103,7 @@ def _gpus() -> Iterator[Requirement]:
 
 def _backends() -> Iterator[Requirement]:
     from dumont.errors import DumontError
-    from snapshotd.adapters import cuda_backend
+    from snapshotd.adapters.cuda import backend as cuda_backend
     from snapshotd.config import Settings
 
     usable = []
@@ -118,8 +118,8 @@ def _backends() -> Iterator[Requirement]:
 
 def twins() -> int:
     """How many GPUs of one model there are, beside the first."""
-    from snapshotd.adapters.gpus import Nvml
-    from snapshotd.placement import alike
+    from snapshotd.adapters.cuda.nvml import Nvml
+    from snapshotd.gpu.placement import alike
 
     nvml = Nvml.open()
     gpus = nvml.gpus() if nvml else []

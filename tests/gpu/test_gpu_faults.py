@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from dumont.errors import DumontError
-from snapshotd.cuda import tree
+from snapshotd.cuda import suspension
 from snapshotd.model import Json, Snapshot, State
-from snapshotd.process_tree import family
+from snapshotd.system.process_tree import family
 from tests.cuda_process import CudaProcess
 from tests.gpu.gpu_node import (
     MIB,
@@ -260,7 +260,7 @@ async def test_a_process_that_computes_on_and_on_is_not_suspended_and_computes_o
     with CudaProcess() as busy, CudaProcess() as quiet:
         before = quiet.ask("sum")
         busy.tell("spin 5")
-        error = await refused(tree.suspend(node.cuda, [quiet.pid, busy.pid], lock_timeout=0.5))
+        error = await refused(suspension.suspend(node.cuda, [quiet.pid, busy.pid], lock_timeout=0.5))
         assert error.reason == "CUDA_LOCK_TIMEOUT"
         # Both, also the one that was locked before it.
         assert [await node.cuda.state(pid) for pid in (quiet.pid, busy.pid)] == ["running", "running"]
@@ -276,11 +276,11 @@ async def test_all_cuda_processes_of_a_tree_give_their_memory_up_and_take_it_aga
         child = int(parent.ask("fork"))
         before = parent.ask("sum")
         assert sum(used()) > sum(memory) + 2 * 256 * MIB - SLACK
-        pids = await tree.find(node.cuda, family(parent.pid))
+        pids = await suspension.find(node.cuda, family(parent.pid))
         assert pids == [parent.pid, child]
 
-        await tree.suspend(node.cuda, pids, lock_timeout=5)
+        await suspension.suspend(node.cuda, pids, lock_timeout=5)
         await comes_back_to(memory)
-        await tree.revive(node.cuda, pids, {})
+        await suspension.revive(node.cuda, pids, {})
         assert parent.ask("sum") == before
         assert parent.ask("child sum") == before

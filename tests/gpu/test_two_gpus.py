@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from snapshotd import placement
-from snapshotd.cuda import tree
+from snapshotd.cuda import suspension
+from snapshotd.gpu import placement
+from snapshotd.instances.migration import relocate
 from snapshotd.model import Snapshot, State
-from snapshotd.relocation import relocate
 from tests.cuda_process import CudaProcess
 from tests.gpu.gpu_node import MIB, SLACK, UNSEEN, GpuNode, comes_back_to, used
 from tests.node.node_under_test import refused
@@ -112,8 +112,8 @@ async def test_one_process_on_two_gpus_is_suspended_and_comes_back_with_them_swa
         assert len(set(before.split())) == 2
         assert set(grown(memory)) >= {0, 1}
         for target in (node.uuids[0], node.uuids[1]):
-            await tree.suspend(node.cuda, [both.pid], lock_timeout=5)
+            await suspension.suspend(node.cuda, [both.pid], lock_timeout=5)
             await comes_back_to(memory)
             devices = placement.device_map(node.uuids, node.uuids, node.uuids[0], target)
-            await tree.revive(node.cuda, [both.pid], devices)
+            await suspension.revive(node.cuda, [both.pid], devices)
             assert both.ask("sum") == before

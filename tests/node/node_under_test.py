@@ -14,25 +14,25 @@ import grpc
 from dumont.errors import DumontError
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
-from snapshotd.adapters import cuda_backend
 from snapshotd.adapters.clock import SystemClock
-from snapshotd.adapters.directory_store import DirectoryStore
+from snapshotd.adapters.criu_shim.host import ShimHost
+from snapshotd.adapters.criu_shim.pool import ShimPool
+from snapshotd.adapters.cuda import backend as cuda_backend
+from snapshotd.adapters.cuda.nvml import Nvml
 from snapshotd.adapters.facts import node_facts
-from snapshotd.adapters.gpus import Nvml
 from snapshotd.adapters.models import NodeModels
-from snapshotd.adapters.shim_host import ShimHost
-from snapshotd.adapters.shim_pool import ShimPool
+from snapshotd.adapters.snapshot_store.directory import DirectoryStore
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
-from snapshotd.instances import Instances
-from snapshotd.journal import Journal
+from snapshotd.instances.journal import Journal
+from snapshotd.instances.manager import Instances
+from snapshotd.jobs.context import Deadlines, Node
+from snapshotd.jobs.observers import Observers
 from snapshotd.main import host_settings, open_loader, prepare_state
 from snapshotd.model import Instance, Json, Snapshot, State, Weights
-from snapshotd.node import Deadlines, Node
-from snapshotd.observer import Observers
 from snapshotd.preflight import find_criu
-from snapshotd.shim.freezer import cgroup2_root
+from snapshotd.system.freezer import cgroup2_root
 from snapshotd.weights.cache import WeightCache
 from snapshotd.weights.files import NodeWeightFiles
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from snapshotd.adapters import shim_host
-from snapshotd.adapters.shim_host import ShimHost
+from snapshotd.adapters.criu_shim import host as shim_host
+from snapshotd.adapters.criu_shim.host import ShimHost
 from snapshotd.jobs import Capture
 from snapshotd.model import Snapshot, State
 from tests.node.node_under_test import NodeUnderTest, refused

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from snapshotd.shim.freezer import Freezer, cgroup2_root
+from snapshotd.system.freezer import Freezer, cgroup2_root
 
 pytestmark = pytest.mark.node
 

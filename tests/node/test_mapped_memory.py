@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from dumont.errors import Aborted
 from snapshotd.model import Snapshot
-from snapshotd.shim.mounts import MEMORY_MOUNT
+from snapshotd.system.mounts import MEMORY_MOUNT
 from tests.node.node_under_test import NodeUnderTest, refused
 
 pytestmark = [pytest.mark.node, pytest.mark.asyncio(loop_scope="module")]

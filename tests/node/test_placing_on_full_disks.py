@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from snapshotd.store.model import Piece
-from snapshotd.store.placing import HUGE_PAGE, MANY, Places
+from snapshotd.repository.model import Piece
+from snapshotd.repository.placing import HUGE_PAGE, MANY, Places
 
 pytestmark = pytest.mark.node
 

@@ -12,10 +12,10 @@ import pytest
 import zstandard
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from snapshotd.store.codec import LENGTH, ZSTD
-from snapshotd.store.document import VERSION
-from snapshotd.store.layout import chunk_key
-from snapshotd.store.signing import Signer
+from snapshotd.repository.codec import LENGTH, ZSTD
+from snapshotd.repository.document import VERSION
+from snapshotd.repository.object_keys import chunk_key
+from snapshotd.repository.signing import Signer
 from tests.node.daemon import Daemon
 from tests.node.store_nodes import Snapshot, StoreNodes, capture, listed, publish, refused, restore
 from tests.tampering import flip_a_byte

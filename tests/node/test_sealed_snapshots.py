@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from snapshotd.shim.mounts import UNSEALED_SOURCE
-from snapshotd.tmpfs import Tmpfs
+from snapshotd.system.mounts import UNSEALED_SOURCE
+from snapshotd.system.tmpfs import Tmpfs
 from tests.node.daemon import Daemon
 from tests.node.markers import readable
 from tests.node.store_nodes import StoreNodes, capture, delete, listed, publish, refused, restore, verify
-from tests.unit.snapshotd.store.world import a_key_file
+from tests.unit.snapshotd.repository.world import a_key_file
 
 pytestmark = pytest.mark.node
 

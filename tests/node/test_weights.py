@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from snapshotd.model import Instance, Snapshot, Weights
-from snapshotd.shim.mounts import WEIGHTS_MOUNT
+from snapshotd.system.mounts import WEIGHTS_MOUNT
 from snapshotd.weights import mount
 from snapshotd.weights.cache import occupied
 from tests.node.node_under_test import NodeUnderTest, refused

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from model_host import delivery as deliveries
 from model_host.delivery import ALIGNMENT, UNIT, Delivery, DeliveryFailed, Extent, extents, plan
-from snapshotd.node import Deadlines
+from snapshotd.jobs.context import Deadlines
 
 
 def test_extents_are_where_the_file_has_the_bytes(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import pytest
 import structlog
 
 from dumont.errors import FailedPrecondition
-from snapshotd.adapters.directory_store import DirectoryStore
+from snapshotd.adapters.snapshot_store.directory import DirectoryStore
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
-from snapshotd.journal import Journal
+from snapshotd.instances.journal import Journal
 from snapshotd.local_store import open_store
 from snapshotd.ports import SnapshotStore
-from tests.unit.snapshotd.store.world import a_key_file
+from tests.unit.snapshotd.repository.world import a_key_file
 from tests.unit.snapshotd.test_manifest import a_manifest
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from dumont.errors import DumontError
-from snapshotd.adapters.directory_objects import DirectoryObjects
-from snapshotd.adapters.s3_objects import S3Objects
+from snapshotd.adapters.object_store.directory import DirectoryObjects
+from snapshotd.adapters.object_store.s3 import S3Objects
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.object_store import PUBLIC_KEY, SIGNING_KEY, check, measure, open_objects, open_remote
-from tests.unit.snapshotd.store.world import a_node, an_image
+from tests.unit.snapshotd.repository.world import a_node, an_image
 
 SECRET = "a-secret-that-nobody-may-read"
 

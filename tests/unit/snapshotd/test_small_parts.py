@@ -11,11 +11,11 @@ import pytest
 from dumont.errors import FailedPrecondition, InvalidArgument
 from snapshotd import compatibility
 from snapshotd.adapters.facts import cpu_features
-from snapshotd.journal import Journal
+from snapshotd.instances.journal import Journal
 from snapshotd.model import Canary, Instance, Phase, State
 from snapshotd.service.pages import page
 from snapshotd.shim.hostlog import HostLog
-from snapshotd.shim.mounts import external_mounts
+from snapshotd.system.mounts import external_mounts
 
 FACTS = {"kernel": "6.18", "torch": "2.13.0", "weights": "abc"}
 

@@ -1,0 +1,1 @@
+"""Model hosts over shim processes, which run CRIU."""

@@ -1,0 +1,274 @@
+"""The Host port over one connection to a shim."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from dumont.errors import ERRORS, Aborted, DumontError, Unavailable
+from snapshotd.model import Json
+from snapshotd.system.freezer import remove_group
+
+log = structlog.get_logger(__name__)
+
+SHIM_ANSWER_TIMEOUT = 10.0
+# A shim that dumps for a daemon that died answers nobody until CRIU is done.
+FIND_TIMEOUT = 120.0
+# The kernel takes apart what a large process holds, some of it on a GPU.
+RELEASE_TIMEOUT = 120.0
+# A message of the model host is far below this; the canary of a long prompt is the largest.
+LINE_LIMIT = 1 << 20
+
+
+class ShimHost:
+    """The Host port over one connection to a shim."""
+
+    def __init__(self, shim: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.shim = shim
+        self.instance = ""
+        self.pid = 0
+        self.lost = asyncio.Event()
+        # How the model host ended, as far as its shim could tell.
+        self.end = ""
+        self._writer = writer
+        self._waiting: dict[int, asyncio.Future[Json]] = {}
+        self._of_host: set[int] = set()
+        self._ids = itertools.count(1)
+        self._reading = asyncio.create_task(self._read(reader), name=f"shim-{shim}")
+        # The model host's process, held so that it can be ended without its shim.
+        self._process = -1
+
+    @classmethod
+    async def connect(cls, path: Path) -> ShimHost:
+        # By descriptor: a socket's path may have 107 bytes, and a state directory may be deep.
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            reader, writer = await asyncio.open_unix_connection(
+                f"/proc/self/fd/{folder}/{path.name}", limit=LINE_LIMIT
+            )
+        finally:
+            os.close(folder)
+        return cls(path.stem, reader, writer)
+
+    async def launch(
+        self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
+        answer = await self._ask(
+            {
+                "do": "launch",
+                "instance": instance,
+                "directory": str(directory),
+                "command": list(command),
+                "environment": dict(environment),
+            },
+            SHIM_ANSWER_TIMEOUT,
+        )
+        self._hold(instance, answer["pid"])
+
+    async def restore(
+        self,
+        instance: str,
+        directory: Path,
+        images: Path,
+        origin: Path,
+        mounts: Sequence[str],
+        pipes: Mapping[str, int],
+        timeout: float,
+    ) -> None:
+        answer = await self._ask(
+            {
+                "do": "restore",
+                "instance": instance,
+                "directory": str(directory),
+                "images": str(images),
+                "origin": str(origin),
+                "mounts": list(mounts),
+                "pipes": dict(pipes),
+                "timeout": timeout,
+            },
+            timeout + SHIM_ANSWER_TIMEOUT,
+        )
+        self._hold(instance, answer["pid"])
+
+    async def prepare(self, images: Path, timeout: float) -> None:
+        await self._ask({"do": "prepare", "images": str(images)}, timeout)
+
+    async def abandon(self) -> None:
+        await self._ask({"do": "abandon"}, SHIM_ANSWER_TIMEOUT)
+
+    async def dump(self, images: Path, timeout: float) -> Json:
+        request = {"do": "dump", "images": str(images), "timeout": timeout}
+        return await self._ask(request, timeout + SHIM_ANSWER_TIMEOUT)
+
+    async def call(self, command: str, timeout: float, **arguments: object) -> Json:
+        return await self._ask({"do": "host", "message": {"do": command, **arguments}}, timeout)
+
+    async def freeze(self) -> None:
+        await self._ask({"do": "freeze"}, SHIM_ANSWER_TIMEOUT)
+
+    async def thaw(self) -> None:
+        await self._ask({"do": "thaw"}, SHIM_ANSWER_TIMEOUT)
+
+    async def status(self) -> Json:
+        return await self._ask({"do": "status"}, SHIM_ANSWER_TIMEOUT)
+
+    async def adopt(self) -> bool:
+        """Learn what an earlier daemon left in it; False when it is empty.
+
+        Raises:
+            Unavailable, Aborted: the shim is gone, or does nothing any more.
+        """
+        status = await self._ask({"do": "status"}, FIND_TIMEOUT)
+        if not status["instance"]:
+            return False
+        self._hold(status["instance"], status["pid"])
+        if status["exit_status"] is not None:
+            self.lost.set()
+        return True
+
+    async def release(self) -> None:
+        try:
+            await self._ask({"do": "release"}, RELEASE_TIMEOUT)
+        except Unavailable:
+            log.warning("shim was gone before its release", shim=self.shim)
+            await self._end_orphan()
+        # The shim closes the connection when it has removed its mounts and ends.
+        await self._reading
+        await self.disconnect()
+
+    async def disconnect(self) -> None:
+        """Let go of the shim; it and its model host run on."""
+        if self._process >= 0:
+            os.close(self._process)
+            self._process = -1
+        self._reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reading
+        self._writer.close()
+
+    def kill(self) -> None:
+        """End a shim that does not answer, and its children."""
+        peer = self._writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        shim, _, _ = struct.unpack("iII", peer)
+        with contextlib.suppress(OSError):
+            for child in Path(f"/proc/{shim}/task/{shim}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+            os.kill(shim, signal.SIGKILL)
+
+    @property
+    def connected(self) -> bool:
+        return not self._reading.done()
+
+    def _hold(self, instance: str, pid: int) -> None:
+        self.instance, self.pid = instance, pid
+        with contextlib.suppress(ProcessLookupError):
+            self._process = os.pidfd_open(pid)
+
+    async def _end_orphan(self) -> None:
+        """End the model host of a shim that is gone; a frozen one would stay for ever."""
+        if self._process < 0:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._process, signal.SIGKILL)
+        await until_ended(self._process)
+        remove_group(self.shim)
+
+    async def _ask(self, message: Json, timeout: float) -> Json:
+        number = next(self._ids)
+        future: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        if message["do"] == "host":
+            self._of_host.add(number)
+        command = message.get("message", message)["do"]
+        try:
+            if self._reading.done():
+                raise self._gone(command)
+            self._writer.write(json.dumps(message | {"id": number}).encode() + b"\n")
+            async with asyncio.timeout(timeout):
+                answer = await future
+        except TimeoutError:
+            raise Aborted(
+                "HOST_TIMEOUT",
+                f"the model host gave no answer to {command} within {timeout:g} s",
+                metadata={"command": command},
+            ) from None
+        finally:
+            self._waiting.pop(number, None)
+            self._of_host.discard(number)
+        if "error" in answer:
+            raise _error(command, answer["error"])
+        ok: Json = answer["ok"]
+        return ok
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                if message.get("event") == "exited":
+                    self.end = _described(message["status"], message.get("said", ""))
+                    log.info("model host ended", shim=self.shim, status=message["status"])
+                    self._lose(self._of_host)
+                elif (future := self._waiting.get(message["id"])) is not None and not future.done():
+                    future.set_result(message)
+        except ConnectionError:
+            pass
+        finally:
+            self._lose(self._waiting)
+
+    def _lose(self, unanswerable: Iterable[int]) -> None:
+        """The model host is gone; the shim, while it is there, still answers for itself."""
+        self.lost.set()
+        for number in unanswerable:
+            future = self._waiting[number]
+            if not future.done():
+                future.set_exception(self._gone("a command"))
+
+    def _gone(self, command: str) -> DumontError:
+        return Unavailable(
+            "HOST_LOST",
+            f"the model host ended before it answered {command}{self.end and f': {self.end}'}",
+            metadata={"shim": self.shim},
+        )
+
+
+def _described(status: int, said: str) -> str:
+    """How a process ended, from its wait status and the last line that it printed."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        names = {entry.value: entry.name for entry in signal.Signals}
+        how = f"ended by {names.get(number, f'signal {number}')}"
+    else:
+        how = f"exit status {os.waitstatus_to_exitcode(status)}"
+    return f"{how}, and the last line of its log is: {said}" if said else how
+
+
+def _error(command: str, error: Json) -> DumontError:
+    """The refusal of a model host or shim, in the class that the model host gave it."""
+    kind = ERRORS.get(str(error.get("code")), Aborted)
+    return kind(
+        str(error.get("reason", "HOST_FAILED")),
+        str(error.get("message", "")),
+        metadata={"command": command, **error.get("metadata", {})},
+        field=error.get("field"),
+    )
+
+
+async def until_ended(process: int) -> None:
+    """Wait until a process, given by its descriptor, has ended."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(process, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(process)

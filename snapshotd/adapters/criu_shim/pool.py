@@ -1,0 +1,181 @@
+"""The Hosts port over shim processes and their sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+import structlog
+
+from dumont.errors import DumontError, Internal
+from dumont.names import new_id
+from snapshotd.adapters.criu_shim.host import ShimHost, until_ended
+from snapshotd.system import mounts
+
+log = structlog.get_logger(__name__)
+
+SHIM_READY_TIMEOUT = 30.0
+
+
+class ShimPool:
+    """The Hosts port: starts shims, keeps one spare, finds those of an earlier daemon."""
+
+    def __init__(self, directory: Path, criu: Path, pycriu: Path | None, weights: Path | None = None) -> None:
+        """
+        Args:
+            directory: where the shims' sockets lie; private to root.
+            criu: the CRIU binary.
+            pycriu: directory that holds the package pycriu; None: it is on Python's path.
+            weights: the node's weight cache, mounted before the first shim is started; None: it has none.
+        """
+        self.directory = directory
+        self.criu = criu
+        self.pycriu = pycriu
+        self.weights = weights
+        self._spare: asyncio.Task[ShimHost] | None = None
+        self._hosts: set[ShimHost] = set()
+        self._ends: set[asyncio.Task[None]] = set()
+
+    async def take(self) -> ShimHost:
+        spare, self._spare = self._spare, None
+        host: ShimHost | None = None
+        if spare is not None:
+            with contextlib.suppress(DumontError):
+                host = await spare
+        if host is None or host.lost.is_set():
+            host = await self._start()
+        self.prepare()
+        self._hosts = {known for known in self._hosts if known.connected} | {host}
+        return host
+
+    def prepare(self) -> None:
+        """Start the next spare, unless there is one."""
+        if self._spare is None:
+            self._spare = asyncio.create_task(self._start(), name="spare-shim")
+
+    async def find(self) -> list[ShimHost]:
+        paths = sorted(self.directory.glob("*.sock"))
+        found = [host for host in await asyncio.gather(*map(self._find, paths)) if host is not None]
+        self._hosts |= set(found)
+        self._clear({host.shim for host in found})
+        return found
+
+    def _clear(self, living: AbstractSet[str]) -> None:
+        """Remove what shims left that ended, or were ended, before they had a socket."""
+        for path in list(self.directory.iterdir()):
+            shim = path.name.removeprefix(".").partition(".")[0]
+            if shim not in living:
+                _forget(self.directory / f"{shim}.sock")
+
+    async def _find(self, path: Path) -> ShimHost | None:
+        try:
+            host = await ShimHost.connect(path)
+        except OSError:
+            # No shim listens any more; its mounts went with it.
+            _forget(path)
+            return None
+        try:
+            if await host.adopt():
+                return host
+            await host.release()
+        except DumontError as error:
+            log.error("shim did not answer and is ended", shim=host.shim, reason=error.reason)
+            host.kill()
+            await host.disconnect()
+            _forget(path)
+        return None
+
+    def mounts(self) -> set[str]:
+        own = {mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT}
+        return {*mounts.node_mounts(), *own, *([mounts.WEIGHTS_MOUNT] if self.weights else [])}
+
+    async def close(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            with contextlib.suppress(DumontError):
+                await (await spare).release()
+        for host in self._hosts:
+            await host.disconnect()
+
+    async def _start(self) -> ShimHost:
+        shim = new_id("shim")
+        path = self.directory / f"{shim}.sock"
+        command = [
+            sys.executable,
+            "-m",
+            "snapshotd.shim.main",
+            "--socket",
+            str(path),
+            "--criu",
+            str(self.criu),
+            "--daemon",
+            str(os.getpid()),
+        ]
+        if self.pycriu is not None:
+            command += ["--pycriu", str(self.pycriu)]
+        if self.weights is not None:
+            command += ["--weights", str(self.weights)]
+        process = _spawn(command, path.with_suffix(".log"))
+        ended = asyncio.create_task(_wait(process), name=f"{shim}-ended")
+        # Held here: the loop alone would let it be collected.
+        self._ends.add(ended)
+        ended.add_done_callback(self._ends.discard)
+        try:
+            async with asyncio.timeout(SHIM_READY_TIMEOUT):
+                while not path.exists():
+                    if ended.done():
+                        raise Internal(
+                            "SHIM_FAILED",
+                            f"the shim ended with status {process.returncode} at its start: "
+                            f"{_last_words(path.with_suffix('.log'))}",
+                        )
+                    await asyncio.sleep(0.005)
+            return await ShimHost.connect(path)
+        except BaseException as error:
+            # Also when whoever waits for it is cancelled: nobody would know of it.
+            process.kill()
+            _forget(path, keep_log=isinstance(error, DumontError))
+            if isinstance(error, TimeoutError):
+                raise Internal(
+                    "SHIM_FAILED", f"the shim was not ready within {SHIM_READY_TIMEOUT:g} s"
+                ) from None
+            raise
+
+
+def _spawn(command: Sequence[str], complaints: Path) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own: what ends the daemon must not end the models."""
+    with complaints.open("wb") as output:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line[:500] for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _forget(path: Path, keep_log: bool = False) -> None:
+    """Remove the files of a shim that is gone; ``keep_log``: but for what it said at its end."""
+    path.unlink(missing_ok=True)
+    path.with_name(f".{path.name}").unlink(missing_ok=True)
+    if not keep_log:
+        path.with_suffix(".log").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.with_name(f"{path.name}.root").rmdir()
+
+
+async def _wait(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a child without a thread, so that it leaves no zombie."""
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        await until_ended(descriptor)
+        process.wait()
+    finally:
+        os.close(descriptor)

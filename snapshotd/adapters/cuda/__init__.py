@@ -1,0 +1,1 @@
+"""The GPUs of this node, and what drives them."""

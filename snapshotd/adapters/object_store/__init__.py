@@ -1,0 +1,1 @@
+"""Objects in a bucket or in a directory, and the keys that protect and sign them."""

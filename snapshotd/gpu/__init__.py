@@ -1,0 +1,1 @@
+"""The GPUs of this node: which one an instance goes to, and how others share them."""

@@ -1,0 +1,1 @@
+"""The instances of this node: their records, states and journal."""

@@ -1,0 +1,389 @@
+"""The instances of this node: their records, their jobs, and who hears of changes.
+
+Requests come in here; the machine says whether they are legal and which job they begin; the executor
+runs the job; its end goes back into the machine. The record of every living instance is journaled in
+its directory, so that the next daemon takes the living ones over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
+
+import structlog
+
+from dumont.errors import Aborted, AlreadyExists, DumontError, NotFound
+from snapshotd import jobs
+from snapshotd.failpoints import Failpoints
+from snapshotd.instances.journal import Journal
+from snapshotd.instances.lifecycle import Event, Job, advance
+from snapshotd.instances.record import Change, Record
+from snapshotd.instances.recovery import recover, sweep
+from snapshotd.jobs import actions
+from snapshotd.jobs.context import Node
+from snapshotd.jobs.executor import Action, Observer, Step, run_job
+from snapshotd.model import Instance, Model, Phase, Snapshot, State
+from snapshotd.ports import Host
+
+log = structlog.get_logger(__name__)
+
+# How many failed instances are remembered for their reason.
+FAILED_KEPT = 64
+# They end as begun, whoever still waits: half a stop or half a resume is no state to be in, and a model
+# host that drains for a park hears of nothing else meanwhile, not even that it need not.
+RUN_TO_THE_END = ("stop", "park", "resume")
+
+
+class Instances:
+    """Every instance of this node."""
+
+    def __init__(
+        self, node: Node, journal: Journal, observer: Callable[[str], Observer], failpoints: Failpoints
+    ) -> None:
+        """
+        Args:
+            observer: makes the observer of a job from the instance's id.
+        """
+        self.node = node
+        self.journal = journal
+        self.observer = observer
+        self.failpoints = failpoints
+        self.pinned: dict[str, int] = {}
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._listeners: set[asyncio.Queue[Change]] = set()
+        # Held here: the caller of a job may leave before its end.
+        self._settling: set[asyncio.Task[Instance]] = set()
+
+    # What there is.
+
+    def get(self, instance: str) -> Instance:
+        return self._record(instance).instance
+
+    def all(self) -> list[Instance]:
+        return [record.instance for record in self._records.values()]
+
+    @contextlib.asynccontextmanager
+    async def changes(self) -> AsyncIterator[asyncio.Queue[Change]]:
+        """A queue that first holds every instance, then each change as it happens."""
+        queue: asyncio.Queue[Change] = asyncio.Queue()
+        for instance in self.all():
+            queue.put_nowait(Change(instance))
+        self._listeners.add(queue)
+        try:
+            yield queue
+        finally:
+            self._listeners.discard(queue)
+
+    # Requests. ``admit`` refuses or registers at once; the job then runs until the instance serves.
+
+    def admit(self, instance: Instance) -> None:
+        """Register a new instance.
+
+        Raises:
+            AlreadyExists: its id is in use; nothing changed.
+        """
+        existing = self._records.get(instance.id)
+        if existing is not None and (existing.instance.state is not State.FAILED or existing.ending.locked()):
+            raise AlreadyExists(
+                "INSTANCE_EXISTS",
+                f"instances/{instance.id} exists and is {existing.instance.state.name}; choose another id",
+                field="instance_id",
+                metadata={"instance": instance.id},
+            )
+        self._records[instance.id] = Record(instance)
+        self._publish(self._records[instance.id])
+
+    async def start(self, instance: str, model: Model, gpu: str = "") -> Instance:
+        """
+        Args:
+            gpu: UUID or index of the GPU to load it on; empty: where there is most room.
+        """
+        record = self._record(instance)
+        return await self._settle(record, "start", jobs.start(self.node, record, model, gpu))
+
+    async def restore(
+        self, instance: str, snapshot: Snapshot, fetch: Action | None = None, gpu: str = ""
+    ) -> Instance:
+        """
+        Args:
+            fetch: brings the snapshot to this node; None: it is here.
+            gpu: UUID or index of the GPU to restore it on; empty: where there is most room.
+        """
+        record = self._record(instance)
+        with self._pin(snapshot.manifest.id):
+            steps = jobs.restore(self.node, record, snapshot, fetch, gpu)
+            return await self._settle(record, "restore", steps)
+
+    async def capture(self, instance: str, snapshot: str) -> Snapshot:
+        record = self._record(instance)
+        self._check_unshared(record, Event.CAPTURE)
+        self._move(record, Event.CAPTURE)
+        capture = jobs.Capture(self.node, record, snapshot)
+        # One that was restored maps the snapshot that it came from, and the new one takes that over.
+        with self._pin(record.instance.snapshot):
+            await self._settle(record, "capture", capture.steps(), capture.phases)
+        if capture.result is None:
+            raise Aborted(
+                "CAPTURE_INCOMPLETE", f"the capture of instances/{instance} ended without a snapshot"
+            )
+        return capture.result
+
+    async def park(self, instance: str) -> Instance:
+        record = self._record(instance)
+        self._check_unshared(record, Event.PARK)
+        self._move(record, Event.PARK)
+        return await self._settle(record, "park", jobs.park(self.node, record))
+
+    async def resume(self, instance: str, gpu: str = "") -> Instance:
+        """
+        Args:
+            gpu: UUID or index of the GPU to come back on; empty: where it was.
+
+        Raises:
+            InvalidArgument, FailedPrecondition: it cannot go there; it stays parked.
+            ResourceExhausted: there is no room for it now; it stays parked.
+        """
+        record = self._record(instance)
+        # Before anything moves: without room it stays parked.
+        self._check_unshared(record, Event.RESUME)
+        target = actions.find_place(self.node, record.instance, gpu)
+        self._move(record, Event.RESUME)
+        return await self._settle(record, "resume", jobs.resume(self.node, record, target))
+
+    async def stop(self, instance: str) -> None:
+        """End an instance in whatever state; a job under way is cancelled and unwinds first."""
+        record = self._record(instance)
+        self._move(record, Event.STOP)
+        await self._settle(record, "stop", jobs.stop(self.node, record))
+
+    async def stop_all(self) -> None:
+        for instance in self.all():
+            with contextlib.suppress(DumontError):
+                await self.stop(instance.id)
+
+    # Taking over from an earlier daemon.
+
+    async def take_over(self) -> None:
+        """Adopt the living instances of an earlier daemon and clean up after the others."""
+        hosts = {host.instance: host for host in await self.node.hosts.find()}
+        for instance in self.journal.read():
+            host = hosts.pop(instance.id, None)
+            record = Record(instance, host)
+            self.node.weights.keep(instance.id, instance.weight_files)
+            try:
+                if host is None or host.lost.is_set():
+                    raise Aborted("HOST_LOST", "its process ended while no snapshotd ran")
+                record.instance = await recover(self.node, instance, host)
+            except DumontError as error:
+                log.warning("instance not taken over", instance=instance.id, reason=error.reason)
+                await self._forget(record)
+                continue
+            self._records[instance.id] = record
+            self._watch(record, host)
+            self._publish(record)
+            log.info(
+                "instance taken over", instance=instance.id, pid=host.pid, state=record.instance.state.name
+            )
+        for host in hosts.values():
+            # Its journal entry was removed: it was being stopped.
+            try:
+                await host.release()
+            except DumontError as error:
+                log.error("model host not ended", instance=host.instance, reason=error.reason)
+        await asyncio.to_thread(sweep, self.node, frozenset(self._records))
+
+    async def _forget(self, record: Record) -> None:
+        """End what is left of an instance that is not taken over; the daemon starts in any case."""
+        instance = record.instance.id
+        try:
+            await self._clean_up(record)
+        except DumontError as error:
+            log.error("instance not cleaned up", instance=instance, reason=error.reason)
+        self.journal.forget(instance)
+
+    async def detach(self) -> None:
+        """Let go of every instance, once what was begun has ended; they run on for the next daemon."""
+        if self._settling:
+            await asyncio.wait(self._settling)
+        for record in self._records.values():
+            if record.watch is not None:
+                record.watch.cancel()
+
+    # How a job runs.
+
+    async def _settle(
+        self, record: Record, job: str, steps: Sequence[Step], phases: list[Phase] | None = None
+    ) -> Instance:
+        """Run a job, after the one it takes the place of has unwound, and put its end into the machine.
+
+        A caller who leaves takes the job along, unless it must run to its end. Either way the machine
+        hears how it ended.
+        """
+        done: list[Phase] = [] if phases is None else phases
+        task = asyncio.create_task(
+            self._run(record, job, steps, done, record.job), name=f"{job} {record.instance.id}"
+        )
+        record.job = task
+        settling = asyncio.create_task(
+            self._conclude(record, job, task, done, record.host), name=f"{job} {record.instance.id} ends"
+        )
+        self._settling.add(settling)
+        settling.add_done_callback(self._settled)
+        try:
+            return await asyncio.shield(settling)
+        except asyncio.CancelledError:
+            if job not in RUN_TO_THE_END:
+                task.cancel()
+            await asyncio.wait([settling])
+            raise
+
+    def _settled(self, settling: asyncio.Task[Instance]) -> None:
+        self._settling.discard(settling)
+        error = None if settling.cancelled() else settling.exception()
+        if error is not None and not isinstance(error, DumontError):
+            log.error("job could not be concluded", task=settling.get_name(), exc_info=error)
+
+    async def _run(
+        self,
+        record: Record,
+        job: str,
+        steps: Sequence[Step],
+        done: list[Phase],
+        previous: asyncio.Task[None] | None,
+    ) -> None:
+        if previous is not None:
+            previous.cancel()
+            await asyncio.wait([previous])
+        observer = self.observer(record.instance.id)
+        async with record.ending if job == "stop" else contextlib.nullcontext():
+            await run_job(job, steps, self.node.clock, observer, self.failpoints, done)
+
+    async def _conclude(
+        self, record: Record, job: str, task: asyncio.Task[None], done: list[Phase], host: Host | None
+    ) -> Instance:
+        try:
+            await task
+        except asyncio.CancelledError:
+            error = Aborted("CANCELLED", f"the {job} of instances/{record.instance.id} was cancelled")
+            await self._fail(record, error)
+            raise error from None
+        except DumontError as error:
+            if job == "stop":
+                # Kept, so that the next stop has something to end.
+                record.host = record.host or host
+                self._move(record, Event.FAILED, error.reason, error.message)
+            else:
+                await self._fail(record, error)
+            raise
+        finally:
+            self.node.room.release(record.instance.id)
+            if record.job is task:
+                record.job = None
+        if record.instance.state is State.STOPPING and job != "stop":
+            raise Aborted("CANCELLED", f"instances/{record.instance.id} was stopped at the end of its {job}")
+        if job in ("start", "restore", "resume"):
+            record.instance = replace(record.instance, phases=record.with_parts(done))
+        self._move(record, Event.SUCCEEDED)
+        if record.watch is None and record.host is not None:
+            self._watch(record, record.host)
+        return record.instance
+
+    async def _fail(self, record: Record, error: DumontError) -> None:
+        if record.instance.state in (State.STOPPING, State.FAILED, State.GONE):
+            # A stop has taken over, or the process was lost: that event was the last word.
+            return
+        lost = record.host is None or record.host.lost.is_set()
+        await self._end(record, Event.LOST if lost else Event.FAILED, error.reason, error.message)
+
+    async def _end(self, record: Record, event: Event, reason: str, message: str) -> None:
+        job = self._move(record, event, reason, message)
+        if job is Job.CLEAN_UP:
+            await self._clean_up(record)
+
+    async def _clean_up(self, record: Record) -> None:
+        steps = jobs.stop(self.node, record)
+        observer = self.observer(record.instance.id)
+        async with record.ending:
+            await run_job("clean_up", steps, self.node.clock, observer, self.failpoints, [])
+
+    def _check_unshared(self, record: Record, event: Event) -> None:
+        """Refuse before the machine's step, and after an illegal one was refused."""
+        advance(record.instance.state, event)
+        actions.check_unshared(self.node, record.instance.device)
+
+    def _move(self, record: Record, event: Event, reason: str = "", message: str = "") -> Job | None:
+        """Take the machine's step, tell the journal and whoever listens, and say what must follow."""
+        step = advance(record.instance.state, event)
+        failed = step.state is State.FAILED
+        record.instance = replace(
+            record.instance,
+            state=step.state,
+            failure_reason=reason if failed else "",
+            failure_message=message if failed else "",
+        )
+        self._publish(record)
+        return step.job
+
+    def _watch(self, record: Record, host: Host) -> None:
+        record.watch = asyncio.create_task(
+            self._notice_loss(record, host), name=f"watch {record.instance.id}"
+        )
+
+    async def _notice_loss(self, record: Record, host: Host) -> None:
+        await host.lost.wait()
+        if record.job is not None or record.instance.state in (State.STOPPING, State.FAILED, State.GONE):
+            # The job under way fails by itself and says more about why.
+            return
+        how = f": {host.end}" if host.end else ""
+        await self._end(record, Event.LOST, "HOST_LOST", f"its process ended by itself{how}")
+
+    def _publish(self, record: Record) -> None:
+        instance = record.instance
+        change = Change(instance)
+        if instance.state is State.GONE:
+            self._records.pop(instance.id, None)
+            change = Change(None, instance.id)
+        elif instance.state is State.FAILED:
+            self._records.move_to_end(instance.id)
+            failed = [
+                other.instance.id for other in self._records.values() if other.instance.state is State.FAILED
+            ]
+            for oldest in failed[:-FAILED_KEPT]:
+                self._records.pop(oldest)
+        if instance.state in (State.GONE, State.FAILED):
+            self.journal.forget(instance.id)
+            if record.watch is not None and record.watch is not asyncio.current_task():
+                record.watch.cancel()
+            record.watch = None
+        else:
+            self.journal.write(instance)
+        for queue in self._listeners:
+            queue.put_nowait(change)
+
+    def _record(self, instance: str) -> Record:
+        try:
+            return self._records[instance]
+        except KeyError:
+            raise NotFound(
+                "INSTANCE_NOT_FOUND",
+                f"this node has no instances/{instance}",
+                field="name",
+                metadata={"instance": instance},
+            ) from None
+
+    def mapped(self) -> set[str]:
+        """The snapshots that living instances map their memory from."""
+        return {record.instance.snapshot for record in self._records.values() if record.host is not None}
+
+    @contextlib.contextmanager
+    def _pin(self, snapshot: str) -> Iterator[None]:
+        self.pinned[snapshot] = self.pinned.get(snapshot, 0) + 1
+        try:
+            yield
+        finally:
+            self.pinned[snapshot] -= 1
+            if not self.pinned[snapshot]:
+                del self.pinned[snapshot]

@@ -1,0 +1,132 @@
+"""Garbage collection: first a plan that changes nothing, then its execution.
+
+What a published snapshot names is marked. A deleted snapshot leaves a tombstone that marks as well until
+it is older than the grace, so that an upload or a fetch which counts on its chunks can end in peace. What
+is unmarked and was last written before the cutoff is garbage. The plan may be old when it is executed:
+before each batch the marks are read again, and each object's age just before it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound
+from snapshotd.failpoints import Failpoints
+from snapshotd.repository import document
+from snapshotd.repository.model import GcPlan, GcResult, ObjectInfo
+from snapshotd.repository.object_keys import (
+    CHUNKS,
+    DAMAGED,
+    DELETED,
+    SNAPSHOTS,
+    TEMPORARY,
+    chunk_of,
+    snapshot_of,
+)
+from snapshotd.repository.ports import ObjectStore
+from snapshotd.repository.workers import Workers
+
+BATCH = 64
+
+# Chunks that this process counts on at the moment.
+Pins = Callable[[], frozenset[str]]
+
+
+@dataclass
+class Marks:
+    """The chunks that documents in the store name; each document is read once."""
+
+    objects: ObjectStore
+    _read: dict[ObjectInfo, frozenset[str]] = field(default_factory=dict)
+
+    async def named(self, cutoff: datetime | None) -> frozenset[str]:
+        """What snapshots name, and what those deleted after ``cutoff`` named; None: only snapshots.
+
+        Raises:
+            FailedPrecondition: a manifest cannot be read, so nobody knows what it names.
+        """
+        # Tombstones second: a snapshot that is deleted in between is then among them.
+        documents = [item async for item in self.objects.list(SNAPSHOTS) if snapshot_of(item.key)]
+        if cutoff is not None:
+            documents += [item async for item in self.objects.list(DELETED) if item.modified > cutoff]
+        self._read = {item: await self._chunks(item) for item in documents}
+        return frozenset().union(*self._read.values())
+
+    async def _chunks(self, item: ObjectInfo) -> frozenset[str]:
+        if item in self._read:
+            return self._read[item]
+        try:
+            return document.named_chunks(await self.objects.get(item.key, document.LARGEST))
+        except NotFound as error:
+            # Deleted since it was listed. A store that lists what it does not give is not believed.
+            if await self.objects.stat(item.key) is None:
+                return frozenset()
+            raise _blocked(item.key, error) from error
+        except DataLoss as error:
+            raise _blocked(item.key, error) from error
+
+
+def _blocked(key: str, error: DumontError) -> FailedPrecondition:
+    snapshot = snapshot_of(key)
+    # A tombstone stops to count by itself.
+    cure = f"delete snapshots/{snapshot} first" if snapshot else "try again after the grace time"
+    return FailedPrecondition(
+        "GC_BLOCKED",
+        f"{key} cannot be read, so what it needs is not known and nothing is deleted; {cure} "
+        f"({error.message})",
+        metadata={"key": key},
+    )
+
+
+async def plan(objects: ObjectStore, cutoff: datetime, pins: Pins) -> GcPlan:
+    """Find what can go. Reads only."""
+    marked = await Marks(objects).named(cutoff)
+    damaged = {chunk_of(item.key): item async for item in objects.list(DAMAGED)}
+    garbage, kept = [], 0
+    async for item in objects.list(CHUNKS):
+        chunk = chunk_of(item.key)
+        if item.modified > cutoff or chunk in marked or chunk in pins():
+            kept += item.size
+            damaged.pop(chunk, None)
+        else:
+            garbage.append(item)
+    garbage += [item async for item in objects.list(TEMPORARY) if item.modified <= cutoff]
+    # What is left is said of chunks that are gone.
+    garbage += [item for item in damaged.values() if item.modified <= cutoff]
+    tombstones = [item async for item in objects.list(DELETED) if item.modified <= cutoff]
+    return GcPlan(tuple(garbage), tuple(tombstones), kept, cutoff)
+
+
+async def execute(
+    plan: GcPlan, objects: ObjectStore, workers: Workers, failpoints: Failpoints, pins: Pins
+) -> GcResult:
+    """Delete what the plan names, except what came into use since. May be killed at any instant."""
+    marks = Marks(objects)
+    deleted = deleted_bytes = spared = 0
+    marked: frozenset[str] = frozenset()
+
+    async def remove(item: ObjectInfo) -> None:
+        nonlocal deleted, deleted_bytes, spared
+        chunk = chunk_of(item.key)
+        current = await objects.stat(item.key)
+        if current is None:
+            return
+        if current.modified > plan.cutoff or chunk in marked or chunk in pins():
+            spared += 1
+            return
+        failpoints.hit("gc.chunk")
+        await objects.delete(item.key)
+        failpoints.hit("gc.chunk.after")
+        deleted += 1
+        deleted_bytes += current.size
+
+    for start in range(0, len(plan.garbage), BATCH):
+        marked = await marks.named(plan.cutoff)
+        await workers.each(plan.garbage[start : start + BATCH], remove)
+    for tombstone in plan.tombstones:
+        failpoints.hit("gc.tombstone")
+        await objects.delete(tombstone.key)
+        failpoints.hit("gc.tombstone.after")
+    return GcResult(deleted, deleted_bytes, spared)

@@ -1,0 +1,351 @@
+"""Snapshots in an object store: publish, list, fetch, verify, delete, and collect what nobody needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import structlog
+
+from dumont.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound, PermissionDenied
+from snapshotd import manifest as manifests
+from snapshotd.failpoints import Failpoints
+from snapshotd.model import Manifest
+from snapshotd.repository import document, prune
+from snapshotd.repository.codec import DATA_KEY, Codec
+from snapshotd.repository.fetch import Fetch
+from snapshotd.repository.model import GcPlan, GcResult, ObjectInfo, PublishedSnapshot, SealedKey, Usage
+from snapshotd.repository.object_keys import (
+    DAMAGED,
+    SNAPSHOTS,
+    chunk_key,
+    chunk_of,
+    manifest_key,
+    snapshot_of,
+    tombstone_key,
+)
+from snapshotd.repository.ports import KeyWrapper, ObjectStore, Progress, Trust
+from snapshotd.repository.signing import Signer
+from snapshotd.repository.upload import Upload
+from snapshotd.repository.workers import Workers, to_the_end
+
+log = structlog.get_logger(__name__)
+
+GRACE = timedelta(hours=24)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def no_progress(done: int, total: int) -> None:
+    """For those who do not watch."""
+
+
+class RemoteStore:
+    """Published snapshots over any :class:`ObjectStore`.
+
+    Args:
+        signer: signs what this node publishes.
+        trusted: whose signatures count.
+        wrapper: wraps data keys; None: nothing is encrypted, and what is cannot be read.
+        workers: chunks in flight; at most 24 MiB of memory each.
+        threads: that hash, compress and encrypt, and that unpack what was read, at once.
+        grace: what garbage collection leaves alone is younger; the same for all nodes of a store.
+    """
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        signer: Signer,
+        trusted: Trust,
+        wrapper: KeyWrapper | None = None,
+        *,
+        workers: int = 8,
+        threads: int | None = None,
+        grace: timedelta = GRACE,
+        now: Callable[[], datetime] = _utc_now,
+        failpoints: Failpoints | None = None,
+    ) -> None:
+        self.objects = objects
+        self.grace = grace
+        self._signer = signer
+        self._trusted = trusted
+        self._wrapper = wrapper
+        self._workers = Workers(workers, threads or len(os.sched_getaffinity(0)))
+        self._now = now
+        self._failpoints = failpoints or Failpoints()
+        self._pins: Tally[str] = Tally()
+        # A published document never changes, so one that was verified is not read again for a list.
+        self._known: dict[ObjectInfo, PublishedSnapshot | None] = {}
+        self._known_by = trusted.ids
+
+    def close(self) -> None:
+        self._workers.close()
+
+    @property
+    def trusted(self) -> frozenset[str]:
+        """The keys whose signatures count now."""
+        return self._trusted.ids
+
+    def new_key(self, snapshot: str) -> SealedKey | None:
+        """A data key for one snapshot; None when nothing is encrypted.
+
+        Keep it where an interrupted upload is resumed from: with another key all chunks are sent again.
+        """
+        if self._wrapper is None:
+            return None
+        return SealedKey(
+            self._wrapper.key_id, self._wrapper.wrap(os.urandom(DATA_KEY), _key_context(snapshot))
+        )
+
+    async def publish(
+        self, manifest: Manifest, images: Path, progress: Progress = no_progress, key: SealedKey | None = None
+    ) -> PublishedSnapshot:
+        """Send the chunks that are missing, then publish the manifest. Repeating it is no error.
+
+        Args:
+            images: the directory with the manifest's files.
+            key: from :meth:`new_key`; without one the snapshot is encrypted if this store encrypts.
+
+        Raises:
+            AlreadyExists: another snapshot of that id is published.
+            DataLoss: the files are not those of the manifest.
+        """
+        published = await self._published_by_us(manifest)
+        if published is not None:
+            progress(published.size, published.size)
+            return published
+        key = key or self.new_key(manifest.id)
+        upload = Upload(
+            manifest,
+            images,
+            self._codec(manifest.id, key),
+            self.objects,
+            self._workers,
+            self._failpoints,
+            self._now,
+            self.grace,
+            frozenset([chunk_of(item.key) async for item in self.objects.list(DAMAGED)]),
+            lambda: prune.Marks(self.objects).named(None),
+        )
+        files = await upload.run(progress)
+        data, published = document.encode(manifest, files, key, self._signer)
+        self._failpoints.hit("upload.manifest")
+        try:
+            # Whoever cancels this, to delete the snapshot, must then find what there is to delete.
+            await to_the_end(self.objects.create(manifest_key(manifest.id), data))
+        except AlreadyExists:
+            # It may have been our own, whose answer was lost on the way.
+            published = await self._published_by_us(manifest) or published
+        self._failpoints.hit("upload.manifest.after")
+        return published
+
+    async def get(self, snapshot: str) -> PublishedSnapshot:
+        """A published snapshot, its signature verified.
+
+        Raises:
+            NotFound: none of that id is published.
+            PermissionDenied: it is signed by a key that is not trusted here.
+            DataLoss: its manifest is damaged.
+        """
+        try:
+            data = await self.objects.get(manifest_key(snapshot), document.LARGEST)
+        except NotFound:
+            raise _unknown(snapshot) from None
+        except DataLoss as error:
+            raise DataLoss("MANIFEST_DAMAGED", error.message, metadata={"snapshot": snapshot}) from None
+        return await self._workers.compute(document.decode, data, snapshot, self._trusted)
+
+    async def list(self) -> list[PublishedSnapshot]:
+        """Every published snapshot that this node trusts, by id; others are logged once and left out."""
+        items = [item async for item in self.objects.list(SNAPSHOTS) if snapshot_of(item.key)]
+        if self._known_by != self._trusted.ids:
+            self._known, self._known_by = {}, self._trusted.ids
+        fresh = [item for item in items if item not in self._known]
+        known = {item: self._known[item] for item in items if item in self._known}
+
+        async def read(item: ObjectInfo) -> None:
+            snapshot = snapshot_of(item.key) or ""
+            try:
+                known[item] = await self.get(snapshot)
+            except NotFound:
+                return
+            except (DataLoss, PermissionDenied) as error:
+                log.error(
+                    "published snapshot is refused",
+                    snapshot=snapshot,
+                    reason=error.reason,
+                    error=error.message,
+                )
+                known[item] = None
+
+        await self._workers.each(fresh, read)
+        self._known = known
+        return sorted(
+            (found for found in known.values() if found is not None), key=lambda found: found.manifest.id
+        )
+
+    async def fetch(self, published: PublishedSnapshot, into: Path, progress: Progress = no_progress) -> None:
+        """Write the snapshot's files into an empty directory; when this returns each chunk is verified.
+
+        Raises:
+            DataLoss: a chunk is missing or damaged.
+            FailedPrecondition: it is encrypted and this node lacks the key.
+            ResourceExhausted: the disk has no room.
+        """
+        with self._pinned(published):
+            await self._reader(published).into(into, progress)
+
+    async def verify(self, published: PublishedSnapshot, progress: Progress = no_progress) -> None:
+        """Read everything; raises as :meth:`fetch`, naming every file that is hurt."""
+        with self._pinned(published):
+            await self._reader(published).check(progress)
+
+    async def usage(self, published: PublishedSnapshot) -> Usage:
+        """What the snapshot takes in the store, and how much of that is its own."""
+        others: set[str] = set()
+        for other in await self.list():
+            if other.manifest.id != published.manifest.id:
+                others |= other.chunks()
+        stored = unique = 0
+
+        async def measure(chunk: str) -> None:
+            nonlocal stored, unique
+            found = await self.objects.stat(chunk_key(chunk))
+            size = found.size if found is not None else 0
+            stored += size
+            unique += 0 if chunk in others else size
+
+        chunks = published.chunks()
+        await self._workers.each(chunks, measure)
+        return Usage(published.size, published.data_size, stored, unique, len(chunks))
+
+    async def delete(self, snapshot: str) -> None:
+        """Unpublish a snapshot; garbage collection removes its chunks once the grace is over.
+
+        Raises:
+            NotFound: none of that id is published.
+        """
+        key = manifest_key(snapshot)
+        if await self.objects.stat(key) is None:
+            raise _unknown(snapshot)
+        with contextlib.suppress(NotFound, DataLoss):
+            data = await self.objects.get(key, document.LARGEST)
+            document.named_chunks(data)
+            self._failpoints.hit("delete.tombstone")
+            await self.objects.put(tombstone_key(snapshot, document.digest(data)), data)
+        self._failpoints.hit("delete.manifest")
+        await self.objects.delete(key)
+        self._failpoints.hit("delete.manifest.after")
+
+    async def plan_gc(self, now: datetime | None = None, grace: timedelta | None = None) -> GcPlan:
+        """What garbage collection would delete. Changes nothing.
+
+        Raises:
+            FailedPrecondition: a manifest cannot be read, so it is not known what it needs.
+        """
+        cutoff = (now or self._now()) - (self.grace if grace is None else grace)
+        return await prune.plan(self.objects, cutoff, self._pinned_chunks)
+
+    async def execute_gc(self, plan: GcPlan) -> GcResult:
+        """Delete what the plan names, except what came into use since."""
+        return await prune.execute(plan, self.objects, self._workers, self._failpoints, self._pinned_chunks)
+
+    async def _published_by_us(self, manifest: Manifest) -> PublishedSnapshot | None:
+        """The snapshot of that id if it is this very one; None if there is none.
+
+        Raises:
+            AlreadyExists: it is another one.
+        """
+        try:
+            found = await self.get(manifest.id)
+        except NotFound:
+            return None
+        except (DataLoss, PermissionDenied) as error:
+            raise _exists(manifest.id) from error
+        if found.signer != self._signer.key_id or manifests.encode(found.manifest) != manifests.encode(
+            manifest
+        ):
+            raise _exists(manifest.id)
+        return found
+
+    def _reader(self, published: PublishedSnapshot) -> Fetch:
+        codec = self._codec(published.manifest.id, published.key)
+        return Fetch(published, codec, self.objects, self._workers, self._failpoints)
+
+    def _codec(self, snapshot: str, key: SealedKey | None) -> Codec:
+        if key is None:
+            return Codec(snapshot, None)
+        if self._wrapper is None or self._wrapper.key_id != key.key_id:
+            raise FailedPrecondition(
+                "KEY_MISSING",
+                f"snapshots/{snapshot} is encrypted and its key is wrapped by key {key.key_id[:64]}, which "
+                "this node does not have; set its encryption key file",
+                metadata={"snapshot": snapshot, "key_id": key.key_id[:64]},
+            )
+        data_key = self._wrapper.unwrap(key.wrapped, _key_context(snapshot))
+        if len(data_key) != DATA_KEY:
+            raise DataLoss("KEY_DAMAGED", f"the data key of snapshots/{snapshot} has the wrong length")
+        return Codec(snapshot, data_key)
+
+    @contextlib.contextmanager
+    def _pinned(self, published: PublishedSnapshot) -> Iterator[None]:
+        """Keep this process's own garbage collection off the chunks that are being read."""
+        chunks = published.chunks()
+        self._pins.update(chunks)
+        try:
+            yield
+        finally:
+            self._pins.subtract(chunks)
+            self._pins = +self._pins
+
+    def _pinned_chunks(self) -> frozenset[str]:
+        return frozenset(self._pins)
+
+
+async def check_conditional_create(objects: ObjectStore) -> None:
+    """Check that the store lets only one of two creators win; run it before the store is used.
+
+    Raises:
+        FailedPrecondition: it does not, so two nodes could publish one snapshot over each other.
+        DumontError: the store cannot be written, read or reached.
+    """
+    key = f"tmp/probe-{os.urandom(8).hex()}"
+    await objects.create(key, b"first")
+    try:
+        await objects.create(key, b"second")
+    except AlreadyExists:
+        if await objects.get(key, 16) == b"first":
+            return
+    finally:
+        await objects.delete(key)
+    raise FailedPrecondition(
+        "STORE_NOT_CONDITIONAL",
+        "the store overwrote an object that was to be created only if it did not exist; use a store with "
+        "working conditional writes (If-None-Match)",
+    )
+
+
+def _key_context(snapshot: str) -> bytes:
+    return b"dumont data key v1\0" + snapshot.encode()
+
+
+def _unknown(snapshot: str) -> NotFound:
+    return NotFound(
+        "SNAPSHOT_NOT_FOUND",
+        f"the store has no snapshots/{snapshot}",
+        metadata={"snapshot": snapshot},
+    )
+
+
+def _exists(snapshot: str) -> AlreadyExists:
+    return AlreadyExists(
+        "SNAPSHOT_EXISTS",
+        f"another snapshots/{snapshot} is published; choose another id",
+        metadata={"snapshot": snapshot},
+    )

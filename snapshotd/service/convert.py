@@ -1,0 +1,175 @@
+"""Facts to protobuf messages. The only place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from dumont import names
+from dumont.errors import InvalidArgument
+from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
+from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
+from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
+from snapshotd.model import Finding, Instance, Model, Phase, Snapshot, State, Weights
+from snapshotd.repository.model import GcPlan, PublishedSnapshot, Usage
+from snapshotd.snapshots.catalog import Refused
+
+STATES = {
+    State.STARTING: instances_pb2.Instance.STATE_STARTING,
+    State.RESTORING: instances_pb2.Instance.STATE_RESTORING,
+    State.SERVING: instances_pb2.Instance.STATE_SERVING,
+    State.CAPTURING: instances_pb2.Instance.STATE_CAPTURING,
+    State.PARKING: instances_pb2.Instance.STATE_PARKING,
+    State.PARKED: instances_pb2.Instance.STATE_PARKED,
+    State.RESUMING: instances_pb2.Instance.STATE_RESUMING,
+    State.STOPPING: instances_pb2.Instance.STATE_STOPPING,
+    State.FAILED: instances_pb2.Instance.STATE_FAILED,
+}
+WEIGHTS = {
+    Weights.DETACHED: instances_pb2.WEIGHTS_DETACHED,
+    Weights.INCLUDED: instances_pb2.WEIGHTS_INCLUDED,
+}
+PAGE_BYTES = 4096
+# Objects of a prune that are named; all are counted.
+MOST_NAMED = 1000
+
+
+def instance(fact: Instance) -> instances_pb2.Instance:
+    return instances_pb2.Instance(
+        name=names.build("instances", fact.id),
+        deployment=fact.deployment,
+        model=fact.model,
+        engine=fact.engine,
+        state=STATES[fact.state],
+        pid=fact.pid if fact.state is not State.FAILED else 0,
+        snapshot=names.build("snapshots", fact.snapshot) if fact.snapshot else "",
+        create_time=timestamp(fact.create_time),
+        phases=phases(fact.phases),
+        failure_reason=fact.failure_reason,
+        failure_message=fact.failure_message,
+        memory_bytes=resident_bytes(fact.pid) if fact.state is not State.FAILED else 0,
+        device=fact.device,
+        gpu=fact.gpu,
+        weights=WEIGHTS[fact.weights],
+    )
+
+
+def snapshot(fact: Snapshot, incompatibility: str = "") -> snapshots_pb2.Snapshot:
+    manifest = fact.manifest
+    state = (
+        snapshots_pb2.Snapshot.STATE_QUARANTINED
+        if fact.quarantine_reason
+        else snapshots_pb2.Snapshot.STATE_ACTIVE
+    )
+    return snapshots_pb2.Snapshot(
+        name=names.build("snapshots", manifest.id),
+        deployment=manifest.deployment,
+        model=manifest.model,
+        engine=manifest.engine,
+        state=state,
+        create_time=timestamp(manifest.create_time),
+        size_bytes=fact.size,
+        source_pause_duration=duration(manifest.source_pause_seconds),
+        phases=phases(manifest.phases),
+        compatibility=manifest.compatibility,
+        files=[
+            snapshots_pb2.SnapshotFile(name=file.name, size_bytes=file.size, digest=file.digest)
+            for file in manifest.files
+        ],
+        manifest_digest=fact.digest,
+        quarantine_reason=fact.quarantine_reason,
+        local=fact.local,
+        published=fact.published,
+        incompatibility=incompatibility,
+        weights=WEIGHTS[manifest.weights],
+    )
+
+
+def weights(value: instances_pb2.Weights.ValueType) -> Weights:
+    """Where a request wants the weights.
+
+    Raises:
+        InvalidArgument: it is neither.
+    """
+    if value == instances_pb2.WEIGHTS_UNSPECIFIED:
+        return Weights.DETACHED
+    for known, message in WEIGHTS.items():
+        if message == value:
+            return known
+    raise InvalidArgument(
+        "INVALID_WEIGHTS", "weights must be WEIGHTS_DETACHED or WEIGHTS_INCLUDED", field="weights"
+    )
+
+
+def refused(fact: Refused) -> snapshots_pb2.Snapshot:
+    """Published under a snapshot's name, and so little to be trusted that nothing else is known of it."""
+    return snapshots_pb2.Snapshot(
+        name=names.build("snapshots", fact.snapshot),
+        state=snapshots_pb2.Snapshot.STATE_QUARANTINED,
+        quarantine_reason=fact.reason,
+        published=True,
+    )
+
+
+def stored(published: PublishedSnapshot, usage: Usage) -> snapshots_pb2.StoredSnapshot:
+    return snapshots_pb2.StoredSnapshot(
+        image_bytes=usage.image_bytes,
+        data_bytes=usage.data_bytes,
+        stored_bytes=usage.stored_bytes,
+        unique_bytes=usage.unique_bytes,
+        chunk_count=usage.chunks,
+        encrypted=published.encrypted,
+        signer=published.signer,
+    )
+
+
+def prune(plan: GcPlan) -> snapshots_pb2.PruneSnapshotsResponse:
+    doomed = [*plan.garbage, *plan.tombstones]
+    return snapshots_pb2.PruneSnapshotsResponse(
+        objects=[item.key for item in doomed[:MOST_NAMED]],
+        object_count=len(doomed),
+        size_bytes=sum(item.size for item in doomed),
+        kept_bytes=plan.kept_bytes,
+    )
+
+
+def model(fact: Model) -> nodes_pb2.Model:
+    return nodes_pb2.Model(
+        model=fact.name,
+        engine=fact.engine,
+        weights_size_bytes=fact.weights_bytes,
+        cached=fact.directory is not None,
+        context_length=fact.context_length,
+    )
+
+
+def findings(facts: Iterable[Finding]) -> list[nodes_pb2.Finding]:
+    return [nodes_pb2.Finding(check=fact.check, passed=fact.passed, message=fact.message) for fact in facts]
+
+
+def phases(facts: Iterable[Phase]) -> list[instances_pb2.Phase]:
+    return [instances_pb2.Phase(name=fact.name, duration=duration(fact.seconds)) for fact in facts]
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def timestamp(time: datetime) -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(time)
+    return message
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 when there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES if pid else 0
+    except (OSError, IndexError):
+        return 0

@@ -1,0 +1,1 @@
+"""The snapshots within this node's reach, and the uploads under way."""

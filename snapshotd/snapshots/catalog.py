@@ -1,0 +1,389 @@
+"""The snapshots within this node's reach: those it holds, and those published in its object store.
+
+The node's own directory is a cache of the store: what is published may leave it and is fetched again.
+What is not published is only here, and leaves by ``delete`` alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+
+from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, PermissionDenied
+from snapshotd import eviction
+from snapshotd import manifest as manifests
+from snapshotd.eviction import Held
+from snapshotd.model import Snapshot
+from snapshotd.ports import SnapshotStore
+from snapshotd.repository.model import GcPlan, PublishedSnapshot, Usage
+from snapshotd.repository.object_keys import SNAPSHOTS, snapshot_of
+from snapshotd.repository.ports import Progress
+from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.signing import untrusted
+from snapshotd.snapshots.uploads import Uploads
+
+log = structlog.get_logger(__name__)
+
+# A store that is silent for longer is left out of a list: who asks may not wait for ever.
+LIST_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Something published as a snapshot, fetched or not, that this node does not accept as one."""
+
+    snapshot: str
+    reason: str
+
+    @classmethod
+    def because(cls, snapshot: str, error: DumontError) -> Refused:
+        return cls(snapshot, f"{error.reason}: {error.message}")
+
+
+@dataclass
+class _Fetching:
+    task: asyncio.Task[None]
+    waiting: int = 0
+
+
+class Snapshots:
+    """All of them.
+
+    Args:
+        remote: None: this node has no object store.
+        uploads: None likewise.
+        damaged: directory that remembers published snapshots found damaged.
+        budget: bytes that the node's own snapshots may take; 0: no limit.
+        pinned: how many jobs read a snapshot now, by id.
+        mapped: the snapshots that instances map their memory from.
+    """
+
+    def __init__(
+        self,
+        store: SnapshotStore,
+        remote: RemoteStore | None,
+        uploads: Uploads | None,
+        damaged: Path,
+        budget: int,
+        pinned: Mapping[str, int],
+        mapped: Callable[[], AbstractSet[str]] = frozenset,
+    ) -> None:
+        self.store = store
+        self.remote = remote
+        self.uploads = uploads
+        self.damaged = damaged
+        self.budget = budget
+        self.pinned = pinned
+        self.mapped = mapped
+        self._fetches: dict[str, _Fetching] = {}
+        self._published: dict[str, PublishedSnapshot] = {}
+
+    # Looking
+
+    async def get(self, snapshot: str) -> Snapshot:
+        """A snapshot of this node or, when it holds none of that id, a published one, read anew.
+
+        Raises:
+            NotFound: there is neither.
+            DataLoss, PermissionDenied: its manifest is damaged, or signed by nobody whom this node trusts.
+            Unavailable: this node does not hold it, and the object store cannot be reached.
+        """
+        try:
+            held = await self.store.get(snapshot)
+        except NotFound:
+            if self.remote is None:
+                raise
+        else:
+            # It was trusted when it was fetched; the list may have changed since.
+            if not self._trusts(held):
+                raise untrusted(held.signer)
+            return held
+        published = self._published[snapshot] = await self.remote.get(snapshot)
+        return self._as_snapshot(published)
+
+    async def get_exactly(self, snapshot: str, manifest_digest: str) -> Snapshot:
+        """Like ``get``, and it must be the one whose manifest hashes to ``manifest_digest``, unless that is
+        empty.
+
+        Raises:
+            DataLoss: MANIFEST_REPLACED, it is another one.
+        """
+        found = await self.get(snapshot)
+        if manifest_digest and found.digest != manifest_digest:
+            raise DataLoss(
+                "MANIFEST_REPLACED",
+                f"the manifest of snapshots/{snapshot} is {found.digest[:16]}… and {manifest_digest[:16]}… "
+                "was asked for; it was replaced after its capture",
+                metadata={"snapshot": snapshot},
+            )
+        if found.local:
+            await self.store.touch(snapshot)
+        return found
+
+    async def list(self) -> tuple[Sequence[Snapshot], Sequence[Refused]]:
+        """Every snapshot, by id, and what is refused. Without the store: what is held."""
+        held, untrusted_here = {}, []
+        for found in await self.store.list():
+            if self._trusts(found):
+                held[found.manifest.id] = found
+            else:
+                untrusted_here.append(Refused.because(found.manifest.id, untrusted(found.signer)))
+        if self.remote is None:
+            return sorted(held.values(), key=_id), untrusted_here
+        try:
+            async with asyncio.timeout(LIST_SECONDS):
+                published = {found.manifest.id: found for found in await self.remote.list()}
+                known = {*published, *held, *(one.snapshot for one in untrusted_here)}
+                refused = [*untrusted_here, *await self._refused(known)]
+        except (DumontError, TimeoutError) as error:
+            log.warning("published snapshots cannot be listed", error=str(error) or "the store is silent")
+            return sorted(held.values(), key=_id), untrusted_here
+        there = {name: self._as_snapshot(found) for name, found in published.items()}
+        here = {name: replace(found, published=name in published) for name, found in held.items()}
+        return sorted((there | here).values(), key=_id), refused
+
+    async def _refused(self, known: set[str]) -> Sequence[Refused]:
+        assert self.remote is not None
+        refused = []
+        async for item in self.remote.objects.list(SNAPSHOTS):
+            snapshot = snapshot_of(item.key)
+            if snapshot is None or snapshot in known:
+                continue
+            try:
+                await self.remote.get(snapshot)
+            except (DataLoss, PermissionDenied) as error:
+                refused.append(Refused.because(snapshot, error))
+            except NotFound:
+                continue
+        return refused
+
+    async def usage(self, snapshot: str) -> tuple[PublishedSnapshot, Usage] | None:
+        """What a snapshot takes in the object store; None when it is not there or cannot be read."""
+        if self.remote is None:
+            return None
+        try:
+            published = await self.remote.get(snapshot)
+            return published, await self.remote.usage(published)
+        except DumontError as error:
+            log.info("published sizes unknown", snapshot=snapshot, reason=error.reason)
+            return None
+
+    # Bringing and sending
+
+    async def fetch(self, snapshot: Snapshot, progress: Progress) -> None:
+        """Bring a published snapshot to this node; fetches of the same one at the same time are one.
+
+        Raises:
+            DataLoss: a chunk is missing or damaged; the snapshot is refused from now on.
+            FailedPrecondition: SNAPSHOT_QUARANTINED, or its key is missing here.
+            ResourceExhausted: there is no room for it.
+            Unavailable: the object store does not answer.
+        """
+        name = snapshot.manifest.id
+        if snapshot.quarantine_reason:
+            raise FailedPrecondition(
+                "SNAPSHOT_QUARANTINED",
+                f"snapshots/{name} is quarantined: {snapshot.quarantine_reason}",
+                metadata={"snapshot": name},
+            )
+        fetching = self._fetches.get(name)
+        if fetching is None:
+            task = asyncio.create_task(self._fetch(snapshot, progress), name=f"fetch {name}")
+            fetching = self._fetches[name] = _Fetching(task)
+            task.add_done_callback(lambda _: self._fetches.pop(name, None))
+        fetching.waiting += 1
+        try:
+            await asyncio.shield(fetching.task)
+        finally:
+            fetching.waiting -= 1
+            if not fetching.waiting and not fetching.task.done():
+                fetching.task.cancel()
+                await asyncio.wait([fetching.task])
+
+    async def _fetch(self, snapshot: Snapshot, progress: Progress) -> None:
+        assert self.remote is not None
+        name = snapshot.manifest.id
+        with contextlib.suppress(NotFound):
+            # Another fetch has ended between the caller's look and now.
+            if (await self.store.get(name)).digest == snapshot.digest:
+                return
+        published = self._published.get(name)
+        if published is None or _digest(published) != snapshot.digest:
+            published = await self.remote.get(name)
+        await self._make_room(published.data_size)
+        into = await self.store.stage(name)
+        try:
+            await self.remote.fetch(published, into, progress)
+            await self.store.commit(published.manifest, published.signer)
+        except BaseException as error:
+            await asyncio.shield(asyncio.ensure_future(self.store.discard(name)))
+            if isinstance(error, DataLoss):
+                self._remember_damage(published, error)
+            raise
+        log.info("snapshot fetched", snapshot=name, bytes=published.data_size)
+
+    async def publish(self, snapshot: str, progress: Progress) -> Snapshot:
+        """Upload a snapshot that this node holds; see :meth:`Uploads.publish`.
+
+        Raises:
+            FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, or SNAPSHOT_QUARANTINED.
+        """
+        _, uploads = self._configured()
+        held = await self.store.get(snapshot)
+        if held.quarantine_reason:
+            raise FailedPrecondition(
+                "SNAPSHOT_QUARANTINED",
+                f"snapshots/{snapshot} is quarantined and is not published: {held.quarantine_reason}",
+                metadata={"snapshot": snapshot},
+            )
+        if not held.published:
+            await uploads.publish(held, progress)
+        return await self.store.get(snapshot)
+
+    # Keeping
+
+    async def verify(self, snapshot: str, progress: Progress) -> tuple[int, int]:
+        """Read all of it, here and in the object store; damage is remembered, and it is not restored again.
+
+        Returns:
+            Bytes read and found right on this node, and in the object store.
+
+        Raises:
+            NotFound: there is none.
+            DataLoss, PermissionDenied: what is wrong with it.
+        """
+        found = await self.get(snapshot)
+        here = 0
+        if found.local:
+            try:
+                await self.store.verify(found, again=True)
+            except DataLoss as error:
+                await self.store.quarantine(snapshot, error.message)
+                raise
+            here = found.size
+        if self.remote is None or not (found.published or not found.local):
+            return here, 0
+        published = await self.remote.get(snapshot)
+        try:
+            await self.remote.verify(published, progress)
+        except DataLoss as error:
+            self._remember_damage(published, error)
+            raise
+        self._damage(published).unlink(missing_ok=True)
+        return here, published.data_size
+
+    async def delete(self, snapshot: str) -> None:
+        """Here and in the object store.
+
+        Raises:
+            FailedPrecondition: a restore reads it.
+            NotFound: there is none.
+            Unavailable: it is published, and the object store cannot be reached.
+        """
+        if self.pinned.get(snapshot) or snapshot in self._fetches:
+            raise FailedPrecondition(
+                "SNAPSHOT_IN_USE",
+                f"snapshots/{snapshot} is being restored or captured from; delete it when that is done",
+                metadata={"snapshot": snapshot},
+            )
+        found = False
+        if self.remote is not None and self.uploads is not None and await self._may_be_published(snapshot):
+            # First: a snapshot that is gone here would be published again by its upload.
+            await self.uploads.give_up(snapshot)
+            with contextlib.suppress(NotFound):
+                await self.remote.delete(snapshot)
+                found = True
+            for record in self.damaged.glob(f"{snapshot}.*"):
+                record.unlink(missing_ok=True)
+        try:
+            await self.store.delete(snapshot)
+        except NotFound:
+            if not found:
+                raise
+
+    async def _may_be_published(self, snapshot: str) -> bool:
+        assert self.uploads is not None
+        try:
+            return (await self.store.get(snapshot)).published or self.uploads.pending(snapshot)
+        except DumontError:
+            return True
+
+    async def plan_prune(self) -> GcPlan:
+        """What nobody needs in the object store.
+
+        Raises:
+            FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, or a published manifest cannot be read.
+        """
+        remote, _ = self._configured()
+        return await remote.plan_gc()
+
+    async def prune(self, plan: GcPlan) -> None:
+        """Delete it, except what came into use since."""
+        remote, _ = self._configured()
+        await remote.execute_gc(plan)
+
+    async def keep_budget(self) -> None:
+        """Let published snapshots go that were used longest ago, until the rest is within the budget."""
+        await self._make_room(0)
+
+    def _used(self, snapshot: str) -> bool:
+        return bool(self.pinned.get(snapshot)) or snapshot in self.mapped()
+
+    async def _make_room(self, needed: int) -> None:
+        held = [
+            Held(
+                entry.snapshot,
+                entry.size,
+                entry.last_use,
+                # What is mapped takes its memory also when it is deleted.
+                removable=entry.published and not self._used(entry.snapshot),
+            )
+            for entry in await self.store.entries()
+        ]
+        for snapshot in eviction.leavers(held, self.budget, needed):
+            if self._used(snapshot):
+                continue
+            log.info("snapshot left the cache", snapshot=snapshot)
+            await self.store.delete(snapshot)
+
+    # Damage
+
+    def _damage(self, published: PublishedSnapshot) -> Path:
+        """Where damage of this very document is remembered: another one of the id is another snapshot."""
+        return self.damaged / f"{published.manifest.id}.{published.digest}"
+
+    def _remember_damage(self, published: PublishedSnapshot, error: DataLoss) -> None:
+        log.error("published snapshot is damaged", snapshot=published.manifest.id, reason=error.reason)
+        self._damage(published).write_text(f"{error.reason}: {error.message}")
+
+    def _as_snapshot(self, published: PublishedSnapshot) -> Snapshot:
+        reason = ""
+        with contextlib.suppress(FileNotFoundError):
+            reason = self._damage(published).read_text()
+        return Snapshot(published.manifest, _digest(published), reason, local=False, published=True)
+
+    def _trusts(self, held: Snapshot) -> bool:
+        """Without an object store there is no list, and what was fetched once is trusted no longer."""
+        return not held.signer or (self.remote is not None and held.signer in self.remote.trusted)
+
+    def _configured(self) -> tuple[RemoteStore, Uploads]:
+        if self.remote is None or self.uploads is None:
+            raise FailedPrecondition(
+                "OBJECT_STORE_NOT_CONFIGURED", "this node has no object store; start it with --store-url"
+            )
+        return self.remote, self.uploads
+
+
+def _digest(published: PublishedSnapshot) -> str:
+    """That of the manifest as a node keeps it, which is known before anything is published."""
+    return manifests.digest(manifests.encode(published.manifest))
+
+
+def _id(snapshot: Snapshot) -> str:
+    return snapshot.manifest.id

@@ -1,0 +1,1 @@
+"""What is asked of the machine: system calls, mounts, processes, memory."""

@@ -1,0 +1,201 @@
+"""A node whose model hosts, models and clock obey: what its instances do is then theirs alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dumont.errors import Aborted
+from snapshotd.failpoints import Failpoints
+from snapshotd.instances.journal import Journal
+from snapshotd.instances.manager import Instances
+from snapshotd.jobs.context import HostSettings, Node
+from snapshotd.jobs.observers import JobObserver
+from snapshotd.model import Instance, Json, Model, State
+
+MODEL = Model("org/name", "causal_lm", Path("/model"), (), 0, 512)
+FILES = {"model.safetensors": "abc"}
+LOADED: Json = {
+    "engine": "causal_lm",
+    "device": "cpu",
+    "canary": {"tokens": [1], "logprob": -0.5},
+    "versions": {},
+    "phases": [],
+}
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+class FakeHost:
+    """A model host that obeys; ``gates`` holds what waits, ``failing`` what fails, by command."""
+
+    def __init__(self, instance: str = "") -> None:
+        self.instance = instance
+        self.pid = 42
+        self.lost = asyncio.Event()
+        self.end = ""
+        self.state = "SERVING"
+        self.frozen = False
+        self.prepared = False
+        self.released = False
+        self.gates: dict[str, asyncio.Event] = {}
+        self.failing: set[str] = set()
+        self.reached = asyncio.Event()
+
+    async def _do(self, command: str) -> None:
+        if (gate := self.gates.get(command)) is not None:
+            self.reached.set()
+            await gate.wait()
+        if command in self.failing:
+            raise Aborted("HOST_TIMEOUT", f"{command} was not answered")
+
+    async def launch(
+        self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
+        await self._do("launch")
+        self.instance = instance
+
+    async def restore(self, *arguments: object) -> None:
+        raise AssertionError("nothing here restores")
+
+    async def prepare(self, images: Path, timeout: float) -> None:
+        await self._do("prepare")
+        self.prepared = True
+
+    async def abandon(self) -> None:
+        await self._do("abandon")
+        self.prepared = False
+
+    async def dump(self, images: Path, timeout: float) -> Json:
+        raise AssertionError("nothing here captures")
+
+    async def call(self, command: str, timeout: float, **arguments: object) -> Json:
+        await self._do(command)
+        return {"load": LOADED, "status": {"state": self.state}}.get(command, {})
+
+    async def freeze(self) -> None:
+        await self._do("freeze")
+        self.frozen = True
+
+    async def thaw(self) -> None:
+        await self._do("thaw")
+        self.frozen = False
+
+    async def status(self) -> Json:
+        return {"instance": self.instance, "pid": self.pid, "frozen": self.frozen, "exit_status": None}
+
+    async def release(self) -> None:
+        await self._do("release")
+        self.released = True
+
+
+@dataclass
+class FakeHosts:
+    host: FakeHost = field(default_factory=FakeHost)
+    found: list[FakeHost] = field(default_factory=list)
+
+    async def take(self) -> FakeHost:
+        return self.host
+
+    async def find(self) -> list[FakeHost]:
+        return self.found
+
+    def mounts(self) -> set[str]:
+        return set()
+
+    async def close(self) -> None:
+        return
+
+
+class FakeModels:
+    async def resolve(self, name: str, engine: str = "") -> Model:
+        return MODEL
+
+    async def fetch(self, model: Model) -> Model:
+        return model
+
+
+@dataclass
+class FakeWeights:
+    held: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+    async def digest(self, model: Model) -> str:
+        return "digest"
+
+    async def hold(self, instance: str, model: Model) -> Mapping[str, str]:
+        self.held[instance] = FILES
+        return FILES
+
+    def keep(self, instance: str, files: Mapping[str, str]) -> None:
+        self.held[instance] = files
+
+    def release(self, instance: str) -> None:
+        self.held.pop(instance, None)
+
+
+class NoSnapshots:
+    """The store of a node whose instances keep none."""
+
+    async def release(self, owner: str) -> None:
+        return
+
+
+class StillClock:
+    def now(self) -> datetime:
+        return NOW
+
+    def monotonic(self) -> float:
+        return 0.0
+
+
+@dataclass
+class World:
+    instances: Instances
+    hosts: FakeHosts
+    weights: FakeWeights
+    directory: Path
+
+    async def started(self) -> FakeHost:
+        """An instance ``one`` that serves."""
+        self.instances.admit(an_instance(State.STARTING))
+        await self.instances.start("one", MODEL)
+        return self.hosts.host
+
+    def left(self) -> list[str]:
+        """Directories and journal entries of instances."""
+        return [
+            path.name for folder in ("instances", "journal") for path in (self.directory / folder).iterdir()
+        ]
+
+
+def an_instance(state: State) -> Instance:
+    return Instance("one", "deployments/qa", "org/name", "causal_lm", state, NOW)
+
+
+def a_node(directory: Path, hosts: FakeHosts, **parts: Any) -> Node:
+    """``parts`` beside those that every instance needs."""
+    for folder in ("instances", "journal"):
+        (directory / folder).mkdir(exist_ok=True)
+    unused: Any = None
+    nothing: Any = NoSnapshots()
+    node = Node(
+        hosts=hosts,
+        store=nothing,
+        models=FakeModels(),
+        weights=FakeWeights(),
+        images=unused,
+        clock=StillClock(),
+        settings=HostSettings(command=("model_host",), environment={}),
+        facts={},
+        directory=directory,
+        threads=1,
+    )
+    return replace(node, **parts)
+
+
+def instances_of(node: Node) -> Instances:
+    journal = Journal(node.directory / "journal")
+    return Instances(node, journal, lambda instance: JobObserver(instance, None), Failpoints())

@@ -1,0 +1,53 @@
+"""An instance moves only as the table says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from snapshotd.instances.lifecycle import TABLE, Event, IllegalTransition, Job, advance
+from snapshotd.model import State
+
+PAIRS = list(itertools.product(State, Event))
+LIVING = set(State) - {State.FAILED, State.GONE}
+
+
+@pytest.mark.parametrize(("state", "event"), PAIRS, ids=lambda value: value.name)
+def test_every_pair_is_either_in_the_table_or_refused(state: State, event: Event) -> None:
+    if (state, event) in TABLE:
+        assert advance(state, event) == TABLE[state, event]
+        return
+    with pytest.raises(IllegalTransition) as refusal:
+        advance(state, event)
+    assert refusal.value.reason == "ILLEGAL_TRANSITION"
+    assert refusal.value.metadata == {"state": state.name, "event": event.name}
+
+
+def test_everything_but_what_is_ending_or_gone_can_be_stopped() -> None:
+    stoppable = {state for state, event in TABLE if event is Event.STOP}
+    assert stoppable == set(State) - {State.STOPPING, State.GONE}
+
+
+def test_a_lost_process_ends_every_life() -> None:
+    for state in LIVING - {State.STOPPING}:
+        assert advance(state, Event.LOST) == (State.FAILED, Job.CLEAN_UP)
+
+
+def test_a_failed_capture_or_park_leaves_the_source_serving() -> None:
+    assert advance(State.CAPTURING, Event.FAILED).state is State.SERVING
+    assert advance(State.PARKING, Event.FAILED).state is State.SERVING
+
+
+def test_a_failed_start_restore_or_resume_is_cleaned_up() -> None:
+    for state in (State.STARTING, State.RESTORING, State.RESUMING):
+        assert advance(state, Event.FAILED) == (State.FAILED, Job.CLEAN_UP)
+
+
+def test_nothing_leaves_gone() -> None:
+    assert not [event for state, event in TABLE if state is State.GONE]
+
+
+def test_every_state_but_the_first_can_be_reached() -> None:
+    reached = {State.STARTING, State.RESTORING} | {step.state for step in TABLE.values()}
+    assert reached == set(State)
