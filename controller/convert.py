@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from controller.catalogue import Draft
+from controller.deployments import Draft
 from controller.model import (
     Deployment,
     DeploymentState,

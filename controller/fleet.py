@@ -11,9 +11,9 @@ import structlog
 
 from controller.inventory import Inventory
 from controller.model import Intent, Node, NodeState, Report
-from controller.ports import Clock, Nodes, Registry, Removed, Synchronized
+from controller.ports import NODE_UNAVAILABLE, Clock, Nodes, Registry, Removed, Synchronized
 from controller.tasks import Tasks
-from dumont.errors import DumontError, NotFound
+from dumont.errors import DumontError, NotFound, Unavailable
 
 log = structlog.get_logger()
 
@@ -80,6 +80,22 @@ class Fleet:
         # An unreachable node stays so until it has told what it holds: nobody waits for it meanwhile.
         if known.state is NodeState.UNREACHABLE and identifier not in self._followers:
             self._follow(identifier)
+
+    def check_reachable(self, identifier: str) -> None:
+        """Raise unless the node takes commands at present.
+
+        Raises:
+            NotFound: the controller knows no such node.
+            Unavailable: NODE_UNAVAILABLE.
+        """
+        state = self._inventory.node(identifier).state
+        if state is not NodeState.READY:
+            raise Unavailable(
+                NODE_UNAVAILABLE,
+                f"nodes/{identifier} is {state.name.lower()}; try again later",
+                metadata={"node": f"nodes/{identifier}"},
+                retry_after=1.0,
+            )
 
     def recheck(self, identifier: str) -> None:
         """A call to the node got no answer: ask again what it holds before anything else is sent."""

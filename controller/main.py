@@ -59,28 +59,17 @@ def add_services(
 ) -> None:
     """Register every service of the API; streams without an end of their own end with ``draining``."""
     deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server(
-        DeploymentService(controller.catalogue, controller.starter, controller.inventory), server
+        DeploymentService(controller.core, controller.starts), server
     )
     InferenceService(controller.serving, settings.max_new_tokens).register(server)
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
-        InstanceService(
-            controller.inventory, controller.catalogue, controller.commands, controller.nodes, draining
-        ),
-        server,
+        InstanceService(controller.core, controller.instances, draining), server
     )
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(
-        NodeService(controller.fleet, controller.inventory, settings.heartbeat_seconds), server
+        NodeService(controller.core, settings.heartbeat_seconds), server
     )
     snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(
-        SnapshotService(
-            controller.inventory,
-            controller.catalogue,
-            controller.commands,
-            controller.starter,
-            running,
-            controller.clock,
-        ),
-        server,
+        SnapshotService(controller.core, controller.snapshots, controller.starts, running), server
     )
     running.register(server)
 
@@ -130,7 +119,7 @@ def main() -> None:
 def _show_metrics(address: str, controller: Controller) -> None:
     host, _, port = address.rpartition(":")
     try:
-        start_http_server(int(port), host or "127.0.0.1", controller.metrics.registry)
+        start_http_server(int(port), host or "127.0.0.1", controller.core.metrics.registry)
     except (OSError, OverflowError) as error:
         raise FailedPrecondition(
             "ADDRESS_UNUSABLE",

@@ -6,7 +6,7 @@ Wall-clock times (``*_time``) are seconds since the epoch and may be stored. Ste
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
@@ -139,6 +139,11 @@ class Phase:
 
     name: str
     seconds: float
+
+
+def total_seconds(phases: Iterable[Phase]) -> float:
+    """The time of all phases; one named ``load.warm_up`` is part of ``load`` and counted there."""
+    return sum(phase.seconds for phase in phases if "." not in phase.name)
 
 
 @dataclass(frozen=True, slots=True)

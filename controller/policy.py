@@ -37,8 +37,8 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """Do this. ``instance`` is set for resident and parked, ``snapshot`` for local and remote."""
+class Attempt:
+    """Attempt this tier. ``instance`` is set for resident and parked, ``snapshot`` for local and remote."""
 
     tier: Tier
     node: str
@@ -67,7 +67,7 @@ JOINABLE = {
 }
 
 
-def decide(facts: Facts, now: float) -> Start | Wait:
+def decide(facts: Facts, now: float) -> Attempt | Wait:
     """Choose the fastest tier there is.
 
     Args:
@@ -98,7 +98,7 @@ def _ready(facts: Facts, node: str) -> bool:
     return node in facts.nodes and facts.nodes[node].state is NodeState.READY
 
 
-def _resident(facts: Facts, instances: list[Instance], now: float) -> Start | None:
+def _resident(facts: Facts, instances: list[Instance], now: float) -> Attempt | None:
     serving = [i for i in instances if i.state is InstanceState.SERVING and not i.busy]
     # A prompt that enters an instance spoils it for capture, so a served one is taken first.
     clean = _wants_capture(facts, now) and not any(i.served for i in serving)
@@ -111,16 +111,16 @@ def _resident(facts: Facts, instances: list[Instance], now: float) -> Start | No
         and chosen.report.weights is facts.deployment.checkpoint.weights
         and facts.nodes[chosen.node].checkpoint_capable
     )
-    return Start(
+    return Attempt(
         Tier.RESIDENT, chosen.node, f"instances/{chosen.id} is serving", instance=chosen.id, capture=capture
     )
 
 
-def _parked(instances: list[Instance]) -> Start | None:
+def _parked(instances: list[Instance]) -> Attempt | None:
     parked = routing.choose(i for i in instances if i.state is InstanceState.PARKED)
     if parked is None:
         return None
-    return Start(Tier.PARKED, parked.node, f"instances/{parked.id} is parked", instance=parked.id)
+    return Attempt(Tier.PARKED, parked.node, f"instances/{parked.id} is parked", instance=parked.id)
 
 
 def _join(instances: list[Instance], states: tuple[InstanceState, ...]) -> Wait | None:
@@ -166,19 +166,19 @@ def _usable(facts: Facts) -> list[Snapshot]:
     ]
 
 
-def _local(facts: Facts) -> Start | None:
+def _local(facts: Facts) -> Attempt | None:
     if facts.deployment.start_mode is not StartMode.CHECKPOINT:
         return None
     held = (snapshot for snapshot in _usable(facts) if snapshot.local)
     newest = max(held, key=lambda s: (s.create_time, s.id), default=None)
     if newest is None:
         return None
-    return Start(
+    return Attempt(
         Tier.LOCAL, newest.node, f"snapshots/{newest.id} is on nodes/{newest.node}", snapshot=newest.id
     )
 
 
-def _remote(facts: Facts) -> Start | None:
+def _remote(facts: Facts) -> Attempt | None:
     if facts.deployment.start_mode is not StartMode.CHECKPOINT:
         return None
     published = [s for s in _usable(facts) if s.published and f"nodes/{s.node}" not in facts.failed]
@@ -187,7 +187,7 @@ def _remote(facts: Facts) -> Start | None:
     newest = max(published, key=lambda s: (s.create_time, s.id)).id
     within_reach = {s.node: facts.nodes[s.node] for s in published if s.id == newest}
     node = place(within_reach)
-    return Start(Tier.REMOTE, node.id, f"snapshots/{newest} is in the object store", snapshot=newest)
+    return Attempt(Tier.REMOTE, node.id, f"snapshots/{newest} is in the object store", snapshot=newest)
 
 
 def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset(), publishing: bool = False) -> Node:
@@ -214,7 +214,7 @@ def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset(), publi
     )
 
 
-def _cold(facts: Facts, now: float) -> Start:
+def _cold(facts: Facts, now: float) -> Attempt:
     node = place(facts.nodes, facts.failed, publishing=facts.deployment.checkpoint.storage is Storage.S3)
     if facts.deployment.start_mode is StartMode.CHECKPOINT:
         reason = "no instance and no usable snapshot" + "".join(
@@ -239,7 +239,7 @@ def _cold(facts: Facts, now: float) -> Start:
     else:
         reason = f"no instance, and start mode {facts.deployment.start_mode.value} uses no snapshot"
     capture = node.checkpoint_capable and _wants_capture(facts, now)
-    return Start(Tier.COLD, node.id, reason, capture=capture)
+    return Attempt(Tier.COLD, node.id, reason, capture=capture)
 
 
 def _wants_capture(facts: Facts, now: float) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from controller.model import (
     Captured,
@@ -31,6 +31,9 @@ from controller.model import (
     Verified,
     Weights,
 )
+
+# The reason of an Unavailable when a node did not answer at all.
+NODE_UNAVAILABLE: Final = "NODE_UNAVAILABLE"
 
 
 class Clock(Protocol):

@@ -9,15 +9,12 @@ import structlog
 
 from controller import expiry
 from controller.backoff import Backoff
-from controller.catalogue import Catalogue
-from controller.commands import NODE_UNAVAILABLE, Commands
+from controller.core import Core
 from controller.expiry import DeleteSnapshot, Forget, GiveUp, KeepWarm, Park, Publish, Stop
-from controller.fleet import Fleet
-from controller.inventory import Inventory
-from controller.metrics import Metrics
-from controller.ports import Clock
-from controller.starter import Starter
-from controller.tasks import Tasks
+from controller.instances import Instances
+from controller.ports import NODE_UNAVAILABLE
+from controller.snapshots import Snapshots
+from controller.starts.starts import Starts
 from dumont.errors import DumontError
 
 log = structlog.get_logger()
@@ -37,25 +34,17 @@ class Reconciler:
 
     def __init__(
         self,
-        inventory: Inventory,
-        catalogue: Catalogue,
-        fleet: Fleet,
-        starter: Starter,
-        commands: Commands,
-        clock: Clock,
-        tasks: Tasks,
-        metrics: Metrics,
+        core: Core,
+        starts: Starts,
+        instances: Instances,
+        snapshots: Snapshots,
         silence: float = 15.0,
         save_every: float = 2.0,
     ) -> None:
-        self._inventory = inventory
-        self._catalogue = catalogue
-        self._fleet = fleet
-        self._starter = starter
-        self._commands = commands
-        self._clock = clock
-        self._tasks = tasks
-        self._metrics = metrics
+        self._core = core
+        self._starts = starts
+        self._instances = instances
+        self._snapshots = snapshots
         self._silence = silence
         self._save_every = save_every
         self._under_way: set[str] = set()
@@ -65,30 +54,30 @@ class Reconciler:
 
     async def run(self) -> None:
         """Until cancelled."""
-        self._tasks.spawn(self._save_last_use(), "save last use")
+        self._core.tasks.spawn(self._save_last_use(), "save last use")
         while True:
-            changed = self._inventory.changed
+            changed = self._core.inventory.changed
             await self._sleep(changed, self.step())
 
     def step(self) -> float | None:
         """Plan once, begin what is due, and return the seconds until more may be."""
-        now = self._clock.moment()
+        now = self._core.clock.moment()
         plan = expiry.plan(self.facts(), now)
         for action in plan.actions:
             self._under_way.add(action.target)
-            self._tasks.spawn(self._carry_out(action), f"{type(action).__name__} {action.target}")
+            self._core.tasks.spawn(self._carry_out(action), f"{type(action).__name__} {action.target}")
         return plan.wake_in
 
     def facts(self) -> expiry.Facts:
         """Everything the plan is made from; targets being acted on are put off."""
         busy = dict.fromkeys(self._under_way, float("inf"))
         return expiry.Facts(
-            deployments=dict(self._catalogue.deployments),
-            instances=tuple(self._inventory.instances.values()),
-            snapshots=tuple(self._inventory.snapshots.values()),
-            nodes=dict(self._inventory.nodes),
-            last_use=self._catalogue.last_use,
-            starting=self._starter.starting,
+            deployments=dict(self._core.deployments.by_id),
+            instances=tuple(self._core.inventory.instances.values()),
+            snapshots=tuple(self._core.inventory.snapshots.values()),
+            nodes=dict(self._core.inventory.nodes),
+            last_use=self._core.deployments.last_use,
+            starting=self._starts.starting,
             retry_at=self._backoff.at | self._restarts.at | busy,
             silence=self._silence,
         )
@@ -97,7 +86,10 @@ class Reconciler:
         if wake_in is None or wake_in == float("inf"):
             await changed.wait()
             return
-        waits = [asyncio.ensure_future(changed.wait()), asyncio.ensure_future(self._clock.sleep(wake_in))]
+        waits = [
+            asyncio.ensure_future(changed.wait()),
+            asyncio.ensure_future(self._core.clock.sleep(wake_in)),
+        ]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -110,52 +102,52 @@ class Reconciler:
             await self._do(action)
         except DumontError as error:
             log.warning("action_failed", action=kind, target=action.target, reason=error.reason)
-            self._metrics.actions.labels(kind, "failed").inc()
+            self._core.metrics.actions.labels(kind, "failed").inc()
             if isinstance(action, Park) and error.reason not in TRANSIENT:
-                self._inventory.refuse_parking(action.instance)
-            self._backoff.failed(action.target, self._clock.moment().steady)
+                self._core.inventory.refuse_parking(action.instance)
+            self._backoff.failed(action.target, self._core.now())
         else:
             log.info("action_done", action=kind, target=action.target, because=action.reason)
-            self._metrics.actions.labels(kind, "ok").inc()
+            self._core.metrics.actions.labels(kind, "ok").inc()
             self._backoff.succeeded(action.target)
         finally:
             self._under_way.discard(action.target)
-            self._inventory.notify()
+            self._core.inventory.notify()
 
     async def _do(self, action: expiry.Action) -> None:
         match action:
             case Park():
-                await self._commands.park(action.instance)
+                await self._instances.park(action.instance)
             case Stop():
-                await self._commands.stop(action.instance)
+                await self._instances.stop(action.instance)
             case DeleteSnapshot():
-                await self._commands.delete_snapshot(action.snapshot)
+                await self._snapshots.delete(action.snapshot)
             case Publish():
-                await self._commands.publish(action.snapshot)
+                await self._snapshots.publish(action.snapshot)
             case KeepWarm():
                 await self._keep_warm(action.deployment)
             case Forget():
-                await self._catalogue.forget(action.deployment)
-                self._starter.failures.pop(action.deployment, None)
+                await self._core.deployments.forget(action.deployment)
+                self._starts.failures.pop(action.deployment, None)
             case GiveUp():
-                await self._fleet.give_up(action.node)
+                await self._core.fleet.give_up(action.node)
             case _:
                 assert_never(action)
 
     async def _keep_warm(self, deployment: str) -> None:
         # One that ends soon after each start must wait longer each time, though every start succeeds.
         key = KeepWarm(deployment, "").target
-        now = self._clock.moment().steady
+        now = self._core.now()
         if now - self._warmed.get(deployment, now) > STEADY_ENOUGH:
             self._restarts.succeeded(key)
         self._restarts.failed(key, now)
-        await self._starter.start(deployment)
-        self._warmed[deployment] = self._clock.moment().steady
+        await self._starts.start(deployment)
+        self._warmed[deployment] = self._core.now()
 
     async def _save_last_use(self) -> None:
         while True:
-            await self._clock.sleep(self._save_every)
+            await self._core.clock.sleep(self._save_every)
             try:
-                await self._catalogue.save_last_use()
+                await self._core.deployments.save_last_use()
             except DumontError as error:
                 log.warning("save_last_use_failed", reason=error.reason, message=error.message)

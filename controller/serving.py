@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from controller.catalogue import Catalogue
-from controller.metrics import Metrics
+from controller.core import Core
+from controller.instances import Instances
 from controller.model import StartInfo
-from controller.ports import Clock, Nodes
-from controller.starter import Lease, Starter
+from controller.starts.starts import Lease, Starts
 from dumont.errors import DeadlineExceeded, DumontError, FailedPrecondition, NotFound, Unavailable
 
 # Kept back from a caller's deadline, so that the answer still reaches it in time.
@@ -21,14 +20,10 @@ Build = Callable[[str], bytes]
 class Serving:
     """Answers from deployments. Requests and answers are bytes that only the ends understand."""
 
-    def __init__(
-        self, starter: Starter, nodes: Nodes, catalogue: Catalogue, clock: Clock, metrics: Metrics
-    ) -> None:
-        self._starter = starter
-        self._nodes = nodes
-        self._catalogue = catalogue
-        self._clock = clock
-        self._metrics = metrics
+    def __init__(self, core: Core, starts: Starts, instances: Instances) -> None:
+        self._core = core
+        self._starts = starts
+        self._instances = instances
 
     async def generate(
         self, deployment: str, engine: str, build: Build, timeout: float | None
@@ -49,12 +44,12 @@ class Serving:
         deadline = self._deadline(timeout)
         why: tuple[str, ...] = ()
         for last in (False, True):
-            with await self._starter.acquire(deployment, why) as lease:
+            with await self._starts.acquire(deployment, why) as lease:
                 began = False
                 outcome = "cancelled"
                 try:
                     request = build(lease.info.instance)
-                    frames = self._nodes.generate(lease.info.node, request, self._left(deadline))
+                    frames = self._core.nodes.generate(lease.info.node, request, self._left(deadline))
                     async with aclosing(frames):
                         async for frame in frames:
                             if not began:
@@ -81,11 +76,11 @@ class Serving:
         deadline = self._deadline(timeout)
         why: tuple[str, ...] = ()
         while True:
-            with await self._starter.acquire(deployment, why) as lease:
+            with await self._starts.acquire(deployment, why) as lease:
                 outcome = "cancelled"
                 try:
                     request = build(lease.info.instance)
-                    answer = await self._nodes.embed(lease.info.node, request, self._left(deadline))
+                    answer = await self._core.nodes.embed(lease.info.node, request, self._left(deadline))
                     outcome = "ok"
                     return lease.info, answer
                 except DumontError as error:
@@ -97,13 +92,13 @@ class Serving:
                     self._count("embed", lease, outcome)
 
     async def _lost(self, lease: Lease, error: DumontError, why: tuple[str, ...]) -> tuple[str, ...]:
-        return (*why, await self._starter.lost(lease.info.instance, error))
+        return (*why, await self._instances.diagnose(lease.info.instance, error))
 
     def _count(self, method: str, lease: Lease, outcome: str) -> None:
-        self._metrics.requests.labels(method, lease.info.tier.value, outcome).inc()
+        self._core.metrics.requests.labels(method, lease.info.tier.value, outcome).inc()
 
     def _check_engine(self, deployment: str, engine: str) -> None:
-        known = self._catalogue.get_active(deployment)
+        known = self._core.deployments.get_active(deployment)
         if known.engine != engine:
             raise FailedPrecondition(
                 "WRONG_ENGINE",
@@ -113,12 +108,12 @@ class Serving:
             )
 
     def _deadline(self, timeout: float | None) -> float | None:
-        return None if timeout is None else self._clock.moment().steady + timeout - MARGIN
+        return None if timeout is None else self._core.now() + timeout - MARGIN
 
     def _left(self, deadline: float | None) -> float | None:
         if deadline is None:
             return None
-        left = deadline - self._clock.moment().steady
+        left = deadline - self._core.now()
         if left <= 0:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the caller's time was up when the model was ready")
         return left

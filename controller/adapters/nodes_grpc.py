@@ -13,9 +13,8 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
 
 from controller import convert, snapshot_messages
-from controller.commands import NODE_UNAVAILABLE
 from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
-from controller.ports import Change, Removed, Synchronized
+from controller.ports import NODE_UNAVAILABLE, Change, Removed, Synchronized
 from dumont.errors import DeadlineExceeded, DumontError, Internal, Unavailable
 from dumont.rpc.status import from_rpc_error, from_status
 from dumont.snapshotd.v1 import (

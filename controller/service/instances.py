@@ -9,12 +9,11 @@ from contextlib import aclosing
 from google.protobuf.empty_pb2 import Empty
 
 from controller import convert
-from controller.catalogue import Catalogue
-from controller.commands import Commands
-from controller.inventory import Inventory
+from controller.core import Core
+from controller.instances import Instances
 from controller.model import Instance
 from controller.paging import page
-from controller.ports import Nodes, Removed, Synchronized
+from controller.ports import Removed, Synchronized
 from dumont import names
 from dumont.controller.v1 import instance_service_pb2 as pb
 from dumont.controller.v1 import instance_service_pb2_grpc as pb_grpc
@@ -23,18 +22,10 @@ from dumont.rpc.streams import until_draining
 
 
 class InstanceService(pb_grpc.InstanceServiceServicer):
-    def __init__(
-        self,
-        inventory: Inventory,
-        catalogue: Catalogue,
-        commands: Commands,
-        nodes: Nodes,
-        draining: asyncio.Event,
-    ) -> None:
-        self._inventory = inventory
-        self._catalogue = catalogue
-        self._commands = commands
-        self._nodes = nodes
+    def __init__(self, core: Core, instances: Instances, draining: asyncio.Event) -> None:
+        self._core = core
+        self._inventory = core.inventory
+        self._instances = instances
         self._draining = draining
 
     async def GetInstance(self, request: pb.GetInstanceRequest, context: object) -> pb.Instance:
@@ -65,14 +56,14 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
                     yield pb.WatchInstancesResponse(instance=self._message(change))
 
     async def ParkInstance(self, request: pb.ParkInstanceRequest, context: object) -> pb.Instance:
-        return self._message(await self._commands.park(names.parse(request.name, "instances", "name")))
+        return self._message(await self._instances.park(names.parse(request.name, "instances", "name")))
 
     async def ResumeInstance(self, request: pb.ResumeInstanceRequest, context: object) -> pb.Instance:
-        return self._message(await self._commands.resume(names.parse(request.name, "instances", "name")))
+        return self._message(await self._instances.resume(names.parse(request.name, "instances", "name")))
 
     async def StopInstance(self, request: pb.StopInstanceRequest, context: object) -> Empty:
         # A person may end an instance that hangs in a request; only the timers wait for requests.
-        await self._commands.stop(names.parse(request.name, "instances", "name"), force=True)
+        await self._instances.stop(names.parse(request.name, "instances", "name"), force=True)
         return Empty()
 
     async def StreamInstanceLogs(
@@ -83,11 +74,11 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
             raise InvalidArgument(
                 "NEGATIVE_TAIL_LINES", "tail_lines must not be negative", field="tail_lines"
             )
-        self._commands.check_reachable(instance.node)
-        logs = self._nodes.stream_logs(instance.node, instance.id, request.tail_lines, request.follow)
+        self._core.fleet.check_reachable(instance.node)
+        logs = self._core.nodes.stream_logs(instance.node, instance.id, request.tail_lines, request.follow)
         async with aclosing(logs), aclosing(until_draining(logs, self._draining)) as lines:
             async for data in lines:
                 yield pb.StreamInstanceLogsResponse(data=data)
 
     def _message(self, instance: Instance) -> pb.Instance:
-        return convert.instance(instance, self._catalogue.last_use.get(instance.deployment))
+        return convert.instance(instance, self._core.deployments.last_use.get(instance.deployment))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from controller import convert
-from controller.fleet import Fleet
-from controller.inventory import Inventory
+from controller.core import Core
 from controller.paging import page
 from dumont import names
 from dumont.controller.v1 import node_service_pb2 as pb
@@ -15,9 +14,9 @@ from dumont.errors import InvalidArgument
 class NodeService(pb_grpc.NodeServiceServicer):
     """Args: ``interval``, seconds that nodes are told to leave between heartbeats."""
 
-    def __init__(self, fleet: Fleet, inventory: Inventory, interval: float) -> None:
-        self._fleet = fleet
-        self._inventory = inventory
+    def __init__(self, core: Core, interval: float) -> None:
+        self._fleet = core.fleet
+        self._inventory = core.inventory
         self._interval = interval
 
     async def RegisterNode(self, request: pb.RegisterNodeRequest, context: object) -> pb.RegisterNodeResponse:

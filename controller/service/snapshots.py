@@ -9,13 +9,11 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from controller import convert, snapshot_messages
-from controller.catalogue import Catalogue
-from controller.commands import Commands
-from controller.inventory import Inventory
+from controller.core import Core
 from controller.model import Snapshot
 from controller.paging import page
-from controller.ports import Clock
-from controller.starter import Starter
+from controller.snapshots import Snapshots
+from controller.starts.starts import Starts
 from dumont import names
 from dumont.controller.v1 import snapshot_service_pb2 as pb
 from dumont.controller.v1 import snapshot_service_pb2_grpc as pb_grpc
@@ -24,34 +22,25 @@ from dumont.rpc.operations import Operations, Progress
 
 
 class SnapshotService(pb_grpc.SnapshotServiceServicer):
-    def __init__(
-        self,
-        inventory: Inventory,
-        catalogue: Catalogue,
-        commands: Commands,
-        starter: Starter,
-        operations: Operations,
-        clock: Clock,
-    ) -> None:
-        self._inventory = inventory
-        self._catalogue = catalogue
-        self._commands = commands
-        self._starter = starter
+    def __init__(self, core: Core, snapshots: Snapshots, starts: Starts, operations: Operations) -> None:
+        self._core = core
+        self._inventory = core.inventory
+        self._snapshots = snapshots
+        self._starts = starts
         self._operations = operations
-        self._clock = clock
 
     async def CreateSnapshot(
         self, request: pb.CreateSnapshotRequest, context: object
     ) -> operations_pb2.Operation:
         deployment = names.parse(request.deployment, "deployments", "deployment")
         identifier = self._new_id(request.snapshot_id, deployment)
-        self._starter.check_captured(deployment)
+        self._starts.check_capturable(deployment)
 
         async def work(progress: Progress) -> pb.Snapshot:
-            def told(instance: str, stage: str) -> None:
+            def on_stage(instance: str, stage: str) -> None:
                 progress.update(instance=f"instances/{instance}" if instance else "", stage=stage)
 
-            return self._message(await self._starter.snapshot(deployment, identifier, told))
+            return self._message(await self._starts.capture(deployment, identifier, on_stage))
 
         metadata = pb.CreateSnapshotMetadata(
             deployment=request.deployment,
@@ -64,7 +53,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
         known = self._inventory.snapshot(names.parse(request.name, "snapshots", "name"))
         if known.published:
             # What it takes in the store changes with every other snapshot, so its node is asked.
-            known = replace(known, stored=await self._commands.stored(known))
+            known = replace(known, stored=await self._snapshots.stored(known))
         return self._message(known)
 
     async def PrefetchSnapshot(
@@ -72,10 +61,10 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
     ) -> operations_pb2.Operation:
         snapshot = names.parse(request.name, "snapshots", "name")
         wanted = names.parse(request.node, "nodes", "node") if request.node else ""
-        node = self._commands.prefetch_node(snapshot, wanted)
+        node = self._snapshots.prefetch_node(snapshot, wanted)
 
         async def work(progress: Progress) -> pb.Snapshot:
-            return self._message(await self._commands.prefetch(snapshot, node))
+            return self._message(await self._snapshots.prefetch(snapshot, node))
 
         metadata = pb.PrefetchSnapshotMetadata(
             snapshot=request.name, node=f"nodes/{node}", create_time=self._now()
@@ -88,7 +77,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
         known = self._inventory.snapshot(names.parse(request.name, "snapshots", "name"))
 
         async def work(progress: Progress) -> pb.VerifySnapshotResponse:
-            found = await self._commands.verify(known.id)
+            found = await self._snapshots.verify(known.id)
             return pb.VerifySnapshotResponse(
                 local_bytes=found.local_bytes, published_bytes=found.published_bytes
             )
@@ -101,10 +90,10 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
     async def PruneSnapshots(
         self, request: pb.PruneSnapshotsRequest, context: object
     ) -> operations_pb2.Operation:
-        node = self._commands.store_node()
+        node = self._snapshots.store_node()
 
         async def work(progress: Progress) -> pb.PruneSnapshotsResponse:
-            found = await self._commands.prune(node, request.dry_run)
+            found = await self._snapshots.prune(node, request.dry_run)
             return pb.PruneSnapshotsResponse(
                 objects=found.objects,
                 object_count=found.object_count,
@@ -128,11 +117,11 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
         )
 
     async def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, context: object) -> Empty:
-        await self._commands.delete_snapshot(names.parse(request.name, "snapshots", "name"))
+        await self._snapshots.delete(names.parse(request.name, "snapshots", "name"))
         return Empty()
 
     def _now(self) -> Timestamp:
-        return convert.timestamp(self._clock.moment().wall)
+        return convert.timestamp(self._core.clock.moment().wall)
 
     def _new_id(self, wanted: str, deployment: str) -> str:
         if not wanted:
@@ -148,6 +137,6 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
         return identifier
 
     def _message(self, snapshot: Snapshot) -> pb.Snapshot:
-        owner = self._catalogue.deployments.get(snapshot.deployment)
-        last_use = self._catalogue.last_use.get(snapshot.deployment)
+        owner = self._core.deployments.by_id.get(snapshot.deployment)
+        last_use = self._core.deployments.last_use.get(snapshot.deployment)
         return snapshot_messages.message(snapshot, last_use, owner.ttl_seconds if owner else None)

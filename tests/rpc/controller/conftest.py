@@ -33,9 +33,11 @@ async def served() -> AsyncIterator[Served]:
     nodes = MemoryNodes(clock)
     nodes.add_node("n1")
     controller = await assemble(nodes, MemoryRegistry(), clock)
-    await controller.fleet.register(Node("n1", "n1:7071", checkpoint_capable=True))
+    await controller.core.fleet.register(Node("n1", "n1:7071", checkpoint_capable=True))
     async with asyncio.timeout(5):
-        await controller.inventory.until(lambda: controller.inventory.nodes["n1"].state is NodeState.READY)
+        await controller.core.inventory.until(
+            lambda: controller.core.inventory.nodes["n1"].state is NodeState.READY
+        )
     server = new_server(DOMAIN, LIMITS)
     health = add_standard_services(server, SERVICES)
     running = Operations(DOMAIN)

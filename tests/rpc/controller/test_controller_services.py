@@ -178,14 +178,14 @@ async def test_a_cancelled_call_is_cancelled_on_the_node(served) -> None:
     call = generate(served)
     assert (await call.read()).WhichOneof("event") == "start"
     assert (await call.read()).WhichOneof("event") == "chunk"
-    (instance,) = served.controller.inventory.instances.values()
+    (instance,) = served.controller.core.inventory.instances.values()
     assert instance.in_flight == 1
 
     call.cancel()
 
     async with asyncio.timeout(5):
-        await served.controller.inventory.until(
-            lambda: served.controller.inventory.instances[instance.id].in_flight == 0
+        await served.controller.core.inventory.until(
+            lambda: served.controller.core.inventory.instances[instance.id].in_flight == 0
         )
     assert [c[0] for c in served.nodes.cancelled] == ["generate"]
 
@@ -199,10 +199,10 @@ async def test_a_deadline_travels_on_and_ends_the_call(served) -> None:
     assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert served.nodes.timeouts[0] is None
     assert 0 < served.nodes.timeouts[1] < 0.3
-    (instance,) = served.controller.inventory.instances
+    (instance,) = served.controller.core.inventory.instances
     async with asyncio.timeout(5):
-        await served.controller.inventory.until(
-            lambda: served.controller.inventory.instances[instance].in_flight == 0
+        await served.controller.core.inventory.until(
+            lambda: served.controller.core.inventory.instances[instance].in_flight == 0
         )
 
 

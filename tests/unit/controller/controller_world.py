@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 
 from controller.assembly import Controller, assemble
-from controller.catalogue import Draft
+from controller.deployments import Draft
 from controller.model import CAUSAL_LM, Deployment, InstanceState, Node, NodeState, StartInfo, StartMode
 from tests.fakes.manual_clock import ManualClock
 from tests.fakes.memory_nodes import MemoryNodes
@@ -29,7 +29,7 @@ class World:
     async def crash(self) -> None:
         """The controller dies without a word; what it began on nodes goes on."""
         self.nodes.abandoned = True
-        await self.controller.tasks.close()
+        await self.controller.core.tasks.close()
         self.nodes.abandoned = False
         self.nodes.release_all()
 
@@ -44,14 +44,14 @@ class World:
             memory_available_bytes=memory,
             object_store=object_store,
         )
-        await self.controller.fleet.register(facts)
+        await self.controller.core.fleet.register(facts)
         await self.until(lambda: self.inventory.nodes[identifier].state is NodeState.READY)
 
     async def deploy(
         self, mode: StartMode = StartMode.CHECKPOINT, identifier: str = "qa", **settings: object
     ) -> Deployment:
         draft = Draft(model="org/model", engine="", start_mode=mode, **settings)
-        return await self.controller.catalogue.create(identifier, draft, "")
+        return await self.controller.core.deployments.create(identifier, draft, "")
 
     async def ask(self, deployment: str = "qa") -> tuple[StartInfo, list[bytes]]:
         frames = self.controller.serving.generate(deployment, CAUSAL_LM, str.encode, None)
@@ -65,11 +65,11 @@ class World:
         while (left := end - self.clock.moment().steady) > 0:
             for identifier, node in self.nodes.world.items():
                 if node.up and identifier in self.inventory.nodes:
-                    self.controller.fleet.heartbeat(identifier, 0)
+                    self.controller.core.fleet.heartbeat(identifier, 0)
             self.clock.advance(min(left, max(5.0, seconds / 20)) if left > 5.0 else left)
             for identifier, node in self.nodes.world.items():
                 if node.up and identifier in self.inventory.nodes:
-                    self.controller.fleet.heartbeat(identifier, 0)
+                    self.controller.core.fleet.heartbeat(identifier, 0)
             await self.settle()
 
     async def settle(self) -> None:
@@ -83,7 +83,7 @@ class World:
 
     @property
     def inventory(self):
-        return self.controller.inventory
+        return self.controller.core.inventory
 
     def states(self, deployment: str = "qa") -> list[InstanceState]:
         return [instance.state for instance in self.inventory.instances_of(deployment)]

@@ -134,9 +134,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.run(self.remove(identifier))
 
     async def remove(self, identifier: str) -> None:
-        if identifier in self.world.controller.catalogue.deployments:
-            await self.world.controller.catalogue.begin_delete(identifier)
-            await self.world.controller.starter.cancel(identifier)
+        if identifier in self.world.controller.core.deployments.by_id:
+            await self.world.controller.core.deployments.begin_delete(identifier)
+            await self.world.controller.starts.cancel(identifier)
 
     @precondition(lambda self: self.world.inventory.instances)
     @rule(data=st.data(), command=st.sampled_from(["park", "resume", "stop"]))
@@ -144,7 +144,7 @@ class AnyOrder(RuleBasedStateMachine):
         target = data.draw(st.sampled_from(sorted(self.world.inventory.instances)))
 
         async def work() -> None:
-            call = getattr(self.world.controller.commands, command)
+            call = getattr(self.world.controller.instances, command)
             self.asked.append(asyncio.create_task(call(target)))
 
         self.run(work())
@@ -154,9 +154,7 @@ class AnyOrder(RuleBasedStateMachine):
         async def work() -> None:
             wanted = f"s{len(self.asked)}"
             self.asked.append(
-                asyncio.create_task(
-                    self.world.controller.starter.snapshot(identifier, wanted, lambda *_: None)
-                )
+                asyncio.create_task(self.world.controller.starts.capture(identifier, wanted, lambda *_: None))
             )
 
         self.run(work())
@@ -198,11 +196,11 @@ class AnyOrder(RuleBasedStateMachine):
             assert good or isinstance(answer, DumontError | asyncio.CancelledError), answer
         assert [i.in_flight for i in world.inventory.instances.values() if i.in_flight] == []
         assert set(world.inventory.instances) == set(world.nodes.world["n1"].instances)
-        for identifier in list(world.controller.catalogue.deployments):
+        for identifier in list(world.controller.core.deployments.by_id):
             await self.remove(identifier)
         for _ in range(10):
             await world.advance(61)
-        assert world.controller.catalogue.deployments == {}
+        assert world.controller.core.deployments.by_id == {}
         assert world.nodes.world["n1"].instances == {}
         assert world.nodes.world["n1"].snapshots == {}
         assert (await world.registry.load()).intents == ()

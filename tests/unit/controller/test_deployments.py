@@ -30,7 +30,7 @@ CHECKPOINT = pb.START_MODE_CHECKPOINT
 async def service(world) -> DeploymentService:
     await world.node()
     parts = world.controller
-    return DeploymentService(parts.catalogue, parts.starter, parts.inventory)
+    return DeploymentService(parts.core, parts.starts)
 
 
 def request(identifier: str = "qa", **fields: object) -> pb.CreateDeploymentRequest:
@@ -158,7 +158,7 @@ async def test_what_a_node_says_of_the_model_names_the_field(world, service, err
 
 async def test_without_a_node_the_model_cannot_be_checked(world) -> None:
     parts = world.controller
-    alone = DeploymentService(parts.catalogue, parts.starter, parts.inventory)
+    alone = DeploymentService(parts.core, parts.starts)
     with pytest.raises(Unavailable) as failure:
         await create(alone)
     assert failure.value.reason == "NO_NODE"
@@ -188,8 +188,8 @@ async def test_prewarm_starts_and_captures_at_once(world, service) -> None:
     wanted.prewarm = True
     made = await service.CreateDeployment(wanted, None)
     assert made.state == pb.Deployment.STATE_CREATING
-    await world.until(lambda: bool(world.inventory.snapshots) and not world.controller.starter.starting)
-    assert world.controller.starter.condition(world.controller.catalogue.get("qa")) == (
+    await world.until(lambda: bool(world.inventory.snapshots) and not world.controller.starts.starting)
+    assert world.controller.starts.condition(world.controller.core.deployments.get("qa")) == (
         DeploymentState.ACTIVE,
         "",
     )
@@ -306,7 +306,7 @@ async def test_delete_returns_when_nothing_is_left(world, service) -> None:
     await service.DeleteDeployment(pb.DeleteDeploymentRequest(name="deployments/qa"), None)
     assert world.nodes.world["n1"].instances == {}
     assert world.nodes.world["n1"].snapshots == {}
-    assert world.controller.catalogue.deployments == {}
+    assert world.controller.core.deployments.by_id == {}
 
 
 async def test_a_list_comes_in_pages_that_join_to_all(service) -> None:

@@ -21,7 +21,7 @@ from controller.model import (
     Tier,
     Weights,
 )
-from controller.policy import Facts, Start, Wait, decide, place
+from controller.policy import Attempt, Facts, Wait, decide, place
 from controller.routing import choose
 from dumont.errors import Unavailable
 
@@ -86,7 +86,7 @@ def test_the_fastest_tier_there_is(
         assert isinstance(decision, Wait)
         assert decision.instance == "qa-1"
     else:
-        assert isinstance(decision, Start)
+        assert isinstance(decision, Attempt)
         restorable = mode is StartMode.CHECKPOINT and snapshots and not snapshots[0].quarantined
         expected = {InstanceState.SERVING: Tier.RESIDENT, InstanceState.PARKED: Tier.PARKED}.get(
             state, Tier.LOCAL if restorable else Tier.COLD
@@ -97,7 +97,7 @@ def test_the_fastest_tier_there_is(
 
 def test_a_clean_resident_instance_is_captured_before_its_first_prompt() -> None:
     decision = decide(facts(instances=(instance(InstanceState.SERVING),)), NOW)
-    assert isinstance(decision, Start)
+    assert isinstance(decision, Attempt)
     assert (decision.tier, decision.capture) == (Tier.RESIDENT, True)
 
 
@@ -114,7 +114,7 @@ def test_a_clean_resident_instance_is_captured_before_its_first_prompt() -> None
 )
 def test_no_capture_of_a_resident_instance_when(change: dict[str, object]) -> None:
     decision = decide(facts(**change), NOW)
-    assert isinstance(decision, Start)
+    assert isinstance(decision, Attempt)
     assert (decision.tier, decision.capture) == (Tier.RESIDENT, False)
 
 
@@ -132,7 +132,7 @@ def test_a_snapshot_is_restored_if_its_weights_are_where_they_are_wanted(
 ) -> None:
     known = snapshot(weights=weights, local=held, published=True, ours=True)
     decision = decide(weighed(wanted, snapshots=(known,)), NOW)
-    assert isinstance(decision, Start)
+    assert isinstance(decision, Attempt)
     if weights is wanted:
         assert (decision.tier, decision.capture) == (Tier.LOCAL if held else Tier.REMOTE, False)
     else:
@@ -145,7 +145,7 @@ def test_a_clean_instance_is_captured_if_its_weights_are_where_they_are_wanted(w
     report = Report("qa-1", "qa", InstanceState.SERVING, create_time=1.0, weights=weights)
     serving = instance(InstanceState.SERVING, report=report)
     decision = decide(weighed(Weights.INCLUDED, instances=(serving,)), NOW)
-    assert isinstance(decision, Start)
+    assert isinstance(decision, Attempt)
     assert (decision.tier, decision.capture) == (Tier.RESIDENT, weights is Weights.INCLUDED)
 
 
@@ -155,7 +155,7 @@ def test_what_failed_in_this_start_is_not_chosen_again() -> None:
     failed: frozenset[str] = frozenset()
     for name in ("instances/qa-1", "snapshots/s1", "snapshots/s0", None):
         decision = decide(replace(known, failed=failed), NOW)
-        assert isinstance(decision, Start)
+        assert isinstance(decision, Attempt)
         tiers.append((decision.tier, decision.snapshot))
         failed |= {name} if name else set()
     assert tiers == [(Tier.PARKED, ""), (Tier.LOCAL, "s1"), (Tier.LOCAL, "s0"), (Tier.COLD, "")]
@@ -164,14 +164,14 @@ def test_what_failed_in_this_start_is_not_chosen_again() -> None:
 def test_the_newest_snapshot_is_restored() -> None:
     known = facts(snapshots=(snapshot("old", create_time=1.0), snapshot("new", create_time=2.0)))
     decision = decide(known, NOW)
-    assert isinstance(decision, Start)
+    assert isinstance(decision, Attempt)
     assert decision.snapshot == "new"
 
 
 def test_a_snapshot_on_a_node_that_cannot_restore_is_passed_over() -> None:
     known = facts(snapshots=(snapshot(),), nodes={"n1": node(checkpoint_capable=False)})
     decision = decide(known, NOW)
-    assert isinstance(decision, Start)
+    assert isinstance(decision, Attempt)
     assert (decision.tier, decision.capture) == (Tier.COLD, False)
 
 
@@ -188,7 +188,7 @@ def test_a_cold_start_says_what_kept_it_from_a_faster_tier() -> None:
         nodes={"n1": node(checkpoint_capable=False, findings=(Finding("criu", True, "CRIU 4.1"), shared))},
     )
     decision = decide(known, NOW)
-    assert isinstance(decision, Start)
+    assert isinstance(decision, Attempt)
     assert decision.tier is Tier.COLD
     assert "its canary answered wrongly" in decision.reason
     assert other in decision.reason
@@ -200,7 +200,7 @@ def test_a_silent_node_delays_new_starts_but_not_what_serves_elsewhere() -> None
     nodes = {"n1": node(), "n2": node(NodeState.CONNECTING, "n2")}
     serving = instance(InstanceState.SERVING, served=True)
     assert isinstance(decide(facts(nodes=nodes), NOW), Wait)
-    assert isinstance(decide(facts(nodes=nodes, instances=(serving,)), NOW), Start)
+    assert isinstance(decide(facts(nodes=nodes, instances=(serving,)), NOW), Attempt)
 
 
 def test_a_cold_start_goes_to_the_capable_node_with_most_memory() -> None:

@@ -8,7 +8,7 @@ import pytest
 from test_policy import NOW, deployment, node, snapshot
 
 from controller.model import Captured, Snapshot, StartMode, Storage, Tier
-from controller.policy import Facts, Start, decide
+from controller.policy import Attempt, Facts, decide
 from dumont.errors import DataLoss, FailedPrecondition, Unavailable
 
 SHARED = {"local": False, "published": True, "ours": True}
@@ -19,9 +19,9 @@ def facts(*snapshots: Snapshot, mode: StartMode = StartMode.CHECKPOINT, **known:
     return replace(Facts(deployment(mode), (), snapshots, nodes), **known)
 
 
-def chosen(known: Facts) -> Start:
+def chosen(known: Facts) -> Attempt:
     decision = decide(known, NOW)
-    assert isinstance(decision, Start)
+    assert isinstance(decision, Attempt)
     return decision
 
 
@@ -118,7 +118,7 @@ async def test_when_the_capturing_node_is_gone_another_one_restores_from_the_sto
     snapshot = await published(two_nodes)
     (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
     two_nodes.nodes.cut(holder)
-    await two_nodes.controller.fleet.give_up(holder)
+    await two_nodes.controller.core.fleet.give_up(holder)
 
     info, _ = await two_nodes.ask()
 
@@ -131,7 +131,7 @@ async def test_an_older_snapshot_under_the_same_id_is_refused_by_its_digest(two_
     (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
     (other,) = {"n1", "n2"} - {holder}
     two_nodes.nodes.bucket[snapshot] = replace(two_nodes.nodes.bucket[snapshot], manifest_digest="older")
-    await two_nodes.controller.fleet.refresh_snapshots(other)
+    await two_nodes.controller.core.fleet.refresh_snapshots(other)
 
     (seen,) = [copy for copy in two_nodes.inventory.copies(snapshot) if copy.node == other]
 
@@ -147,8 +147,8 @@ async def test_a_restore_names_the_digest_that_was_captured(two_nodes) -> None:
 
 async def test_deleting_a_deployment_empties_the_store_too(two_nodes) -> None:
     await published(two_nodes)
-    await two_nodes.controller.catalogue.begin_delete("qa")
-    await two_nodes.until(lambda: "qa" not in two_nodes.controller.catalogue.deployments)
+    await two_nodes.controller.core.deployments.begin_delete("qa")
+    await two_nodes.until(lambda: "qa" not in two_nodes.controller.core.deployments.by_id)
     assert two_nodes.nodes.bucket == {}
     assert (await two_nodes.registry.load()).captured == ()
 
@@ -156,7 +156,7 @@ async def test_deleting_a_deployment_empties_the_store_too(two_nodes) -> None:
 async def test_what_another_controller_published_is_left_alone(two_nodes) -> None:
     theirs = Snapshot("theirs", "forgotten", "n1", 1.0)
     two_nodes.nodes.bucket["theirs"] = theirs
-    await two_nodes.controller.fleet.refresh_snapshots("n1")
+    await two_nodes.controller.core.fleet.refresh_snapshots("n1")
     two_nodes.controller.reconciler.step()
     assert "theirs" in two_nodes.inventory.snapshots
     assert two_nodes.nodes.named("delete_snapshot") == []
@@ -166,9 +166,9 @@ async def test_a_snapshot_that_no_reachable_node_knows_cannot_be_deleted_now(two
     snapshot = await published(two_nodes)
     for name in ("n1", "n2"):
         two_nodes.nodes.cut(name)
-        await two_nodes.controller.fleet.give_up(name)
+        await two_nodes.controller.core.fleet.give_up(name)
     with pytest.raises(Unavailable):
-        await two_nodes.controller.commands.delete_snapshot(snapshot)
+        await two_nodes.controller.snapshots.delete(snapshot)
     assert snapshot in two_nodes.nodes.bucket
 
 
@@ -176,8 +176,8 @@ async def test_a_snapshot_that_no_reachable_node_knows_cannot_be_deleted_now(two
 
 
 async def prefetched(world, snapshot: str, wanted: str = "") -> Snapshot:
-    commands = world.controller.commands
-    return await commands.prefetch(snapshot, commands.prefetch_node(snapshot, wanted))
+    snapshots = world.controller.snapshots
+    return await snapshots.prefetch(snapshot, snapshots.prefetch_node(snapshot, wanted))
 
 
 async def test_once_it_was_brought_to_another_node_a_start_there_is_a_local_one(two_nodes) -> None:
@@ -189,7 +189,7 @@ async def test_once_it_was_brought_to_another_node_a_start_there_is_a_local_one(
 
     assert two_nodes.nodes.named("prefetch") == [("prefetch", other, snapshot)]
     two_nodes.nodes.cut(holder)
-    await two_nodes.controller.fleet.give_up(holder)
+    await two_nodes.controller.core.fleet.give_up(holder)
     info, _ = await two_nodes.ask()
     assert (info.tier, info.node) == (Tier.LOCAL, other)
 
@@ -202,14 +202,14 @@ async def test_left_to_the_controller_it_goes_where_it_is_already_or_where_a_sta
     (other,) = {"n1", "n2"} - {holder}
     assert (await prefetched(two_nodes, snapshot)).node == holder
     two_nodes.nodes.cut(holder)
-    await two_nodes.controller.fleet.give_up(holder)
+    await two_nodes.controller.core.fleet.give_up(holder)
     assert (await prefetched(two_nodes, snapshot)).node == other
 
 
 async def test_what_a_restore_would_refuse_is_brought_nowhere(two_nodes) -> None:
     theirs = Snapshot("theirs", "forgotten", "n1", 1.0)
     two_nodes.nodes.bucket["theirs"] = theirs
-    await two_nodes.controller.fleet.refresh_snapshots("n1")
+    await two_nodes.controller.core.fleet.refresh_snapshots("n1")
     with pytest.raises(FailedPrecondition) as refusal:
         await prefetched(two_nodes, "theirs")
     assert refusal.value.reason == "SNAPSHOT_OUT_OF_REACH"
@@ -230,5 +230,5 @@ async def test_a_manifest_that_was_replaced_is_not_brought_and_known_as_such(two
 async def test_a_prune_needs_a_node_with_a_store(world) -> None:
     await world.node()
     with pytest.raises(FailedPrecondition) as refusal:
-        world.controller.commands.store_node()
+        world.controller.snapshots.store_node()
     assert refusal.value.reason == "OBJECT_STORE_NOT_CONFIGURED"

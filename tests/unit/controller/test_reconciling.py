@@ -88,16 +88,16 @@ async def test_an_instance_that_cannot_park_is_stopped_instead(world) -> None:
 async def test_a_person_may_not_park_under_a_request_nor_resume_what_serves(world) -> None:
     await world.node()
     await world.deploy()
-    with await world.controller.starter.acquire("qa") as lease:
+    with await world.controller.starts.acquire("qa") as lease:
         with pytest.raises(FailedPrecondition) as busy:
-            await world.controller.commands.park(lease.info.instance)
+            await world.controller.instances.park(lease.info.instance)
         with pytest.raises(FailedPrecondition) as illegal:
-            await world.controller.commands.resume(lease.info.instance)
+            await world.controller.instances.resume(lease.info.instance)
     assert busy.value.reason == "INSTANCE_BUSY"
     assert illegal.value.reason == "ILLEGAL_TRANSITION"
     assert world.nodes.named("park") == []
-    assert (await world.controller.commands.park(lease.info.instance)).state is PARKED
-    assert (await world.controller.commands.resume(lease.info.instance)).state is SERVING
+    assert (await world.controller.instances.park(lease.info.instance)).state is PARKED
+    assert (await world.controller.instances.resume(lease.info.instance)).state is SERVING
 
 
 async def test_a_command_runs_on_when_its_caller_leaves(world) -> None:
@@ -105,7 +105,7 @@ async def test_a_command_runs_on_when_its_caller_leaves(world) -> None:
     await world.deploy()
     info, _ = await world.ask()
     held = world.nodes.hold("park")
-    parking = asyncio.create_task(world.controller.commands.park(info.instance))
+    parking = asyncio.create_task(world.controller.instances.park(info.instance))
     await world.nodes.called("park")
     parking.cancel()
     held.set()
@@ -120,7 +120,7 @@ async def test_after_a_refused_command_the_node_says_what_is_true(world) -> None
     world.nodes.world["n1"].instances.pop(info.instance)
     world.nodes.fail("park", Internal("BROKEN", "?"))
     with pytest.raises(Internal):
-        await world.controller.commands.park(info.instance)
+        await world.controller.instances.park(info.instance)
     assert world.states() == []
 
 
@@ -140,7 +140,7 @@ async def test_a_lost_warm_instance_comes_back_with_growing_waits(world) -> None
     gaps = []
     for _ in range(4):
         await world.until(lambda: world.states() == [SERVING])
-        await world.until(lambda: not world.controller.starter.starting)
+        await world.until(lambda: not world.controller.starts.starting)
         world.nodes.lose("n1", world.inventory.instances_of("qa")[0].id)
         await world.settle()
         lost = world.clock.moment().steady
@@ -160,21 +160,21 @@ async def test_a_warm_start_that_fails_is_tried_again(world) -> None:
     await world.node()
     world.nodes.fail("start", Internal("LOAD_FAILED", "no"))
     await world.deploy(StartMode.WARM)
-    await world.until(lambda: "qa" in world.controller.starter.failures)
+    await world.until(lambda: "qa" in world.controller.starts.failures)
     await world.advance(2)
     await world.until(lambda: world.states() == [SERVING])
-    assert world.controller.starter.failures == {}
+    assert world.controller.starts.failures == {}
 
 
 async def test_deleting_ends_instances_and_snapshots_then_forgets(world) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
-    await world.controller.catalogue.begin_delete("qa")
-    await world.controller.starter.cancel("qa")
+    await world.controller.core.deployments.begin_delete("qa")
+    await world.controller.starts.cancel("qa")
     with pytest.raises(FailedPrecondition, match="being deleted"):
         await world.ask()
-    await world.until(lambda: "qa" not in world.controller.catalogue.deployments)
+    await world.until(lambda: "qa" not in world.controller.core.deployments.by_id)
     assert world.nodes.world["n1"].instances == {}
     assert world.nodes.world["n1"].snapshots == {}
     assert (await world.registry.load()).deployments == ()
@@ -188,11 +188,11 @@ async def test_deleting_cancels_a_start_on_its_node(world) -> None:
     world.nodes.hold("start")
     asking = asyncio.create_task(world.ask())
     await world.nodes.called("start")
-    await world.controller.catalogue.begin_delete("qa")
-    await world.controller.starter.cancel("qa")
+    await world.controller.core.deployments.begin_delete("qa")
+    await world.controller.starts.cancel("qa")
     with pytest.raises(FailedPrecondition, match="being deleted"):
         await asking
-    await world.until(lambda: "qa" not in world.controller.catalogue.deployments)
+    await world.until(lambda: "qa" not in world.controller.core.deployments.by_id)
     assert [call[0] for call in world.nodes.cancelled] == ["start"]
     assert world.nodes.world["n1"].instances == {}
 
@@ -202,11 +202,11 @@ async def test_a_deletion_is_finished_by_the_next_controller(world) -> None:
     await world.deploy()
     await world.ask()
     world.nodes.fail("stop", *[Unavailable("BUSY", "later")] * 3)
-    await world.controller.catalogue.begin_delete("qa")
+    await world.controller.core.deployments.begin_delete("qa")
     await world.crash()
     await world.boot()
     await world.advance(60)
-    await world.until(lambda: not world.controller.catalogue.deployments)
+    await world.until(lambda: not world.controller.core.deployments.by_id)
     assert world.nodes.world["n1"].instances == {}
 
 
@@ -239,7 +239,7 @@ async def test_a_silent_node_is_given_up_and_taken_back_with_what_it_holds(world
 
 async def test_an_unknown_node_is_told_to_register(world) -> None:
     with pytest.raises(NotFound) as failure:
-        world.controller.fleet.heartbeat("n9", 0)
+        world.controller.core.fleet.heartbeat("n9", 0)
     assert failure.value.reason == "NODE_UNKNOWN"
 
 
@@ -293,10 +293,10 @@ async def test_a_restarted_controller_knows_everything_again(world) -> None:
     await world.deploy()
     first, _ = await world.ask()
     await world.advance(3)
-    used = world.controller.catalogue.last_use["qa"]
+    used = world.controller.core.deployments.last_use["qa"]
     await world.crash()
     await world.boot()
-    assert world.controller.catalogue.last_use == {"qa": used}
+    assert world.controller.core.deployments.last_use == {"qa": used}
     info, _ = await world.ask()
     assert (info.tier, info.instance) == (Tier.RESIDENT, first.instance)
     assert len(world.nodes.named("start")) == 1
@@ -317,7 +317,7 @@ async def test_a_request_never_waits_for_the_database(world) -> None:
     await world.advance(5)
     del world.registry.save_last_use
     await world.advance(5)
-    assert (await world.registry.load()).last_use == world.controller.catalogue.last_use
+    assert (await world.registry.load()).last_use == world.controller.core.deployments.last_use
 
 
 async def test_watchers_see_everything_then_each_change(world) -> None:
@@ -327,9 +327,9 @@ async def test_watchers_see_everything_then_each_change(world) -> None:
     changes = world.inventory.watch()
     assert (await anext(changes)).id == info.instance
     assert type(await anext(changes)).__name__ == "Synchronized"
-    await world.controller.commands.park(info.instance)
+    await world.controller.instances.park(info.instance)
     assert (await anext(changes)).state in (InstanceState.PARKING, PARKED)
-    await world.controller.commands.stop(info.instance)
+    await world.controller.instances.stop(info.instance)
     while type(change := await anext(changes)).__name__ != "Removed":
         pass
     assert change.instance == info.instance

@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
-from controller.catalogue import Draft
+from controller.deployments import Draft
 from controller.model import InstanceState, StartMode, Tier, Weights
 from dumont.errors import FailedPrecondition, Internal
 
 
 async def snapshot(world, identifier: str):
     told: list[str] = []
-    made = await world.controller.starter.snapshot("qa", identifier, lambda _, stage: told.append(stage))
+    made = await world.controller.starts.capture("qa", identifier, lambda _, stage: told.append(stage))
     return made, told
 
 
@@ -32,7 +32,7 @@ async def test_a_served_instance_is_left_alone_and_a_new_one_captured(world) -> 
 async def test_a_clean_instance_is_used(world) -> None:
     await world.node()
     await world.deploy()
-    await world.controller.starter.start("qa")
+    await world.controller.starts.start("qa")
     made, told = await snapshot(world, "mine")
     assert told == ["capturing"]
     assert len(world.nodes.named("start")) == 1
@@ -45,9 +45,9 @@ async def test_a_clean_instance_is_used(world) -> None:
 async def test_a_clean_instance_with_its_weights_elsewhere_is_left_alone(world) -> None:
     await world.node()
     await world.deploy()
-    await world.controller.starter.start("qa")
+    await world.controller.starts.start("qa")
     draft = Draft("org/model", "", StartMode.CHECKPOINT, checkpoint_weights=Weights.INCLUDED)
-    await world.controller.catalogue.update("qa", draft, frozenset({"checkpoint.weights"}), "")
+    await world.controller.core.deployments.update("qa", draft, frozenset({"checkpoint.weights"}), "")
     made, told = await snapshot(world, "mine")
     assert told == ["starting", "capturing"]
     assert made.weights is Weights.INCLUDED
@@ -88,4 +88,4 @@ async def test_a_failure_is_told_and_hurts_no_request(world) -> None:
     info, frames = await asking
     assert frames == world.nodes.frames
     assert info.tier is Tier.RESIDENT
-    assert world.controller.starter.condition(world.controller.catalogue.get("qa"))[0].name == "ACTIVE"
+    assert world.controller.starts.condition(world.controller.core.deployments.get("qa"))[0].name == "ACTIVE"

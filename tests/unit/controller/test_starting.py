@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from controller.catalogue import Draft
+from controller.deployments import Draft
 from controller.model import InstanceState, Report, Snapshot, StartMode, Tier, Weights
 from dumont.errors import (
     DataLoss,
@@ -33,11 +33,11 @@ async def test_after_a_change_of_where_weights_go_the_next_cold_start_is_capture
     await world.deploy()
     await world.ask()
     (old,) = world.inventory.snapshots_of("qa")
-    await world.controller.commands.stop(world.inventory.instances_of("qa")[0].id)
+    await world.controller.instances.stop(world.inventory.instances_of("qa")[0].id)
 
     # when
     draft = Draft("org/model", "", StartMode.CHECKPOINT, checkpoint_weights=Weights.INCLUDED)
-    await world.controller.catalogue.update("qa", draft, frozenset({"checkpoint.weights"}), "")
+    await world.controller.core.deployments.update("qa", draft, frozenset({"checkpoint.weights"}), "")
     await world.advance(1)
     info, _ = await world.ask()
 
@@ -49,7 +49,7 @@ async def test_after_a_change_of_where_weights_go_the_next_cold_start_is_capture
     assert (new.id != old.id, new.weights) == (True, Weights.INCLUDED)
 
     # and from then on that one is restored
-    await world.controller.commands.stop(world.inventory.instances_of("qa")[0].id)
+    await world.controller.instances.stop(world.inventory.instances_of("qa")[0].id)
     info, _ = await world.ask()
     assert info.tier is Tier.LOCAL
 
@@ -141,7 +141,7 @@ async def test_every_tier_that_fails_falls_to_the_next_and_is_told(world) -> Non
     assert "failed: RESUME_FAILED: stuck" in told
     assert "failed: CANARY_MISMATCH: other tokens than at capture" in told
     assert {"failed_parked", "failed_local"} <= {phase.name for phase in info.phases}
-    counted = world.controller.metrics.registry.get_sample_value(
+    counted = world.controller.core.metrics.registry.get_sample_value(
         "dumont_controller_fallbacks_total", {"tier": "local", "reason": "CANARY_MISMATCH"}
     )
     assert counted == 1
@@ -163,7 +163,7 @@ async def test_a_quarantined_snapshot_is_not_tried_again(world) -> None:
     await world.deploy()
     bad = Snapshot("bad", "qa", "n1", world.clock.moment().wall, quarantined=True)
     world.nodes.world["n1"].snapshots["bad"] = bad
-    await world.controller.fleet.refresh_snapshots("n1")
+    await world.controller.core.fleet.refresh_snapshots("n1")
     info, _ = await world.ask()
     assert info.tier is Tier.COLD
     assert world.nodes.named("restore") == []
@@ -181,12 +181,12 @@ async def test_when_every_tier_fails_the_caller_learns_all_of_it(world) -> None:
     assert failure.value.reason == "OUT_OF_MEMORY"
     assert "RESUME_FAILED" in failure.value.message
     assert "CANARY_MISMATCH" in failure.value.message
-    state, message = world.controller.starter.condition(world.controller.catalogue.get("qa"))
+    state, message = world.controller.starts.condition(world.controller.core.deployments.get("qa"))
     assert state.name == "DEGRADED"
     assert "OUT_OF_MEMORY" in message
     info, _ = await world.ask()
     assert info.tier in (Tier.PARKED, Tier.LOCAL, Tier.COLD)
-    assert world.controller.starter.condition(world.controller.catalogue.get("qa"))[0].name == "ACTIVE"
+    assert world.controller.starts.condition(world.controller.core.deployments.get("qa"))[0].name == "ACTIVE"
 
 
 async def test_a_failed_capture_does_not_fail_the_request_and_is_backed_off_from(world) -> None:
@@ -201,13 +201,13 @@ async def test_a_failed_capture_does_not_fail_the_request_and_is_backed_off_from
     assert any("DUMP_FAILED: criu said no" in reason for reason in info.reasons)
     assert world.inventory.snapshots == {}
 
-    await world.controller.commands.stop(world.inventory.instances_of("qa")[0].id)
+    await world.controller.instances.stop(world.inventory.instances_of("qa")[0].id)
     await world.ask()
     assert len(world.nodes.named("capture")) == 1
 
-    await world.controller.commands.stop(world.inventory.instances_of("qa")[0].id)
+    await world.controller.instances.stop(world.inventory.instances_of("qa")[0].id)
     world.clock.advance(31)
-    world.controller.fleet.heartbeat("n1", 0)
+    world.controller.core.fleet.heartbeat("n1", 0)
     await world.ask()
     assert len(world.nodes.named("capture")) == 2
 
@@ -283,10 +283,12 @@ async def test_a_start_nobody_waits_for_completes_and_idles_out(world) -> None:
 async def test_prewarm_brings_it_up_without_a_request(world) -> None:
     await world.node()
     await world.deploy()
-    world.controller.starter.begin("qa")
-    assert world.controller.starter.condition(world.controller.catalogue.get("qa"))[0].name == "CREATING"
+    world.controller.starts.begin("qa")
+    assert (
+        world.controller.starts.condition(world.controller.core.deployments.get("qa"))[0].name == "CREATING"
+    )
     await world.until(lambda: world.states() == [InstanceState.SERVING])
-    await world.until(lambda: not world.controller.starter.starting)
+    await world.until(lambda: not world.controller.starts.starting)
     info, _ = await world.ask()
     assert info.tier is Tier.RESIDENT
     assert len(world.nodes.named("capture")) == 1

@@ -53,7 +53,7 @@ OUTPUT_ONLY: Final = frozenset(
 )
 
 
-class Catalogue:
+class Deployments:
     """Every deployment and when it was last used."""
 
     def __init__(self, registry: Registry, nodes: Nodes, inventory: Inventory, clock: Clock) -> None:
@@ -62,12 +62,12 @@ class Catalogue:
         self._inventory = inventory
         self._clock = clock
         self._unsaved: set[str] = set()
-        self.deployments: dict[str, Deployment] = {}
+        self.by_id: dict[str, Deployment] = {}
         self.last_use: dict[str, float] = {}
 
     def load(self, deployments: tuple[Deployment, ...], last_use: Mapping[str, float]) -> None:
         """Take in what the registry holds, at start-up."""
-        self.deployments = {deployment.id: deployment for deployment in deployments}
+        self.by_id = {deployment.id: deployment for deployment in deployments}
         self.last_use = dict(last_use)
 
     def get(self, deployment: str, field: str = "name") -> Deployment:
@@ -76,14 +76,14 @@ class Catalogue:
         Raises:
             NotFound: there is none.
         """
-        if deployment not in self.deployments:
+        if deployment not in self.by_id:
             raise NotFound(
                 "DEPLOYMENT_NOT_FOUND",
                 f"there is no deployments/{deployment}; create it first, or list what there is",
                 field=field,
                 metadata={"deployment": f"deployments/{deployment}"},
             )
-        return self.deployments[deployment]
+        return self.by_id[deployment]
 
     def get_active(self, deployment: str, field: str = "deployment") -> Deployment:
         """One that is not being deleted.
@@ -111,10 +111,10 @@ class Catalogue:
             Unavailable: NO_NODE, no node can check the model.
         """
         checkpoint = _checkpoint(draft)
-        for known in self.deployments.values():
+        for known in self.by_id.values():
             if request_id and known.request_id == request_id:
                 return known
-        if identifier in self.deployments:
+        if identifier in self.by_id:
             raise AlreadyExists(
                 "DEPLOYMENT_EXISTS",
                 f"deployments/{identifier} exists; choose another id, or update it",
@@ -221,7 +221,7 @@ class Catalogue:
     async def forget(self, identifier: str) -> None:
         """Nothing is left of it."""
         await self._registry.delete_deployment(identifier)
-        self.deployments.pop(identifier, None)
+        self.by_id.pop(identifier, None)
         self.last_use.pop(identifier, None)
         self._unsaved.discard(identifier)
         self._inventory.notify()
@@ -244,7 +244,7 @@ class Catalogue:
             raise
 
     def _keep(self, deployment: Deployment) -> None:
-        self.deployments[deployment.id] = deployment
+        self.by_id[deployment.id] = deployment
         self._inventory.notify()
 
 

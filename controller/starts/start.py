@@ -1,0 +1,269 @@
+"""One start of a deployment, from its first decision to an instance that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from controller import policy
+from controller.backoff import Backoff
+from controller.core import Core
+from controller.instances import Instances, node_phases
+from controller.model import (
+    Deployment,
+    Instance,
+    InstanceState,
+    NodeState,
+    Phase,
+    Snapshot,
+    Tier,
+    total_seconds,
+)
+from controller.ports import NODE_UNAVAILABLE
+from dumont import names
+from dumont.errors import ERRORS, DumontError
+
+log = structlog.get_logger()
+
+# Called with an instance's id (empty while there is none) and the stage: "starting", "capturing".
+OnStage = Callable[[str, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """How a start succeeded."""
+
+    tier: Tier
+    reasons: tuple[str, ...]
+    phases: tuple[Phase, ...]
+
+
+class Start:
+    """Attempts tier after tier, and records what was attempted, why, and how long each step took.
+
+    It does not know who waits for it. ``Starts`` sees to it that a deployment has one at a time.
+
+    Args:
+        deployment: the id of the deployment to start.
+        core: the ports and the facts.
+        instances: the commands to instances.
+        captures: which deployments may be captured again, and when.
+    """
+
+    def __init__(self, deployment: str, core: Core, instances: Instances, captures: Backoff) -> None:
+        self.deployment = deployment
+        self._core = core
+        self._instances = instances
+        self._captures = captures
+        self._failed: set[str] = set()
+        self._reasons: list[str] = []
+        self._phases: list[Phase] = []
+        self._joined: Tier | None = None
+        self._rechecked = False
+
+    def resident(self) -> policy.Attempt | None:
+        """The instance that can answer now, unless it should be captured first.
+
+        Raises:
+            NotFound, FailedPrecondition: there is no such deployment, or it is being deleted.
+        """
+        facts = self._facts()
+        if not any(i.state is InstanceState.SERVING for i in facts.instances):
+            return None
+        decision = policy.decide(facts, self._core.now())
+        if isinstance(decision, policy.Attempt) and decision.tier is Tier.RESIDENT and not decision.capture:
+            return decision
+        return None
+
+    async def run(self) -> Started:
+        """Decide and act until an instance serves.
+
+        Raises:
+            DumontError: the last tier failed; the message tells of the others.
+        """
+        while True:
+            began = self._core.now()
+            decision = policy.decide(self._facts(), began)
+            self._phase("decide", began)
+            if isinstance(decision, policy.Wait):
+                await self._wait(decision)
+                continue
+            self._reasons.append(decision.reason)
+            began = self._core.now()
+            try:
+                instance = await self._perform(decision)
+            except DumontError as error:
+                self._phase(f"failed_{decision.tier.value}", began)
+                self._fall_back(decision, error)
+                continue
+            if self._serves(instance):
+                return self._succeeded(decision, instance)
+
+    async def capture(self, snapshot: str, on_stage: OnStage) -> Snapshot:
+        """Capture an instance that no prompt has entered; when there is none, start one for it.
+
+        Args:
+            snapshot: the new snapshot's id.
+            on_stage: told of each stage.
+
+        Raises:
+            DumontError: the start or the capture failed.
+        """
+        deployment = self._known()
+        candidates = (
+            i
+            for i in self._core.inventory.instances_of(deployment.id)
+            if i.report.weights is deployment.checkpoint.weights and self._unused(i)
+        )
+        if (unused := next(candidates, None)) is not None:
+            instance = unused.id
+        else:
+            nodes = self._core.inventory.nodes.values()
+            node = policy.place({n.id: n for n in nodes if n.checkpoint_capable})
+            on_stage("", "starting")
+            instance = (await self._instances.create(deployment, node.id)).instance
+        on_stage(instance, "capturing")
+        captured = await self._instances.capture(instance, snapshot)
+        self._captures.succeeded(deployment.id)
+        return captured
+
+    # Deciding
+
+    def _known(self) -> Deployment:
+        return self._core.deployments.get_active(self.deployment)
+
+    def _facts(self) -> policy.Facts:
+        return policy.Facts(
+            deployment=self._known(),
+            instances=self._core.inventory.instances_of(self.deployment),
+            snapshots=self._core.inventory.snapshots_of(self.deployment),
+            nodes=self._core.inventory.nodes,
+            failed=frozenset(self._failed),
+            capture_at=self._captures.at.get(self.deployment, 0.0),
+        )
+
+    async def _wait(self, wait: policy.Wait) -> None:
+        inventory = self._core.inventory
+        began = self._core.now()
+
+        def settled() -> bool:
+            if wait.node:
+                return inventory.nodes[wait.node].state is not NodeState.CONNECTING
+            known = inventory.instances.get(wait.instance)
+            return known is None or (not known.busy and known.state not in policy.JOINABLE)
+
+        node = inventory.instances[wait.instance].node if wait.instance else wait.node
+
+        def silent() -> bool:
+            return inventory.nodes[node].state is not NodeState.READY
+
+        await inventory.until(settled if wait.node else lambda: settled() or silent())
+        self._joined = wait.tier or self._joined
+        self._reasons.append(wait.reason)
+        self._phase("wait", began)
+
+    def _unused(self, instance: Instance) -> bool:
+        return (
+            instance.state is InstanceState.SERVING
+            and not instance.busy
+            and not instance.served
+            and not instance.in_flight
+            and self._core.inventory.nodes[instance.node].state is NodeState.READY
+        )
+
+    # Acting
+
+    async def _perform(self, attempt: policy.Attempt) -> str:
+        """Carry out an attempt; returns the id of the instance that should serve now."""
+        instance = attempt.instance
+        if attempt.tier is Tier.PARKED:
+            began = self._core.now()
+            report = (await self._instances.resume(instance)).report
+            self._phases.extend(node_phases(report, self._core.now() - began))
+        elif attempt.tier is not Tier.RESIDENT:
+            created = await self._instances.create(self._known(), attempt.node, attempt.snapshot)
+            instance = created.instance
+            self._phases.extend(created.phases)
+        if attempt.capture:
+            await self._capture_first(instance)
+        return instance
+
+    async def _capture_first(self, instance: str) -> None:
+        """Capture before any prompt. A failure is recorded and backed off from; the start goes on."""
+        began = self._core.now()
+        try:
+            captured = await self._instances.capture(instance, names.new_id(self.deployment[:48].rstrip("-")))
+        except DumontError as error:
+            self._captures.failed(self.deployment, self._core.now())
+            self._reasons.append(f"capture of instances/{instance} failed: {error.reason}: {error.message}")
+            log.warning("capture_failed", deployment=self.deployment, instance=instance, reason=error.reason)
+        else:
+            self._captures.succeeded(self.deployment)
+            self._reasons.append(f"captured snapshots/{captured.id}")
+        self._phase("capture", began)
+
+    # Ending
+
+    def _serves(self, instance: str) -> bool:
+        known = self._core.inventory.instances.get(instance)
+        return known is not None and known.state is InstanceState.SERVING
+
+    def _succeeded(self, attempt: policy.Attempt, instance: str) -> Started:
+        tier = attempt.tier
+        if tier is Tier.RESIDENT and self._joined is not None:
+            tier = self._joined
+        for phase in self._phases:
+            self._core.metrics.phases.labels(phase.name).observe(phase.seconds)
+        self._core.metrics.starts.labels(tier.value, "ok").inc()
+        log.info(
+            "started",
+            deployment=self.deployment,
+            instance=instance,
+            tier=tier.value,
+            reasons=self._reasons,
+            seconds=round(total_seconds(self._phases), 4),
+        )
+        return Started(tier, tuple(self._reasons), tuple(self._phases))
+
+    def _fall_back(self, attempt: policy.Attempt, error: DumontError) -> None:
+        """Rule out what failed and return, or raise when nothing is left to attempt."""
+        what = {
+            Tier.RESIDENT: f"capture of instances/{attempt.instance}",
+            Tier.PARKED: f"resume of instances/{attempt.instance}",
+            Tier.LOCAL: f"restore from snapshots/{attempt.snapshot}",
+            Tier.REMOTE: f"restore from snapshots/{attempt.snapshot} in the object store",
+            Tier.COLD: f"cold start on nodes/{attempt.node}",
+        }[attempt.tier]
+        reason = f"{what} failed: {error.reason}: {error.message}"
+        self._core.metrics.starts.labels(attempt.tier.value, "failed").inc()
+        log.warning("attempt_failed", deployment=self.deployment, tier=attempt.tier.value, reason=reason)
+        if error.reason == NODE_UNAVAILABLE and not self._rechecked:
+            # Nothing is known about the call: the node is asked, and what it did is joined.
+            self._rechecked = True
+            self._core.fleet.recheck(attempt.node)
+        elif attempt.tier is Tier.COLD:
+            raise _with_history(error, self._reasons[:-1])
+        elif attempt.snapshot:
+            self._failed.add(f"snapshots/{attempt.snapshot}")
+        else:
+            self._failed.add(f"instances/{attempt.instance}")
+        self._reasons.append(reason)
+        self._core.metrics.fallbacks.labels(attempt.tier.value, error.reason).inc()
+
+    def _phase(self, name: str, began: float) -> None:
+        self._phases.append(Phase(name, self._core.now() - began))
+
+
+def _with_history(error: DumontError, reasons: list[str]) -> DumontError:
+    if not reasons:
+        return error
+    kind = DumontError if type(error).code == "UNKNOWN" else ERRORS[error.code]
+    return kind(
+        error.reason,
+        f"{error.message}; before that: {'; '.join(reasons)}",
+        metadata=error.metadata,
+        field=error.field,
+        retry_after=error.retry_after,
+    )
