@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dumont.benchmarks import serving
 from dumont.benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ LABELS: Final = {
 }
 # Short ways are not to be seen beside the long ones: they have a panel of their own.
 SHORT: Final = ("local", "parked")
+# How each engine and path is drawn.
+SERVING_LINES: Final = {
+    ("dumont", serving.SERVICES): ("Dumont, through its services", "#D55E00", "o-"),
+    ("dumont", serving.DIRECT): ("Dumont, at the model host", "#E69F00", "s--"),
+    ("generate", serving.DIRECT): ("transformers generate, one static batch", "#56B4E9", "^-"),
+    ("vllm", serving.DIRECT): ("vLLM, in-process", "#009E73", "D-"),
+}
 INCHES_WIDE: Final = 13.0
 INCHES_PER_CASE: Final = 0.42
 INCHES_AROUND: Final = 1.15
@@ -102,18 +110,8 @@ def draw(path: Path, rows: Sequence[Row], machine: Mapping[str, Any]) -> None:
     used = {name for row in rows for name in grouped(row.phases)}
     handles = [Patch(facecolor=colour, label=name) for name, colour in GROUPS.items() if name in used]
     figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // 2), frameon=False)
-    described = ", ".join(
-        str(value)
-        for value in (
-            machine.get("gpu") or machine.get("cpu"),
-            f"driver {machine['driver']}" if "driver" in machine else "",
-            f"CRIU {machine['criu']}" if "criu" in machine else "",
-            f"torch {machine['torch']}" if machine.get("torch") else "",
-        )
-        if value
-    )
     figure.suptitle(
-        f"Seconds to the first token (a line below a bar: least to most)\n{described}", fontsize=11
+        f"Seconds to the first token (a line below a bar: least to most)\n{_described(machine)}", fontsize=11
     )
     figure.savefig(path, format="png")
 
@@ -139,3 +137,71 @@ def _panel(axes: Axes, rows: Sequence[Row], title: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+
+
+def _median(value: serving.Percentiles | None) -> float | None:
+    return None if value is None else value.p50
+
+
+SERVING_PANELS: Final[tuple[tuple[str, str, Callable[[serving.Row], float | None]], ...]] = (
+    ("tokens per second, all streams together", "tokens/s", lambda row: row.tokens_per_s),
+    ("first token, median", "seconds", lambda row: _median(row.first_token)),
+    ("a further token, median", "seconds", lambda row: _median(row.inter_token)),
+)
+
+
+def _described(machine: Mapping[str, Any]) -> str:
+    parts = (
+        machine.get("gpu") or machine.get("cpu"),
+        f"driver {machine['driver']}" if "driver" in machine else "",
+        f"CRIU {machine['criu']}" if "criu" in machine else "",
+        f"torch {machine['torch']}" if machine.get("torch") else "",
+    )
+    return ", ".join(str(part) for part in parts if part)
+
+
+def draw_serving(path: Path, rows: Sequence[serving.Row], machine: Mapping[str, Any]) -> None:
+    """Write the picture of a serving bench as a PNG: a line of panels for each model and length."""
+    from matplotlib.figure import Figure
+
+    resident = [row for row in rows if not set(row.tiers) - {"resident"}]
+    groups: dict[str, list[serving.Row]] = {}
+    for row in resident:
+        lengths = f"prompts of {row.case.prompt_tokens}, answers of {row.case.answer_tokens} tokens"
+        groups.setdefault(f"{row.model}, {lengths}", []).append(row)
+    figure = Figure(
+        figsize=(INCHES_WIDE, 3.6 * max(1, len(groups)) + 0.6),
+        dpi=DOTS_PER_INCH, layout="constrained", facecolor="white",
+    )  # fmt: skip
+    panels = figure.subplots(max(1, len(groups)), len(SERVING_PANELS), squeeze=False)
+    for (title, part), line in zip(groups.items(), panels, strict=False):
+        for axes, (name, unit, value) in zip(line, SERVING_PANELS, strict=True):
+            _serving_panel(axes, part, value)
+            axes.set_ylabel(unit)
+            axes.set_title(f"{title}\n{name}" if axes is line[0] else f"\n{name}", loc="left", fontsize=10)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1, frameon=False)
+    figure.suptitle(_described(machine), fontsize=11)
+    figure.savefig(path, format="png")
+
+
+def _serving_panel(
+    axes: Axes, rows: Sequence[serving.Row], value: Callable[[serving.Row], float | None]
+) -> None:
+    for (engine, way), (label, colour, style) in SERVING_LINES.items():
+        points = [
+            (row.case.streams, height)
+            for row in rows
+            if (row.engine, row.path) == (engine, way) and (height := value(row))
+        ]
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), style, color=colour, label=label, markersize=5)
+    counts = sorted({row.case.streams for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_xlabel("streams")
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -90,7 +90,7 @@ def plan(
                 metadata={"case": case},
             )
     chosen = tuple(case for case in CASES if not cases or case in cases)
-    subjects = (*map(_given, models), *map(_configured, config_names))
+    measured = subjects(models, config_names)
     if os.geteuid() != 0 and not set(chosen) <= set(PLAIN):
         raise FailedPrecondition(
             "NOT_ROOT",
@@ -98,7 +98,21 @@ def plan(
         )
     criu = find_criu() if not set(chosen) <= set(PLAIN) else None
     command = _cuda_checkpoint(cuda_checkpoint) if "stock" in chosen and has_gpu() else None
-    return Plan(subjects, chosen, rounds, Gpus.open(), criu, command)
+    return Plan(measured, chosen, rounds, Gpus.open(), criu, command)
+
+
+def subjects(models: Sequence[str], config_names: Sequence[str]) -> tuple[Subject, ...]:
+    """What is to be measured.
+
+    Args:
+        models: directories, or names in this machine's model cache.
+        config_names: architectures of ``configs.CONFIGS``.
+
+    Raises:
+        InvalidArgument: UNKNOWN_CONFIG.
+        NotFound: MODEL_NOT_FOUND.
+    """
+    return (*map(_given, models), *map(_configured, config_names))
 
 
 def _given(model: str) -> Subject:

@@ -19,6 +19,7 @@ from dumont.cli.output import Json, command, console, print_facts, print_json, s
 if TYPE_CHECKING:
     from dumont.benchmarks.results import Row
     from dumont.benchmarks.run import Plan
+    from dumont.benchmarks.serve import Plan as ServePlan
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -26,6 +27,9 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 @command
 def bench(
     store: Annotated[bool, typer.Option("--store", help="Measure the object store, not the starts.")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Measure tokens for many callers at once, not the starts.")
+    ] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,6 +55,30 @@ def bench(
         Path | None,
         typer.Option(help="For the case stock on a GPU.", show_default="cuda-checkpoint on the PATH"),
     ] = None,
+    streams: Annotated[
+        str, typer.Option(help="With --serve: how many answers at once, by comma.")
+    ] = "1,8,32",
+    prompt_tokens: Annotated[str, typer.Option(help="With --serve: tokens of a prompt, by comma.")] = "32",
+    answer_tokens: Annotated[str, typer.Option(help="With --serve: tokens of an answer, by comma.")] = "128",
+    wake: Annotated[
+        str, typer.Option(help="With --serve: how many requests meet a sleeping deployment, by comma.")
+    ] = "",
+    engines: Annotated[
+        str,
+        typer.Option(
+            help="With --serve: some of dumont, generate, vllm, by comma.", show_default="all there are"
+        ),
+    ] = "",
+    vllm_site: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DUMONT_BENCH_VLLM_SITE",
+            help="With --serve: a directory with vLLM in it, where it is not installed.",
+        ),
+    ] = None,
+    vllm_arguments: Annotated[
+        str, typer.Option(help="With --serve: further arguments of vLLM's engine, as a JSON object.")
+    ] = "{}",
     directory: Annotated[
         Path | None,
         typer.Option(
@@ -64,8 +92,9 @@ def bench(
 ) -> None:
     """Measure this machine, with services of its own. Needs root, and an idle machine to mean anything.
 
-    Without --store: the ways to a first token, of plain scripts, of Dumont and of the stock tools. With it:
-    the store that DUMONT_SNAPSHOTD_STORE_URL and S3_* in the environment name.
+    Measured are the ways to a first token, of plain scripts, of Dumont and of the stock tools; with --store,
+    the store that DUMONT_SNAPSHOTD_STORE_URL and S3_* in the environment name; with --serve, how fast many
+    callers are answered at once, by Dumont and by other engines.
     """
     from dumont.up import check_installed
 
@@ -84,6 +113,22 @@ def bench(
             raise typer.BadParameter(f"{file} cannot be written: there is no directory {file.parent}")
     chosen = [case.strip() for case in cases.split(",") if case.strip()]
     models = model or ([] if config else [MODEL])
+    if serve:
+        from dumont.benchmarks import serve as serving
+
+        serve_plan = serving.plan(
+            run.subjects(models, config or []),
+            streams=_counts(streams, "--streams"),
+            wakes=_counts(wake, "--wake") if wake else [],
+            prompt_tokens=_counts(prompt_tokens, "--prompt-tokens"),
+            answer_tokens=_counts(answer_tokens, "--answer-tokens"),
+            rounds=rounds,
+            engines=[engine.strip() for engine in engines.split(",") if engine.strip()],
+            vllm_site=vllm_site,
+            vllm_arguments=_object(vllm_arguments, "--vllm-arguments"),
+        )
+        _serve(serve_plan, directory, plot, output, as_json=json)
+        return
     plan = run.plan(models, config or [], chosen, rounds, cuda_checkpoint)
     _starts(plan, directory, plot, output, as_json=json)
 
@@ -118,6 +163,65 @@ def _starts(
             shown.print(report.phase_line(row), soft_wrap=True)
     if as_json:
         print_json(document())
+
+
+def _serve(
+    plan: ServePlan, directory: Path | None, plot: Path | None, output: Path | None, *, as_json: bool
+) -> None:
+    from dumont.benchmarks import machine, run, serve, serving
+
+    progress = console(stderr=True)
+    facts = machine.facts(machine.Gpus.open(), None)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    found: list[serving.Row] = []
+
+    def document() -> dict[str, Any]:
+        return {
+            "machine": facts,
+            "date": began,
+            "command": ["dumont", *sys.argv[1:]],
+            "rows": [serving.document(row) for row in found],
+        }
+
+    # After each engine, so that a failure of the next one loses nothing.
+    try:
+        with run.workspace(directory, plan.subjects) as place:
+            progress.print(f"in {place}")
+            for rows in serve.measure(plan, place, progress.print):
+                found += rows
+                if output:
+                    output.write_text(json_codec.dumps(document(), indent=2) + "\n")
+                if plot:
+                    from dumont.benchmarks.plot import draw_serving
+
+                    draw_serving(plot, found, facts)
+    finally:
+        if found:
+            shown = progress if as_json else console()
+            shown.print(table(serving.HEADERS, map(serving.cells, found)))
+    if as_json:
+        print_json(document())
+
+
+def _counts(text: str, option: str) -> list[int]:
+    """The numbers of a list by comma."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise typer.BadParameter(f"{option} takes whole numbers from 1, by comma, like 1,8,32; got {text!r}")
+    return counts
+
+
+def _object(text: str, option: str) -> dict[str, Any]:
+    try:
+        value = json_codec.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f'{option} takes a JSON object, like {{"max_num_seqs": 64}}; got {text!r}')
+    return value
 
 
 def _save(

@@ -1,0 +1,111 @@
+"""A load generator: a process that sends requests at a given moment and notes when the answers come.
+
+    python -m dumont.benchmarks.load TARGET NAME
+
+``NAME``: ``deployments/{id}`` of a controller, ``instances/{id}`` of a snapshotd, empty for a model host. It
+writes one line when it is connected. Then it reads a wave as one line of JSON from standard input (``at``,
+``prompts``, ``answer_tokens``), and writes one line when the wave is over. Messages are only noted while they
+come, and read afterwards, so that it keeps up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import sys
+import time
+from typing import Any, Final
+
+import grpc
+import uvloop
+
+from dumont.controller.v1 import inference_service_pb2 as pb
+from dumont.rpc.channel import open_channel
+from dumont.rpc.status import from_rpc_error
+
+WAVE_SECONDS: Final = 900.0
+# The two messages of a request agree but for field 1, which names the deployment or instance.
+METHODS: Final = {
+    "deployments": "/dumont.controller.v1.InferenceService/Generate",
+    "instances": "/dumont.snapshotd.v1.InferenceService/Generate",
+    "": "/dumont.model_host.v1.ModelHostService/Generate",
+}
+
+Frames = list[tuple[float, bytes]]
+
+
+class Load:
+    """Requests to one target, all for the same model.
+
+    Args:
+        channel: to it.
+        name: ``deployments/{id}`` of a controller, ``instances/{id}`` of a snapshotd, empty for a model host.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
+        self._name = name
+        method = METHODS[name.partition("/")[0]]
+        self._generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(method)
+
+    async def wave(self, at: float, prompts: list[str], answer_tokens: int) -> dict[str, Any]:
+        """Send a request for each prompt at the monotonic time ``at``; answers have all their tokens."""
+        requests = [
+            pb.GenerateRequest(
+                deployment=self._name, prompt=prompt, max_new_tokens=answer_tokens, ignore_eos=True
+            ).SerializeToString()
+            for prompt in prompts
+        ]
+        await asyncio.sleep(at - time.monotonic())
+        cpu, began = _cpu_seconds(), time.monotonic()
+        streams = await asyncio.gather(*map(self._stream, requests))
+        load = (_cpu_seconds() - cpu) / (time.monotonic() - began)
+        return {"streams": [_told(*stream) for stream in streams], "client_load": load}
+
+    async def _stream(self, request: bytes) -> tuple[float, Frames, str]:
+        frames: Frames = []
+        sent = time.monotonic()
+        try:
+            async for frame in self._generate(request, timeout=WAVE_SECONDS):
+                frames.append((time.monotonic(), frame))
+        except grpc.aio.AioRpcError as error:
+            return sent, frames, from_rpc_error(error).reason
+        return sent, frames, ""
+
+
+def _told(sent: float, frames: Frames, reason: str) -> dict[str, Any]:
+    arrivals: list[tuple[float, int]] = []
+    tier, finished = "", False
+    for at, frame in frames:
+        message = pb.GenerateResponse.FromString(frame)
+        if message.HasField("start"):
+            tier = pb.Tier.Name(message.start.tier).removeprefix("TIER_").lower()
+        elif message.chunk.token_ids:
+            arrivals.append((at, len(message.chunk.token_ids)))
+        finished |= message.HasField("finish")
+    return {
+        "sent": sent,
+        "arrivals": arrivals,
+        "reason": reason or ("" if finished else "ANSWER_INCOMPLETE"),
+        "tier": tier,
+    }
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+async def main(target: str, name: str) -> None:
+    async with open_channel(target) as channel:
+        await channel.channel_ready()
+        load = Load(channel, name)
+        sys.stdout.write("{}\n")
+        sys.stdout.flush()
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            sys.stdout.write(json.dumps(await load.wave(**json.loads(line))) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    uvloop.run(main(*sys.argv[1:]))
