@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from dumont import names
+from dumont import limits, names
 from dumont.controller.v1 import deployment_service_pb2, inference_service_pb2
 from dumont.convert import duration
 from dumont.errors import InvalidArgument
@@ -167,29 +167,18 @@ def generate_request(
     Raises:
         InvalidArgument: an argument is wrong; its field is named.
     """
-    if (prompt is None) == (messages is None):
-        raise InvalidArgument(
-            "PROMPT_OR_MESSAGES", "give either a prompt or messages, and not both", field="prompt"
-        )
-    if prompt is not None:
-        _text(prompt, "prompt")
-    if messages is not None and not messages:
-        raise InvalidArgument("EMPTY", "messages must not be empty", field="messages")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise InvalidArgument(
-            "OUT_OF_RANGE", f"max_new_tokens must be at least 1, got {max_new_tokens}", field="max_new_tokens"
-        )
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "messages": [_message(message, index) for index, message in enumerate(messages or ())],
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": [stop] if isinstance(stop, str) else stop,
+    }
     try:
-        return inference_service_pb2.GenerateRequest(
-            deployment=deployment,
-            prompt=prompt or "",
-            messages=[_message(message, index) for index, message in enumerate(messages or ())],
-            max_new_tokens=max_new_tokens or 0,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=[stop] if isinstance(stop, str) else stop or (),
-        )
+        limits.check_generate(fields)
+        return inference_service_pb2.GenerateRequest(deployment=deployment, **fields)
     except (TypeError, ValueError) as error:
         raise InvalidArgument("INVALID_REQUEST", f"the request cannot be sent: {error}") from error
 
@@ -201,11 +190,11 @@ def embed_request(deployment: str, inputs: str | Sequence[str]) -> inference_ser
         InvalidArgument: there is none, or one is empty or not a string.
     """
     texts = [inputs] if isinstance(inputs, str) else list(inputs)
-    if not texts:
-        raise InvalidArgument("EMPTY", "inputs must not be empty", field="inputs")
-    for index, text in enumerate(texts):
-        _text(text, f"inputs[{index}]")
-    return inference_service_pb2.EmbedRequest(deployment=deployment, inputs=texts)
+    try:
+        limits.check_embed(texts)
+        return inference_service_pb2.EmbedRequest(deployment=deployment, inputs=texts)
+    except TypeError as error:
+        raise InvalidArgument("INVALID_REQUEST", f"the request cannot be sent: {error}") from error
 
 
 def to_seconds(value: Seconds, field: str) -> float:

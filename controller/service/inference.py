@@ -11,9 +11,8 @@ from google.protobuf.message import DecodeError
 
 from controller import convert
 from controller.model import CAUSAL_LM, EMBEDDING, StartInfo
-from controller.requests import DEFAULT_TOKENS, check_embed, check_generate
 from controller.serving import Serving
-from dumont import names
+from dumont import limits, names
 from dumont.controller.v1 import inference_service_pb2 as pb
 from dumont.errors import InvalidArgument
 
@@ -40,8 +39,9 @@ class InferenceService:
     async def Generate(self, data: bytes, context: Context) -> AsyncGenerator[bytes]:
         request = _parse(pb.GenerateRequest(), data)
         deployment = names.parse(request.deployment, "deployments", "deployment")
-        check_generate(request, self._max_new_tokens)
-        request.max_new_tokens = request.max_new_tokens or DEFAULT_TOKENS
+        limits.check_generate({f.name: value for f, value in request.ListFields()}, self._max_new_tokens)
+        default = min(limits.DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
+        request.max_new_tokens = request.max_new_tokens or default
         async with aclosing(
             self._serving.generate(deployment, CAUSAL_LM, _rewrite(request), context.time_remaining())
         ) as frames:
@@ -54,7 +54,7 @@ class InferenceService:
     async def Embed(self, data: bytes, context: Context) -> bytes:
         request = _parse(pb.EmbedRequest(), data)
         deployment = names.parse(request.deployment, "deployments", "deployment")
-        check_embed(request)
+        limits.check_embed(request.inputs)
         info, answer = await self._serving.embed(
             deployment, EMBEDDING, _rewrite(request), context.time_remaining()
         )

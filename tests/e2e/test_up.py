@@ -212,7 +212,7 @@ CHECKPOINT = "START_MODE_CHECKPOINT"
         pytest.param(
             GENERATE,
             {"deployment": "deployments/qa", "prompt": "Hello", "max_new_tokens": 1_000_000},
-            Refusal(INVALID_ARGUMENT, "TOO_MANY_TOKENS", "max_new_tokens"),
+            Refusal(INVALID_ARGUMENT, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
             id="too many tokens",
         ),
         pytest.param(

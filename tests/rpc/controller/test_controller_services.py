@@ -112,7 +112,7 @@ async def test_a_second_request_is_resident(served) -> None:
     ("fields", "code", "reason", "field"),
     [
         ({"prompt": ""}, "INVALID_ARGUMENT", "EMPTY_PROMPT", "prompt"),
-        ({"max_new_tokens": 5000}, "INVALID_ARGUMENT", "TOO_MANY_TOKENS", "max_new_tokens"),
+        ({"max_new_tokens": 5000}, "INVALID_ARGUMENT", "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
         ({"deployment": "qa"}, "INVALID_ARGUMENT", "INVALID_NAME", "deployment"),
         ({"deployment": "deployments/no"}, "NOT_FOUND", "DEPLOYMENT_NOT_FOUND", None),
     ],

@@ -127,15 +127,16 @@ def test_a_request_carries_only_what_was_given() -> None:
 @pytest.mark.parametrize(
     ("given", "reason", "field"),
     [
-        ({}, "PROMPT_OR_MESSAGES", "prompt"),
-        ({"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}, "PROMPT_OR_MESSAGES", "prompt"),
-        ({"prompt": ""}, "EMPTY", "prompt"),
-        ({"prompt": 5}, "EMPTY", "prompt"),
-        ({"messages": []}, "EMPTY", "messages"),
+        ({}, "EMPTY_PROMPT", "prompt"),
+        ({"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}, "PROMPT_AND_MESSAGES", "prompt"),
+        ({"prompt": ""}, "EMPTY_PROMPT", "prompt"),
+        ({"prompt": 5}, "INVALID_REQUEST", None),
+        ({"messages": []}, "EMPTY_PROMPT", "prompt"),
         ({"messages": [{"role": "user"}]}, "INVALID_MESSAGE", "messages[0]"),
         ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "INVALID_MESSAGE", "messages[0]"),
-        ({"prompt": "Hi", "max_new_tokens": 0}, "OUT_OF_RANGE", "max_new_tokens"),
-        ({"prompt": "Hi", "max_new_tokens": 2**31}, "INVALID_REQUEST", None),
+        ({"prompt": "Hi", "max_new_tokens": 0}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
+        ({"prompt": "Hi", "temperature": 3}, "INVALID_TEMPERATURE", "temperature"),
+        ({"prompt": "Hi", "max_new_tokens": 2**31}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
         ({"prompt": "Hi", "temperature": "hot"}, "INVALID_REQUEST", None),
         ({"prompt": "Hi", "stop": [1]}, "INVALID_REQUEST", None),
     ],
@@ -149,7 +150,7 @@ def test_a_wrong_request_is_refused(given: dict[str, Any], reason: str, field: s
 def test_one_text_or_several_are_embedded_and_none_is_refused() -> None:
     assert list(arguments.embed_request("deployments/qa", "one").inputs) == ["one"]
     assert list(arguments.embed_request("deployments/qa", ("a", "b")).inputs) == ["a", "b"]
-    with pytest.raises(InvalidArgument, match="must not be empty"):
+    with pytest.raises(InvalidArgument, match="at least one input"):
         arguments.embed_request("deployments/qa", [])
     with pytest.raises(InvalidArgument) as raised:
         arguments.embed_request("deployments/qa", ["a", ""])

@@ -1,4 +1,4 @@
-"""What a caller may ask of a model."""
+"""What a caller may ask of a model, told alike by the client, the controller and the model host."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import math
 
 import pytest
 
-from controller.requests import check_embed, check_generate
+from dumont import limits
 from dumont.controller.v1 import inference_service_pb2 as pb
 from dumont.errors import InvalidArgument
 from dumont.inference.v1 import inference_pb2
+from dumont.limits import check_embed, check_generate
 
 LIMIT = 4096
+
+
+def set_fields(fields: dict[str, object]) -> dict[str, object]:
+    """The fields that a request carries once it has crossed the wire."""
+    sent = pb.GenerateRequest(deployment="deployments/qa", **fields).SerializeToString()
+    return {field.name: value for field, value in pb.GenerateRequest.FromString(sent).ListFields()}
 
 
 @pytest.mark.parametrize(
@@ -24,8 +31,8 @@ LIMIT = 4096
             "prompt",
         ),
         ({"messages": [inference_pb2.ChatMessage(content="b")]}, "EMPTY_ROLE", "messages[0].role"),
-        ({"prompt": "a", "max_new_tokens": LIMIT + 1}, "TOO_MANY_TOKENS", "max_new_tokens"),
-        ({"prompt": "a", "max_new_tokens": -1}, "NEGATIVE_TOKENS", "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": LIMIT + 1}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": -1}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
         ({"prompt": "a", "temperature": 2.1}, "INVALID_TEMPERATURE", "temperature"),
         ({"prompt": "a", "temperature": -0.1}, "INVALID_TEMPERATURE", "temperature"),
         ({"prompt": "a", "temperature": math.nan}, "INVALID_TEMPERATURE", "temperature"),
@@ -59,7 +66,7 @@ LIMIT = 4096
 )
 def test_a_bad_generate_is_refused_by_field(fields: dict[str, object], reason: str, field: str) -> None:
     with pytest.raises(InvalidArgument) as failure:
-        check_generate(pb.GenerateRequest(deployment="deployments/qa", **fields), LIMIT)
+        check_generate(set_fields(fields), LIMIT)
     assert (failure.value.reason, failure.value.field) == (reason, field)
 
 
@@ -86,7 +93,7 @@ def test_a_bad_generate_is_refused_by_field(fields: dict[str, object], reason: s
     ],
 )
 def test_a_good_generate_passes(fields: dict[str, object]) -> None:
-    assert check_generate(pb.GenerateRequest(deployment="deployments/qa", **fields), LIMIT) is None
+    assert check_generate(set_fields(fields), LIMIT) is None
 
 
 @pytest.mark.parametrize(
@@ -99,5 +106,20 @@ def test_a_good_generate_passes(fields: dict[str, object]) -> None:
 )
 def test_a_bad_embed_is_refused_by_field(inputs: list[str], reason: str, field: str) -> None:
     with pytest.raises(InvalidArgument) as failure:
-        check_embed(pb.EmbedRequest(deployment="deployments/qa", inputs=inputs))
+        check_embed(inputs)
     assert (failure.value.reason, failure.value.field) == (reason, field)
+
+
+def test_one_fault_has_one_reason_whoever_finds_it() -> None:
+    # given: a temperature that the client, the wire and the model host each hold in their own way
+    given = {"prompt": "Hi", "temperature": 2.5}
+    for fields in (given, set_fields(given), {**given, "top_p": None, "stop": (), "messages": ()}):
+        with pytest.raises(InvalidArgument) as failure:
+            check_generate(fields)
+        assert (failure.value.reason, failure.value.field) == ("INVALID_TEMPERATURE", "temperature")
+
+
+def test_every_field_with_a_range_is_a_field_of_the_request() -> None:
+    known = {field.name for field in pb.GenerateRequest.DESCRIPTOR.fields}
+    named = {allowed.field for allowed in limits.RANGES} | {count.field for count in limits.COUNTS}
+    assert named <= known
