@@ -7,11 +7,11 @@ from google.protobuf.empty_pb2 import Empty
 from controller import convert
 from controller.core import Core
 from controller.model import Deployment
-from controller.paging import page
 from controller.starts.starts import Starts
 from dumont import names
 from dumont.controller.v1 import deployment_service_pb2 as pb
 from dumont.controller.v1 import deployment_service_pb2_grpc as pb_grpc
+from dumont.rpc.pages import page
 
 
 class DeploymentService(pb_grpc.DeploymentServiceServicer):

@@ -12,12 +12,12 @@ from controller import convert
 from controller.core import Core
 from controller.instances import Instances
 from controller.model import Instance
-from controller.paging import page
 from controller.ports import Removed, Synchronized
 from dumont import names
 from dumont.controller.v1 import instance_service_pb2 as pb
 from dumont.controller.v1 import instance_service_pb2_grpc as pb_grpc
 from dumont.errors import InvalidArgument
+from dumont.rpc.pages import page
 from dumont.rpc.streams import until_draining
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from controller import convert
 from controller.core import Core
-from controller.paging import page
 from dumont import names
 from dumont.controller.v1 import node_service_pb2 as pb
 from dumont.controller.v1 import node_service_pb2_grpc as pb_grpc
 from dumont.errors import InvalidArgument
+from dumont.rpc.pages import page
 
 
 class NodeService(pb_grpc.NodeServiceServicer):

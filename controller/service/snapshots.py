@@ -11,7 +11,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from controller import convert, snapshot_messages
 from controller.core import Core
 from controller.model import Snapshot
-from controller.paging import page
 from controller.snapshots import Snapshots
 from controller.starts.starts import Starts
 from dumont import names
@@ -19,6 +18,7 @@ from dumont.controller.v1 import snapshot_service_pb2 as pb
 from dumont.controller.v1 import snapshot_service_pb2_grpc as pb_grpc
 from dumont.errors import AlreadyExists
 from dumont.rpc.operations import Operations, Progress
+from dumont.rpc.pages import page
 
 
 class SnapshotService(pb_grpc.SnapshotServiceServicer):

@@ -20,13 +20,12 @@ from google.protobuf.message import Message
 
 from dumont import names
 from dumont.errors import Cancelled, DumontError, FailedPrecondition, Internal, InvalidArgument, NotFound
+from dumont.rpc.pages import page
 from dumont.rpc.status import to_status
 
 log = structlog.get_logger(__name__)
 
 SERVICE_NAME: Final = "google.longrunning.Operations"
-DEFAULT_PAGE: Final = 100
-LARGEST_PAGE: Final = 1000
 
 
 class Progress:
@@ -123,15 +122,10 @@ class Operations:
     ) -> operations_pb2.ListOperationsResponse:
         if request.filter:
             raise InvalidArgument("FILTER_UNSUPPORTED", "operations cannot be filtered", field="filter")
-        if request.page_size < 0:
-            raise InvalidArgument("INVALID_PAGE_SIZE", "page_size must not be negative", field="page_size")
-        size = min(request.page_size or DEFAULT_PAGE, LARGEST_PAGE)
-        after = _parse_token(request.page_token)
-        rest = [record for record in self._records.values() if record.sequence > after]
-        page = rest[:size]
+        by_age = {f"{record.sequence:020}": record for record in self._records.values()}
+        shown, token = page(by_age, request.page_size, request.page_token)
         return operations_pb2.ListOperationsResponse(
-            operations=[self._describe(record) for record in page],
-            next_page_token=str(page[-1].sequence) if len(rest) > size else "",
+            operations=[self._describe(record) for record in shown], next_page_token=token
         )
 
     async def CancelOperation(self, request: operations_pb2.CancelOperationRequest, context: object) -> Empty:
@@ -200,13 +194,3 @@ class Operations:
         finished = [record.name for record in self._records.values() if record.task.done()]
         for name in finished[: max(0, len(finished) - self._keep + 1)]:
             del self._records[name]
-
-
-def _parse_token(token: str) -> int:
-    if not token:
-        return 0
-    if not token.isdecimal():
-        raise InvalidArgument(
-            "INVALID_PAGE_TOKEN", "page_token is not one this service gave", field="page_token"
-        )
-    return int(token)

@@ -15,6 +15,7 @@ from google.protobuf.empty_pb2 import Empty
 from dumont import names
 from dumont.errors import NotFound
 from dumont.rpc.operations import Operations, Progress
+from dumont.rpc.pages import page
 from dumont.rpc.streams import until_draining
 from dumont.snapshotd.v1 import instance_service_pb2 as pb2
 from dumont.snapshotd.v1 import instance_service_pb2_grpc as pb2_grpc
@@ -24,7 +25,6 @@ from snapshotd.jobs.observers import Observers
 from snapshotd.model import Instance, State
 from snapshotd.service import convert
 from snapshotd.service.logs import read_log
-from snapshotd.service.pages import page
 from snapshotd.service.snapshots import told
 from snapshotd.snapshots.catalog import Snapshots
 
@@ -126,8 +126,8 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
     async def ListInstances(
         self, request: pb2.ListInstancesRequest, context: Context
     ) -> pb2.ListInstancesResponse:
-        facts = sorted(self.instances.all(), key=lambda fact: fact.id)
-        shown, token = page(facts, request.page_size, request.page_token, lambda fact: fact.id)
+        facts = {fact.id: fact for fact in self.instances.all()}
+        shown, token = page(facts, request.page_size, request.page_token)
         return pb2.ListInstancesResponse(instances=map(convert.instance, shown), next_page_token=token)
 
     async def WatchInstances(

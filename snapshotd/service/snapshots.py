@@ -11,6 +11,7 @@ from google.protobuf.empty_pb2 import Empty
 from dumont import names
 from dumont.errors import FailedPrecondition
 from dumont.rpc.operations import Operations, Progress, Work
+from dumont.rpc.pages import page
 from dumont.snapshotd.v1 import snapshot_service_pb2 as pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2_grpc as pb2_grpc
 from snapshotd import compatibility
@@ -18,7 +19,6 @@ from snapshotd.jobs.context import Node
 from snapshotd.model import Snapshot
 from snapshotd.repository.ports import Progress as Bytes
 from snapshotd.service import convert
-from snapshotd.service.pages import page
 from snapshotd.snapshots.catalog import Snapshots
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,8 +43,8 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
     ) -> pb2.ListSnapshotsResponse:
         found, refused = await self.snapshots.list()
         messages = [self._message(one) for one in found] + [convert.refused(one) for one in refused]
-        messages.sort(key=lambda message: message.name)
-        shown, token = page(messages, request.page_size, request.page_token, lambda message: message.name)
+        by_name = {message.name: message for message in messages}
+        shown, token = page(by_name, request.page_size, request.page_token)
         return pb2.ListSnapshotsResponse(snapshots=shown, next_page_token=token)
 
     async def DeleteSnapshot(self, request: pb2.DeleteSnapshotRequest, context: Context) -> Empty:

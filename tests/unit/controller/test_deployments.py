@@ -10,7 +10,6 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from controller import convert
 from controller.model import DeploymentState, StartMode
-from controller.paging import page
 from controller.service.deployments import DeploymentService
 from dumont.controller.v1 import deployment_service_pb2 as pb
 from dumont.errors import (
@@ -321,15 +320,6 @@ async def test_a_list_comes_in_pages_that_join_to_all(service) -> None:
         if not token:
             break
     assert found == [f"deployments/d{number}" for number in range(5)]
-
-
-@pytest.mark.parametrize(
-    ("size", "token", "field"), [(-1, "", "page_size"), (0, "é", "page_token"), (0, "a", "page_token")]
-)
-def test_a_bad_page_is_refused(size: int, token: str, field: str) -> None:
-    with pytest.raises(InvalidArgument) as failure:
-        page({"a": 1}, size, token)
-    assert failure.value.field == field
 
 
 def test_start_modes_go_both_ways() -> None:

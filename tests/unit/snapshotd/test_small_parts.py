@@ -1,4 +1,4 @@
-"""Compatibility, mounts, host logs, the journal and pages: each a few lines, each a promise."""
+"""Compatibility, mounts, host logs and the journal: each a few lines, each a promise."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dumont.errors import FailedPrecondition, InvalidArgument
+from dumont.errors import FailedPrecondition
 from snapshotd import compatibility
 from snapshotd.adapters.facts import cpu_features
 from snapshotd.instances.journal import Journal
 from snapshotd.model import Canary, Instance, Phase, State
-from snapshotd.service.pages import page
 from snapshotd.shim.hostlog import HostLog
 from snapshotd.system.mounts import external_mounts
 
@@ -121,22 +120,3 @@ def test_a_journal_entry_that_cannot_be_read_does_not_hide_the_others(tmp_path: 
     (tmp_path / "broken.json").write_text("{")
     assert journal.read() == [an_instance("a")]
     assert not (tmp_path / "broken.json").exists()
-
-
-def test_pages_cover_everything_once_even_when_items_come_and_go() -> None:
-    items = [f"i{number:02}" for number in range(25)]
-    seen: list[str] = []
-    token = ""
-    while True:
-        shown, token = page(items, 10, token, str)
-        seen += shown
-        items = [item for item in items if item != "i00"]
-        if not token:
-            break
-    assert seen == [f"i{number:02}" for number in range(25)]
-
-
-def test_a_negative_page_size_is_refused() -> None:
-    with pytest.raises(InvalidArgument) as refusal:
-        page([], -1, "", str)
-    assert refusal.value.field == "page_size"

@@ -1,4 +1,4 @@
-"""Pages of a list that is ordered by id."""
+"""Pages of the List methods (AIP-158)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ T = TypeVar("T")
 
 
 def page(items: Mapping[str, T], size: int, token: str) -> tuple[list[T], str]:
-    """The items after ``token`` in the order of their ids, and the token of the next page ("" at the end).
+    """The items after ``token`` in the order of their keys, and the token of the next page.
+
+    A token holds the key of the last item shown, so items that come and go do not shift the pages.
 
     Args:
-        items: by id.
+        items: by a key that never changes.
         size: as requested; 0 for the default.
-        token: of the page before, "" for the first.
+        token: of the previous page, "" for the first.
+
+    Returns:
+        The page and the next token, "" at the end.
 
     Raises:
         InvalidArgument: INVALID_PAGE_SIZE or INVALID_PAGE_TOKEN.
@@ -29,10 +34,10 @@ def page(items: Mapping[str, T], size: int, token: str) -> tuple[list[T], str]:
         raise InvalidArgument("INVALID_PAGE_SIZE", "page_size must not be negative", field="page_size")
     limit = min(size or DEFAULT_PAGE, LARGEST_PAGE)
     after = _decode(token)
-    ids = sorted(key for key in items if key > after)
-    chosen = ids[:limit]
-    following = base64.urlsafe_b64encode(chosen[-1].encode()).decode() if len(ids) > limit else ""
-    return [items[key] for key in chosen], following
+    rest = sorted(key for key in items if key > after)
+    shown = rest[:limit]
+    following = base64.urlsafe_b64encode(shown[-1].encode()).decode() if len(rest) > limit else ""
+    return [items[key] for key in shown], following
 
 
 def _decode(token: str) -> str:
@@ -40,5 +45,7 @@ def _decode(token: str) -> str:
         return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeError) as error:
         raise InvalidArgument(
-            "INVALID_PAGE_TOKEN", "page_token is not one that a list returned", field="page_token"
+            "INVALID_PAGE_TOKEN",
+            "page_token must be the next_page_token of an earlier answer",
+            field="page_token",
         ) from error
