@@ -33,6 +33,11 @@ class Metrics:
             ["action", "outcome"],
             registry=self.registry,
         )
+        self.reconciler_errors = Counter(
+            "dumont_controller_reconciler_errors",
+            "Steps of the reconciler that raised because of a defect; each is repeated after a wait.",
+            registry=self.registry,
+        )
         self.phases = Histogram(
             "dumont_controller_phase_seconds",
             "Time of each named step of a start.",

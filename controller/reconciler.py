@@ -50,6 +50,7 @@ class Reconciler:
         self._under_way: set[str] = set()
         self._backoff = Backoff(first=1.0, limit=60.0)
         self._restarts = Backoff(first=1.0, limit=60.0)
+        self._defects = Backoff(first=1.0, limit=60.0)
         self._warmed: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -57,7 +58,17 @@ class Reconciler:
         self._core.tasks.spawn(self._save_last_use(), "save last use")
         while True:
             changed = self._core.inventory.changed
-            await self._sleep(changed, self.step())
+            try:
+                wake_in = self.step()
+            except Exception:
+                # One defect must not end every timer: try again, later each time.
+                log.exception("reconcile_failed")
+                self._core.metrics.reconciler_errors.inc()
+                self._defects.failed("step", self._core.now())
+                await self._core.clock.sleep(self._defects.at["step"] - self._core.now())
+            else:
+                self._defects.succeeded("step")
+                await self._sleep(changed, wake_in)
 
     def step(self) -> float | None:
         """Plan once, begin what is due, and return the seconds until more may be."""
@@ -106,6 +117,10 @@ class Reconciler:
             if isinstance(action, Park) and error.reason not in TRANSIENT:
                 self._core.inventory.refuse_parking(action.instance)
             self._backoff.failed(action.target, self._core.now())
+        except Exception:
+            log.exception("action_crashed", action=kind, target=action.target)
+            self._core.metrics.actions.labels(kind, "crashed").inc()
+            self._backoff.failed(action.target, self._core.now())
         else:
             log.info("action_done", action=kind, target=action.target, because=action.reason)
             self._core.metrics.actions.labels(kind, "ok").inc()
@@ -151,3 +166,5 @@ class Reconciler:
                 await self._core.deployments.save_last_use()
             except DumontError as error:
                 log.warning("save_last_use_failed", reason=error.reason, message=error.message)
+            except Exception:
+                log.exception("save_last_use_crashed")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from controller import expiry
 from controller.model import InstanceState, NodeState, Report, Snapshot, StartMode, Tier
 from dumont.errors import FailedPrecondition, Internal, NotFound, Unavailable
 
@@ -334,3 +335,57 @@ async def test_watchers_see_everything_then_each_change(world) -> None:
         pass
     assert change.instance == info.instance
     await changes.aclose()
+
+
+def counted(world, metric: str, **labels: str) -> float | None:
+    return world.controller.core.metrics.registry.get_sample_value(
+        f"dumont_controller_{metric}_total", labels
+    )
+
+
+async def test_a_defect_in_planning_ends_no_timer_for_good(world, monkeypatch) -> None:
+    # given: an instance that will be idle, and a plan that raises three times
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    calls: list[float] = []
+    plan = expiry.plan
+
+    def broken(*arguments: object) -> expiry.Plan:
+        calls.append(world.clock.moment().steady)
+        if len(calls) <= 3:
+            raise RuntimeError("a defect")
+        return plan(*arguments)
+
+    monkeypatch.setattr(expiry, "plan", broken)
+
+    # when
+    for _ in range(10):
+        await world.advance(1)
+    await world.advance(301)
+
+    # then: it was planned again, later each time, and the instance was parked in the end
+    await world.until(lambda: world.states() == [PARKED])
+    assert calls[1] - calls[0] < calls[2] - calls[1] < calls[3] - calls[2]
+    assert counted(world, "reconciler_errors") == 3
+
+
+async def test_a_defect_in_an_action_is_counted_and_tried_again_later(world, monkeypatch) -> None:
+    # given: parking raises what no node says
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    tries: list[float] = []
+
+    async def broken(instance: str) -> None:
+        tries.append(world.clock.moment().steady)
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(world.controller.instances, "park", broken)
+
+    # when
+    await world.advance(330)
+
+    # then: it was tried again, but not in a tight loop
+    assert 1 < len(tries) < 10
+    assert counted(world, "actions", action="Park", outcome="crashed") == len(tries)
