@@ -1,27 +1,38 @@
-"""Work that is waited for to its end, also by a caller who was cancelled."""
+"""Await work to its end even when the caller is cancelled."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 Result = TypeVar("Result")
 
 
-async def finish(work: Callable[[], Result]) -> Result:
-    """Run ``work`` in a thread. Also when cancelled, return only when it has ended.
+async def to_completion(work: Awaitable[Result]) -> Result:
+    """Await ``work`` and return only when it has ended, however often the caller is cancelled.
 
-    A thread cannot be stopped: one that is left behind would go on writing what the unwinding removes.
+    Raises:
+        asyncio.CancelledError: the caller was cancelled; the outcome of ``work`` is dropped.
     """
-    return await whole(asyncio.to_thread(work))
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        if not task.cancelled():
+            # Retrieved, or asyncio logs that it never was.
+            task.exception()
+        raise asyncio.CancelledError
+    return task.result()
 
 
-async def whole(work: Coroutine[Any, Any, Result]) -> Result:
-    """Wait for ``work``. Also when cancelled, return only when it has ended."""
-    working = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        await asyncio.wait([working])
-        raise
+async def thread_to_completion(work: Callable[[], Result]) -> Result:
+    """Run ``work`` in a thread and return only when it has ended, as :func:`to_completion` does.
+
+    A thread cannot be stopped: one left behind would go on writing files that the unwinding removes.
+    """
+    return await to_completion(asyncio.to_thread(work))

@@ -9,7 +9,7 @@ from dumont.errors import ResourceExhausted
 
 
 @dataclass(frozen=True)
-class Held:
+class Candidate:
     """A snapshot or a weight file that the node holds.
 
     Attributes:
@@ -24,7 +24,7 @@ class Held:
     removable: bool
 
 
-def choose(held: Iterable[Held], budget: int, needed: int) -> tuple[list[str], int]:
+def choose(held: Iterable[Candidate], budget: int, needed: int) -> tuple[list[str], int]:
     """The least recently used, as many as must go so that ``needed`` bytes fit the budget.
 
     Returns:
@@ -42,7 +42,7 @@ def choose(held: Iterable[Held], budget: int, needed: int) -> tuple[list[str], i
     return leaving, max(excess, 0)
 
 
-def leavers(held: Iterable[Held], budget: int, needed: int) -> list[str]:
+def snapshots_to_evict(held: Iterable[Candidate], budget: int, needed: int) -> list[str]:
     """The least recently used snapshots, as many as must go so that ``needed`` bytes fit the budget.
 
     Args:

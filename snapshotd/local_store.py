@@ -63,7 +63,7 @@ def open_store(settings: Settings, failpoints: Failpoints, journal: Journal) -> 
     _mount(memory)
     for instance in journal.read():
         if instance.snapshot:
-            store.keep(instance.id, instance.snapshot)
+            store.pin(instance.id, instance.snapshot)
     store.open()
     return store
 

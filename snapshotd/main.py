@@ -37,9 +37,9 @@ from snapshotd.instances.manager import Instances
 from snapshotd.jobs.context import Deadlines, HostSettings, Node
 from snapshotd.jobs.observers import Observers
 from snapshotd.local_store import give_back_memory, open_store
-from snapshotd.object_store import open_remote
+from snapshotd.object_store import open_repository
 from snapshotd.ports import Clock, SnapshotStore
-from snapshotd.repository.repository import RemoteStore, check_conditional_create
+from snapshotd.repository.repository import Repository, check_conditional_create
 from snapshotd.service.inference import Inference
 from snapshotd.service.instances import InstanceServicer
 from snapshotd.service.node import NodeServicer
@@ -88,10 +88,10 @@ async def run(settings: Settings) -> None:
         # own namespace.
         store = open_store(settings, failpoints, journal)
         stack.callback(give_back_memory, settings, journal)
-        remote = open_remote(settings, failpoints)
-        if remote is not None:
-            stack.callback(remote.close)
-            await check_store(remote)
+        repository = open_repository(settings, failpoints)
+        if repository is not None:
+            stack.callback(repository.close)
+            await check_store(repository)
         nvml = Nvml.open() if settings.device != "cpu" else None
         weight_cache = open_weight_cache(settings, on_gpus=nvml is not None)
         weights = NodeWeightFiles(settings.state_dir / "weights.json", weight_cache)
@@ -131,7 +131,7 @@ async def run(settings: Settings) -> None:
             stack.push_async_callback(cuda.close)
         observers = Observers()
         instances = Instances(node, journal, observers, failpoints)
-        snapshots = connect(store, remote, settings, instances)
+        snapshots = connect(store, repository, settings, instances)
         operations = rpc_operations.Operations(DOMAIN)
         inference = Inference(instances)
         node_servicer = NodeServicer(node, node_id(settings), findings, settings.store_url)
@@ -215,7 +215,7 @@ def open_loader(cache: WeightCache, clock: Clock) -> weight_loader.LoaderProcess
     return loader
 
 
-async def check_store(remote: RemoteStore) -> None:
+async def check_store(repository: Repository) -> None:
     """Refuse a store in which two nodes could publish over each other.
 
     Raises:
@@ -224,7 +224,7 @@ async def check_store(remote: RemoteStore) -> None:
     # A node serves without its store; nothing is published before the check has passed.
     try:
         async with asyncio.timeout(STORE_SECONDS):
-            await check_conditional_create(remote.objects)
+            await check_conditional_create(repository.objects)
     except TimeoutError:
         log.warning("object store cannot be used now", reason="STORE_UNAVAILABLE", error="it does not answer")
     except (Unavailable, Unauthenticated, ResourceExhausted) as error:
@@ -232,24 +232,24 @@ async def check_store(remote: RemoteStore) -> None:
 
 
 def connect(
-    store: SnapshotStore, remote: RemoteStore | None, settings: Settings, instances: Instances
+    store: SnapshotStore, repository: Repository | None, settings: Settings, instances: Instances
 ) -> Snapshots:
     """The node's snapshots and those of its object store, if there is one."""
     tasks: set[asyncio.Task[None]] = set()
 
     def published(snapshot: str) -> None:
         # Only now may it leave the node.
-        task = asyncio.create_task(snapshots.keep_budget(), name=f"keep budget after {snapshot}")
+        task = asyncio.create_task(snapshots.enforce_budget(), name=f"keep budget after {snapshot}")
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
     uploads = None
-    if remote is not None:
+    if repository is not None:
         journal = UploadJournal(settings.state_dir / "uploads")
-        uploads = Uploads(store, remote, journal, published)
+        uploads = Uploads(store, repository, journal, published)
     snapshots = Snapshots(
         store,
-        remote,
+        repository,
         uploads,
         settings.state_dir / "damaged",
         settings.cache_bytes,

@@ -197,7 +197,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """What a snapshot takes on this node, in bytes, and when it was last used, in seconds since the epoch."""
 
     snapshot: str

@@ -25,7 +25,7 @@ from snapshotd.repository.codec import OVERHEAD
 from snapshotd.repository.model import CHUNK
 from snapshotd.repository.object_keys import TEMPORARY, chunk_key, manifest_key
 from snapshotd.repository.ports import ObjectStore
-from snapshotd.repository.repository import RemoteStore, check_conditional_create
+from snapshotd.repository.repository import Repository, check_conditional_create
 from snapshotd.repository.signing import Signer, TrustedKeys
 from snapshotd.repository.workers import Limits, Workers
 
@@ -63,7 +63,7 @@ def open_objects(settings: Settings) -> ObjectStore | None:
     )
 
 
-def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | None:
+def open_repository(settings: Settings, failpoints: Failpoints) -> Repository | None:
     """Published snapshots as this node reads and writes them; None when no store is configured.
 
     Raises:
@@ -76,7 +76,7 @@ def open_remote(settings: Settings, failpoints: Failpoints) -> RemoteStore | Non
     (settings.state_dir / PUBLIC_KEY).write_text(f"{signer.line()}\n")
     keys = settings.trusted_keys_file
     limits = Limits.of(settings.threads)
-    return RemoteStore(
+    return Repository(
         objects,
         signer,
         TrustedKeysFile(keys, signer) if keys else TrustedKeys([signer.public]),

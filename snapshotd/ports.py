@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from snapshotd.model import Entry, ImageFile, Json, Manifest, Model, Sharing, Snapshot
+from snapshotd.model import CacheEntry, ImageFile, Json, Manifest, Model, Sharing, Snapshot
 
 
 class Clock(Protocol):
@@ -198,7 +198,7 @@ class SnapshotStore(Protocol):
         """
         ...
 
-    def keep(self, owner: str, snapshot: str) -> None:
+    def pin(self, owner: str, snapshot: str) -> None:
         """From now on the image files of a snapshot, once they are there, stay for ``owner``.
 
         Args:
@@ -216,7 +216,7 @@ class SnapshotStore(Protocol):
         """
         ...
 
-    async def release(self, owner: str) -> None:
+    async def unpin(self, owner: str) -> None:
         """``owner`` reads and maps nothing any more; nothing happens if it kept nothing."""
         ...
 
@@ -230,7 +230,7 @@ class SnapshotStore(Protocol):
         """It is in use now."""
         ...
 
-    async def entries(self) -> Sequence[Entry]:
+    async def entries(self) -> Sequence[CacheEntry]:
         """What each snapshot takes."""
         ...
 
@@ -261,7 +261,7 @@ class WeightFiles(Protocol):
         """BLAKE3 over the names and bytes of the weight files; read again only when a file changed."""
         ...
 
-    async def hold(self, instance: str, model: Model) -> Mapping[str, str]:
+    async def pin(self, instance: str, model: Model) -> Mapping[str, str]:
         """Bring all of them into memory, unless they are there, and keep them there for ``instance``.
 
         Returns:
@@ -269,10 +269,10 @@ class WeightFiles(Protocol):
         """
         ...
 
-    def keep(self, instance: str, files: Mapping[str, str]) -> None:
+    def repin(self, instance: str, files: Mapping[str, str]) -> None:
         """Hold again what ``instance`` held when an earlier daemon ran."""
         ...
 
-    def release(self, instance: str) -> None:
+    def unpin(self, instance: str) -> None:
         """``instance`` uses nothing any more, or does not exist."""
         ...

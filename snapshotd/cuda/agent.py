@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from snapshotd.cuda.json_output import Message, take_stdout
+from snapshotd.cuda.json_output import Message, claim_stdout
 
 # Operations of different processes run beside each other.
 THREADS = 8
@@ -38,7 +38,7 @@ def _bare(devices: Mapping[str, str]) -> dict[str, str] | None:
 def serve(process: Callable[[int], Any]) -> None:
     """Answer until stdin ends."""
     known = commands(process)
-    say = take_stdout()
+    send = claim_stdout()
 
     def answer(message: Message) -> None:
         reply: Message = {"id": message["id"]}
@@ -46,9 +46,9 @@ def serve(process: Callable[[int], Any]) -> None:
             reply["ok"] = known[message["do"]](message)
         except Exception as error:
             reply["error"] = f"{type(error).__name__}: {error}"
-        say(reply)
+        send(reply)
 
-    say({"ready": True})
+    send({"ready": True})
     with ThreadPoolExecutor(THREADS) as pool:
         for line in sys.stdin:
             pool.submit(answer, json.loads(line))

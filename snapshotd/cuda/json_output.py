@@ -11,7 +11,7 @@ from typing import Any
 Message = dict[str, Any]
 
 
-def take_stdout() -> Callable[[Message], None]:
+def claim_stdout() -> Callable[[Message], None]:
     """Keep standard output for messages: whatever a library prints goes to standard error from here on.
 
     Returns:
@@ -21,9 +21,9 @@ def take_stdout() -> Callable[[Message], None]:
     os.dup2(2, 1)
     speak = threading.Lock()
 
-    def say(message: Message) -> None:
+    def send(message: Message) -> None:
         with speak:
             output.write(json.dumps(message) + "\n")
             output.flush()
 
-    return say
+    return send

@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 from snapshotd.cuda.driver import DriverError, LoaderError
 from snapshotd.cuda.gpus import Gpus
-from snapshotd.cuda.json_output import Message, take_stdout
+from snapshotd.cuda.json_output import Message, claim_stdout
 from snapshotd.cuda.registered import Files, Registered, StillRegistered
 
 Piece = tuple[str, int, int, int]
@@ -161,7 +161,7 @@ def end(reason: str) -> NoReturn:
     os._exit(1)
 
 
-def converse(loader: Loader, lines: Iterable[str], say: Callable[[Message], None]) -> None:
+def converse(loader: Loader, lines: Iterable[str], send: Callable[[Message], None]) -> None:
     """Answer snapshotd until ``lines`` end.
 
     Files that left are let go of beside the registering of others, which takes long.
@@ -170,7 +170,7 @@ def converse(loader: Loader, lines: Iterable[str], say: Callable[[Message], None
     for line in lines:
         message = json.loads(line)
         worker = registering if "register" in message else forgetting
-        worker.submit(lambda message: say(loader.answer(message)), message)
+        worker.submit(lambda message: send(loader.answer(message)), message)
 
 
 def accept(listener: socket.socket, loader: Loader) -> None:
@@ -189,15 +189,15 @@ def run(driver: Any) -> None:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--files", type=Path, required=True, help="directory of the node's weight files")
     arguments = parser.parse_args()
-    say = take_stdout()
+    send = claim_stdout()
     try:
         loader = Loader(Gpus(driver), Files(arguments.files, driver), end)
     except DriverError as error:
         raise SystemExit(f"the CUDA driver cannot be used: {error}") from None
     listener = listen(arguments.socket)
     threading.Thread(target=accept, args=(listener, loader), daemon=True).start()
-    say({"ready": True})
-    converse(loader, sys.stdin, say)
+    send({"ready": True})
+    converse(loader, sys.stdin, send)
     # Whatever still runs is for nobody.
     os._exit(0)
 

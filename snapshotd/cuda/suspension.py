@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from dumont.aio import whole
+from dumont.aio import to_completion
 from dumont.errors import Aborted, DumontError
 from snapshotd.ports import Cuda
 
@@ -23,22 +23,22 @@ log = structlog.get_logger(__name__)
 NOT_CUDA: Final = "CUDA_FAILED"
 
 
-async def find(cuda: Cuda, family: Sequence[int]) -> list[int]:
+async def find(cuda: Cuda, pids: Sequence[int]) -> list[int]:
     """Those of a process and its descendants that use CUDA, in their order.
 
     Args:
         family: pids, the model host's own first.
     """
-    if len(family) == 1:
+    if len(pids) == 1:
         # It was loaded on a GPU: nobody else can be it.
-        return list(family)
-    answers = await asyncio.gather(*map(cuda.state, family), return_exceptions=True)
+        return list(pids)
+    answers = await asyncio.gather(*map(cuda.state, pids), return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException) and getattr(answer, "reason", "") != NOT_CUDA:
             raise answer
-    found = [pid for pid, answer in zip(family, answers, strict=True) if isinstance(answer, str)]
+    found = [pid for pid, answer in zip(pids, answers, strict=True) if isinstance(answer, str)]
     # None at all: the driver says why when the first is locked.
-    return found or list(family[:1])
+    return found or list(pids[:1])
 
 
 async def suspend(cuda: Cuda, pids: Sequence[int], lock_timeout: float) -> None:
@@ -51,18 +51,18 @@ async def suspend(cuda: Cuda, pids: Sequence[int], lock_timeout: float) -> None:
     try:
         for pid in pids:
             touched.append(pid)
-            await whole(cuda.lock(pid, lock_timeout))
+            await to_completion(cuda.lock(pid, lock_timeout))
         for pid in pids:
-            await whole(cuda.checkpoint(pid))
+            await to_completion(cuda.checkpoint(pid))
     except BaseException:
         try:
-            await rouse(cuda, touched)
+            await recover(cuda, touched)
         except DumontError as error:
             log.error("CUDA state could not be undone", pids=touched, reason=error.reason)
         raise
 
 
-async def revive(cuda: Cuda, pids: Sequence[int], devices: Mapping[str, str]) -> None:
+async def resume(cuda: Cuda, pids: Sequence[int], devices: Mapping[str, str]) -> None:
     """Restore and unlock ``pids``.
 
     Args:
@@ -72,12 +72,12 @@ async def revive(cuda: Cuda, pids: Sequence[int], devices: Mapping[str, str]) ->
         DumontError: some are not running; the instance must be ended.
     """
     for pid in pids:
-        await whole(cuda.restore(pid, devices))
+        await to_completion(cuda.restore(pid, devices))
     for pid in pids:
-        await whole(cuda.unlock(pid))
+        await to_completion(cuda.unlock(pid))
 
 
-async def rouse(cuda: Cuda, pids: Sequence[int]) -> None:
+async def recover(cuda: Cuda, pids: Sequence[int]) -> None:
     """Bring processes back to running from whatever state an interrupted operation left them in.
 
     Raises:
@@ -87,20 +87,20 @@ async def rouse(cuda: Cuda, pids: Sequence[int]) -> None:
     states: dict[int, str] = {}
     for pid in reversed(pids):
         try:
-            states[pid] = await whole(cuda.state(pid))
+            states[pid] = await to_completion(cuda.state(pid))
             if states[pid] == "failed":
                 raise Aborted(
                     "CUDA_FAILED", f"process {pid} cannot be brought back: its CUDA state is failed"
                 )
             if states[pid] == "checkpointed":
-                await whole(cuda.restore(pid, {}))
+                await to_completion(cuda.restore(pid, {}))
         except DumontError as error:
             failures.append(error)
             states[pid] = ""
     for pid, state in states.items():
         try:
             if state in ("checkpointed", "locked"):
-                await whole(cuda.unlock(pid))
+                await to_completion(cuda.unlock(pid))
         except DumontError as error:
             failures.append(error)
     if failures:

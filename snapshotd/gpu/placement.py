@@ -10,18 +10,18 @@ from snapshotd.model import Gpu
 
 
 @dataclass
-class Room:
+class Reservations:
     """GPU memory promised to jobs under way, which the driver does not count as taken yet."""
 
     _promised: dict[str, tuple[str, int]] = field(default_factory=dict)
 
-    def promise(self, instance: str, gpu: str, needed: int) -> None:
+    def reserve(self, instance: str, gpu: str, needed: int) -> None:
         self._promised[instance] = (gpu, needed)
 
     def release(self, instance: str) -> None:
         self._promised.pop(instance, None)
 
-    def promised(self, gpu: str) -> int:
+    def reserved(self, gpu: str) -> int:
         """Bytes of one GPU, by its UUID."""
         return sum(needed for where, needed in self._promised.values() if where == gpu)
 
@@ -73,7 +73,7 @@ def choose(gpus: Sequence[Gpu], free: Mapping[str, int], home: Gpu | None, wante
     return max(candidates, key=lambda gpu: (free.get(gpu.uuid, 0), gpu == home))
 
 
-def check_room(gpu: Gpu, free: int, needed: int) -> None:
+def check_free_memory(gpu: Gpu, free: int, needed: int) -> None:
     """Refuse before the driver begins: a CUDA restore that runs out of memory strands its process.
 
     Raises:

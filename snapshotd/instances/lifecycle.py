@@ -31,7 +31,7 @@ class Job(Enum):
     CLEAN_UP = auto()
 
 
-class Step(NamedTuple):
+class Transition(NamedTuple):
     state: State
     job: Job | None = None
 
@@ -47,51 +47,51 @@ class IllegalTransition(FailedPrecondition):
         )
 
 
-TABLE: Final[dict[tuple[State, Event], Step]] = {
-    (State.STARTING, Event.SUCCEEDED): Step(State.SERVING),
-    (State.STARTING, Event.FAILED): Step(State.FAILED, Job.CLEAN_UP),
-    (State.STARTING, Event.LOST): Step(State.FAILED, Job.CLEAN_UP),
-    (State.STARTING, Event.STOP): Step(State.STOPPING, Job.STOP),
-    (State.RESTORING, Event.SUCCEEDED): Step(State.SERVING),
-    (State.RESTORING, Event.FAILED): Step(State.FAILED, Job.CLEAN_UP),
-    (State.RESTORING, Event.LOST): Step(State.FAILED, Job.CLEAN_UP),
-    (State.RESTORING, Event.STOP): Step(State.STOPPING, Job.STOP),
-    (State.SERVING, Event.CAPTURE): Step(State.CAPTURING, Job.CAPTURE),
-    (State.SERVING, Event.PARK): Step(State.PARKING, Job.PARK),
-    (State.SERVING, Event.STOP): Step(State.STOPPING, Job.STOP),
-    (State.SERVING, Event.LOST): Step(State.FAILED, Job.CLEAN_UP),
+TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
+    (State.STARTING, Event.SUCCEEDED): Transition(State.SERVING),
+    (State.STARTING, Event.FAILED): Transition(State.FAILED, Job.CLEAN_UP),
+    (State.STARTING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
+    (State.STARTING, Event.STOP): Transition(State.STOPPING, Job.STOP),
+    (State.RESTORING, Event.SUCCEEDED): Transition(State.SERVING),
+    (State.RESTORING, Event.FAILED): Transition(State.FAILED, Job.CLEAN_UP),
+    (State.RESTORING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
+    (State.RESTORING, Event.STOP): Transition(State.STOPPING, Job.STOP),
+    (State.SERVING, Event.CAPTURE): Transition(State.CAPTURING, Job.CAPTURE),
+    (State.SERVING, Event.PARK): Transition(State.PARKING, Job.PARK),
+    (State.SERVING, Event.STOP): Transition(State.STOPPING, Job.STOP),
+    (State.SERVING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
     # A capture that failed has unwound: the source serves as before.
-    (State.CAPTURING, Event.SUCCEEDED): Step(State.SERVING),
-    (State.CAPTURING, Event.FAILED): Step(State.SERVING),
-    (State.CAPTURING, Event.LOST): Step(State.FAILED, Job.CLEAN_UP),
-    (State.CAPTURING, Event.STOP): Step(State.STOPPING, Job.STOP),
-    (State.PARKING, Event.SUCCEEDED): Step(State.PARKED),
-    (State.PARKING, Event.FAILED): Step(State.SERVING),
-    (State.PARKING, Event.LOST): Step(State.FAILED, Job.CLEAN_UP),
-    (State.PARKING, Event.STOP): Step(State.STOPPING, Job.STOP),
-    (State.PARKED, Event.RESUME): Step(State.RESUMING, Job.RESUME),
-    (State.PARKED, Event.STOP): Step(State.STOPPING, Job.STOP),
-    (State.PARKED, Event.LOST): Step(State.FAILED, Job.CLEAN_UP),
-    (State.RESUMING, Event.SUCCEEDED): Step(State.SERVING),
+    (State.CAPTURING, Event.SUCCEEDED): Transition(State.SERVING),
+    (State.CAPTURING, Event.FAILED): Transition(State.SERVING),
+    (State.CAPTURING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
+    (State.CAPTURING, Event.STOP): Transition(State.STOPPING, Job.STOP),
+    (State.PARKING, Event.SUCCEEDED): Transition(State.PARKED),
+    (State.PARKING, Event.FAILED): Transition(State.SERVING),
+    (State.PARKING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
+    (State.PARKING, Event.STOP): Transition(State.STOPPING, Job.STOP),
+    (State.PARKED, Event.RESUME): Transition(State.RESUMING, Job.RESUME),
+    (State.PARKED, Event.STOP): Transition(State.STOPPING, Job.STOP),
+    (State.PARKED, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
+    (State.RESUMING, Event.SUCCEEDED): Transition(State.SERVING),
     # Half awake is no state to serve from or to try again from.
-    (State.RESUMING, Event.FAILED): Step(State.FAILED, Job.CLEAN_UP),
-    (State.RESUMING, Event.LOST): Step(State.FAILED, Job.CLEAN_UP),
-    (State.RESUMING, Event.STOP): Step(State.STOPPING, Job.STOP),
-    (State.STOPPING, Event.SUCCEEDED): Step(State.GONE),
+    (State.RESUMING, Event.FAILED): Transition(State.FAILED, Job.CLEAN_UP),
+    (State.RESUMING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
+    (State.RESUMING, Event.STOP): Transition(State.STOPPING, Job.STOP),
+    (State.STOPPING, Event.SUCCEEDED): Transition(State.GONE),
     # Its process ends because we end it.
-    (State.STOPPING, Event.LOST): Step(State.STOPPING),
-    (State.STOPPING, Event.FAILED): Step(State.FAILED),
-    (State.FAILED, Event.STOP): Step(State.STOPPING, Job.STOP),
+    (State.STOPPING, Event.LOST): Transition(State.STOPPING),
+    (State.STOPPING, Event.FAILED): Transition(State.FAILED),
+    (State.FAILED, Event.STOP): Transition(State.STOPPING, Job.STOP),
 }
 
 
-def advance(state: State, event: Event) -> Step:
+def advance(state: State, event: Event) -> Transition:
     """The step that ``event`` makes from ``state``.
 
     Raises:
         IllegalTransition: the table has none.
     """
     try:
-        return TABLE[state, event]
+        return TRANSITIONS[state, event]
     except KeyError:
         raise IllegalTransition(state, event) from None

@@ -149,7 +149,7 @@ class Instances:
         record = self._record(instance)
         # Before anything moves: without room it stays parked.
         self._check_unshared(record, Event.RESUME)
-        target = actions.find_place(self.node, record.instance, gpu)
+        target = actions.reserve_gpu_to_resume(self.node, record.instance, gpu)
         self._move(record, Event.RESUME)
         return await self._settle(record, "resume", jobs.resume(self.node, record, target))
 
@@ -172,7 +172,7 @@ class Instances:
         for instance in self.journal.read():
             host = hosts.pop(instance.id, None)
             record = Record(instance, host)
-            self.node.weights.keep(instance.id, instance.weight_files)
+            self.node.weights.repin(instance.id, instance.weight_files)
             try:
                 if host is None or host.lost.is_set():
                     raise Aborted("HOST_LOST", "its process ended while no snapshotd ran")
@@ -279,7 +279,7 @@ class Instances:
                 await self._fail(record, error)
             raise
         finally:
-            self.node.room.release(record.instance.id)
+            self.node.reservations.release(record.instance.id)
             if record.job is task:
                 record.job = None
         if record.instance.state is State.STOPPING and job != "stop":
@@ -312,7 +312,7 @@ class Instances:
     def _check_unshared(self, record: Record, event: Event) -> None:
         """Refuse before the machine's step, and after an illegal one was refused."""
         advance(record.instance.state, event)
-        actions.check_unshared(self.node, record.instance.device)
+        actions.check_not_shared(self.node, record.instance.device)
 
     def _move(self, record: Record, event: Event, reason: str = "", message: str = "") -> Job | None:
         """Take the machine's step, tell the journal and whoever listens, and say what must follow."""

@@ -26,10 +26,10 @@ async def recover(node: Node, instance: Instance, host: Host) -> Instance:
     if (await host.status())["frozen"]:
         return replace(instance, pid=host.pid, state=State.PARKED)
     if uses_cuda(instance.device):
-        instance = await actions.settle_cuda(node, instance, host)
+        instance = await actions.recover_gpu_state(node, instance, host)
         if instance.state is State.PARKED:
             return replace(instance, pid=host.pid)
-    await actions.bring_back(node, instance.id, host)
+    await actions.return_to_service(node, instance.id, host)
     return replace(instance, pid=host.pid, state=State.SERVING)
 
 

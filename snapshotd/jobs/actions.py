@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 
-from dumont.aio import whole
+from dumont.aio import to_completion
 from dumont.errors import Aborted, DumontError, FailedPrecondition, Internal
 from snapshotd.cuda import suspension
 from snapshotd.gpu import placement
@@ -61,7 +61,7 @@ async def quiesce(node: Node, subject: Subject) -> None:
 
 async def cuda_pids(node: Node, host: Host) -> list[int]:
     """The CUDA processes of a model host's tree, parents before children."""
-    return await suspension.find(cuda_of(node), node.family(host.pid))
+    return await suspension.find(cuda_of(node), node.process_tree(host.pid))
 
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
@@ -73,30 +73,30 @@ async def suspend_cuda(node: Node, subject: Subject) -> None:
 async def trim(node: Node, subject: Subject) -> None:
     """Let go of the zeros among what came from the GPU: most of it was never written to."""
     # Whole, also when cancelled: what undoes this lets the driver use that memory again.
-    await whole(host_of(subject).call("trim", node.deadlines.quiesce))
+    await to_completion(host_of(subject).call("trim", node.deadlines.quiesce))
 
 
-async def revive_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) -> None:
+async def resume_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) -> None:
     """Bring the process back to its GPUs, its weights on their way meanwhile.
 
     Args:
         devices: GPU UUIDs, old to new, every GPU of the node; empty: the same GPUs.
     """
     await order_weights(node, subject)
-    await suspension.revive(cuda_of(node), await cuda_pids(node, host_of(subject)), devices)
+    await suspension.resume(cuda_of(node), await cuda_pids(node, host_of(subject)), devices)
 
 
-async def rouse_cuda(node: Node, subject: Subject) -> None:
+async def recover_cuda(node: Node, subject: Subject) -> None:
     """Bring a source back to running, from whatever state its suspension reached."""
     await order_weights(node, subject)
     host = host_of(subject)
-    await _rouse(node, host, await cuda_pids(node, host))
+    await _recover_cuda(node, host, await cuda_pids(node, host))
 
 
-async def _rouse(node: Node, host: Host, pids: Sequence[int]) -> None:
+async def _recover_cuda(node: Node, host: Host, pids: Sequence[int]) -> None:
     # It answers only when it has ended what it was told before; a trim must not meet the driver.
     await host.call("status", node.deadlines.quiesce)
-    await suspension.rouse(cuda_of(node), pids)
+    await suspension.recover(cuda_of(node), pids)
 
 
 async def order_weights(node: Node, subject: Subject) -> None:
@@ -119,7 +119,7 @@ async def loader_of(node: Node, subject: Subject) -> dict[str, str]:
     return {"loader": LOADER_SOCKET, "gpu": instance.gpu}
 
 
-async def settle_cuda(node: Node, instance: Instance, host: Host) -> Instance:
+async def recover_gpu_state(node: Node, instance: Instance, host: Host) -> Instance:
     """After a crash of the daemon: the instance parked, or with its CUDA running again and where it is.
 
     Raises:
@@ -128,24 +128,24 @@ async def settle_cuda(node: Node, instance: Instance, host: Host) -> Instance:
     cuda, pids = cuda_of(node), await cuda_pids(node, host)
     if instance.state is State.PARKED and {await cuda.state(pid) for pid in pids} == {"checkpointed"}:
         return instance
-    await _rouse(node, host, pids)
-    return replace(located(node, instance, pids), state=State.SERVING)
+    await _recover_cuda(node, host, pids)
+    return replace(with_gpu_usage(node, instance, pids), state=State.SERVING)
 
 
-def note_gpu_memory(node: Node, subject: Subject) -> None:
+def record_gpu_memory(node: Node, subject: Subject) -> None:
     """Remember where the process is and what it holds there: to come back it needs as much."""
     if node.gpu_status is not None:
-        subject.instance = located(node, subject.instance, node.family(host_of(subject).pid))
+        subject.instance = with_gpu_usage(node, subject.instance, node.process_tree(host_of(subject).pid))
 
 
-def keep_room(node: Node, subject: Subject) -> None:
+def reserve_gpu_memory(node: Node, subject: Subject) -> None:
     """Promise a source the GPU memory that it gives up for a while, until its job has ended."""
     instance = subject.instance
     if instance.gpu and instance.gpu_bytes:
-        node.room.promise(instance.id, instance.gpu, instance.gpu_bytes)
+        node.reservations.reserve(instance.id, instance.gpu, instance.gpu_bytes)
 
 
-def located(node: Node, instance: Instance, pids: Sequence[int]) -> Instance:
+def with_gpu_usage(node: Node, instance: Instance, pids: Sequence[int]) -> Instance:
     """As NVML sees it; unchanged where NVML does not see it, as in some containers."""
     used = node.gpu_status.used_by(pids) if node.gpu_status else {}
     if not any(used.values()):
@@ -154,7 +154,7 @@ def located(node: Node, instance: Instance, pids: Sequence[int]) -> Instance:
     return replace(instance, gpu=gpu, gpu_bytes=used[gpu])
 
 
-def check_unshared(node: Node, device: str) -> None:
+def check_not_shared(node: Node, device: str) -> None:
     """Refuse before anything is touched what the driver cannot do beside MIG and MPS.
 
     Raises:
@@ -171,7 +171,7 @@ def check_unshared(node: Node, device: str) -> None:
         )
 
 
-def find_room(node: Node, instance: Instance, home: Gpu | None, wanted: str, needed: int) -> str:
+def reserve_gpu(node: Node, instance: Instance, home: Gpu | None, wanted: str, needed: int) -> str:
     """Choose a GPU, and promise the memory there to the instance until its job ends.
 
     Args:
@@ -186,12 +186,12 @@ def find_room(node: Node, instance: Instance, home: Gpu | None, wanted: str, nee
     free = {gpu.uuid: _free(node, gpu.uuid) for gpu in node.gpus}
     gpu = placement.choose(node.gpus, free, home, wanted)
     if node.gpu_status is not None:
-        placement.check_room(gpu, free[gpu.uuid], needed)
-    node.room.promise(instance.id, gpu.uuid, needed)
+        placement.check_free_memory(gpu, free[gpu.uuid], needed)
+    node.reservations.reserve(instance.id, gpu.uuid, needed)
     return gpu.uuid
 
 
-def find_place(node: Node, instance: Instance, wanted: str) -> str:
+def reserve_gpu_to_resume(node: Node, instance: Instance, wanted: str) -> str:
     """Where a parked process comes back, with the memory there promised to it until its job ends.
 
     Args:
@@ -218,11 +218,11 @@ def find_place(node: Node, instance: Instance, wanted: str) -> str:
             )
         return ""
     home = placement.named(node.gpus, instance.gpu)
-    return find_room(node, instance, home, wanted or instance.gpu, instance.gpu_bytes)
+    return reserve_gpu(node, instance, home, wanted or instance.gpu, instance.gpu_bytes)
 
 
 def _free(node: Node, gpu: str) -> int:
-    return (node.gpu_status.free(gpu) if node.gpu_status else 0) - node.room.promised(gpu)
+    return (node.gpu_status.free(gpu) if node.gpu_status else 0) - node.reservations.reserved(gpu)
 
 
 async def serve(node: Node, subject: Subject) -> None:
@@ -237,7 +237,7 @@ async def accept(node: Node, subject: Subject) -> None:
     await host_of(subject).call("accept", node.deadlines.serve)
 
 
-async def bring_back(node: Node, instance: str, host: Host) -> None:
+async def return_to_service(node: Node, instance: str, host: Host) -> None:
     """Make a model host serve again, in whatever state a job or a crash left it.
 
     Raises:
@@ -255,12 +255,12 @@ async def bring_back(node: Node, instance: str, host: Host) -> None:
         raise Aborted("INTERRUPTED", f"the model host of instances/{instance} was {state}")
 
 
-async def keep_serving(node: Node, subject: Subject) -> None:
+async def ensure_serving(node: Node, subject: Subject) -> None:
     """The undo of whatever stopped an instance from serving: it serves again, or it is ended."""
-    await unless_lost(subject, lambda: bring_back(node, subject.instance.id, host_of(subject)))
+    await or_release(subject, lambda: return_to_service(node, subject.instance.id, host_of(subject)))
 
 
-async def unless_lost(subject: Subject, action: Action) -> None:
+async def or_release(subject: Subject, action: Action) -> None:
     """Bring a source back to serving or, where that fails, end it: it must not stay in between."""
     try:
         await action()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dumont.aio import finish
+from dumont.aio import thread_to_completion
 from dumont.errors import DumontError, FailedPrecondition, Internal, NotFound, ResourceExhausted
 from snapshotd.images.compact import check, compact
 from snapshotd.jobs import actions
@@ -42,11 +42,15 @@ class Capture:
         return [
             Step("stage", self.stage, self.discard),
             Step("prepare", self.prepare, self.abandon),
-            Step("drain", self.drain, self.keep_serving),
+            Step("drain", self.drain, self.ensure_serving),
             Step("quiesce", self.quiesce),
-            *([Step("cuda_checkpoint", self.suspend, self.revive), Step("trim", self.trim)] if cuda else []),
+            *(
+                [Step("cuda_checkpoint", self.suspend, self.resume_cuda), Step("trim", self.trim)]
+                if cuda
+                else []
+            ),
             Step("dump", self.dump),
-            *([Step("cuda_restore", self.rouse)] if cuda else []),
+            *([Step("cuda_restore", self.recover_cuda)] if cuda else []),
             Step("wake", self.wake),
             Step("compact", self.compact),
             Step("verify", self.verify),
@@ -78,12 +82,12 @@ class Capture:
         self.paused_at = self.node.clock.monotonic()
         await actions.drain(self.node, self.subject)
 
-    async def keep_serving(self) -> None:
-        await actions.keep_serving(self.node, self.subject)
+    async def ensure_serving(self) -> None:
+        await actions.ensure_serving(self.node, self.subject)
 
     async def quiesce(self) -> None:
-        actions.note_gpu_memory(self.node, self.subject)
-        actions.keep_room(self.node, self.subject)
+        actions.record_gpu_memory(self.node, self.subject)
+        actions.reserve_gpu_memory(self.node, self.subject)
         await actions.quiesce(self.node, self.subject)
         # Its socket is closed now: a prompt that came, and was refused, while it drained is in its memory.
         await self._refuse_served()
@@ -117,16 +121,16 @@ class Capture:
         self.suspended = True
         await actions.suspend_cuda(self.node, self.subject)
 
-    async def rouse(self) -> None:
-        await actions.rouse_cuda(self.node, self.subject)
+    async def recover_cuda(self) -> None:
+        await actions.recover_cuda(self.node, self.subject)
         self.suspended = False
 
     async def trim(self) -> None:
         await actions.trim(self.node, self.subject)
 
-    async def revive(self) -> None:
+    async def resume_cuda(self) -> None:
         if self.suspended:
-            await actions.unless_lost(self.subject, lambda: actions.rouse_cuda(self.node, self.subject))
+            await actions.or_release(self.subject, lambda: actions.recover_cuda(self.node, self.subject))
             self.suspended = False
 
     async def dump(self) -> None:
@@ -140,10 +144,12 @@ class Capture:
 
     async def compact(self) -> None:
         origin = Path(self.layout["origin"]) if self.layout.get("origin") else None
-        await finish(partial(compact, self.node.images, self._staged(), origin, self.node.threads))
+        await thread_to_completion(
+            partial(compact, self.node.images, self._staged(), origin, self.node.threads)
+        )
 
     async def verify(self) -> None:
-        await finish(partial(check, self.node.images, self._staged()))
+        await thread_to_completion(partial(check, self.node.images, self._staged()))
 
     async def commit(self) -> None:
         instance = self.subject.instance

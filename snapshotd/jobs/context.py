@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from snapshotd.gpu.placement import Room
+from snapshotd.gpu.placement import Reservations
 from snapshotd.images.format import ImageFormat
 from snapshotd.model import Gpu, Instance, Phase
 from snapshotd.ports import (
@@ -21,7 +21,7 @@ from snapshotd.ports import (
     WeightFiles,
     WeightLoader,
 )
-from snapshotd.system.process_tree import family
+from snapshotd.system.process_tree import process_tree
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Node:
     gpu_facts: Mapping[str, str] = field(default_factory=dict)
     gpu_status: GpuStatus | None = None
     loader: WeightLoader | None = None
-    room: Room = field(default_factory=Room)
+    reservations: Reservations = field(default_factory=Reservations)
     # A process and its descendants.
-    family: Callable[[int], Sequence[int]] = family
+    process_tree: Callable[[int], Sequence[int]] = process_tree
 
     def facts_of(self, device: str) -> dict[str, str]:
         """What a process on ``device`` is bound to here."""

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import structlog
 
+from dumont.aio import to_completion
 from dumont.errors import DumontError, Internal, ResourceExhausted
 from snapshotd.failpoints import Failpoints
 from snapshotd.model import Phase
@@ -76,15 +77,10 @@ async def run_job(
         phases.append(Phase(step.name, clock.monotonic() - start))
         observer.step_ended(job, phases[-1], failure)
         if failure is not None:
-            await _to_the_end(asyncio.create_task(_unwind(job, steps[: position + 1])))
+            # Whoever hears of the failure must find nothing left behind, even if cancelled meanwhile.
+            with contextlib.suppress(asyncio.CancelledError):
+                await to_completion(_unwind(job, steps[: position + 1]))
             raise _as_reported(job, step, failure) from failure
-
-
-async def _to_the_end(unwinding: asyncio.Task[None]) -> None:
-    """Wait for it, also when cancelled again: who hears of the end must find nothing left behind."""
-    while not unwinding.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(unwinding)
 
 
 async def _unwind(job: str, steps: Sequence[Step]) -> None:

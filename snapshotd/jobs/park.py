@@ -20,18 +20,18 @@ def park(node: Node, subject: Subject) -> list[Step]:
     async def drain() -> None:
         await actions.drain(node, subject)
 
-    async def keep_serving() -> None:
-        await actions.keep_serving(node, subject)
+    async def ensure_serving() -> None:
+        await actions.ensure_serving(node, subject)
 
     async def freeze() -> None:
         await actions.host_of(subject).freeze()
 
     async def thaw() -> None:
-        await actions.unless_lost(subject, actions.host_of(subject).thaw)
+        await actions.or_release(subject, actions.host_of(subject).thaw)
 
     async def quiesce() -> None:
-        actions.note_gpu_memory(node, subject)
-        actions.keep_room(node, subject)
+        actions.record_gpu_memory(node, subject)
+        actions.reserve_gpu_memory(node, subject)
         await actions.quiesce(node, subject)
 
     async def suspend() -> None:
@@ -40,17 +40,17 @@ def park(node: Node, subject: Subject) -> list[Step]:
     async def trim() -> None:
         await actions.trim(node, subject)
 
-    async def rouse() -> None:
-        await actions.unless_lost(subject, lambda: actions.rouse_cuda(node, subject))
+    async def recover_cuda() -> None:
+        await actions.or_release(subject, lambda: actions.recover_cuda(node, subject))
 
     if uses_cuda(subject.instance.device):
         return [
-            Step("drain", drain, keep_serving),
+            Step("drain", drain, ensure_serving),
             Step("quiesce", quiesce),
-            Step("cuda_checkpoint", suspend, rouse),
+            Step("cuda_checkpoint", suspend, recover_cuda),
             Step("trim", trim),
         ]
-    return [Step("drain", drain, keep_serving), Step("freeze", freeze, thaw)]
+    return [Step("drain", drain, ensure_serving), Step("freeze", freeze, thaw)]
 
 
 def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
@@ -63,13 +63,13 @@ def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
     async def thaw() -> None:
         await actions.host_of(subject).thaw()
 
-    async def revive() -> None:
+    async def resume_cuda() -> None:
         here = [known.uuid for known in node.gpus]
         home, target = subject.instance.gpu, gpu or subject.instance.gpu
         # First: its weights are brought to where it comes back.
         subject.instance = replace(subject.instance, gpu=target)
         devices = placement.device_map(here, here, home, target) if target else {}
-        await actions.revive_cuda(node, subject, devices)
+        await actions.resume_cuda(node, subject, devices)
 
     async def wake() -> None:
         await actions.wake(node, subject)
@@ -81,5 +81,5 @@ def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
         await actions.accept(node, subject)
 
     if uses_cuda(subject.instance.device):
-        return [Step("cuda_restore", revive), Step("wake", wake), Step("serve", serve)]
+        return [Step("cuda_restore", resume_cuda), Step("wake", wake), Step("serve", serve)]
     return [Step("thaw", thaw), Step("accept", accept)]

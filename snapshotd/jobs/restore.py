@@ -48,29 +48,29 @@ def restore(
         captured = {name: fact for name, fact in manifest.compatibility.items() if name != "weights"}
         compatibility.check(manifest.id, captured, node.facts_of(manifest.device))
         if uses_cuda(manifest.device):
-            actions.check_unshared(node, manifest.device)
+            actions.check_not_shared(node, manifest.device)
             subject.instance = replace(subject.instance, gpu=place())
-        node.store.keep(instance.id, manifest.id)
+        node.store.pin(instance.id, manifest.id)
         if detached:
             # While the image is fetched and verified.
-            bringing = asyncio.create_task(bring_weights(), name=f"weights of {instance.id}")
+            bringing = asyncio.create_task(cache_weights(), name=f"weights of {instance.id}")
 
     def place() -> str:
         places = placement.arrange(manifest.gpus, uuids)
         home = placement.named(node.gpus, places.get(source, source))
-        return actions.find_room(node, subject.instance, home, gpu, manifest.gpu_bytes)
+        return actions.reserve_gpu(node, subject.instance, home, gpu, manifest.gpu_bytes)
 
-    async def bring_weights() -> Brought:
+    async def cache_weights() -> Brought:
         model = await node.models.resolve(manifest.model, manifest.engine)
-        files = await node.weights.hold(instance.id, model) if manifest.weight_files else {}
+        files = await node.weights.pin(instance.id, model) if manifest.weight_files else {}
         return files, await node.weights.digest(model)
 
     async def let_go() -> None:
         if bringing is not None:
             bringing.cancel()
             await asyncio.gather(bringing, return_exceptions=True)
-        node.weights.release(instance.id)
-        await node.store.release(instance.id)
+        node.weights.unpin(instance.id)
+        await node.store.unpin(instance.id)
 
     async def check_weights() -> None:
         assert bringing is not None
@@ -95,7 +95,7 @@ def restore(
             await node.store.quarantine(manifest.id, error.message)
             raise
 
-    async def bring_back() -> None:
+    async def restore_process() -> None:
         directory, images, mounts = node.instance_directory(instance.id), origin, manifest.mounts
         if absent := set(mounts) - node.hosts.mounts():
             images = directory / "images"
@@ -121,9 +121,9 @@ def restore(
             weights_digest=manifest.compatibility["weights"],
         )
 
-    async def revive() -> None:
+    async def resume_cuda() -> None:
         devices = placement.device_map(manifest.gpus, uuids, source, subject.instance.gpu)
-        await actions.revive_cuda(node, subject, devices)
+        await actions.resume_cuda(node, subject, devices)
 
     async def wake() -> None:
         await actions.wake(node, subject)
@@ -148,8 +148,8 @@ def restore(
         Step("verify", verify),
         *([Step("weights", check_weights)] if detached else []),
         actions.directory_step(node, instance),
-        Step("criu", bring_back, lambda: actions.release(subject)),
-        *([Step("cuda_restore", revive)] if uses_cuda(manifest.device) else []),
+        Step("criu", restore_process, lambda: actions.release(subject)),
+        *([Step("cuda_restore", resume_cuda)] if uses_cuda(manifest.device) else []),
         Step("wake", wake),
         Step("canary", canary),
         Step("serve", serve),

@@ -28,14 +28,14 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         nonlocal found
         found = await node.models.fetch(model)
 
-    async def bring_weights() -> None:
+    async def cache_weights() -> None:
         # Those that the process is to carry itself, it copies once from their own files.
         if instance.weights is Weights.DETACHED:
-            files = await node.weights.hold(instance.id, found)
+            files = await node.weights.pin(instance.id, found)
             subject.instance = replace(subject.instance, weight_files=files)
 
-    async def release_weights() -> None:
-        node.weights.release(instance.id)
+    async def unpin_weights() -> None:
+        node.weights.unpin(instance.id)
 
     async def launch() -> None:
         environment = {**node.settings.environment, **place()}
@@ -52,7 +52,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         """The environment that shows the process its GPU; as it is where the node does not choose one."""
         if not gpu and (not node.gpus or _divided(node)):
             return {}
-        chosen = actions.find_room(node, instance, None, gpu, model.weights_bytes)
+        chosen = actions.reserve_gpu(node, instance, None, gpu, model.weights_bytes)
         subject.instance = replace(subject.instance, gpu=chosen)
         return {VISIBLE: chosen}
 
@@ -94,7 +94,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
 
     return [
         Step("fetch", fetch),
-        Step("weights", bring_weights, release_weights),
+        Step("weights", cache_weights, unpin_weights),
         actions.directory_step(node, instance),
         Step("launch", launch, lambda: actions.release(subject)),
         Step("load", load),

@@ -12,8 +12,8 @@ def stop(node: Node, subject: Subject) -> list[Step]:
 
     async def release() -> None:
         await actions.release(subject)
-        node.weights.release(subject.instance.id)
-        await node.store.release(subject.instance.id)
+        node.weights.unpin(subject.instance.id)
+        await node.store.unpin(subject.instance.id)
 
     return [
         Step("release", release),

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from dumont.errors import DataLoss
 from snapshotd.repository.chunking import name_chunk
-from snapshotd.repository.ports import Bytes
+from snapshotd.repository.ports import BytesLike
 
 # 1 was a compressed rest without its length; see ``layout.chunk_key``.
 RAW, ZSTD = 0, 2
@@ -67,10 +67,10 @@ class Codec:
             else blake3(data_key, derive_key_context="dumont v1 chunk names").digest()
         )
 
-    def name(self, plain: Bytes) -> str:
+    def name(self, plain: BytesLike) -> str:
         return name_chunk(plain, self._name_key)
 
-    def pack(self, name: str, plain: Bytes) -> bytes:
+    def pack(self, name: str, plain: BytesLike) -> bytes:
         """A chunk as it is stored; while it is made it takes twice its size."""
         stored = self._frame(plain)
         if self._cipher is not None:
@@ -80,13 +80,13 @@ class Codec:
             stored = nonce + stored
         return stored
 
-    def _frame(self, plain: Bytes) -> bytes:
+    def _frame(self, plain: BytesLike) -> bytes:
         packed = self._contexts.compressor.compress(plain)
         if LENGTH + len(packed) < len(plain):
             return bytes([ZSTD]) + len(packed).to_bytes(LENGTH, "little") + packed
         return bytes([RAW]) + plain
 
-    def open(self, name: str, stored: Bytes, size: int, into: memoryview | None = None) -> memoryview:
+    def open(self, name: str, stored: BytesLike, size: int, into: memoryview | None = None) -> memoryview:
         """The plain bytes of a chunk, verified.
 
         Args:
@@ -111,7 +111,7 @@ class Codec:
             raise damaged(name, "its bytes are not those that were stored")
         return plain
 
-    def _decrypt(self, name: str, stored: Bytes) -> bytes:
+    def _decrypt(self, name: str, stored: BytesLike) -> bytes:
         assert self._cipher is not None
         try:
             return self._cipher.decrypt(stored[:NONCE], memoryview(stored)[NONCE:], self._bound(name))

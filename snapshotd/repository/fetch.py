@@ -12,11 +12,11 @@ from pathlib import Path
 
 from dumont.errors import Aborted, DataLoss, DumontError, FailedPrecondition, NotFound, ResourceExhausted
 from snapshotd.failpoints import Failpoints
+from snapshotd.repository.chunk_writer import ChunkWriter, Unpack
 from snapshotd.repository.codec import OVERHEAD, Codec, damaged
 from snapshotd.repository.model import Piece, PublishedSnapshot
 from snapshotd.repository.object_keys import chunk_key, damage_key
-from snapshotd.repository.placing import Places, Unpack
-from snapshotd.repository.ports import Bytes, ObjectStore, Progress
+from snapshotd.repository.ports import ByteProgress, BytesLike, ObjectStore
 from snapshotd.repository.workers import Counter, Turnstile, Workers
 
 # Left free on the disk beside what a fetch writes, in bytes.
@@ -40,7 +40,7 @@ class Fetch:
         self._workers = workers
         self._failpoints = failpoints
 
-    async def into(self, folder: Path, progress: Progress) -> None:
+    async def into(self, folder: Path, progress: ByteProgress) -> None:
         """Write all files into ``folder``; on failure it holds a part of them.
 
         Raises:
@@ -61,7 +61,7 @@ class Fetch:
             # Nobody takes the files away while a thread writes to them.
             await self._workers.compute(turnstile.shut)
 
-    async def check(self, progress: Progress) -> None:
+    async def check(self, progress: ByteProgress) -> None:
         """Read every chunk and write nothing.
 
         Raises:
@@ -86,7 +86,9 @@ class Fetch:
                 metadata={**first.metadata, "pieces": str(len(failures)), "files": ",".join(files[:64])},
             )
 
-    async def _each_chunk(self, work: Callable[[list[Piece]], Awaitable[None]], progress: Progress) -> None:
+    async def _each_chunk(
+        self, work: Callable[[list[Piece]], Awaitable[None]], progress: ByteProgress
+    ) -> None:
         # A chunk that belongs in several places is fetched once.
         places: dict[str, list[Piece]] = {}
         for piece in self._published.pieces():
@@ -103,7 +105,7 @@ class Fetch:
         """Have ``use`` unpack a chunk, which raises when the bytes are not the right ones."""
         piece = pieces[0]
 
-        def work(stored: Bytes) -> None:
+        def work(stored: BytesLike) -> None:
             with self._workers.cores:
                 use(partial(self._codec.open, piece.chunk, stored, piece.chunk_size))
 
@@ -132,7 +134,7 @@ class Fetch:
             error.metadata |= {"file": piece.file, "snapshot": self._published.manifest.id}
             raise
 
-    def _lay_out(self, folder: Path) -> Places:
+    def _lay_out(self, folder: Path) -> ChunkWriter:
         """Make the files at their sizes, all holes."""
         needed, free = self._published.data_size + ROOM_TO_SPARE, shutil.disk_usage(folder).free
         if needed > free:
@@ -155,10 +157,12 @@ class Fetch:
                 os.truncate(descriptor, file.size)
             finally:
                 os.close(descriptor)
-        return Places(folder, self._workers.threads)
+        return ChunkWriter(folder, self._workers.threads)
 
 
-def _place(places: Places, folder: Path, pieces: list[Piece], turnstile: Turnstile, unpack: Unpack) -> None:
+def _place(
+    places: ChunkWriter, folder: Path, pieces: list[Piece], turnstile: Turnstile, unpack: Unpack
+) -> None:
     with turnstile.passed() as in_time:
         if not in_time:
             raise Aborted("FETCH_STOPPED", f"a chunk came after the end of its fetch into {folder.name}")

@@ -135,7 +135,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class GcPlan:
+class PrunePlan:
     """What garbage collection would delete.
 
     Attributes:
@@ -157,7 +157,7 @@ class GcPlan:
 
 
 @dataclass(frozen=True)
-class GcResult:
+class PruneResult:
     """What garbage collection deleted; ``spared`` objects had come into use since the plan."""
 
     deleted: int

@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias, TypeVar
 from snapshotd.repository.model import ObjectInfo
 
 T = TypeVar("T")
-Bytes: TypeAlias = bytes | bytearray | memoryview
+BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 
 class Run(Protocol):
@@ -18,7 +18,7 @@ class Run(Protocol):
 
 
 # Called with the bytes done and the bytes in all, never with fewer done than before.
-Progress = Callable[[int, int], None]
+ByteProgress = Callable[[int, int], None]
 
 
 class ObjectStore(Protocol):
@@ -49,7 +49,7 @@ class ObjectStore(Protocol):
         """
         ...
 
-    async def read(self, key: str, limit: int, use: Callable[[Bytes], T], run: Run) -> T:
+    async def read(self, key: str, limit: int, use: Callable[[BytesLike], T], run: Run) -> T:
         """Read an object as ``get`` does and use its bytes in one thread, without a way back in between.
 
         Args:

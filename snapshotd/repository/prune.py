@@ -15,7 +15,7 @@ from datetime import datetime
 from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound
 from snapshotd.failpoints import Failpoints
 from snapshotd.repository import document
-from snapshotd.repository.model import GcPlan, GcResult, ObjectInfo
+from snapshotd.repository.model import ObjectInfo, PrunePlan, PruneResult
 from snapshotd.repository.object_keys import (
     CHUNKS,
     DAMAGED,
@@ -80,7 +80,7 @@ def _blocked(key: str, error: DumontError) -> FailedPrecondition:
     )
 
 
-async def plan(objects: ObjectStore, cutoff: datetime, pins: Pins) -> GcPlan:
+async def plan(objects: ObjectStore, cutoff: datetime, pins: Pins) -> PrunePlan:
     """Find what can go. Reads only."""
     marked = await Marks(objects).named(cutoff)
     damaged = {chunk_of(item.key): item async for item in objects.list(DAMAGED)}
@@ -96,12 +96,12 @@ async def plan(objects: ObjectStore, cutoff: datetime, pins: Pins) -> GcPlan:
     # What is left is said of chunks that are gone.
     garbage += [item for item in damaged.values() if item.modified <= cutoff]
     tombstones = [item async for item in objects.list(DELETED) if item.modified <= cutoff]
-    return GcPlan(tuple(garbage), tuple(tombstones), kept, cutoff)
+    return PrunePlan(tuple(garbage), tuple(tombstones), kept, cutoff)
 
 
 async def execute(
-    plan: GcPlan, objects: ObjectStore, workers: Workers, failpoints: Failpoints, pins: Pins
-) -> GcResult:
+    plan: PrunePlan, objects: ObjectStore, workers: Workers, failpoints: Failpoints, pins: Pins
+) -> PruneResult:
     """Delete what the plan names, except what came into use since. May be killed at any instant."""
     marks = Marks(objects)
     deleted = deleted_bytes = spared = 0
@@ -129,4 +129,4 @@ async def execute(
         failpoints.hit("gc.tombstone")
         await objects.delete(tombstone.key)
         failpoints.hit("gc.tombstone.after")
-    return GcResult(deleted, deleted_bytes, spared)
+    return PruneResult(deleted, deleted_bytes, spared)

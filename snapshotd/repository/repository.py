@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from dumont.aio import to_completion
 from dumont.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound, PermissionDenied
 from snapshotd import manifest as manifests
 from snapshotd.failpoints import Failpoints
@@ -18,7 +19,7 @@ from snapshotd.model import Manifest
 from snapshotd.repository import document, prune
 from snapshotd.repository.codec import DATA_KEY, Codec
 from snapshotd.repository.fetch import Fetch
-from snapshotd.repository.model import GcPlan, GcResult, ObjectInfo, PublishedSnapshot, SealedKey, Usage
+from snapshotd.repository.model import ObjectInfo, PrunePlan, PruneResult, PublishedSnapshot, SealedKey, Usage
 from snapshotd.repository.object_keys import (
     DAMAGED,
     SNAPSHOTS,
@@ -28,10 +29,10 @@ from snapshotd.repository.object_keys import (
     snapshot_of,
     tombstone_key,
 )
-from snapshotd.repository.ports import KeyWrapper, ObjectStore, Progress, Trust
+from snapshotd.repository.ports import ByteProgress, KeyWrapper, ObjectStore, Trust
 from snapshotd.repository.signing import Signer
 from snapshotd.repository.upload import Upload
-from snapshotd.repository.workers import Workers, to_the_end
+from snapshotd.repository.workers import Workers
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +47,7 @@ def no_progress(done: int, total: int) -> None:
     """For those who do not watch."""
 
 
-class RemoteStore:
+class Repository:
     """Published snapshots over any :class:`ObjectStore`.
 
     Args:
@@ -104,7 +105,11 @@ class RemoteStore:
         )
 
     async def publish(
-        self, manifest: Manifest, images: Path, progress: Progress = no_progress, key: SealedKey | None = None
+        self,
+        manifest: Manifest,
+        images: Path,
+        progress: ByteProgress = no_progress,
+        key: SealedKey | None = None,
     ) -> PublishedSnapshot:
         """Send the chunks that are missing, then publish the manifest. Repeating it is no error.
 
@@ -138,7 +143,7 @@ class RemoteStore:
         self._failpoints.hit("upload.manifest")
         try:
             # Whoever cancels this, to delete the snapshot, must then find what there is to delete.
-            await to_the_end(self.objects.create(manifest_key(manifest.id), data))
+            await to_completion(self.objects.create(manifest_key(manifest.id), data))
         except AlreadyExists:
             # It may have been our own, whose answer was lost on the way.
             published = await self._published_by_us(manifest) or published
@@ -190,7 +195,9 @@ class RemoteStore:
             (found for found in known.values() if found is not None), key=lambda found: found.manifest.id
         )
 
-    async def fetch(self, published: PublishedSnapshot, into: Path, progress: Progress = no_progress) -> None:
+    async def fetch(
+        self, published: PublishedSnapshot, into: Path, progress: ByteProgress = no_progress
+    ) -> None:
         """Write the snapshot's files into an empty directory; when this returns each chunk is verified.
 
         Raises:
@@ -201,7 +208,7 @@ class RemoteStore:
         with self._pinned(published):
             await self._reader(published).into(into, progress)
 
-    async def verify(self, published: PublishedSnapshot, progress: Progress = no_progress) -> None:
+    async def verify(self, published: PublishedSnapshot, progress: ByteProgress = no_progress) -> None:
         """Read everything; raises as :meth:`fetch`, naming every file that is hurt."""
         with self._pinned(published):
             await self._reader(published).check(progress)
@@ -243,7 +250,7 @@ class RemoteStore:
         await self.objects.delete(key)
         self._failpoints.hit("delete.manifest.after")
 
-    async def plan_gc(self, now: datetime | None = None, grace: timedelta | None = None) -> GcPlan:
+    async def plan_prune(self, now: datetime | None = None, grace: timedelta | None = None) -> PrunePlan:
         """What garbage collection would delete. Changes nothing.
 
         Raises:
@@ -252,7 +259,7 @@ class RemoteStore:
         cutoff = (now or self._now()) - (self.grace if grace is None else grace)
         return await prune.plan(self.objects, cutoff, self._pinned_chunks)
 
-    async def execute_gc(self, plan: GcPlan) -> GcResult:
+    async def prune(self, plan: PrunePlan) -> PruneResult:
         """Delete what the plan names, except what came into use since."""
         return await prune.execute(plan, self.objects, self._workers, self._failpoints, self._pinned_chunks)
 

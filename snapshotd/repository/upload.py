@@ -13,7 +13,7 @@ from snapshotd.repository.chunking import Content, cut, join, read, size_of
 from snapshotd.repository.codec import Codec
 from snapshotd.repository.model import ObjectInfo, PublishedFile
 from snapshotd.repository.object_keys import chunk_key, damage_key
-from snapshotd.repository.ports import ObjectStore, Progress
+from snapshotd.repository.ports import ByteProgress, ObjectStore
 from snapshotd.repository.workers import Counter, Workers
 
 
@@ -60,7 +60,7 @@ class Upload:
         self._claimed: set[str] = set()
         self._rewritten: list[Content] = []
 
-    async def run(self, progress: Progress) -> tuple[PublishedFile, ...]:
+    async def run(self, progress: ByteProgress) -> tuple[PublishedFile, ...]:
         """Upload what is missing; answers the files as parts of chunks that are all in the store."""
         self._check_sizes()
         began = self._now()

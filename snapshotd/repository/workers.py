@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from snapshotd.repository.ports import Progress
+from dumont.aio import to_completion
+from snapshotd.repository.ports import ByteProgress
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -74,13 +75,13 @@ class Workers:
             # Also when cancelled, which then goes on: what a worker raises on its way out must not hide it.
             for task in tasks:
                 task.cancel()
-            await to_the_end(asyncio.wait(tasks))
+            await to_completion(asyncio.wait(tasks))
         for task in done:
             task.result()
 
     async def compute(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``work`` in a thread, to its end: nobody takes its files away while it writes to them."""
-        return await to_the_end(asyncio.wrap_future(self._threads.submit(work, *args, **kwargs)))
+        return await to_completion(asyncio.wrap_future(self._threads.submit(work, *args, **kwargs)))
 
     def wait(self, work: Callable[[], T]) -> Awaitable[T]:
         """Run ``work``, which mostly waits, in a thread; whoever is cancelled leaves it to go on."""
@@ -119,20 +120,10 @@ class Turnstile:
             self._changed.wait_for(lambda: not self._inside)
 
 
-async def to_the_end(work: Awaitable[T]) -> T:
-    """Await ``work``; a cancellation is passed on only when it has ended, however it did."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.gather(task, return_exceptions=True)
-        raise
-
-
 class Counter:
     """Adds up what several workers have done and tells it."""
 
-    def __init__(self, total: int, progress: Progress) -> None:
+    def __init__(self, total: int, progress: ByteProgress) -> None:
         self.done = 0
         self.total = total
         self._progress = progress

@@ -15,8 +15,8 @@ from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
 from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
 from snapshotd.model import Finding, Instance, Model, Phase, Snapshot, State, Weights
-from snapshotd.repository.model import GcPlan, PublishedSnapshot, Usage
-from snapshotd.snapshots.catalog import Refused
+from snapshotd.repository.model import PrunePlan, PublishedSnapshot, Usage
+from snapshotd.snapshots.catalog import RejectedSnapshot
 
 STATES = {
     State.STARTING: instances_pb2.Instance.STATE_STARTING,
@@ -105,7 +105,7 @@ def weights(value: instances_pb2.Weights.ValueType) -> Weights:
     )
 
 
-def refused(fact: Refused) -> snapshots_pb2.Snapshot:
+def rejected(fact: RejectedSnapshot) -> snapshots_pb2.Snapshot:
     """Published under a snapshot's name, and so little to be trusted that nothing else is known of it."""
     return snapshots_pb2.Snapshot(
         name=names.build("snapshots", fact.snapshot),
@@ -127,7 +127,7 @@ def stored(published: PublishedSnapshot, usage: Usage) -> snapshots_pb2.StoredSn
     )
 
 
-def prune(plan: GcPlan) -> snapshots_pb2.PruneSnapshotsResponse:
+def prune(plan: PrunePlan) -> snapshots_pb2.PruneSnapshotsResponse:
     doomed = [*plan.garbage, *plan.tombstones]
     return snapshots_pb2.PruneSnapshotsResponse(
         objects=[item.key for item in doomed[:MOST_NAMED]],

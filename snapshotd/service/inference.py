@@ -36,7 +36,7 @@ SOCKET_NAME = "host.sock"
 
 
 @dataclass
-class _Line:
+class _Connection:
     """A connection to one model host process."""
 
     pid: int
@@ -49,7 +49,7 @@ class Inference:
 
     def __init__(self, instances: Instances) -> None:
         self.instances = instances
-        self._lines: dict[str, _Line] = {}
+        self._connections: dict[str, _Connection] = {}
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Handlers without serializers, in place of the generated ones."""
@@ -83,32 +83,32 @@ class Inference:
             raise from_rpc_error(error) from error
 
     async def close(self) -> None:
-        for instance in list(self._lines):
+        for instance in list(self._connections):
             await self._drop(instance)
 
     async def _channel(self, name: str) -> grpc.aio.Channel:
         instance = self.instances.get(names.parse(name, "instances", "name"))
         self._must_serve(instance)
-        line = self._lines.get(instance.id)
-        if line is None or line.pid != instance.pid:
+        connection = self._connections.get(instance.id)
+        if connection is None or connection.pid != instance.pid:
             await self._drop(instance.id)
-            line = self._lines[instance.id] = _connect(
+            connection = self._connections[instance.id] = _connect(
                 instance, self.instances.node.instance_directory(instance.id)
             )
             await self._drop_gone()
-        return line.channel
+        return connection.channel
 
     async def _drop_gone(self) -> None:
         alive = {instance.id for instance in self.instances.all()}
-        for instance in set(self._lines) - alive:
+        for instance in set(self._connections) - alive:
             await self._drop(instance)
 
     async def _drop(self, instance: str) -> None:
-        line = self._lines.pop(instance, None)
-        if line is not None:
-            await line.channel.close()
+        connection = self._connections.pop(instance, None)
+        if connection is not None:
+            await connection.channel.close()
             with contextlib.suppress(OSError):
-                os.close(line.directory)
+                os.close(connection.directory)
 
     def _must_serve(self, instance: Instance) -> None:
         if instance.state is State.SERVING:
@@ -134,9 +134,9 @@ def _parse(message: Request, data: bytes) -> Request:
     return message
 
 
-def _connect(instance: Instance, directory: Path) -> _Line:
+def _connect(instance: Instance, directory: Path) -> _Connection:
     # By descriptor: a socket's path may have 107 bytes, and a state directory may be deep.
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     target = f"unix:/proc/self/fd/{descriptor}/{SOCKET_NAME}"
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
-    return _Line(instance.pid, descriptor, grpc.aio.insecure_channel(target, options=options))
+    return _Connection(instance.pid, descriptor, grpc.aio.insecure_channel(target, options=options))

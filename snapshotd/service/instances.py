@@ -20,12 +20,12 @@ from dumont.rpc.streams import until_draining
 from dumont.snapshotd.v1 import instance_service_pb2 as pb2
 from dumont.snapshotd.v1 import instance_service_pb2_grpc as pb2_grpc
 from snapshotd.instances.manager import Instances
-from snapshotd.instances.migration import relocate
+from snapshotd.instances.move import move
 from snapshotd.jobs.observers import Observers
 from snapshotd.model import Instance, State
 from snapshotd.service import convert
 from snapshotd.service.logs import read_log
-from snapshotd.service.snapshots import told
+from snapshotd.service.snapshots import byte_progress
 from snapshotd.snapshots.catalog import Snapshots
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -81,7 +81,7 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
 
         async def work(progress: Progress) -> pb2.Instance:
             async def fetch() -> None:
-                await self.snapshots.fetch(snapshot, told(progress))
+                await self.snapshots.fetch(snapshot, byte_progress(progress))
 
             with self._watched(instance, progress):
                 return convert.instance(
@@ -114,7 +114,7 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
 
     async def MoveInstance(self, request: pb2.MoveInstanceRequest, context: Context) -> pb2.Instance:
         instance = names.parse(request.name, "instances", "name")
-        return convert.instance(await relocate(self.instances, instance, request.gpu))
+        return convert.instance(await move(self.instances, instance, request.gpu))
 
     async def StopInstance(self, request: pb2.StopInstanceRequest, context: Context) -> Empty:
         await self.instances.stop(names.parse(request.name, "instances", "name"))

@@ -17,7 +17,7 @@ from dumont.snapshotd.v1 import snapshot_service_pb2_grpc as pb2_grpc
 from snapshotd import compatibility
 from snapshotd.jobs.context import Node
 from snapshotd.model import Snapshot
-from snapshotd.repository.ports import Progress as Bytes
+from snapshotd.repository.ports import ByteProgress
 from snapshotd.service import convert
 from snapshotd.snapshots.catalog import Snapshots
 
@@ -41,8 +41,8 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
     async def ListSnapshots(
         self, request: pb2.ListSnapshotsRequest, context: Context
     ) -> pb2.ListSnapshotsResponse:
-        found, refused = await self.snapshots.list()
-        messages = [self._message(one) for one in found] + [convert.refused(one) for one in refused]
+        found, rejected = await self.snapshots.list()
+        messages = [self._message(one) for one in found] + [convert.rejected(one) for one in rejected]
         by_name = {message.name: message for message in messages}
         shown, token = page(by_name, request.page_size, request.page_token)
         return pb2.ListSnapshotsResponse(snapshots=shown, next_page_token=token)
@@ -57,7 +57,7 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
         name = names.parse(request.name, "snapshots", "name")
 
         async def work(progress: Progress) -> pb2.Snapshot:
-            return self._message(await self.snapshots.publish(name, told(progress)))
+            return self._message(await self.snapshots.publish(name, byte_progress(progress)))
 
         return self._begin("publish", request.name, work)
 
@@ -69,7 +69,7 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
         async def work(progress: Progress) -> pb2.Snapshot:
             found = await self.snapshots.get_exactly(name, request.manifest_digest)
             if not found.local:
-                await self.snapshots.fetch(found, told(progress))
+                await self.snapshots.fetch(found, byte_progress(progress))
             return self._message(await self.snapshots.get(name))
 
         return self._begin("prefetch", request.name, work)
@@ -80,7 +80,7 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
         name = names.parse(request.name, "snapshots", "name")
 
         async def work(progress: Progress) -> pb2.VerifySnapshotResponse:
-            here, there = await self.snapshots.verify(name, told(progress))
+            here, there = await self.snapshots.verify(name, byte_progress(progress))
             return pb2.VerifySnapshotResponse(local_bytes=here, published_bytes=there)
 
         return self._begin("verify", request.name, work)
@@ -115,6 +115,6 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
         return ""
 
 
-def told(progress: Progress) -> Bytes:
+def byte_progress(progress: Progress) -> ByteProgress:
     """Bytes as an operation shows them."""
     return lambda done, total: progress.update(bytes_done=done, bytes_total=total)

@@ -9,7 +9,7 @@ from typing import Any
 Message = dict[str, Any]
 
 
-class Line:
+class JsonLines:
     """JSON objects, one a line, over a descriptor."""
 
     def __init__(self, fd: int) -> None:

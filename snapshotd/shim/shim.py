@@ -16,16 +16,16 @@ from typing import Any
 from snapshotd.shim import criu, namespaces
 from snapshotd.shim.dumper import Dumper
 from snapshotd.shim.hostlog import HostLog
-from snapshotd.shim.json_lines import Line, Message
+from snapshotd.shim.json_lines import JsonLines, Message
 from snapshotd.system import linux, mounts
 from snapshotd.system.freezer import Freezer
 
 
-class Refused(Exception):
+class CommandRefused(Exception):
     """The command does not fit what is here."""
 
 
-class OriginGone(Refused):
+class OriginGone(CommandRefused):
     """What most of the model host's memory is mapped from is not there any more."""
 
 
@@ -48,8 +48,8 @@ class Shim:
         self.pycriu = pycriu
         self.dumper = Dumper(criu_binary, pycriu)
         self.selector = selectors.DefaultSelector()
-        self.client: Line | None = None
-        self.host: Line | None = None
+        self.client: JsonLines | None = None
+        self.host: JsonLines | None = None
         self.instance = ""
         self.pid = 0
         self.exit_status: int | None = None
@@ -120,7 +120,7 @@ class Shim:
         places = self._places() | {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: origin}
         unknown = set(message["mounts"]) - set(places)
         if unknown:
-            raise Refused(
+            raise CommandRefused(
                 f"the image needs mounts that this node does not have: {', '.join(sorted(unknown))}"
             )
         layout = criu.Layout({name: places[name] for name in message["mounts"]}, message["pipes"])
@@ -229,7 +229,7 @@ class Shim:
         if self.client is not None:
             # The newest snapshotd owns the instance; an older one has lost its lock on the state.
             self._disconnect()
-        self.client = Line(connection.detach())
+        self.client = JsonLines(connection.detach())
         self.selector.register(self.client.fd, selectors.EVENT_READ, self._from_client)
 
     def _disconnect(self) -> None:
@@ -276,7 +276,7 @@ class Shim:
             answer["ok"] = result
         except OriginGone as error:
             answer["error"] = {"reason": "ORIGIN_GONE", "message": str(error)}
-        except Refused as error:
+        except CommandRefused as error:
             answer["error"] = {"reason": "SHIM_REFUSED", "message": str(error)}
         except criu.CriuTimeout as error:
             answer["error"] = {"reason": "CRIU_TIMEOUT", "message": str(error)}
@@ -352,7 +352,7 @@ class Shim:
         self.pipes.close_host_ends()
         self.log = HostLog(directory / "host.log")
         os.set_blocking(self.pipes.log, False)
-        self.host = Line(self.pipes.from_host)
+        self.host = JsonLines(self.pipes.from_host)
         self.selector.register(self.pipes.from_host, selectors.EVENT_READ, self._from_host)
         self.selector.register(self.pipes.log, selectors.EVENT_READ, self._from_log)
 
@@ -376,13 +376,15 @@ class Shim:
 
     def _must_be_empty(self) -> None:
         if self.pid:
-            raise Refused(f"this shim already holds {self.instance}")
+            raise CommandRefused(f"this shim already holds {self.instance}")
 
     def _must_run(self) -> Freezer:
         if self.freezer is None or self.exit_status is not None:
-            raise Refused("no model host runs here")
+            raise CommandRefused("no model host runs here")
         return self.freezer
 
 
 def _refuse(message: Message) -> Message:
-    raise Refused(f"{message['do']!r} is unknown here; this shim is of another version than its snapshotd")
+    raise CommandRefused(
+        f"{message['do']!r} is unknown here; this shim is of another version than its snapshotd"
+    )

@@ -18,13 +18,13 @@ import structlog
 from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, PermissionDenied
 from snapshotd import eviction
 from snapshotd import manifest as manifests
-from snapshotd.eviction import Held
+from snapshotd.eviction import Candidate
 from snapshotd.model import Snapshot
 from snapshotd.ports import SnapshotStore
-from snapshotd.repository.model import GcPlan, PublishedSnapshot, Usage
+from snapshotd.repository.model import PrunePlan, PublishedSnapshot, Usage
 from snapshotd.repository.object_keys import SNAPSHOTS, snapshot_of
-from snapshotd.repository.ports import Progress
-from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.ports import ByteProgress
+from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import untrusted
 from snapshotd.snapshots.uploads import Uploads
 
@@ -35,14 +35,14 @@ LIST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Refused:
+class RejectedSnapshot:
     """Something published as a snapshot, fetched or not, that this node does not accept as one."""
 
     snapshot: str
     reason: str
 
     @classmethod
-    def because(cls, snapshot: str, error: DumontError) -> Refused:
+    def because(cls, snapshot: str, error: DumontError) -> RejectedSnapshot:
         return cls(snapshot, f"{error.reason}: {error.message}")
 
 
@@ -56,7 +56,7 @@ class Snapshots:
     """All of them.
 
     Args:
-        remote: None: this node has no object store.
+        repository: None: this node has no object store.
         uploads: None likewise.
         damaged: directory that remembers published snapshots found damaged.
         budget: bytes that the node's own snapshots may take; 0: no limit.
@@ -67,7 +67,7 @@ class Snapshots:
     def __init__(
         self,
         store: SnapshotStore,
-        remote: RemoteStore | None,
+        repository: Repository | None,
         uploads: Uploads | None,
         damaged: Path,
         budget: int,
@@ -75,7 +75,7 @@ class Snapshots:
         mapped: Callable[[], AbstractSet[str]] = frozenset,
     ) -> None:
         self.store = store
-        self.remote = remote
+        self.repository = repository
         self.uploads = uploads
         self.damaged = damaged
         self.budget = budget
@@ -97,14 +97,14 @@ class Snapshots:
         try:
             held = await self.store.get(snapshot)
         except NotFound:
-            if self.remote is None:
+            if self.repository is None:
                 raise
         else:
             # It was trusted when it was fetched; the list may have changed since.
             if not self._trusts(held):
                 raise untrusted(held.signer)
             return held
-        published = self._published[snapshot] = await self.remote.get(snapshot)
+        published = self._published[snapshot] = await self.repository.get(snapshot)
         return self._as_snapshot(published)
 
     async def get_exactly(self, snapshot: str, manifest_digest: str) -> Snapshot:
@@ -126,57 +126,57 @@ class Snapshots:
             await self.store.touch(snapshot)
         return found
 
-    async def list(self) -> tuple[Sequence[Snapshot], Sequence[Refused]]:
-        """Every snapshot, by id, and what is refused. Without the store: what is held."""
+    async def list(self) -> tuple[Sequence[Snapshot], Sequence[RejectedSnapshot]]:
+        """Every snapshot, by id, and what is rejected. Without the store: what is held."""
         held, untrusted_here = {}, []
         for found in await self.store.list():
             if self._trusts(found):
                 held[found.manifest.id] = found
             else:
-                untrusted_here.append(Refused.because(found.manifest.id, untrusted(found.signer)))
-        if self.remote is None:
+                untrusted_here.append(RejectedSnapshot.because(found.manifest.id, untrusted(found.signer)))
+        if self.repository is None:
             return sorted(held.values(), key=_id), untrusted_here
         try:
             async with asyncio.timeout(LIST_SECONDS):
-                published = {found.manifest.id: found for found in await self.remote.list()}
+                published = {found.manifest.id: found for found in await self.repository.list()}
                 known = {*published, *held, *(one.snapshot for one in untrusted_here)}
-                refused = [*untrusted_here, *await self._refused(known)]
+                rejected = [*untrusted_here, *await self._rejected(known)]
         except (DumontError, TimeoutError) as error:
             log.warning("published snapshots cannot be listed", error=str(error) or "the store is silent")
             return sorted(held.values(), key=_id), untrusted_here
         there = {name: self._as_snapshot(found) for name, found in published.items()}
         here = {name: replace(found, published=name in published) for name, found in held.items()}
-        return sorted((there | here).values(), key=_id), refused
+        return sorted((there | here).values(), key=_id), rejected
 
-    async def _refused(self, known: set[str]) -> Sequence[Refused]:
-        assert self.remote is not None
-        refused = []
-        async for item in self.remote.objects.list(SNAPSHOTS):
+    async def _rejected(self, known: set[str]) -> Sequence[RejectedSnapshot]:
+        assert self.repository is not None
+        rejected = []
+        async for item in self.repository.objects.list(SNAPSHOTS):
             snapshot = snapshot_of(item.key)
             if snapshot is None or snapshot in known:
                 continue
             try:
-                await self.remote.get(snapshot)
+                await self.repository.get(snapshot)
             except (DataLoss, PermissionDenied) as error:
-                refused.append(Refused.because(snapshot, error))
+                rejected.append(RejectedSnapshot.because(snapshot, error))
             except NotFound:
                 continue
-        return refused
+        return rejected
 
     async def usage(self, snapshot: str) -> tuple[PublishedSnapshot, Usage] | None:
         """What a snapshot takes in the object store; None when it is not there or cannot be read."""
-        if self.remote is None:
+        if self.repository is None:
             return None
         try:
-            published = await self.remote.get(snapshot)
-            return published, await self.remote.usage(published)
+            published = await self.repository.get(snapshot)
+            return published, await self.repository.usage(published)
         except DumontError as error:
             log.info("published sizes unknown", snapshot=snapshot, reason=error.reason)
             return None
 
     # Bringing and sending
 
-    async def fetch(self, snapshot: Snapshot, progress: Progress) -> None:
+    async def fetch(self, snapshot: Snapshot, progress: ByteProgress) -> None:
         """Bring a published snapshot to this node; fetches of the same one at the same time are one.
 
         Raises:
@@ -206,8 +206,8 @@ class Snapshots:
                 fetching.task.cancel()
                 await asyncio.wait([fetching.task])
 
-    async def _fetch(self, snapshot: Snapshot, progress: Progress) -> None:
-        assert self.remote is not None
+    async def _fetch(self, snapshot: Snapshot, progress: ByteProgress) -> None:
+        assert self.repository is not None
         name = snapshot.manifest.id
         with contextlib.suppress(NotFound):
             # Another fetch has ended between the caller's look and now.
@@ -215,11 +215,11 @@ class Snapshots:
                 return
         published = self._published.get(name)
         if published is None or _digest(published) != snapshot.digest:
-            published = await self.remote.get(name)
+            published = await self.repository.get(name)
         await self._make_room(published.data_size)
         into = await self.store.stage(name)
         try:
-            await self.remote.fetch(published, into, progress)
+            await self.repository.fetch(published, into, progress)
             await self.store.commit(published.manifest, published.signer)
         except BaseException as error:
             await asyncio.shield(asyncio.ensure_future(self.store.discard(name)))
@@ -228,7 +228,7 @@ class Snapshots:
             raise
         log.info("snapshot fetched", snapshot=name, bytes=published.data_size)
 
-    async def publish(self, snapshot: str, progress: Progress) -> Snapshot:
+    async def publish(self, snapshot: str, progress: ByteProgress) -> Snapshot:
         """Upload a snapshot that this node holds; see :meth:`Uploads.publish`.
 
         Raises:
@@ -248,7 +248,7 @@ class Snapshots:
 
     # Keeping
 
-    async def verify(self, snapshot: str, progress: Progress) -> tuple[int, int]:
+    async def verify(self, snapshot: str, progress: ByteProgress) -> tuple[int, int]:
         """Read all of it, here and in the object store; damage is remembered, and it is not restored again.
 
         Returns:
@@ -267,11 +267,11 @@ class Snapshots:
                 await self.store.quarantine(snapshot, error.message)
                 raise
             here = found.size
-        if self.remote is None or not (found.published or not found.local):
+        if self.repository is None or not (found.published or not found.local):
             return here, 0
-        published = await self.remote.get(snapshot)
+        published = await self.repository.get(snapshot)
         try:
-            await self.remote.verify(published, progress)
+            await self.repository.verify(published, progress)
         except DataLoss as error:
             self._remember_damage(published, error)
             raise
@@ -293,11 +293,15 @@ class Snapshots:
                 metadata={"snapshot": snapshot},
             )
         found = False
-        if self.remote is not None and self.uploads is not None and await self._may_be_published(snapshot):
+        if (
+            self.repository is not None
+            and self.uploads is not None
+            and await self._may_be_published(snapshot)
+        ):
             # First: a snapshot that is gone here would be published again by its upload.
-            await self.uploads.give_up(snapshot)
+            await self.uploads.cancel(snapshot)
             with contextlib.suppress(NotFound):
-                await self.remote.delete(snapshot)
+                await self.repository.delete(snapshot)
                 found = True
             for record in self.damaged.glob(f"{snapshot}.*"):
                 record.unlink(missing_ok=True)
@@ -314,21 +318,21 @@ class Snapshots:
         except DumontError:
             return True
 
-    async def plan_prune(self) -> GcPlan:
+    async def plan_prune(self) -> PrunePlan:
         """What nobody needs in the object store.
 
         Raises:
             FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, or a published manifest cannot be read.
         """
-        remote, _ = self._configured()
-        return await remote.plan_gc()
+        repository, _ = self._configured()
+        return await repository.plan_prune()
 
-    async def prune(self, plan: GcPlan) -> None:
+    async def prune(self, plan: PrunePlan) -> None:
         """Delete it, except what came into use since."""
-        remote, _ = self._configured()
-        await remote.execute_gc(plan)
+        repository, _ = self._configured()
+        await repository.prune(plan)
 
-    async def keep_budget(self) -> None:
+    async def enforce_budget(self) -> None:
         """Let published snapshots go that were used longest ago, until the rest is within the budget."""
         await self._make_room(0)
 
@@ -337,7 +341,7 @@ class Snapshots:
 
     async def _make_room(self, needed: int) -> None:
         held = [
-            Held(
+            Candidate(
                 entry.snapshot,
                 entry.size,
                 entry.last_use,
@@ -346,7 +350,7 @@ class Snapshots:
             )
             for entry in await self.store.entries()
         ]
-        for snapshot in eviction.leavers(held, self.budget, needed):
+        for snapshot in eviction.snapshots_to_evict(held, self.budget, needed):
             if self._used(snapshot):
                 continue
             log.info("snapshot left the cache", snapshot=snapshot)
@@ -370,14 +374,14 @@ class Snapshots:
 
     def _trusts(self, held: Snapshot) -> bool:
         """Without an object store there is no list, and what was fetched once is trusted no longer."""
-        return not held.signer or (self.remote is not None and held.signer in self.remote.trusted)
+        return not held.signer or (self.repository is not None and held.signer in self.repository.trusted)
 
-    def _configured(self) -> tuple[RemoteStore, Uploads]:
-        if self.remote is None or self.uploads is None:
+    def _configured(self) -> tuple[Repository, Uploads]:
+        if self.repository is None or self.uploads is None:
             raise FailedPrecondition(
                 "OBJECT_STORE_NOT_CONFIGURED", "this node has no object store; start it with --store-url"
             )
-        return self.remote, self.uploads
+        return self.repository, self.uploads
 
 
 def _digest(published: PublishedSnapshot) -> str:

@@ -14,8 +14,8 @@ from dumont.errors import Aborted, DumontError, ResourceExhausted, Unauthenticat
 from snapshotd.model import Snapshot
 from snapshotd.ports import SnapshotStore
 from snapshotd.repository.object_keys import manifest_key
-from snapshotd.repository.ports import Progress
-from snapshotd.repository.repository import RemoteStore, check_conditional_create
+from snapshotd.repository.ports import ByteProgress
+from snapshotd.repository.repository import Repository, check_conditional_create
 from snapshotd.snapshots.upload_journal import PendingUpload, UploadJournal
 
 log = structlog.get_logger(__name__)
@@ -30,7 +30,7 @@ class Upload:
     """One under way, and who wants to hear of its bytes."""
 
     task: asyncio.Task[None] | None = None
-    listeners: list[Progress] = field(default_factory=list)
+    listeners: list[ByteProgress] = field(default_factory=list)
 
     def tell(self, done: int, total: int) -> None:
         for listener in self.listeners:
@@ -48,13 +48,13 @@ class Uploads:
     def __init__(
         self,
         store: SnapshotStore,
-        remote: RemoteStore,
+        repository: Repository,
         journal: UploadJournal,
         published: Callable[[str], None],
         retry_seconds: float = 1.0,
     ) -> None:
         self.store = store
-        self.remote = remote
+        self.repository = repository
         self.journal = journal
         self.published = published
         self.retry_seconds = retry_seconds
@@ -68,7 +68,7 @@ class Uploads:
             log.info("upload resumed", snapshot=pending.snapshot)
             self._begin(pending)
 
-    async def publish(self, snapshot: Snapshot, progress: Progress) -> None:
+    async def publish(self, snapshot: Snapshot, progress: ByteProgress) -> None:
         """Upload a snapshot of this node and wait until it is published. Leaving does not end the upload.
 
         Raises:
@@ -79,7 +79,7 @@ class Uploads:
         name = snapshot.manifest.id
         upload = self._running.get(name)
         if upload is None:
-            upload = self._begin(PendingUpload.of(name, self.remote.new_key(name)))
+            upload = self._begin(PendingUpload.of(name, self.repository.new_key(name)))
         upload.listeners.append(progress)
         assert upload.task is not None
         try:
@@ -100,7 +100,7 @@ class Uploads:
         """Whether it may be published any moment, or already is without this node having noted it."""
         return snapshot in self._running
 
-    async def give_up(self, snapshot: str) -> None:
+    async def cancel(self, snapshot: str) -> None:
         """End the upload of a snapshot, if there is one, and forget that it was wanted."""
         upload = self._running.get(snapshot)
         if upload is not None and upload.task is not None:
@@ -134,7 +134,7 @@ class Uploads:
 
     async def _check_store(self) -> None:
         if not self._checked:
-            await check_conditional_create(self.remote.objects)
+            await check_conditional_create(self.repository.objects)
             self._checked = True
 
     async def _upload(self, pending: PendingUpload, upload: Upload) -> None:
@@ -169,13 +169,13 @@ class Uploads:
     async def _publish(self, held: Snapshot, pending: PendingUpload, upload: Upload) -> None:
         # Before the image files are had, which may mean to decrypt them: while the store is down that would
         # be for nothing, again and again.
-        await self.remote.objects.stat(manifest_key(pending.snapshot))
+        await self.repository.objects.stat(manifest_key(pending.snapshot))
         reader = f"upload of {pending.snapshot}"
         # One after the other: image files that are brought to memory for it should be those of one.
         async with self._reading:
-            self.store.keep(reader, pending.snapshot)
+            self.store.pin(reader, pending.snapshot)
             try:
                 images = await self.store.images(held)
-                await self.remote.publish(held.manifest, images, upload.tell, pending.key)
+                await self.repository.publish(held.manifest, images, upload.tell, pending.key)
             finally:
-                await self.store.release(reader)
+                await self.store.unpin(reader)

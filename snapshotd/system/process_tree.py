@@ -7,7 +7,7 @@ from pathlib import Path
 PROC = Path("/proc")
 
 
-def family(pid: int, proc: Path = PROC) -> list[int]:
+def process_tree(pid: int, proc: Path = PROC) -> list[int]:
     """``pid`` and its living descendants, parents before children."""
     found = [pid]
     for parent in found:

@@ -14,7 +14,7 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from snapshotd import eviction
-from snapshotd.eviction import Held
+from snapshotd.eviction import Candidate
 from snapshotd.weights import mount
 from snapshotd.weights.copying import copy
 
@@ -60,7 +60,7 @@ class WeightCache:
         self.threads = threads
         self._now = now
         self._entries: dict[str, _Entry] = {}
-        self._holds: dict[str, set[str]] = {}
+        self._pins: dict[str, set[str]] = {}
         self._reserved = 0
         self._partials = 0
         self._emptying = asyncio.Lock()
@@ -90,24 +90,24 @@ class WeightCache:
 
     def close(self) -> None:
         """Give the memory back, unless an instance uses it: the next daemon takes it over then."""
-        if not self._holds:
+        if not self._pins:
             mount.unmount(self.directory)
 
     def digests(self) -> list[str]:
         """The files that are here, whole, the one used last first."""
         return sorted(self._entries, key=lambda digest: self._entries[digest].last_use, reverse=True)
 
-    def hold(self, owner: str, digest: str) -> bool:
+    def pin(self, owner: str, digest: str) -> bool:
         """Keep a file for ``owner``; False: it is not here."""
         if digest not in self._entries:
             return False
-        self._holds.setdefault(owner, set()).add(digest)
+        self._pins.setdefault(owner, set()).add(digest)
         self._touch(digest)
         return True
 
-    def release(self, owner: str) -> None:
+    def unpin(self, owner: str) -> None:
         """``owner`` needs nothing any more; nothing happens if it held nothing."""
-        for digest in self._holds.pop(owner, ()):
+        for digest in self._pins.pop(owner, ()):
             self._touch(digest)
 
     def reserve(self, size: int) -> bool:
@@ -116,10 +116,10 @@ class WeightCache:
         Returns:
             False: there is not that much room, and nothing has left.
         """
-        held = set().union(*self._holds.values())
-        kept = [Held("", self._reserved, 0.0, removable=False)]
+        pinned = set().union(*self._pins.values())
+        kept = [Candidate("", self._reserved, 0.0, removable=False)]
         entries = [
-            Held(name, entry.size, entry.last_use, removable=name not in held)
+            Candidate(name, entry.size, entry.last_use, removable=name not in pinned)
             for name, entry in self._entries.items()
         ]
         leaving, short = eviction.choose([*kept, *entries], self.budget, size)
@@ -159,7 +159,7 @@ class WeightCache:
                 self._entries[digest] = _Entry(reserved, self._now())
                 self.on_fill(digest)
             for owner in owners:
-                self.hold(owner, digest)
+                self.pin(owner, digest)
             return digest
         finally:
             self._reserved -= reserved

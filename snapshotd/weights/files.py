@@ -55,19 +55,19 @@ class NodeWeightFiles:
             hasher.update(f"{path.name} {await self._digest(path)}\n".encode())
         return hasher.hexdigest()
 
-    async def hold(self, instance: str, model: Model) -> Mapping[str, str]:
+    async def pin(self, instance: str, model: Model) -> Mapping[str, str]:
         if self.cache is None:
             return {}
         try:
-            held = {path: self._hold(self.cache, instance, path) for path in model.weights}
-            missing = [path for path, digest in held.items() if digest is None]
+            pinned = {path: self._pin(self.cache, instance, path) for path in model.weights}
+            missing = [path for path, digest in pinned.items() if digest is None]
             outcome = "filled" if missing else "hit"
             if missing:
-                held |= await self._fill(self.cache, instance, missing)
-            files = {path.name: digest for path, digest in held.items() if digest is not None}
+                pinned |= await self._fill(self.cache, instance, missing)
+            files = {path.name: digest for path, digest in pinned.items() if digest is not None}
             if len(files) < len(model.weights):
                 outcome, files = "bypassed", {}
-                self.release(instance)
+                self.unpin(instance)
                 log.warning(
                     "weights do not fit the cache and are read from their own files",
                     model=model.name,
@@ -77,19 +77,19 @@ class NodeWeightFiles:
             USES.labels(outcome).inc()
             return files
         except BaseException:
-            self.release(instance)
+            self.unpin(instance)
             raise
 
-    def keep(self, instance: str, files: Mapping[str, str]) -> None:
+    def repin(self, instance: str, files: Mapping[str, str]) -> None:
         if self.cache is not None:
             for digest in files.values():
-                self.cache.hold(instance, digest)
+                self.cache.pin(instance, digest)
 
-    def release(self, instance: str) -> None:
+    def unpin(self, instance: str) -> None:
         for fill in self._fills.values():
             fill.owners.discard(instance)
         if self.cache is not None:
-            self.cache.release(instance)
+            self.cache.unpin(instance)
 
     async def close(self) -> None:
         """Wait for what is being read, and give the cache's memory back if no instance uses it."""
@@ -98,9 +98,9 @@ class NodeWeightFiles:
         if self.cache is not None:
             self.cache.close()
 
-    def _hold(self, cache: WeightCache, instance: str, path: Path) -> str | None:
+    def _pin(self, cache: WeightCache, instance: str, path: Path) -> str | None:
         digest = self._known.get(identify(path))
-        return digest if digest is not None and cache.hold(instance, digest) else None
+        return digest if digest is not None and cache.pin(instance, digest) else None
 
     async def _fill(
         self, cache: WeightCache, instance: str, paths: Sequence[Path]
@@ -118,7 +118,7 @@ class NodeWeightFiles:
             # Perhaps they are there, and only nobody knows: a model's directory may be the copy of another.
             for path in paths:
                 await self._digest(path)
-            return {path: self._hold(cache, instance, path) for path in paths}
+            return {path: self._pin(cache, instance, path) for path in paths}
         for identity, path in new.items():
             self._begin(cache, path, identity, sizes[identity])
         fills = {path: self._fills[identity] for path, identity in identities.items()}

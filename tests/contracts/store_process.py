@@ -16,7 +16,7 @@ from snapshotd.adapters.object_store.s3 import S3Objects, S3Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.manifest import decode
 from snapshotd.repository.ports import ObjectStore
-from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import Signer, TrustedKeys
 
 # The points that the life below passes, in its order.
@@ -46,9 +46,9 @@ def open_objects(location: str) -> ObjectStore:
     )
 
 
-def open_store(location: str, key: Path, failpoints: str = "") -> RemoteStore:
+def open_store(location: str, key: Path, failpoints: str = "") -> Repository:
     signer = Signer.open(key)
-    return RemoteStore(
+    return Repository(
         open_objects(location),
         signer,
         TrustedKeys([signer.public]),
@@ -59,12 +59,12 @@ def open_store(location: str, key: Path, failpoints: str = "") -> RemoteStore:
     )
 
 
-async def collect(store: RemoteStore) -> None:
+async def collect(store: Repository) -> None:
     """Collect whatever is garbage; a bucket's clock counts whole seconds and may be ahead."""
-    await store.execute_gc(await store.plan_gc(datetime.now(UTC) + timedelta(seconds=5)))
+    await store.prune(await store.plan_prune(datetime.now(UTC) + timedelta(seconds=5)))
 
 
-async def live(store: RemoteStore, images: Path, into: Path) -> None:
+async def live(store: Repository, images: Path, into: Path) -> None:
     """Publish ``new``, fetch it, delete ``old``, collect."""
     manifest = decode((images / "manifest.json").read_bytes())
     await store.fetch(await store.publish(manifest, images), into)

@@ -18,7 +18,7 @@ from dumont.names import new_id
 from snapshotd.adapters.object_store.directory import DirectoryObjects
 from snapshotd.adapters.object_store.s3 import S3Objects, S3Settings
 from snapshotd.repository.model import CHUNK
-from snapshotd.repository.ports import Bytes, ObjectStore
+from snapshotd.repository.ports import BytesLike, ObjectStore
 from snapshotd.repository.repository import check_conditional_create
 from tests.s3_server import S3Server
 from tests.unit.snapshotd.repository.world import (
@@ -90,7 +90,7 @@ async def test_what_is_read_is_used_in_the_thread_that_waited_for_it(objects: Ob
     await objects.put("a", b"some bytes")
     threads: list[threading.Thread] = []
 
-    def use(stored: Bytes) -> bytes:
+    def use(stored: BytesLike) -> bytes:
         threads.append(threading.current_thread())
         return bytes(stored).upper()
 
@@ -109,9 +109,9 @@ async def test_what_is_read_is_used_in_the_thread_that_waited_for_it(objects: Ob
 
 async def test_what_fails_while_it_is_used_is_not_the_store_s_fault(objects: ObjectStore) -> None:
     await objects.put("a", b"x")
-    uses: list[Bytes] = []
+    uses: list[BytesLike] = []
 
-    def fail(stored: Bytes) -> None:
+    def fail(stored: BytesLike) -> None:
         uses.append(stored)
         raise OSError(errno.EIO, "no disk")
 
@@ -191,10 +191,10 @@ async def test_a_snapshot_goes_through_it_and_is_collected(objects: ObjectStore,
     (tmp_path / "into").mkdir()
     await reader.fetch(await reader.get("s1"), tmp_path / "into")
     assert contents(tmp_path / "into") == content
-    assert (await source.execute_gc(await source.plan_gc(after_now()))).deleted == 0
+    assert (await source.prune(await source.plan_prune(after_now()))).deleted == 0
 
     await source.delete("s1")
-    await source.execute_gc(await source.plan_gc(after_now()))
+    await source.prune(await source.plan_prune(after_now()))
     assert await keys(objects, "") == set()
 
 

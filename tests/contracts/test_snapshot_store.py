@@ -54,7 +54,7 @@ async def committed(store: SnapshotStore, snapshot: str) -> Snapshot:
 
 async def kept(store: SnapshotStore, snapshot: Snapshot) -> Path:
     """Its image files, while a reader uses them."""
-    store.keep("reader", snapshot.manifest.id)
+    store.pin("reader", snapshot.manifest.id)
     return await store.images(snapshot)
 
 
@@ -82,14 +82,14 @@ async def test_its_files_can_be_read_and_verified(store: SnapshotStore) -> None:
 async def test_they_stay_for_everybody_who_keeps_them(store: SnapshotStore) -> None:
     snapshot = await committed(store, "s1")
     images = await kept(store, snapshot)
-    store.keep("another", "s1")
+    store.pin("another", "s1")
     assert await store.images(snapshot) == images
 
-    await store.release("reader")
-    await store.release("reader")
+    await store.unpin("reader")
+    await store.unpin("reader")
 
     assert {path.name: path.read_bytes() for path in images.glob("*.img")} == CONTENT
-    await store.release("another")
+    await store.unpin("another")
     await store.verify(snapshot)
 
 

@@ -72,8 +72,8 @@ class Bench:
 
     async def hold(self, name: str) -> str:
         """The digest of a model's one file, which is in the cache then, and held by nobody."""
-        held = await self.files.hold(name, a_model(self.models / name, name.encode()))
-        self.files.release(name)
+        held = await self.files.pin(name, a_model(self.models / name, name.encode()))
+        self.files.unpin(name)
         return held["model-0.safetensors"]
 
     async def registered(self) -> None:
@@ -186,8 +186,8 @@ async def test_a_full_tmpfs_has_room_again_at_once(bench: Bench) -> None:
         await bench.open(working()).prepare()
         contents = (b"1" * HUGE_PAGE, b"2" * HUGE_PAGE)
         for number, content in enumerate(contents):
-            held = await bench.files.hold(str(number), a_model(bench.models / f"m{number}", content))
-            bench.files.release(str(number))
+            held = await bench.files.pin(str(number), a_model(bench.models / f"m{number}", content))
+            bench.files.unpin(str(number))
             await bench.registered()
             assert bench.mapped() == set(held.values())
         with (

@@ -15,7 +15,7 @@ import pytest
 from dumont.errors import DumontError
 from snapshotd.cuda import suspension
 from snapshotd.model import Json, Snapshot, State
-from snapshotd.system.process_tree import family
+from snapshotd.system.process_tree import process_tree
 from tests.cuda_process import CudaProcess
 from tests.gpu.gpu_node import (
     MIB,
@@ -276,11 +276,11 @@ async def test_all_cuda_processes_of_a_tree_give_their_memory_up_and_take_it_aga
         child = int(parent.ask("fork"))
         before = parent.ask("sum")
         assert sum(used()) > sum(memory) + 2 * 256 * MIB - SLACK
-        pids = await suspension.find(node.cuda, family(parent.pid))
+        pids = await suspension.find(node.cuda, process_tree(parent.pid))
         assert pids == [parent.pid, child]
 
         await suspension.suspend(node.cuda, pids, lock_timeout=5)
         await comes_back_to(memory)
-        await suspension.revive(node.cuda, pids, {})
+        await suspension.resume(node.cuda, pids, {})
         assert parent.ask("sum") == before
         assert parent.ask("child sum") == before

@@ -8,7 +8,7 @@ import pytest
 
 from snapshotd.cuda import suspension
 from snapshotd.gpu import placement
-from snapshotd.instances.migration import relocate
+from snapshotd.instances.move import move
 from snapshotd.model import Snapshot, State
 from tests.cuda_process import CudaProcess
 from tests.gpu.gpu_node import MIB, SLACK, UNSEEN, GpuNode, comes_back_to, used
@@ -69,7 +69,7 @@ async def test_a_live_instance_moves_to_the_other_gpu_and_back(
 ) -> None:
     instance = await node.restore("nomad", snapshot, gpu="0")
     for index in (1, 0, 1):
-        moved = await relocate(node.instances, "nomad", str(index))
+        moved = await move(node.instances, "nomad", str(index))
         assert (moved.state, moved.pid, moved.gpu) == (State.SERVING, instance.pid, node.uuids[index])
         assert grown(memory) == [index]
         assert await node.answers("nomad")
@@ -96,7 +96,7 @@ async def test_a_move_to_a_full_gpu_is_refused_and_the_instance_serves_where_it_
     with pytest.MonkeyPatch.context() as patch:
         # As if another process had taken it: two GPUs are too much to fill in a test.
         patch.setattr(type(node.node.gpu_status), "free", lambda self, gpu: 64 * MIB)
-        error = await refused(relocate(node.instances, "settled", "1"))
+        error = await refused(move(node.instances, "settled", "1"))
     assert error.reason == "GPU_MEMORY"
     assert node.instances.get("settled").state is State.SERVING
     assert grown(memory) == [0]
@@ -115,5 +115,5 @@ async def test_one_process_on_two_gpus_is_suspended_and_comes_back_with_them_swa
             await suspension.suspend(node.cuda, [both.pid], lock_timeout=5)
             await comes_back_to(memory)
             devices = placement.device_map(node.uuids, node.uuids, node.uuids[0], target)
-            await suspension.revive(node.cuda, [both.pid], devices)
+            await suspension.resume(node.cuda, [both.pid], devices)
             assert both.ask("sum") == before

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from snapshotd.repository.chunk_writer import HUGE_PAGE, MANY, ChunkWriter
 from snapshotd.repository.model import Piece
-from snapshotd.repository.placing import HUGE_PAGE, MANY, Places
 
 pytestmark = pytest.mark.node
 
@@ -63,7 +63,7 @@ def put(path: Path, threads: int, offset: int, size: int) -> bool:
         into[:] = PLAIN[:size]
         return into
 
-    Places(path.parent, threads).fill([Piece(path.name, offset, size, "ab" * 32, 0, size)], unpack)
+    ChunkWriter(path.parent, threads).fill([Piece(path.name, offset, size, "ab" * 32, 0, size)], unpack)
     return given == [True]
 
 

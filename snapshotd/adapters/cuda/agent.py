@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from dumont.errors import Internal
-from snapshotd.adapters.cuda.json_process import NotStarted, TalkingProcess
+from snapshotd.adapters.cuda.json_process import JsonProcess, NotStarted
 from snapshotd.cuda import operations
 
 START_TIMEOUT = 60.0
@@ -26,8 +26,8 @@ class CudaAgent:
         """
         self.command = command
         self.limit = limit
-        self._agent: TalkingProcess | None = None
-        self._retired: set[TalkingProcess] = set()
+        self._agent: JsonProcess | None = None
+        self._retired: set[JsonProcess] = set()
         self._starting = asyncio.Lock()
 
     async def state(self, pid: int) -> str:
@@ -56,7 +56,7 @@ class CudaAgent:
         for agent in agents:
             await agent.end()
 
-    async def _running(self) -> TalkingProcess:
+    async def _running(self) -> JsonProcess:
         async with self._starting:
             if self._agent is None or self._agent.retired:
                 self._agent = await self._start()
@@ -76,15 +76,15 @@ class CudaAgent:
             raise operations.refused(operation, pid, answer["error"])
         return answer.get("ok")
 
-    def _replace(self, agent: TalkingProcess) -> None:
+    def _replace(self, agent: JsonProcess) -> None:
         """Have the next operation start another."""
         if self._agent is agent:
             self._agent = None
         self._retired = {other for other in self._retired if other.process.returncode is None} | {agent}
         agent.retire()
 
-    async def _start(self) -> TalkingProcess:
+    async def _start(self) -> JsonProcess:
         try:
-            return await TalkingProcess.start(self.command, "CUDA agent", START_TIMEOUT)
+            return await JsonProcess.start(self.command, "CUDA agent", START_TIMEOUT)
         except NotStarted as error:
             raise Internal("CUDA_AGENT_FAILED", f"the {error}") from error

@@ -20,7 +20,7 @@ class NotStarted(Exception):
     """The process ended, or said nothing in time; its reason is in the daemon's log."""
 
 
-class TalkingProcess:
+class JsonProcess:
     """A process that said that it is ready, and who waits for its answers."""
 
     def __init__(self, process: Process, name: str) -> None:
@@ -33,7 +33,7 @@ class TalkingProcess:
         self._reading = asyncio.create_task(self._read(), name=name)
 
     @classmethod
-    async def start(cls, command: Sequence[str], name: str, seconds: float) -> TalkingProcess:
+    async def start(cls, command: Sequence[str], name: str, seconds: float) -> JsonProcess:
         """Start it and wait for ``{"ready": true}``.
 
         Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from snapshotd.adapters.cuda.json_process import NotStarted, TalkingProcess
+from snapshotd.adapters.cuda.json_process import JsonProcess, NotStarted
 from snapshotd.ports import Clock
 
 log = structlog.get_logger(__name__)
@@ -56,7 +56,7 @@ class LoaderProcess:
         self._clock = clock
         self._cached = cached
         self._leave_timeout = leave_timeout
-        self._process: TalkingProcess | None = None
+        self._process: JsonProcess | None = None
         self._starting: asyncio.Task[None] | None = None
         # Of its last start.
         self._started = float("-inf")
@@ -113,7 +113,7 @@ class LoaderProcess:
     async def _start(self) -> None:
         self._started = self._clock.monotonic()
         try:
-            self._process = await TalkingProcess.start(self.command, "weight loader", START_TIMEOUT)
+            self._process = await JsonProcess.start(self.command, "weight loader", START_TIMEOUT)
         except (NotStarted, OSError) as error:
             log.error("model hosts copy their weights themselves", error=str(error))
             return
@@ -122,7 +122,7 @@ class LoaderProcess:
         for digest in self._cached():
             self.file_came(digest)
 
-    async def _register(self, process: TalkingProcess, digest: str) -> None:
+    async def _register(self, process: JsonProcess, digest: str) -> None:
         try:
             answer = await process.ask({"register": digest}, REGISTER_TIMEOUT)
         except TimeoutError:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from dumont.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from snapshotd.repository.model import ObjectInfo
 from snapshotd.repository.object_keys import TEMPORARY
-from snapshotd.repository.ports import Bytes, Run
+from snapshotd.repository.ports import BytesLike, Run
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class DirectoryObjects:
     async def get(self, key: str, limit: int) -> bytes:
         return await self._run(self._get, key, limit)
 
-    async def read(self, key: str, limit: int, use: Callable[[Bytes], T], run: Run) -> T:
+    async def read(self, key: str, limit: int, use: Callable[[BytesLike], T], run: Run) -> T:
         return await run(lambda: use(_guarded(self._get, key, limit)))
 
     async def stat(self, key: str) -> ObjectInfo | None:

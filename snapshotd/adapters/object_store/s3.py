@@ -41,7 +41,7 @@ from dumont.errors import (
 )
 from snapshotd.adapters.object_store.retrying import Retry
 from snapshotd.repository.model import ObjectInfo
-from snapshotd.repository.ports import Bytes, Run
+from snapshotd.repository.ports import BytesLike, Run
 
 T = TypeVar("T")
 Page = list[ObjectInfo]
@@ -173,7 +173,7 @@ class S3Objects:
     async def get(self, key: str, limit: int) -> bytes:
         return await self.read(key, limit, bytes, self._in_thread)
 
-    async def read(self, key: str, limit: int, use: Callable[[Bytes], T], run: Run) -> T:
+    async def read(self, key: str, limit: int, use: Callable[[BytesLike], T], run: Run) -> T:
         return await self._retry(lambda: run(lambda: use(self._read(key, limit))))
 
     def _read(self, key: str, limit: int) -> memoryview:

@@ -22,10 +22,10 @@ from pathlib import Path
 import structlog
 from blake3 import blake3
 
-from dumont.aio import finish
+from dumont.aio import thread_to_completion
 from dumont.errors import AlreadyExists, DataLoss, DumontError, NotFound
 from snapshotd import manifest as manifests
-from snapshotd.model import Entry, ImageFile, Manifest, Snapshot
+from snapshotd.model import CacheEntry, ImageFile, Manifest, Snapshot
 from snapshotd.system.hashing import update_from
 
 log = structlog.get_logger(__name__)
@@ -89,7 +89,7 @@ class DirectoryStore:
 
     async def commit(self, manifest: Manifest, fetched_from: str = "") -> Snapshot:
         try:
-            snapshot = await finish(partial(self._commit, manifest, fetched_from))
+            snapshot = await thread_to_completion(partial(self._commit, manifest, fetched_from))
         except asyncio.CancelledError:
             with contextlib.suppress(NotFound):
                 await self.delete(manifest.id)
@@ -155,13 +155,13 @@ class DirectoryStore:
                     metadata={"file": file.name, "snapshot": snapshot.manifest.id},
                 )
 
-    def keep(self, owner: str, snapshot: str) -> None:
+    def pin(self, owner: str, snapshot: str) -> None:
         """They stay for everybody."""
 
     async def images(self, snapshot: Snapshot) -> Path:
         return self._images(snapshot)
 
-    async def release(self, owner: str) -> None:
+    async def unpin(self, owner: str) -> None:
         """As they were there before, they stay."""
 
     async def quarantine(self, snapshot: str, reason: str) -> None:
@@ -180,10 +180,10 @@ class DirectoryStore:
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.root / snapshot / manifests.NAME, ns=(now, now))
 
-    async def entries(self) -> Sequence[Entry]:
+    async def entries(self) -> Sequence[CacheEntry]:
         return await asyncio.to_thread(self._entries)
 
-    def _entries(self) -> Sequence[Entry]:
+    def _entries(self) -> Sequence[CacheEntry]:
         found = []
         for path in sorted(self.root.glob(f"*/{manifests.NAME}")):
             if path.parent.name.startswith(STAGED):
@@ -191,7 +191,7 @@ class DirectoryStore:
             with contextlib.suppress(FileNotFoundError):
                 size = sum(file.stat().st_blocks * 512 for file in path.parent.iterdir())
                 published = (path.parent / PUBLISHED).exists()
-                found.append(Entry(path.parent.name, size, path.stat().st_mtime, published))
+                found.append(CacheEntry(path.parent.name, size, path.stat().st_mtime, published))
         return found
 
     async def delete(self, snapshot: str) -> None:
@@ -274,7 +274,7 @@ async def digest_files(folder: Path, threads: int) -> list[ImageFile]:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(_digest, paths))
 
-    return await finish(work)
+    return await thread_to_completion(work)
 
 
 def _digest(path: Path) -> ImageFile:

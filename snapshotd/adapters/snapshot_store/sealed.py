@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from dumont.aio import finish, whole
+from dumont.aio import thread_to_completion, to_completion
 from dumont.errors import AlreadyExists, DumontError, NotFound, PermissionDenied, ResourceExhausted
 from snapshotd import manifest as manifests
 from snapshotd.adapters.object_store.directory import DirectoryObjects
@@ -37,11 +37,11 @@ from snapshotd.adapters.snapshot_store.directory import (
     unknown,
 )
 from snapshotd.failpoints import Failpoints
-from snapshotd.model import Entry, ImageFile, Manifest, Snapshot
+from snapshotd.model import CacheEntry, ImageFile, Manifest, Snapshot
 from snapshotd.repository.model import PublishedSnapshot
 from snapshotd.repository.object_keys import manifest_key
 from snapshotd.repository.ports import KeyWrapper
-from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import Signer, TrustedKeys
 from snapshotd.repository.workers import Limits
 
@@ -75,7 +75,7 @@ class SealedStore:
         self._limits = Limits.of(threads)
         self._failpoints = failpoints or Failpoints()
         # Who keeps which snapshot.
-        self._kept: dict[str, str] = {}
+        self._pins: dict[str, str] = {}
         # Sealed documents never change, so one that was verified is not read again.
         self._known: dict[str, PublishedSnapshot] = {}
         # Held while a snapshot's files come to memory or leave it.
@@ -92,9 +92,9 @@ class SealedStore:
             shutil.rmtree(leftover)
         self.unsealed.open()
         # What an instance maps is there: where nothing is, it maps a snapshot that was deleted since.
-        self._kept = {owner: kept for owner, kept in self._kept.items() if self._is_unsealed(kept)}
+        self._pins = {owner: pinned for owner, pinned in self._pins.items() if self._is_unsealed(pinned)}
         for path in self.unsealed.root.iterdir():
-            if path.name not in self._kept.values():
+            if path.name not in self._pins.values():
                 log.info("image files that nobody uses removed", snapshot=path.name)
                 shutil.rmtree(path)
 
@@ -121,7 +121,7 @@ class SealedStore:
                 await self.delete(manifest.id)
             raise
         finally:
-            await finish(partial(shutil.rmtree, self._staged(manifest.id), ignore_errors=True))
+            await thread_to_completion(partial(shutil.rmtree, self._staged(manifest.id), ignore_errors=True))
 
     async def _commit(self, manifest: Manifest, fetched_from: str) -> Snapshot:
         name, staged = manifest.id, self._staged(manifest.id)
@@ -135,13 +135,13 @@ class SealedStore:
                     f"snapshots/{name} found no room in {self.root} when it was encrypted; delete snapshots",
                     metadata={"snapshot": name},
                 ) from error
-            await whole(self._settle(staged, manifest, fetched_from))
+            await to_completion(self._settle(staged, manifest, fetched_from))
         return await self.get(name)
 
     async def _settle(self, staged: Path, manifest: Manifest, fetched_from: str) -> None:
         name = manifest.id
         await asyncio.to_thread(self._put_in_place, staged, name, fetched_from)
-        if name in self._kept.values():
+        if name in self._pins.values():
             try:
                 await self.unsealed.commit(manifest, self._signer.key_id)
             except OSError as error:
@@ -216,8 +216,8 @@ class SealedStore:
             with self._objects(self.root / name) as objects:
                 await objects.verify(await self._document(name))
 
-    def keep(self, owner: str, snapshot: str) -> None:
-        self._kept[owner] = snapshot
+    def pin(self, owner: str, snapshot: str) -> None:
+        self._pins[owner] = snapshot
 
     async def images(self, snapshot: Snapshot) -> Path:
         async with self._lock(snapshot.manifest.id):
@@ -233,7 +233,7 @@ class SealedStore:
                 await objects.fetch(document, into)
             await self.unsealed.commit(document.manifest, document.signer)
         except BaseException as error:
-            await whole(self.unsealed.discard(name))
+            await to_completion(self.unsealed.discard(name))
             if isinstance(error, ResourceExhausted):
                 raise ResourceExhausted(
                     "UNSEALED_MEMORY_FULL",
@@ -243,14 +243,14 @@ class SealedStore:
                 ) from error
             raise
 
-    async def release(self, owner: str) -> None:
-        snapshot = self._kept.pop(owner, None)
+    async def unpin(self, owner: str) -> None:
+        snapshot = self._pins.pop(owner, None)
         if snapshot is not None:
-            await whole(self._leave_memory(snapshot))
+            await to_completion(self._leave_memory(snapshot))
 
     async def _leave_memory(self, snapshot: str) -> None:
         async with self._lock(snapshot):
-            if snapshot not in self._kept.values() and self._is_unsealed(snapshot):
+            if snapshot not in self._pins.values() and self._is_unsealed(snapshot):
                 await self.unsealed.delete(snapshot)
 
     async def quarantine(self, snapshot: str, reason: str) -> None:
@@ -265,17 +265,17 @@ class SealedStore:
         with contextlib.suppress(FileNotFoundError):
             os.utime(self._manifest(snapshot), ns=(now, now))
 
-    async def entries(self) -> Sequence[Entry]:
+    async def entries(self) -> Sequence[CacheEntry]:
         """What each takes where it is at rest; what it takes in memory while it is used is not counted."""
         return await asyncio.to_thread(self._entries)
 
-    def _entries(self) -> Sequence[Entry]:
+    def _entries(self) -> Sequence[CacheEntry]:
         found = []
         for path in self._folders():
             with contextlib.suppress(FileNotFoundError):
                 size = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
                 last_use = self._manifest(path.name).stat().st_mtime
-                found.append(Entry(path.name, size, last_use, (path / PUBLISHED).exists()))
+                found.append(CacheEntry(path.name, size, last_use, (path / PUBLISHED).exists()))
         return found
 
     async def delete(self, snapshot: str) -> None:
@@ -286,8 +286,8 @@ class SealedStore:
         doomed = self._staged(f"{snapshot}.deleted")
         path.rename(doomed)
         # Another one of the id is not theirs.
-        self._kept = {owner: kept for owner, kept in self._kept.items() if kept != snapshot}
-        await whole(self._leave_memory(snapshot))
+        self._pins = {owner: pinned for owner, pinned in self._pins.items() if pinned != snapshot}
+        await to_completion(self._leave_memory(snapshot))
         await asyncio.to_thread(shutil.rmtree, doomed)
 
     def _folders(self) -> Sequence[Path]:
@@ -310,9 +310,9 @@ class SealedStore:
         return self._locks.setdefault(snapshot, asyncio.Lock())
 
     @contextlib.contextmanager
-    def _objects(self, folder: Path) -> Iterator[RemoteStore]:
+    def _objects(self, folder: Path) -> Iterator[Repository]:
         """The snapshot in ``folder``, as an object store of its own."""
-        objects = RemoteStore(
+        objects = Repository(
             DirectoryObjects(folder),
             self._signer,
             TrustedKeys([self._signer.public]),

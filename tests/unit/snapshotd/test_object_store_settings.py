@@ -11,7 +11,7 @@ from snapshotd.adapters.object_store.directory import DirectoryObjects
 from snapshotd.adapters.object_store.s3 import S3Objects
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
-from snapshotd.object_store import PUBLIC_KEY, SIGNING_KEY, check, measure, open_objects, open_remote
+from snapshotd.object_store import PUBLIC_KEY, SIGNING_KEY, check, measure, open_objects, open_repository
 from tests.unit.snapshotd.repository.world import a_node, an_image
 
 SECRET = "a-secret-that-nobody-may-read"
@@ -34,7 +34,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_url_there_is_no_store(tmp_path: Path) -> None:
     assert open_objects(settings()) is None
-    assert open_remote(settings(state_dir=tmp_path), Failpoints()) is None
+    assert open_repository(settings(state_dir=tmp_path), Failpoints()) is None
 
 
 def test_the_url_says_which_kind_of_store(tmp_path: Path) -> None:
@@ -83,9 +83,9 @@ def test_a_node_makes_its_keys_once_and_shows_the_public_one(tmp_path: Path) -> 
     chosen = settings(state_dir=tmp_path, store_url=f"file://{tmp_path}/store")
     lines = []
     for _ in range(2):
-        remote = open_remote(chosen, Failpoints())
-        assert remote is not None
-        remote.close()
+        repository = open_repository(chosen, Failpoints())
+        assert repository is not None
+        repository.close()
         lines.append((tmp_path / PUBLIC_KEY).read_text())
     assert lines[0] == lines[1]
     assert lines[0].startswith("ed25519 ")
@@ -110,7 +110,7 @@ def test_a_key_file_that_cannot_be_used_is_named(
         path.write_text(content)
     chosen = settings(state_dir=tmp_path, store_url=f"file://{tmp_path}/store", **{file: path})
     with pytest.raises(DumontError) as refusal:
-        open_remote(chosen, Failpoints())
+        open_repository(chosen, Failpoints())
     assert refusal.value.reason == reason
 
 

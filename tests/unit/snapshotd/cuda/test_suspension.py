@@ -12,7 +12,7 @@ import pytest
 
 from dumont.errors import Aborted, DumontError
 from snapshotd.cuda import suspension
-from snapshotd.system.process_tree import family
+from snapshotd.system.process_tree import process_tree
 from tests.fake_cuda import FakeCuda
 
 PIDS = (11, 12, 13)
@@ -84,14 +84,14 @@ async def test_who_is_cancelled_lets_the_operation_end_and_undoes_it(cuda: FakeC
 async def test_revive_restores_all_with_the_device_map_and_then_unlocks(cuda: FakeCuda) -> None:
     await suspension.suspend(cuda, PIDS, lock_timeout=1)
     cuda.calls.clear()
-    await suspension.revive(cuda, PIDS, {"old": "new"})
+    await suspension.resume(cuda, PIDS, {"old": "new"})
     assert cuda.calls == [("restore", pid) for pid in PIDS] + [("unlock", pid) for pid in PIDS]
     assert cuda.devices == [{"old": "new"}] * 3
 
 
 async def test_rouse_brings_back_whatever_was_left_and_touches_nothing_that_runs(cuda: FakeCuda) -> None:
     cuda.states = {11: "running", 12: "locked", 13: "checkpointed"}
-    await suspension.rouse(cuda, PIDS)
+    await suspension.recover(cuda, PIDS)
     assert set(cuda.states.values()) == {"running"}
     assert cuda.calls == [("restore", 13), ("unlock", 13), ("unlock", 12)]
 
@@ -101,7 +101,7 @@ async def test_rouse_tells_of_a_process_that_no_driver_brings_back_and_helps_the
 ) -> None:
     cuda.states = {11: "locked", 12: "failed", 13: "checkpointed"}
     with pytest.raises(Aborted, match="process 12 cannot be brought back"):
-        await suspension.rouse(cuda, PIDS)
+        await suspension.recover(cuda, PIDS)
     assert cuda.states == {11: "running", 12: "failed", 13: "running"}
 
 
@@ -134,12 +134,12 @@ def test_a_family_is_a_process_and_all_that_descends_from_it() -> None:
     ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"up\n"
-        found = family(parent.pid)
+        found = process_tree(parent.pid)
         assert found[0] == parent.pid
         assert len(found) == 2
-        assert found == [pid for pid in family(os.getpid()) if pid in found]
+        assert found == [pid for pid in process_tree(os.getpid()) if pid in found]
         parent.communicate(b"")
 
 
 def test_a_family_of_nobody_is_the_pid_alone(tmp_path: Path) -> None:
-    assert family(7, tmp_path) == [7]
+    assert process_tree(7, tmp_path) == [7]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dumont.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
-from snapshotd.gpu.placement import Room, arrange, check_room, choose, device_map, named
+from snapshotd.gpu.placement import Reservations, arrange, check_free_memory, choose, device_map, named
 from snapshotd.model import Gpu
 
 GIB = 1 << 30
@@ -54,9 +54,9 @@ def test_a_gpu_that_is_not_here_is_refused_with_those_that_are(wanted: str) -> N
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
-    assert check_room(A, 3 * GIB, 3 * GIB) is None
+    assert check_free_memory(A, 3 * GIB, 3 * GIB) is None
     with pytest.raises(ResourceExhausted) as refusal:
-        check_room(A, 2 * GIB, 3 * GIB)
+        check_free_memory(A, 2 * GIB, 3 * GIB)
     assert refusal.value.reason == "GPU_MEMORY"
     assert refusal.value.metadata == {
         "gpu": "GPU-a",
@@ -66,14 +66,14 @@ def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
 
 
 def test_what_was_promised_is_counted_until_it_is_released() -> None:
-    room = Room()
-    room.promise("one", "GPU-a", 5)
-    room.promise("two", "GPU-a", 7)
-    room.promise("one", "GPU-b", 1)
-    assert (room.promised("GPU-a"), room.promised("GPU-b")) == (7, 1)
-    room.release("two")
-    room.release("never-promised")
-    assert (room.promised("GPU-a"), room.promised("GPU-b")) == (0, 1)
+    reservations = Reservations()
+    reservations.reserve("one", "GPU-a", 5)
+    reservations.reserve("two", "GPU-a", 7)
+    reservations.reserve("one", "GPU-b", 1)
+    assert (reservations.reserved("GPU-a"), reservations.reserved("GPU-b")) == (7, 1)
+    reservations.release("two")
+    reservations.release("never-promised")
+    assert (reservations.reserved("GPU-a"), reservations.reserved("GPU-b")) == (0, 1)
 
 
 def test_what_stays_where_it_was_needs_no_map() -> None:

@@ -138,7 +138,7 @@ class FakeStore:
     def __init__(self) -> None:
         self.staged: set[str] = set()
         self.quarantined: dict[str, str] = {}
-        self.kept: dict[str, str] = {}
+        self.pins: dict[str, str] = {}
 
     async def stage(self, snapshot: str) -> Path:
         self.staged.add(snapshot)
@@ -156,14 +156,14 @@ class FakeStore:
     async def quarantine(self, snapshot: str, reason: str) -> None:
         self.quarantined[snapshot] = reason
 
-    def keep(self, owner: str, snapshot: str) -> None:
-        self.kept[owner] = snapshot
+    def pin(self, owner: str, snapshot: str) -> None:
+        self.pins[owner] = snapshot
 
     async def images(self, snapshot: Snapshot) -> Path:
         return Path("/images")
 
-    async def release(self, owner: str) -> None:
-        self.kept.pop(owner, None)
+    async def unpin(self, owner: str) -> None:
+        self.pins.pop(owner, None)
 
 
 @dataclass
@@ -173,7 +173,7 @@ class World:
     cuda: FakeCuda
     status: FakeGpuStatus
     store: FakeStore
-    family: dict[int, list[int]]
+    process_tree: dict[int, list[int]]
 
     @property
     def host(self) -> GpuHost:
@@ -202,7 +202,7 @@ def a_world(tmp_path: Path) -> World:
     hosts, store = GpuHosts(), FakeStore()
     cuda = FakeCuda((42, 43))
     status = FakeGpuStatus({A.uuid: 80 * GIB, B.uuid: 80 * GIB})
-    family = {42: [42, 43, 44]}
+    process_tree = {42: [42, 43, 44]}
     node = a_node(
         tmp_path,
         hosts,
@@ -212,9 +212,9 @@ def a_world(tmp_path: Path) -> World:
         gpus=(A, B),
         gpu_facts=FACTS,
         gpu_status=status,
-        family=lambda pid: family.get(pid, [pid]),
+        process_tree=lambda pid: process_tree.get(pid, [pid]),
     )
-    return World(instances_of(node), hosts, cuda, status, store, family)
+    return World(instances_of(node), hosts, cuda, status, store, process_tree)
 
 
 def a_snapshot(**facts: Any) -> Snapshot:

@@ -125,21 +125,21 @@ class FakeWeights:
     async def digest(self, model: Model) -> str:
         return "digest"
 
-    async def hold(self, instance: str, model: Model) -> Mapping[str, str]:
+    async def pin(self, instance: str, model: Model) -> Mapping[str, str]:
         self.held[instance] = FILES
         return FILES
 
-    def keep(self, instance: str, files: Mapping[str, str]) -> None:
+    def repin(self, instance: str, files: Mapping[str, str]) -> None:
         self.held[instance] = files
 
-    def release(self, instance: str) -> None:
+    def unpin(self, instance: str) -> None:
         self.held.pop(instance, None)
 
 
 class NoSnapshots:
     """The store of a node whose instances keep none."""
 
-    async def release(self, owner: str) -> None:
+    async def unpin(self, owner: str) -> None:
         return
 
 

@@ -145,7 +145,11 @@ async def test_a_restore_that_the_driver_fails_leaves_no_process(world: World, k
         await world.restored("one", a_snapshot())
     assert world.host.released
     assert world.instances.get("one").state is State.FAILED
-    assert world.instances.node.room.promised(A.uuid) == world.instances.node.room.promised(B.uuid) == 0
+    assert (
+        world.instances.node.reservations.reserved(A.uuid)
+        == world.instances.node.reservations.reserved(B.uuid)
+        == 0
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dumont.errors import (
     InvalidArgument,
     ResourceExhausted,
 )
-from snapshotd.instances.migration import relocate
+from snapshotd.instances.move import move
 from snapshotd.model import State
 from tests.unit.snapshotd.instances.gpu_world import (
     GIB,
@@ -73,7 +73,11 @@ async def test_replicas_restored_at_once_spread_over_the_gpus(world: World) -> N
     # The one that stays needs no map; the other's lists both GPUs.
     swap = {A.uuid: B.uuid, B.uuid: A.uuid}
     assert [devices for devices in world.cuda.devices if devices] == [swap] * (2 if one.gpu == B.uuid else 1)
-    assert world.instances.node.room.promised(A.uuid) == world.instances.node.room.promised(B.uuid) == 0
+    assert (
+        world.instances.node.reservations.reserved(A.uuid)
+        == world.instances.node.reservations.reserved(B.uuid)
+        == 0
+    )
 
 
 async def test_replicas_restored_at_once_are_not_promised_the_same_memory_twice(world: World) -> None:
@@ -124,14 +128,14 @@ async def test_a_gpu_that_is_not_here_fails_the_restore_with_those_that_are(worl
 
 async def test_a_live_instance_moves_to_another_gpu_and_is_known_to_be_there(world: World) -> None:
     await world.serving()
-    moved = await relocate(world.instances, "one", B.uuid)
+    moved = await move(world.instances, "one", B.uuid)
     assert (moved.state, moved.gpu, moved.device) == (State.SERVING, B.uuid, "cuda:0")
     assert world.cuda.devices == [{A.uuid: B.uuid, B.uuid: A.uuid}] * 2
     assert world.runs()
 
     # And back: it is parked with what it holds there.
     world.status.holding[42] = (B.uuid, 7 * GIB)
-    back = await relocate(world.instances, "one", "0")
+    back = await move(world.instances, "one", "0")
     assert (back.gpu, back.gpu_bytes) == (A.uuid, 7 * GIB)
     assert world.cuda.devices[2:] == [{A.uuid: B.uuid, B.uuid: A.uuid}] * 2
 
@@ -139,7 +143,7 @@ async def test_a_live_instance_moves_to_another_gpu_and_is_known_to_be_there(wor
 async def test_weights_are_brought_to_the_gpu_that_the_process_comes_back_on(world: World) -> None:
     world.instances.node = replace(world.instances.node, loader=ReadyLoader())
     host = await world.serving(gpu="0")
-    await relocate(world.instances, "one", "1")
+    await move(world.instances, "one", "1")
     # Loaded on the one, brought back on the other.
     assert host.ordered == [A.uuid, B.uuid]
 
@@ -157,7 +161,7 @@ async def test_a_parked_instance_resumes_on_another_gpu(world: World) -> None:
 
 async def test_where_it_is_already_it_stays_untouched(world: World) -> None:
     host = await world.serving()
-    assert (await relocate(world.instances, "one", "0")).state is State.SERVING
+    assert (await move(world.instances, "one", "0")).state is State.SERVING
     assert host.asked == []
 
 
@@ -171,18 +175,18 @@ async def test_a_move_that_cannot_be_leaves_the_instance_serving_untouched(
     host = await world.serving()
     world.status.free_bytes[B.uuid] = free * GIB
     with pytest.raises(DumontError) as refusal:
-        await relocate(world.instances, "one", gpu)
+        await move(world.instances, "one", gpu)
     assert refusal.value.reason == reason
     assert host.asked == []
     assert world.cuda.calls == []
     assert world.instances.get("one").state is State.SERVING
-    assert world.instances.node.room.promised(B.uuid) == 0
+    assert world.instances.node.reservations.reserved(B.uuid) == 0
 
 
 async def test_a_move_whose_room_is_taken_meanwhile_ends_where_it_began(world: World) -> None:
     host = await world.serving()
     host.gates["quiesce"] = gate = asyncio.Event()
-    moving = asyncio.create_task(relocate(world.instances, "one", "1"))
+    moving = asyncio.create_task(move(world.instances, "one", "1"))
     await host.reached.wait()
     world.status.free_bytes[B.uuid] = 0
     gate.set()
@@ -196,7 +200,7 @@ async def test_a_move_whose_room_is_taken_meanwhile_ends_where_it_began(world: W
 async def test_a_move_ends_as_begun_also_when_its_caller_leaves(world: World) -> None:
     host = await world.serving()
     host.gates["quiesce"] = gate = asyncio.Event()
-    moving = asyncio.create_task(relocate(world.instances, "one", "1"))
+    moving = asyncio.create_task(move(world.instances, "one", "1"))
     await host.reached.wait()
     moving.cancel()
     asyncio.get_running_loop().call_soon(gate.set)
@@ -210,7 +214,7 @@ async def test_a_map_that_the_driver_refuses_ends_the_instance(world: World) -> 
     host = await world.serving()
     world.cuda.faults["restore", 42] = "refuse"
     with pytest.raises(Aborted) as refusal:
-        await relocate(world.instances, "one", "1")
+        await move(world.instances, "one", "1")
     assert refusal.value.reason == "CUDA_FAILED"
     assert host.released
     assert world.instances.get("one").state is State.FAILED
@@ -222,5 +226,5 @@ async def test_what_runs_on_the_cpu_goes_to_no_gpu(world: World) -> None:
     record = world.instances._record("one")
     record.instance = replace(record.instance, device="cpu", gpu="")
     with pytest.raises(FailedPrecondition) as refusal:
-        await relocate(world.instances, "one", "1")
+        await move(world.instances, "one", "1")
     assert refusal.value.reason == "NO_GPU"

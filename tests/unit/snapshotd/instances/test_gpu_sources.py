@@ -27,11 +27,11 @@ async def test_while_a_source_is_off_its_gpu_its_room_is_promised_to_it(world: W
     working = asyncio.create_task(work)
     await host.reached.wait()
 
-    assert world.instances.node.room.promised(A.uuid) == 6 * GIB
+    assert world.instances.node.reservations.reserved(A.uuid) == 6 * GIB
 
     host.gates["trim"].set()
     await asyncio.wait([working])
-    assert world.instances.node.room.promised(A.uuid) == 0
+    assert world.instances.node.reservations.reserved(A.uuid) == 0
 
 
 async def test_a_cancelled_capture_waits_for_the_trim_before_it_wakes_the_driver(world: World) -> None:

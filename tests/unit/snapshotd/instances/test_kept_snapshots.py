@@ -22,17 +22,17 @@ def world(tmp_path: Path) -> World:
 async def test_it_keeps_them_until_it_is_stopped(world: World) -> None:
     await world.restored("one", ON_CPU)
     await world.restored("two", ON_CPU)
-    assert world.store.kept == {"one": "first", "two": "first"}
+    assert world.store.pins == {"one": "first", "two": "first"}
 
     await world.instances.stop("one")
-    assert world.store.kept == {"two": "first"}
+    assert world.store.pins == {"two": "first"}
 
 
 async def test_it_keeps_them_before_they_are_fetched(world: World) -> None:
     kept = {}
 
     async def fetch() -> None:
-        kept.update(world.store.kept)
+        kept.update(world.store.pins)
 
     await world.restored("one", ON_CPU, fetch=fetch)
     assert kept == {"one": "first"}
@@ -49,13 +49,13 @@ async def test_a_restore_that_fails_lets_them_go(world: World, monkeypatch: pyte
     monkeypatch.setattr(world.hosts, "take", take)
     with pytest.raises(DumontError):
         await world.restored("one", ON_CPU)
-    assert world.store.kept == {}
+    assert world.store.pins == {}
 
 
 async def test_a_refused_restore_keeps_nothing(world: World) -> None:
     with pytest.raises(DumontError):
         await world.restored("one", replace(ON_CPU, quarantine_reason="its canary was wrong"))
-    assert world.store.kept == {}
+    assert world.store.pins == {}
 
 
 async def test_an_instance_whose_process_ends_by_itself_lets_them_go(
@@ -63,13 +63,13 @@ async def test_an_instance_whose_process_ends_by_itself_lets_them_go(
 ) -> None:
     await world.restored("one", ON_CPU)
     released = asyncio.Event()
-    release = world.store.release
+    unpin = world.store.unpin
 
     async def told(owner: str) -> None:
-        await release(owner)
+        await unpin(owner)
         released.set()
 
-    monkeypatch.setattr(world.store, "release", told)
+    monkeypatch.setattr(world.store, "unpin", told)
     world.host.lost.set()
     await released.wait()
-    assert world.store.kept == {}
+    assert world.store.pins == {}

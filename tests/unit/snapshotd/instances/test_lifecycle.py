@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from snapshotd.instances.lifecycle import TABLE, Event, IllegalTransition, Job, advance
+from snapshotd.instances.lifecycle import TRANSITIONS, Event, IllegalTransition, Job, advance
 from snapshotd.model import State
 
 PAIRS = list(itertools.product(State, Event))
@@ -15,8 +15,8 @@ LIVING = set(State) - {State.FAILED, State.GONE}
 
 @pytest.mark.parametrize(("state", "event"), PAIRS, ids=lambda value: value.name)
 def test_every_pair_is_either_in_the_table_or_refused(state: State, event: Event) -> None:
-    if (state, event) in TABLE:
-        assert advance(state, event) == TABLE[state, event]
+    if (state, event) in TRANSITIONS:
+        assert advance(state, event) == TRANSITIONS[state, event]
         return
     with pytest.raises(IllegalTransition) as refusal:
         advance(state, event)
@@ -25,7 +25,7 @@ def test_every_pair_is_either_in_the_table_or_refused(state: State, event: Event
 
 
 def test_everything_but_what_is_ending_or_gone_can_be_stopped() -> None:
-    stoppable = {state for state, event in TABLE if event is Event.STOP}
+    stoppable = {state for state, event in TRANSITIONS if event is Event.STOP}
     assert stoppable == set(State) - {State.STOPPING, State.GONE}
 
 
@@ -45,9 +45,9 @@ def test_a_failed_start_restore_or_resume_is_cleaned_up() -> None:
 
 
 def test_nothing_leaves_gone() -> None:
-    assert not [event for state, event in TABLE if state is State.GONE]
+    assert not [event for state, event in TRANSITIONS if state is State.GONE]
 
 
 def test_every_state_but_the_first_can_be_reached() -> None:
-    reached = {State.STARTING, State.RESTORING} | {step.state for step in TABLE.values()}
+    reached = {State.STARTING, State.RESTORING} | {step.state for step in TRANSITIONS.values()}
     assert reached == set(State)

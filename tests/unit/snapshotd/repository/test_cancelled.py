@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import pytest
 
+from snapshotd.repository.chunk_writer import ChunkWriter, Unpack
 from snapshotd.repository.model import Piece
-from snapshotd.repository.placing import Places, Unpack
-from snapshotd.repository.ports import Bytes, Run
+from snapshotd.repository.ports import BytesLike, Run
 from snapshotd.repository.workers import Turnstile
 from tests.unit.snapshotd.repository.world import MemoryObjects, a_node, an_image, contents, noise
 
@@ -31,7 +31,7 @@ class HangingObjects(MemoryObjects):
         super().__init__()
         self.asked, self.coming, self.done = threading.Event(), threading.Event(), threading.Event()
 
-    async def read(self, key: str, limit: int, use: Callable[[Bytes], T], run: Run) -> T:
+    async def read(self, key: str, limit: int, use: Callable[[BytesLike], T], run: Run) -> T:
         stored = self.objects[key][0]
 
         def work() -> T:
@@ -73,15 +73,15 @@ async def test_who_writes_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
     # given
     writing, go_on, written = threading.Event(), threading.Event(), threading.Event()
 
-    fill = Places.fill
+    fill = ChunkWriter.fill
 
-    def slow(places: Places, pieces: list[Piece], unpack: Unpack) -> None:
+    def slow(places: ChunkWriter, pieces: list[Piece], unpack: Unpack) -> None:
         writing.set()
         assert go_on.wait(SECONDS)
         fill(places, pieces, unpack)
         written.set()
 
-    monkeypatch.setattr(Places, "fill", slow)
+    monkeypatch.setattr(ChunkWriter, "fill", slow)
     fetching = await begin(MemoryObjects(), tmp_path)
     assert await asyncio.to_thread(writing.wait, SECONDS)
     # when

@@ -10,7 +10,7 @@ import pytest
 from dumont.errors import FailedPrecondition, NotFound
 from snapshotd.repository.model import CHUNK, PublishedSnapshot
 from snapshotd.repository.object_keys import chunk_key
-from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.repository import Repository
 from tests.unit.snapshotd.repository.world import (
     GRACE,
     MemoryObjects,
@@ -24,14 +24,14 @@ from tests.unit.snapshotd.repository.world import (
 SHARED = noise(CHUNK, 1)
 
 
-async def publish(store: RemoteStore, folder: Path, snapshot: str, *own: int) -> PublishedSnapshot:
+async def publish(store: Repository, folder: Path, snapshot: str, *own: int) -> PublishedSnapshot:
     """A snapshot of one chunk that all share and one of its own for each number."""
     content = {"pages-1.img": SHARED + b"".join(noise(CHUNK, seed) for seed in own)}
     return await store.publish(an_image(folder / snapshot, snapshot, content), folder / snapshot)
 
 
-async def collect(store: RemoteStore) -> int:
-    return (await store.execute_gc(await store.plan_gc())).deleted
+async def collect(store: Repository) -> int:
+    return (await store.prune(await store.plan_prune())).deleted
 
 
 async def test_what_a_deleted_snapshot_alone_used_goes_after_the_grace(tmp_path: Path) -> None:
@@ -44,11 +44,11 @@ async def test_what_a_deleted_snapshot_alone_used_goes_after_the_grace(tmp_path:
     assert await collect(store) == 0
 
     objects.clock.advance(GRACE + timedelta(seconds=1))
-    plan = await store.plan_gc()
+    plan = await store.plan_prune()
     assert len(plan.garbage) == 2
     assert plan.garbage_bytes == sum(item.size for item in plan.garbage)
     assert len(plan.tombstones) == 1
-    result = await store.execute_gc(plan)
+    result = await store.prune(plan)
 
     assert (result.deleted, result.deleted_bytes, result.spared) == (2, plan.garbage_bytes, 0)
     assert len(objects.keys("chunks/")) == len(kept.chunks())
@@ -63,7 +63,7 @@ async def test_a_plan_changes_nothing(tmp_path: Path) -> None:
     await store.delete("s1")
     objects.clock.advance(2 * GRACE)
     before = dict(objects.objects)
-    assert (await store.plan_gc()).garbage
+    assert (await store.plan_prune()).garbage
     assert objects.objects == before
 
 
@@ -93,11 +93,11 @@ async def test_a_snapshot_published_after_the_plan_keeps_its_chunks(tmp_path: Pa
     await publish(writer, tmp_path, "s1", 2)
     await writer.delete("s1")
     objects.clock.advance(2 * GRACE)
-    plan = await collector.plan_gc()
+    plan = await collector.plan_prune()
     assert len(plan.garbage) == 2
 
     newer = await publish(writer, tmp_path, "s2", 2)
-    result = await collector.execute_gc(plan)
+    result = await collector.prune(plan)
 
     assert (result.deleted, result.spared) == (0, 2)
     await writer.verify(newer)
@@ -109,9 +109,9 @@ async def test_what_is_named_stays_however_old_it_is_said_to_be(tmp_path: Path) 
     await publish(store, tmp_path, "s1", 2)
     await store.delete("s1")
     # A plan of a node whose clock is ahead: to it, everything is old.
-    plan = await store.plan_gc(objects.clock() + timedelta(days=9))
+    plan = await store.plan_prune(objects.clock() + timedelta(days=9))
     newer = await publish(store, tmp_path, "s2", 2)
-    assert (await store.execute_gc(plan)).spared == 2
+    assert (await store.prune(plan)).spared == 2
     await store.verify(newer)
 
 
@@ -175,7 +175,7 @@ async def test_a_manifest_that_cannot_be_read_stops_it(tmp_path: Path) -> None:
     objects.change("snapshots/s1/manifest", lambda data: data[:-1])
     objects.clock.advance(2 * GRACE)
     with pytest.raises(FailedPrecondition) as refusal:
-        await store.plan_gc()
+        await store.plan_prune()
     assert refusal.value.reason == "GC_BLOCKED"
     assert "snapshots/s1/manifest" in refusal.value.message
 
@@ -191,7 +191,7 @@ async def test_a_manifest_of_another_version_stops_it_and_says_so(tmp_path: Path
     objects.change("snapshots/s1/manifest", lambda data: data.replace(b"snapshot 2 ", b"snapshot 1 ", 1))
     objects.clock.advance(2 * GRACE)
     with pytest.raises(FailedPrecondition, match=r"delete snapshots/s1 first.*version 1") as refusal:
-        await store.plan_gc()
+        await store.plan_prune()
     assert refusal.value.reason == "GC_BLOCKED"
 
     await store.delete("s1")
@@ -231,9 +231,9 @@ async def test_two_collectors_at_once_do_no_harm(tmp_path: Path) -> None:
     await publish(one, tmp_path, "s2", 3)
     await one.delete("s2")
     objects.clock.advance(2 * GRACE)
-    plans = [await one.plan_gc(), await other.plan_gc()]
-    assert (await one.execute_gc(plans[0])).deleted == 1
-    assert (await other.execute_gc(plans[1])).deleted == 0
+    plans = [await one.plan_prune(), await other.plan_prune()]
+    assert (await one.prune(plans[0])).deleted == 1
+    assert (await other.prune(plans[1])).deleted == 0
     await one.verify(kept)
 
 

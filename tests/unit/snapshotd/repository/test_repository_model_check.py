@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from dumont.errors import AlreadyExists, DumontError, NotFound
 from snapshotd.failpoints import Failpoints
 from snapshotd.repository.chunking import SMALL
-from snapshotd.repository.model import GcPlan
+from snapshotd.repository.model import PrunePlan
 from snapshotd.repository.object_keys import chunk_key, manifest_key
 from tests.unit.snapshotd.repository.world import GRACE, MemoryObjects, a_node, a_signer, an_image, noise
 
@@ -76,7 +76,7 @@ class StoreMachine(RuleBasedStateMachine):
             a_node(self.objects, signer, trusts=tuple(signers), workers=2, failpoints=self.failpoints)
             for signer in signers
         ]
-        self.plans: list[GcPlan] = []
+        self.plans: list[PrunePlan] = []
         self.folder = tempfile.TemporaryDirectory()
         self.images = 0
 
@@ -109,7 +109,7 @@ class StoreMachine(RuleBasedStateMachine):
                 raise
 
     async def collect(self, node: int) -> None:
-        await self.nodes[node].execute_gc(await self.nodes[node].plan_gc())
+        await self.nodes[node].prune(await self.nodes[node].plan_prune())
 
     async def publish(self, node: int, snapshot: str, blocks: list[int]) -> None:
         self.images += 1
@@ -130,12 +130,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(node=NODES)
     def one_plans(self, node: int) -> None:
-        self.plans.append(self.run(self.nodes[node].plan_gc()))
+        self.plans.append(self.run(self.nodes[node].plan_prune()))
 
     @rule(node=NODES)
     def one_executes_an_old_plan(self, node: int) -> None:
         if self.plans:
-            self.run(self.attempt(self.nodes[node].execute_gc(self.plans.pop(0))))
+            self.run(self.attempt(self.nodes[node].prune(self.plans.pop(0))))
 
     @rule(
         publisher=NODES, snapshot=IDS, blocks=BLOCKS, deleted=IDS, collector=NODES, seed=st.integers(0, 9999)

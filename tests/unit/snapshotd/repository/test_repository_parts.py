@@ -26,11 +26,11 @@ from snapshotd.adapters.object_store.directory import DirectoryObjects
 from snapshotd.adapters.object_store.key_file import KeyFile
 from snapshotd.adapters.object_store.trusted_keys import TrustedKeysFile
 from snapshotd.model import ImageFile
+from snapshotd.repository.chunk_writer import ChunkWriter, Unpack
 from snapshotd.repository.chunking import SMALL, Span, cut, join, read, size_of
 from snapshotd.repository.codec import OVERHEAD, Codec
 from snapshotd.repository.model import CHUNK, Piece, SealedKey
-from snapshotd.repository.placing import Places, Unpack
-from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import Signer, TrustedKeys
 from snapshotd.repository.workers import Limits, Workers
 from snapshotd.snapshots.upload_journal import PendingUpload, UploadJournal
@@ -203,7 +203,7 @@ class TestTrustedKeysFile:
     async def test_what_was_refused_is_listed_once_its_signer_is_trusted(self, tmp_path: Path) -> None:
         objects, signer, own = MemoryObjects(), a_signer(), a_signer()
         await a_node(objects, signer).publish(an_image(tmp_path / "images"), tmp_path / "images")
-        store = RemoteStore(objects, own, self.keys(tmp_path / "keys"), workers=1, threads=1)
+        store = Repository(objects, own, self.keys(tmp_path / "keys"), workers=1, threads=1)
         assert await store.list() == []
         self.write(tmp_path / "keys", signer)
         assert [found.manifest.id for found in await store.list()] == ["s1"]
@@ -322,10 +322,10 @@ async def test_a_disk_that_fills_up_in_the_middle_is_said(
     store = a_node(MemoryObjects())
     snapshot = await store.publish(an_image(tmp_path / "images"), tmp_path / "images")
 
-    def full(places: Places, pieces: list[Piece], unpack: Unpack) -> None:
+    def full(places: ChunkWriter, pieces: list[Piece], unpack: Unpack) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Places, "fill", full)
+    monkeypatch.setattr(ChunkWriter, "fill", full)
     (tmp_path / "into").mkdir()
     with pytest.raises(ResourceExhausted) as refusal:
         await store.fetch(snapshot, tmp_path / "into")

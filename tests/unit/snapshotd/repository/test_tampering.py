@@ -16,7 +16,7 @@ from snapshotd.repository import document
 from snapshotd.repository.codec import ZSTD
 from snapshotd.repository.model import CHUNK, PublishedSnapshot
 from snapshotd.repository.object_keys import chunk_key
-from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import Signer
 from tests.unit.snapshotd.repository.world import (
     GRACE,
@@ -54,7 +54,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
     return World(tmp_path, request.param == "encrypted")
 
 
-async def refusal(store: RemoteStore, into: Path) -> DumontError:
+async def refusal(store: Repository, into: Path) -> DumontError:
     """The error that a restore of s1 meets, and nothing but right bytes was written until then."""
     into.mkdir()
     with pytest.raises(DumontError) as error:
@@ -151,12 +151,12 @@ async def test_what_is_said_of_a_damaged_chunk_goes_with_it(tmp_path: Path) -> N
     with pytest.raises(DataLoss):
         await world.reader.verify(snapshot)
     world.objects.clock.advance(2 * GRACE)
-    await world.source.execute_gc(await world.source.plan_gc())
+    await world.source.prune(await world.source.plan_prune())
     assert len(world.objects.keys("damaged/")) == 1
 
     await world.source.delete("s1")
     world.objects.clock.advance(2 * GRACE)
-    await world.source.execute_gc(await world.source.plan_gc())
+    await world.source.prune(await world.source.plan_prune())
     assert world.objects.objects == {}
 
 

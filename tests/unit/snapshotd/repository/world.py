@@ -17,8 +17,8 @@ from dumont.errors import AlreadyExists, DataLoss, NotFound
 from snapshotd.failpoints import Failpoints
 from snapshotd.model import ImageFile, Manifest
 from snapshotd.repository.model import CHUNK, ObjectInfo, PublishedSnapshot
-from snapshotd.repository.ports import Bytes, KeyWrapper, ObjectStore, Run
-from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.ports import BytesLike, KeyWrapper, ObjectStore, Run
+from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import Signer, TrustedKeys
 from tests.unit.snapshotd.test_manifest import a_manifest
 
@@ -82,7 +82,7 @@ class MemoryObjects:
             raise DataLoss("OBJECT_TOO_LARGE", f"{key} is too large")
         return data
 
-    async def read(self, key: str, limit: int, use: Callable[[Bytes], T], run: Run) -> T:
+    async def read(self, key: str, limit: int, use: Callable[[BytesLike], T], run: Run) -> T:
         stored = await self.get(key, limit)
         return await run(lambda: use(stored))
 
@@ -145,10 +145,10 @@ def a_node(
     failpoints: Failpoints | Mapping[str, str] | None = None,
     workers: int = 4,
     grace: timedelta = GRACE,
-) -> RemoteStore:
+) -> Repository:
     """A node's view of the store; it trusts itself and those named."""
     signer = signer or a_signer()
-    return RemoteStore(
+    return Repository(
         objects,
         signer,
         TrustedKeys([key.public for key in (signer, *trusts)]),
@@ -194,14 +194,14 @@ def a_key_file(path: Path) -> Path:
 
 
 async def published(
-    store: RemoteStore, folder: Path, snapshot: str = "s1", content: dict[str, bytes] | None = None
+    store: Repository, folder: Path, snapshot: str = "s1", content: dict[str, bytes] | None = None
 ) -> PublishedSnapshot:
     return await store.publish(
         an_image(folder / f"images-{snapshot}", snapshot, content), folder / f"images-{snapshot}"
     )
 
 
-async def fetched(store: RemoteStore, snapshot: PublishedSnapshot, folder: Path) -> dict[str, bytes]:
+async def fetched(store: Repository, snapshot: PublishedSnapshot, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     await store.fetch(snapshot, folder)
     return contents(folder)

@@ -22,7 +22,7 @@ from dumont.errors import (
 from snapshotd.adapters.snapshot_store.directory import DirectoryStore
 from snapshotd.model import Snapshot
 from snapshotd.repository.model import CHUNK
-from snapshotd.repository.repository import RemoteStore
+from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import Signer
 from snapshotd.snapshots.catalog import Snapshots
 from snapshotd.snapshots.upload_journal import UploadJournal
@@ -50,11 +50,11 @@ class World:
             (folder / part).mkdir(parents=True, exist_ok=True)
         store = DirectoryStore(folder / "snapshots", threads=1)
         store.open()
-        remote: RemoteStore = a_node(self.objects, signer or self.signer, trusts=trusts)
+        repository: Repository = a_node(self.objects, signer or self.signer, trusts=trusts)
         uploads = Uploads(
-            store, remote, UploadJournal(folder / "uploads"), lambda _: None, retry_seconds=0.001
+            store, repository, UploadJournal(folder / "uploads"), lambda _: None, retry_seconds=0.001
         )
-        made = Snapshots(store, remote, uploads, folder / "damaged", budget, self.pinned)
+        made = Snapshots(store, repository, uploads, folder / "damaged", budget, self.pinned)
         self.nodes.append(made)
         return made
 
@@ -82,8 +82,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     for node in made.nodes:
         assert node.uploads is not None
         await node.uploads.close()
-        assert node.remote is not None
-        node.remote.close()
+        assert node.repository is not None
+        node.repository.close()
 
 
 # Publishing
@@ -302,7 +302,7 @@ async def test_a_store_that_never_answers_keeps_nobody_waiting_for_a_list(
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
 
-    monkeypatch.setattr(node.remote, "list", silence)
+    monkeypatch.setattr(node.repository, "list", silence)
     monkeypatch.setattr("snapshotd.snapshots.catalog.LIST_SECONDS", 0.01)
     found, _ = await node.list()
     assert [one.manifest.id for one in found] == ["s1"]

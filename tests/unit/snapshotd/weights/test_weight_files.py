@@ -94,7 +94,7 @@ async def test_files_are_held_under_their_digests(
 ) -> None:
     model = a_model(tmp_path / "one", b"first", b"second")
 
-    held = await files.hold("i-1", model)
+    held = await files.pin("i-1", model)
 
     assert held == {
         "model-0.safetensors": digest_of(b"first"),
@@ -108,10 +108,10 @@ async def test_what_is_there_is_not_filled_again(
     tmp_path: Path, cache: GatedCache, files: NodeWeightFiles
 ) -> None:
     model = a_model(tmp_path / "one", b"first")
-    first = await files.hold("i-1", model)
-    files.release("i-1")
+    first = await files.pin("i-1", model)
+    files.unpin("i-1")
 
-    assert await files.hold("i-2", model) == first
+    assert await files.pin("i-2", model) == first
     assert cache.copies == ["one/model-0.safetensors"]
 
 
@@ -120,7 +120,7 @@ async def test_instances_that_come_at_once_wait_for_one_fill(
 ) -> None:
     model = a_model(tmp_path / "one", b"first", b"second")
     cache.gate.clear()
-    waiting = [asyncio.create_task(files.hold(f"i-{number}", model)) for number in range(3)]
+    waiting = [asyncio.create_task(files.pin(f"i-{number}", model)) for number in range(3)]
     digest = asyncio.create_task(files.digest(model))
     await turns()
     cache.gate.set()
@@ -137,12 +137,12 @@ async def test_the_one_used_longest_ago_leaves_for_another(
     tmp_path: Path, cache: GatedCache, files: NodeWeightFiles
 ) -> None:
     for name in ("one", "two"):
-        await files.hold(name, a_model(tmp_path / name, name.encode()))
-        files.release(name)
-    await files.hold("again", a_model(tmp_path / "one", b"one"))
-    files.release("again")
+        await files.pin(name, a_model(tmp_path / name, name.encode()))
+        files.unpin(name)
+    await files.pin("again", a_model(tmp_path / "one", b"one"))
+    files.unpin("again")
 
-    await files.hold("three", a_model(tmp_path / "three", b"three"))
+    await files.pin("three", a_model(tmp_path / "three", b"three"))
 
     assert cache.names() == {digest_of(b"one"), digest_of(b"three")}
 
@@ -150,36 +150,36 @@ async def test_the_one_used_longest_ago_leaves_for_another(
 async def test_what_an_instance_holds_stays_and_the_newcomer_reads_its_own_files(
     tmp_path: Path, cache: GatedCache, files: NodeWeightFiles
 ) -> None:
-    await files.hold("i-1", a_model(tmp_path / "one", b"one", b"more"))
+    await files.pin("i-1", a_model(tmp_path / "one", b"one", b"more"))
 
-    assert await files.hold("i-2", a_model(tmp_path / "two", b"two")) == {}
+    assert await files.pin("i-2", a_model(tmp_path / "two", b"two")) == {}
     assert cache.names() == {digest_of(b"one"), digest_of(b"more")}
 
-    files.release("i-1")
-    assert await files.hold("i-2", a_model(tmp_path / "two", b"two"))
+    files.unpin("i-1")
+    assert await files.pin("i-2", a_model(tmp_path / "two", b"two"))
 
 
 async def test_a_model_is_held_whole_or_not_at_all(
     tmp_path: Path, cache: GatedCache, files: NodeWeightFiles
 ) -> None:
-    await files.hold("i-1", a_model(tmp_path / "one", b"one"))
+    await files.pin("i-1", a_model(tmp_path / "one", b"one"))
 
     # One of its files is there, for the other two there is no room.
-    assert await files.hold("i-2", a_model(tmp_path / "two", b"one", b"two", b"three")) == {}
+    assert await files.pin("i-2", a_model(tmp_path / "two", b"one", b"two", b"three")) == {}
 
-    files.release("i-1")
+    files.unpin("i-1")
     # Nothing of it was kept, so both places are free.
-    assert await files.hold("i-3", a_model(tmp_path / "four", b"four", b"five"))
+    assert await files.pin("i-3", a_model(tmp_path / "four", b"four", b"five"))
 
 
 async def test_files_on_their_way_count_against_the_budget(
     tmp_path: Path, cache: GatedCache, files: NodeWeightFiles
 ) -> None:
     cache.gate.clear()
-    coming = asyncio.create_task(files.hold("i-1", a_model(tmp_path / "one", b"one", b"more")))
+    coming = asyncio.create_task(files.pin("i-1", a_model(tmp_path / "one", b"one", b"more")))
     await turns()
 
-    assert await files.hold("i-2", a_model(tmp_path / "two", b"two")) == {}
+    assert await files.pin("i-2", a_model(tmp_path / "two", b"two")) == {}
 
     cache.gate.set()
     assert await coming
@@ -188,9 +188,9 @@ async def test_files_on_their_way_count_against_the_budget(
 async def test_the_same_bytes_in_another_directory_need_no_room(
     tmp_path: Path, cache: GatedCache, files: NodeWeightFiles
 ) -> None:
-    first = await files.hold("i-1", a_model(tmp_path / "one", b"one", b"more"))
+    first = await files.pin("i-1", a_model(tmp_path / "one", b"one", b"more"))
 
-    assert await files.hold("i-2", a_model(tmp_path / "copy", b"one", b"more")) == first
+    assert await files.pin("i-2", a_model(tmp_path / "copy", b"one", b"more")) == first
 
 
 async def test_names_that_lead_to_one_file_share_one_fill_and_its_room(
@@ -204,7 +204,7 @@ async def test_names_that_lead_to_one_file_share_one_fill_and_its_room(
         link.unlink()
         link.symlink_to(blob)
 
-    held = await files.hold("i-1", model)
+    held = await files.pin("i-1", model)
 
     assert held == {
         "model-0.safetensors": digest_of(b"first"),
@@ -220,14 +220,14 @@ async def test_names_that_lead_to_one_file_share_one_fill_and_its_room(
 async def test_a_partial_file_of_an_earlier_daemon_is_not_trusted(
     tmp_path: Path, cache: GatedCache, files: NodeWeightFiles
 ) -> None:
-    held = await files.hold("i-1", a_model(tmp_path / "one", b"one"))
+    held = await files.pin("i-1", a_model(tmp_path / "one", b"one"))
     (cache.directory / ".partial-1").write_bytes(b"half")
     (cache.directory / f".evicted-{digest_of(b'old')}").write_bytes(b"old")
 
     again = GatedCache(cache.directory, cache.budget)
 
     assert again.names() == set(held.values())
-    assert again.hold("i-1", held["model-0.safetensors"])
+    assert again.pin("i-1", held["model-0.safetensors"])
 
 
 async def test_a_fill_that_fails_leaves_nothing_and_can_be_tried_again(
@@ -236,11 +236,11 @@ async def test_a_fill_that_fails_leaves_nothing_and_can_be_tried_again(
     model = a_model(tmp_path / "one", b"one")
     cache.failure = OSError(errno.EIO, "the disk is broken")
     with pytest.raises(OSError, match="broken"):
-        await files.hold("i-1", model)
+        await files.pin("i-1", model)
     assert cache.names() == set()
     cache.failure = None
 
-    assert await files.hold("i-1", model)
+    assert await files.pin("i-1", model)
 
 
 async def test_without_memory_for_the_budget_a_model_reads_its_own_files(
@@ -248,11 +248,11 @@ async def test_without_memory_for_the_budget_a_model_reads_its_own_files(
 ) -> None:
     cache.failure = OSError(errno.ENOSPC, "no space left on device")
 
-    assert await files.hold("i-1", a_model(tmp_path / "one", b"one", b"more")) == {}
+    assert await files.pin("i-1", a_model(tmp_path / "one", b"one", b"more")) == {}
 
     cache.failure = None
     # Neither room nor a hold was lost.
-    assert await files.hold("i-2", a_model(tmp_path / "two", b"two", b"three"))
+    assert await files.pin("i-2", a_model(tmp_path / "two", b"two", b"three"))
 
 
 async def test_a_caller_who_leaves_holds_nothing_and_others_get_theirs(
@@ -260,16 +260,16 @@ async def test_a_caller_who_leaves_holds_nothing_and_others_get_theirs(
 ) -> None:
     model = a_model(tmp_path / "one", b"one", b"more")
     cache.gate.clear()
-    leaving, staying = (asyncio.create_task(files.hold(name, model)) for name in ("leaver", "stayer"))
+    leaving, staying = (asyncio.create_task(files.pin(name, model)) for name in ("leaver", "stayer"))
     await turns()
     leaving.cancel()
     await asyncio.wait([leaving])
     cache.gate.set()
 
     assert await staying
-    files.release("stayer")
+    files.unpin("stayer")
     # then: nobody keeps it from leaving
-    assert await files.hold("i-2", a_model(tmp_path / "two", b"two", b"three"))
+    assert await files.pin("i-2", a_model(tmp_path / "two", b"two", b"three"))
 
 
 async def test_bytes_that_changed_behind_the_file_systems_back_are_told(
@@ -285,7 +285,7 @@ async def test_bytes_that_changed_behind_the_file_systems_back_are_told(
     os.utime(model.weights[0], ns=(status.st_atime_ns, status.st_mtime_ns))
     assert known == json.loads((tmp_path / "weights.json").read_text())
 
-    held = await files.hold("i-1", model)
+    held = await files.pin("i-1", model)
 
     assert held == {"model-0.safetensors": digest_of(b"after!")}
     assert await files.digest(model) != digest
@@ -294,13 +294,13 @@ async def test_bytes_that_changed_behind_the_file_systems_back_are_told(
 async def test_what_an_earlier_daemons_instances_hold_stays(
     tmp_path: Path, cache: GatedCache, files: NodeWeightFiles
 ) -> None:
-    held = await files.hold("i-1", a_model(tmp_path / "one", b"one"))
+    held = await files.pin("i-1", a_model(tmp_path / "one", b"one"))
     next_cache = GatedCache(cache.directory, FILE)
     next_files = NodeWeightFiles(tmp_path / "weights.json", next_cache)
 
-    next_files.keep("i-1", {**held, "gone.safetensors": digest_of(b"gone")})
+    next_files.repin("i-1", {**held, "gone.safetensors": digest_of(b"gone")})
 
-    assert await next_files.hold("i-2", a_model(tmp_path / "two", b"two")) == {}
+    assert await next_files.pin("i-2", a_model(tmp_path / "two", b"two")) == {}
     assert next_cache.names() == set(held.values())
 
 
@@ -310,7 +310,7 @@ async def test_what_an_earlier_daemons_instances_hold_stays(
 async def test_a_node_without_a_cache_holds_nothing_and_knows_the_digest(tmp_path: Path) -> None:
     files = NodeWeightFiles(tmp_path / "weights.json", None)
     model = a_model(tmp_path / "one", b"one")
-    assert await files.hold("i-1", model) == {}
+    assert await files.pin("i-1", model) == {}
     assert len(await files.digest(model)) == 64
 
 
@@ -350,9 +350,9 @@ def test_whatever_comes_the_budget_holds_and_nothing_held_leaves(
             name = f"i-{instance}"
             if action == "h" and name not in holding:
                 model = a_model(folder / f"m-{number}", *(b"%d" % part for part in range(number, number + 2)))
-                holding[name] = set((await files.hold(name, model)).values())
+                holding[name] = set((await files.pin(name, model)).values())
             elif action == "r":
-                files.release(name)
+                files.unpin(name)
                 holding.pop(name, None)
             whole = {name for name in cache.names() if not name.startswith(".")}
             assert len(whole) * FILE <= cache.budget

@@ -44,7 +44,7 @@ class SealedNode:
             failpoints=failpoints,
         )
         for instance, snapshot in kept.items():
-            store.keep(instance, snapshot)
+            store.pin(instance, snapshot)
         store.open()
         return store
 

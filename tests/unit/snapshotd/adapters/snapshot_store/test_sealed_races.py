@@ -43,7 +43,7 @@ class Gate:
 async def read_by_one(store: SealedStore) -> Snapshot:
     """Capture ``s1``, and have ``one`` read it."""
     snapshot = await capture(store)
-    store.keep("one", "s1")
+    store.pin("one", "s1")
     await store.images(snapshot)
     return snapshot
 
@@ -61,9 +61,9 @@ async def test_a_reader_who_comes_while_the_last_one_leaves_has_it(
     snapshot = await read_by_one(store)
     removal = Gate(store.unsealed, "delete", monkeypatch)
 
-    leaving = asyncio.create_task(store.release("one"))
+    leaving = asyncio.create_task(store.unpin("one"))
     await removal.reached.wait()
-    store.keep("two", "s1")
+    store.pin("two", "s1")
     reading = asyncio.create_task(store.images(snapshot))
     await everybody_is_as_far_as_they_get()
     removal.open.set()
@@ -81,7 +81,7 @@ async def test_it_is_verified_whole_while_the_last_reader_leaves(
 
     verifying = asyncio.create_task(store.verify(snapshot, again=True))
     await verification.reached.wait()
-    leaving = asyncio.create_task(store.release("one"))
+    leaving = asyncio.create_task(store.unpin("one"))
     await everybody_is_as_far_as_they_get()
     verification.open.set()
 
@@ -91,7 +91,7 @@ async def test_it_is_verified_whole_while_the_last_reader_leaves(
 
 
 @pytest.mark.parametrize(
-    "leave", [lambda store: store.release("one"), lambda store: store.delete("s1")], ids=["leaves", "deletes"]
+    "leave", [lambda store: store.unpin("one"), lambda store: store.delete("s1")], ids=["leaves", "deletes"]
 )
 async def test_who_gives_up_while_it_leaves_memory_leaves_nothing_there(
     node: SealedNode,
@@ -99,7 +99,7 @@ async def test_who_gives_up_while_it_leaves_memory_leaves_nothing_there(
     leave: Callable[[SealedStore], Coroutine[Any, Any, None]],
 ) -> None:
     store = node.open()
-    store.keep("one", "s1")
+    store.pin("one", "s1")
     await store.images(await capture(store))
     removal = Gate(store.unsealed, "delete", monkeypatch)
 
@@ -123,11 +123,11 @@ async def test_who_gives_up_while_it_is_unsealed_leaves_nothing_in_memory(node: 
 
     store = node.open(Watched())
     snapshot = await capture(store)
-    store.keep("one", "s1")
+    store.pin("one", "s1")
     unsealing = asyncio.create_task(store.images(snapshot))
     await reached.wait()
     unsealing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await unsealing
-    await store.release("one")
+    await store.unpin("one")
     assert node.plain() == []

@@ -62,14 +62,14 @@ async def test_it_is_in_memory_from_its_first_reader_to_its_last(node: SealedNod
     snapshot = await capture(store)
 
     for reader in ("one", "two"):
-        store.keep(reader, "s1")
+        store.pin(reader, "s1")
     images = await asyncio.gather(*(store.images(snapshot) for _ in range(2)))
     assert contents(images[0]) == contents(images[1]) == CONTENT
     assert node.plain() == ["s1"]
 
-    await store.release("one")
+    await store.unpin("one")
     assert node.plain() == ["s1"]
-    await store.release("two")
+    await store.unpin("two")
     assert node.plain() == []
     assert not holds(node.disk, MARKER)
 
@@ -78,7 +78,7 @@ async def test_what_is_fetched_for_a_restore_is_unsealed_already_and_what_is_bro
     node: SealedNode,
 ) -> None:
     store = node.open()
-    store.keep("one", "s1")
+    store.pin("one", "s1")
     await capture(store, "s1", fetched_from="a key")
     await capture(store, "s2", fetched_from="a key")
     assert node.plain() == ["s1"]
@@ -91,7 +91,7 @@ async def test_what_has_no_room_in_memory_once_it_is_sealed_is_a_snapshot_all_th
         raise OSError(errno.ENOSPC, "full")
 
     store = node.open()
-    store.keep("one", "s1")
+    store.pin("one", "s1")
     with monkeypatch.context() as patch:
         patch.setattr(store.unsealed, "commit", full)
         snapshot = await capture(store, fetched_from="a key")
@@ -105,7 +105,7 @@ async def test_a_deleted_one_is_gone_from_memory_and_another_of_its_id_is_not_ke
     node: SealedNode,
 ) -> None:
     store = node.open()
-    store.keep("one", "s1")
+    store.pin("one", "s1")
     await store.images(await capture(store))
 
     await store.delete("s1")
@@ -170,7 +170,7 @@ async def test_the_next_daemon_keeps_what_instances_map_and_removes_the_rest_fro
 ) -> None:
     first = node.open()
     for name in ("mapped", "read"):
-        first.keep(name, name)
+        first.pin(name, name)
         await first.images(await capture(first, name))
 
     second = node.open(instance="mapped")
@@ -178,7 +178,7 @@ async def test_the_next_daemon_keeps_what_instances_map_and_removes_the_rest_fro
     assert node.plain() == ["mapped"]
     assert [one.manifest.id for one in await second.list()] == ["mapped", "read"]
     assert contents(await second.images(await second.get("mapped"))) == CONTENT
-    await second.release("instance")
+    await second.unpin("instance")
     assert node.plain() == []
 
 
@@ -246,7 +246,7 @@ async def test_a_damaged_chunk_is_refused_and_nothing_of_the_snapshot_stays_in_m
         first.write_bytes(second.read_bytes())
         second.write_bytes(data)
 
-    store.keep("one", "s1")
+    store.pin("one", "s1")
     with pytest.raises(DataLoss) as refusal:
         await store.images(snapshot)
     assert refusal.value.reason == ("CHUNK_MISSING" if damage == "missing" else "CHUNK_DAMAGED")
@@ -258,7 +258,7 @@ async def test_a_damaged_chunk_is_refused_and_nothing_of_the_snapshot_stays_in_m
 async def test_a_verification_of_all_reads_the_disk_also_while_it_is_in_memory(node: SealedNode) -> None:
     store = node.open()
     snapshot = await capture(store)
-    store.keep("one", "s1")
+    store.pin("one", "s1")
     await store.images(snapshot)
     await store.verify(snapshot, again=True)
     node.sealed()[0].unlink()

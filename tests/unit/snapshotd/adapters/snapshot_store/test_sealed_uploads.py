@@ -107,7 +107,7 @@ async def test_a_full_disk_is_named_as_such(node: SealedNode, monkeypatch: pytes
     async def full(*_: object) -> None:
         raise ResourceExhausted("STORE_FULL", "the store's disk is full")
 
-    monkeypatch.setattr("snapshotd.repository.repository.RemoteStore.publish", full)
+    monkeypatch.setattr("snapshotd.repository.repository.Repository.publish", full)
     with pytest.raises(ResourceExhausted) as refused:
         await capture(node.open(), "s1")
     assert refused.value.reason == "DISK_FULL"
@@ -119,7 +119,7 @@ async def test_the_next_daemon_keeps_nothing_of_a_snapshot_that_was_deleted_whil
 ) -> None:
     # given
     first = node.open()
-    first.keep("instance", "s1")
+    first.pin("instance", "s1")
     await first.images(await capture(first, "s1"))
     await first.delete("s1")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from dumont.aio import whole
+from dumont.aio import to_completion
 from dumont.errors import DumontError
 from snapshotd.gpu import placement
 from snapshotd.instances.lifecycle import Event, advance
@@ -14,7 +14,7 @@ from snapshotd.jobs.context import uses_cuda
 from snapshotd.model import Instance, State
 
 
-async def relocate(instances: Instances, instance: str, gpu: str) -> Instance:
+async def move(instances: Instances, instance: str, gpu: str) -> Instance:
     """
     Args:
         gpu: UUID or index.
@@ -24,20 +24,20 @@ async def relocate(instances: Instances, instance: str, gpu: str) -> Instance:
         DumontError: its park failed and it serves where it was, or its resume did and it is ended.
     """
     # To its end, like the park and the resume that it is made of.
-    return await whole(_relocate(instances, instance, gpu))
+    return await to_completion(_move(instances, instance, gpu))
 
 
-async def _relocate(instances: Instances, instance: str, gpu: str) -> Instance:
+async def _move(instances: Instances, instance: str, gpu: str) -> Instance:
     node, known = instances.node, instances.get(instance)
     serving = known.state is State.SERVING
     advance(known.state, Event.PARK if serving else Event.RESUME)
     if serving:
-        known = actions.located(node, known, node.family(known.pid))
+        known = actions.with_gpu_usage(node, known, node.process_tree(known.pid))
     if uses_cuda(known.device):
         placement.named(node.gpus, gpu)
     # Before anything is touched. The park gives the promise back, and the resume finds its place anew.
-    target = actions.find_place(node, known, gpu)
-    node.room.release(instance)
+    target = actions.reserve_gpu_to_resume(node, known, gpu)
+    node.reservations.release(instance)
     if serving:
         if target == known.gpu:
             return known

@@ -26,7 +26,7 @@ MANY = 6
 Unpack = Callable[[memoryview | None], memoryview]
 
 
-class Places:
+class ChunkWriter:
     """The places of chunks in the files of a directory, which exist at their sizes.
 
     Args:

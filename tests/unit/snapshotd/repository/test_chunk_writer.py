@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dumont.errors import DataLoss
-from snapshotd.repository import placing
+from snapshotd.repository import chunk_writer
+from snapshotd.repository.chunk_writer import MANY, ChunkWriter, Unpack
 from snapshotd.repository.codec import Codec, damaged
 from snapshotd.repository.model import Piece
-from snapshotd.repository.placing import MANY, Places, Unpack
 from tests.unit.snapshotd.repository.world import MemoryObjects, a_node, an_image, noise
 
 SIZE = 1 << 20
@@ -33,13 +33,13 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture(params=["written", "mapped"])
 def mapped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """How chunks are to come into their places."""
-    monkeypatch.setattr(placing, "_in_memory", lambda device: True)
-    monkeypatch.setattr(placing, "HUGE_PAGE", 1 << 40)
+    monkeypatch.setattr(chunk_writer, "_in_memory", lambda device: True)
+    monkeypatch.setattr(chunk_writer, "HUGE_PAGE", 1 << 40)
     return bool(request.param == "mapped")
 
 
 def fill(path: Path, mapped: bool, pieces: Sequence[Piece], unpack: Unpack) -> None:
-    Places(path.parent, MANY if mapped else MANY - 1).fill(pieces, unpack)
+    ChunkWriter(path.parent, MANY if mapped else MANY - 1).fill(pieces, unpack)
 
 
 def holding(plain: bytes, given: list[bool] | None = None) -> Unpack:
@@ -75,15 +75,15 @@ def test_a_chunk_that_belongs_in_one_place_is_unpacked_there_by_many(path: Path,
 
 
 def test_few_do_so_where_pages_are_huge(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placing, "_in_memory", lambda device: True)
-    monkeypatch.setattr(placing, "HUGE_PAGE", 0)
+    monkeypatch.setattr(chunk_writer, "_in_memory", lambda device: True)
+    monkeypatch.setattr(chunk_writer, "HUGE_PAGE", 0)
     given: list[bool] = []
     fill(path, False, [a_whole_chunk(8192, 5000)], holding(noise(5000), given))
     assert given == [True]
 
 
 def test_nobody_does_so_on_a_disk(path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placing, "_in_memory", lambda device: False)
+    monkeypatch.setattr(chunk_writer, "_in_memory", lambda device: False)
     given: list[bool] = []
     fill(path, mapped, [a_whole_chunk(8192, 5000)], holding(noise(5000), given))
     assert given == [False]
@@ -120,16 +120,16 @@ def test_what_cannot_be_mapped_is_written(path: Path, monkeypatch: pytest.Monkey
     def no_mapping(*arguments: object, **others: object) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(placing, "_in_memory", lambda device: True)
-    monkeypatch.setattr(placing.mmap, "mmap", no_mapping)
+    monkeypatch.setattr(chunk_writer, "_in_memory", lambda device: True)
+    monkeypatch.setattr(chunk_writer.mmap, "mmap", no_mapping)
     plain = noise(SIZE)
     fill(path, True, [a_whole_chunk(0, SIZE)], holding(plain))
     assert path.read_bytes() == plain
 
 
 def test_what_is_in_memory_is_known() -> None:
-    assert placing._in_memory(Path("/dev/shm").stat().st_dev)
-    assert not placing._in_memory(Path("/proc").stat().st_dev)
+    assert chunk_writer._in_memory(Path("/dev/shm").stat().st_dev)
+    assert not chunk_writer._in_memory(Path("/proc").stat().st_dev)
 
 
 def test_a_chunk_that_is_refused_leaves_nothing_open(path: Path, mapped: bool) -> None:
@@ -148,7 +148,7 @@ async def test_a_fetch_that_fails_keeps_nothing_of_its_files(
     tmp_path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # given: a chunk that is damaged, and nobody who collects what refers to itself
-    monkeypatch.setattr(placing, "MANY", 1 if mapped else 99)
+    monkeypatch.setattr(chunk_writer, "MANY", 1 if mapped else 99)
     objects = MemoryObjects()
     store = a_node(objects)
     manifest = an_image(tmp_path / "images", content={"pages-1.img": b"x" * 100_000 + noise(100_000)})
