@@ -9,9 +9,11 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from dumont.aio import thread_to_completion
 from dumont.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from snapshotd.repository.model import ObjectInfo
 from snapshotd.repository.object_keys import TEMPORARY
@@ -28,11 +30,14 @@ class DirectoryObjects:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    # A writer that is cancelled waits for its thread, or its file could appear in a directory that its
+    # caller has meanwhile removed.
+
     async def put(self, key: str, data: bytes) -> None:
-        await self._run(self._put, key, data)
+        await thread_to_completion(partial(_guarded, self._put, key, data))
 
     async def create(self, key: str, data: bytes) -> None:
-        await self._run(self._create, key, data)
+        await thread_to_completion(partial(_guarded, self._create, key, data))
 
     async def get(self, key: str, limit: int) -> bytes:
         return await self._run(self._get, key, limit)
