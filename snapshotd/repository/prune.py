@@ -116,9 +116,9 @@ async def execute(
         if current.modified > plan.cutoff or chunk in marked or chunk in pins():
             spared += 1
             return
-        failpoints.hit("gc.chunk")
+        failpoints.hit("prune.chunk")
         await objects.delete(item.key)
-        failpoints.hit("gc.chunk.after")
+        failpoints.hit("prune.chunk.after")
         deleted += 1
         deleted_bytes += current.size
 
@@ -126,7 +126,7 @@ async def execute(
         marked = await marks.named(plan.cutoff)
         await workers.each(plan.garbage[start : start + BATCH], remove)
     for tombstone in plan.tombstones:
-        failpoints.hit("gc.tombstone")
+        failpoints.hit("prune.tombstone")
         await objects.delete(tombstone.key)
-        failpoints.hit("gc.tombstone.after")
+        failpoints.hit("prune.tombstone.after")
     return PruneResult(deleted, deleted_bytes, spared)

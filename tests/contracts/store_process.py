@@ -30,10 +30,10 @@ POINTS = (
     "delete.tombstone",
     "delete.manifest",
     "delete.manifest.after",
-    "gc.chunk",
-    "gc.chunk.after",
-    "gc.tombstone",
-    "gc.tombstone.after",
+    "prune.chunk",
+    "prune.chunk.after",
+    "prune.tombstone",
+    "prune.tombstone.after",
 )
 
 

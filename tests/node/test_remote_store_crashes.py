@@ -21,7 +21,7 @@ pytestmark = pytest.mark.node
 UPLOAD = ["upload.chunk", "upload.chunk.after", "upload.manifest", "upload.manifest.after"]
 FETCH = ["restore.fetch", "fetch.chunk", "fetch.chunk.after", "restore.fetch.after", "restore.verify"]
 DELETE = ["delete.tombstone", "delete.manifest", "delete.manifest.after"]
-PRUNE = ["gc.chunk", "gc.chunk.after", "gc.tombstone", "gc.tombstone.after"]
+PRUNE = ["prune.chunk", "prune.chunk.after", "prune.tombstone", "prune.tombstone.after"]
 
 SNAPSHOTD = Path(__file__).parents[2] / "snapshotd"
 

@@ -33,7 +33,7 @@ BLOCKS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
 POINTS = [
     "upload.chunk", "upload.chunk.after", "upload.manifest", "upload.manifest.after",
     "delete.tombstone", "delete.manifest", "delete.manifest.after",
-    "gc.chunk", "gc.chunk.after", "gc.tombstone", "gc.tombstone.after",
+    "prune.chunk", "prune.chunk.after", "prune.tombstone", "prune.tombstone.after",
 ]  # fmt: skip
 
 
