@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from model_host import control, entropy, memory, model_files, process, tiles
 from model_host.engine import Engine, Phases, Settings
@@ -20,13 +21,15 @@ class Process:
     """The real ``World``: this process, its libraries and its kernel."""
 
     regain_cpu = staticmethod(tiles.request)
-    reseed = staticmethod(entropy.reseed)
     draws = staticmethod(entropy.draws)
     release_memory = staticmethod(process.release_memory)
     memory_ranges = staticmethod(memory.ranges)
     drop_zero_pages = staticmethod(memory.drop_zero_pages)
     open_descriptors = staticmethod(process.open_descriptors)
     wait_for_descriptors = staticmethod(process.wait_for_descriptors)
+
+    def __init__(self) -> None:
+        self._generators: list[Any] = []
 
     def load(self, folder: Path, engine: str, settings: Settings, phases: Phases) -> Engine:
         files = model_files.read(folder, settings.weight_files)
@@ -38,8 +41,13 @@ class Process:
         return service.Server(service.ModelHostService(engine, scheduler, gate), max_queue)
 
     def settle(self) -> None:
+        # Now: nobody waits yet, and what is frozen below is not listed any more.
+        self._generators = entropy.held()
         gc.enable()
         gc.freeze()
+
+    def reseed(self, seed: bytes) -> None:
+        entropy.reseed(seed, self._generators)
 
 
 def main() -> int:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dumont import model_directory
 from dumont.errors import FailedPrecondition
+from dumont.model_directory import Unusable
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -41,6 +43,14 @@ class ModelFiles:
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer.json"
 
+    def read_tokenizer(self) -> bytes | None:
+        """The contents of ``tokenizer``; None: there is no such file.
+
+        Raises:
+            FailedPrecondition: MODEL_INVALID.
+        """
+        return _read(self.folder, self.tokenizer) if self.tokenizer.exists() else None
+
     @property
     def architecture(self) -> str:
         return str((self.config.get("architectures") or [""])[0])
@@ -55,19 +65,26 @@ def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelF
     Raises:
         FailedPrecondition: MODEL_INVALID; a file is missing or not what it should be, and is named.
     """
-    config = _json(folder / "config.json")
-    tokenizer_config = _json(folder / "tokenizer_config.json", optional=True)
-    modules = _json(folder / "modules.json", optional=True, kind=list)
+    try:
+        # Also those that only a library reads.
+        model_directory.check(folder)
+    except Unusable as error:
+        raise invalid(error.file, str(error)) from error
+    except OSError as error:
+        raise invalid(folder / "config.json", f"cannot be read: {error}") from error
+    config = _json(folder, "config.json")
+    tokenizer_config = _json(folder, "tokenizer_config.json", optional=True)
+    modules = _json(folder, "modules.json", optional=True, kind=list)
     kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
     pooling = kinds.get("Pooling")
     return ModelFiles(
         folder=folder,
         config=config,
-        generation=_json(folder / "generation_config.json", optional=True),
+        generation=_json(folder, "generation_config.json", optional=True),
         tokenizer_config=tokenizer_config,
         shards=_shards(folder, weight_files or {}),
         chat_template=_chat_template(folder, tokenizer_config),
-        pooling=_json(folder / pooling["path"] / "config.json") if pooling else {},
+        pooling=_json(folder, f"{pooling['path']}/config.json") if pooling else {},
         normalize="Normalize" in kinds,
     )
 
@@ -85,7 +102,7 @@ def invalid(file: Path, why: str) -> FailedPrecondition:
 def _shards(folder: Path, elsewhere: Mapping[str, Path]) -> tuple[Path, ...]:
     names = [WEIGHTS]
     if (folder / INDEX).exists():
-        weight_map = _json(folder / INDEX).get("weight_map")
+        weight_map = _json(folder, INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise invalid(folder / INDEX, "has no weight_map")
         names = sorted(set(map(str, weight_map.values())))
@@ -94,8 +111,12 @@ def _shards(folder: Path, elsewhere: Mapping[str, Path]) -> tuple[Path, ...]:
         if (folder / name).parent != folder:
             raise invalid(folder / INDEX, f"names a file outside the model directory: {Path(name).name}")
         shard = elsewhere.get(name, folder / name)
-        if not shard.is_file():
-            raise invalid(shard, "is missing")
+        try:
+            model_directory.check_weights(shard)
+        except FileNotFoundError:
+            raise invalid(shard, "is missing") from None
+        except (Unusable, OSError) as error:
+            raise invalid(shard, str(error)) from error
         shards.append(shard)
     return tuple(shards)
 
@@ -103,22 +124,32 @@ def _shards(folder: Path, elsewhere: Mapping[str, Path]) -> tuple[Path, ...]:
 def _chat_template(folder: Path, tokenizer_config: Json) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        return _read(folder, file).decode(errors="replace")
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 
-def _json(file: Path, *, optional: bool = False, kind: type = dict) -> Any:
+def _json(folder: Path, name: str, *, optional: bool = False, kind: type = dict) -> Any:
+    file = folder / name
     if optional and not file.exists():
         return kind()
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise invalid(file, "is missing") from None
-    except (OSError, ValueError) as error:
+        content = json.loads(_read(folder, file))
+    except (ValueError, RecursionError) as error:
         raise invalid(file, f"cannot be read: {error}") from error
     if not isinstance(content, kind):
         raise invalid(file, "is not what it should be")
     return content
+
+
+def _read(folder: Path, file: Path) -> bytes:
+    try:
+        return model_directory.read(folder, file)
+    except FileNotFoundError:
+        raise invalid(file, "is missing") from None
+    except Unusable as error:
+        raise invalid(file, str(error)) from error
+    except OSError as error:
+        raise invalid(file, f"cannot be read: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dumont.errors import FailedPrecondition, InvalidArgument
@@ -12,6 +13,8 @@ from model_host.model_files import ModelFiles, invalid
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from model_host.engines.sandbox import Sandbox
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
@@ -24,9 +27,9 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tokenizers import Tokenizer
 
+    data = files.read_tokenizer()
     try:
-        path = files.tokenizer
-        tokenizer = Tokenizer.from_file(str(path)) if path.exists() else _convert(files)
+        tokenizer = Tokenizer.from_buffer(data) if data is not None else _convert(files)
     except Exception as error:
         raise invalid(files.tokenizer, f"cannot be loaded ({error})") from error
     tokenizer.no_truncation()
@@ -64,7 +67,7 @@ class ChatTemplate:
         """The prompt, ending where the model's answer begins.
 
         Raises:
-            FailedPrecondition: NO_CHAT_TEMPLATE.
+            FailedPrecondition: NO_CHAT_TEMPLATE; or CHAT_TEMPLATE_LIMIT, it takes too much time or room.
             InvalidArgument: INVALID_MESSAGES, the template refuses this conversation.
         """
         if self._template is None:
@@ -73,21 +76,30 @@ class ChatTemplate:
                 "This model has no chat template; send a prompt instead.",
                 field="messages",
             )
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        # Here, because a start need not wait for it.
+        from model_host.engines.sandbox import LimitReached
 
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[conversation],
-                chat_template=self._template,
-                add_generation_prompt=True,
-                **self._special,
+            return self._sandbox.render(
+                {"messages": conversation, "add_generation_prompt": True, **self._special}
             )
-        except TemplateError as error:
+        except LimitReached as error:
+            raise FailedPrecondition(
+                "CHAT_TEMPLATE_LIMIT",
+                f"The model's chat template was stopped: {error}. Send a prompt, or mend the template.",
+                field="messages",
+            ) from error
+        except Exception as error:
+            # A template is a program: whatever it raises, it is about these messages.
             raise InvalidArgument(
                 "INVALID_MESSAGES",
                 f"The model's chat template refuses these messages: {error}",
                 field="messages",
             ) from error
-        return str(rendered[0][0])
+
+    @cached_property
+    def _sandbox(self) -> Sandbox:
+        from model_host.engines.sandbox import Sandbox
+
+        return Sandbox(self._template or "")

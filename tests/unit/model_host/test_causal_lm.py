@@ -100,7 +100,7 @@ def test_between_chunks_of_a_prompt_a_call_can_be_stopped(
 def test_the_models_end_mark_ends_the_answer(folder: Path, expected: list[int], tmp_path: Path) -> None:
     # given a model whose end mark is the fourth token it would say
     for file in folder.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+        (tmp_path / file.name).hardlink_to(file)
     end = expected[3]
     (tmp_path / "generation_config.json").unlink(missing_ok=True)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
@@ -154,7 +154,7 @@ def test_a_conversation_needs_a_chat_template(engine: CausalLM) -> None:
 
 def test_a_template_may_refuse_a_conversation(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+        (tmp_path / file.name).hardlink_to(file)
     template = (
         "{% for message in messages %}"
         "{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"

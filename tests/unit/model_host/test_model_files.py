@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,79 @@ def test_a_template_file_goes_first(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("new")
 
     assert model_files.read(folder).chat_template == "new"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "vocab.txt", "chat_template.jinja", "1_Pooling/config.json"]
+)
+def test_a_pipe_is_refused_and_not_waited_for(folder: Path, name: str) -> None:
+    pipe = folder / name
+    pipe.parent.mkdir(exist_ok=True)
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+
+    error = refusal(folder)
+
+    assert error.metadata == {"file": str(pipe)}
+    assert "regular" in error.message
+
+
+def test_weights_that_are_a_pipe_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+    assert "regular" in refusal(folder).message
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "generation_config.json"])
+def test_a_link_out_of_the_model_is_refused(
+    folder: Path, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    secret = tmp_path_factory.mktemp("node") / "secret"
+    secret.write_text("{}")
+    (folder / name).symlink_to(secret)
+
+    assert f"to {secret}" in refusal(folder).message
+
+
+def test_a_link_inside_the_model_is_followed(folder: Path) -> None:
+    (folder / "template.txt").write_text("linked")
+    (folder / "chat_template.jinja").symlink_to("template.txt")
+
+    assert model_files.read(folder).chat_template == "linked"
+
+
+def test_weights_may_be_a_link_to_another_disk(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("disk") / "weights"
+    elsewhere.write_bytes(b"weights")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(elsewhere)
+
+    assert model_files.read(folder).shards == (folder / "model.safetensors",)
+
+
+def test_a_hubs_cache_is_made_of_links_to_its_own_blobs(tmp_path: Path) -> None:
+    # Given a model as the hub's client lays it out
+    home = tmp_path / "models--org--name"
+    revision = home / "snapshots" / "abc"
+    revision.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    write(home / "blobs" / "1", {"architectures": ["LlamaForCausalLM"]})
+    (home / "blobs" / "2").write_bytes(b"weights")
+    for name, blob in {"config.json": "1", "model.safetensors": "2"}.items():
+        (revision / name).symlink_to(f"../../blobs/{blob}")
+
+    # Then it is read, also by way of a link to it
+    assert model_files.read(revision).architecture == "LlamaForCausalLM"
+    (tmp_path / "latest").symlink_to(revision)
+    assert model_files.read(tmp_path / "latest").architecture == "LlamaForCausalLM"
+
+    # But not what lies outside the model's own blobs
+    write(tmp_path / "other", {})
+    (revision / "generation_config.json").symlink_to(tmp_path / "other")
+    assert "leads out" in refusal(revision).message
 
 
 def test_pooling_and_normalising_are_read_from_the_modules(folder: Path) -> None:
