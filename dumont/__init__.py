@@ -29,6 +29,7 @@ from dumont.errors import (
 )
 
 if TYPE_CHECKING:
+    __version__: str
     from dumont.client import AsyncClient, AsyncDeployment
     from dumont.stream import AsyncTextStream
     from dumont.sync import Client, Deployment, TextStream, deploy
@@ -99,6 +100,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dumont")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES.get(name, "dumont.types")), name)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from dumont.errors import DumontError
+from dumont.errors import DumontError, services_not_installed
 
 OLDEST_PYTHON: Final = (3, 11)
 PREFLIGHT_SECONDS: Final = 120
@@ -56,12 +56,7 @@ def _kernel() -> Check:
 def _node() -> list[Check]:
     """snapshotd's own checks of this machine; a machine with the client alone has none to pass."""
     if not find_spec("snapshotd") or not find_spec("blake3"):
-        return [
-            Check(
-                "services", False, False,
-                "only the client is here; to run models on this machine, install 'dumont[controller,node]'",
-            )
-        ]  # fmt: skip
+        return [Check("services", False, False, services_not_installed().message)]
     return _ask("preflight", [sys.executable, "-m", "snapshotd.preflight", "--json"])
 
 

@@ -122,6 +122,15 @@ class Internal(DumontError):
     code = "INTERNAL"
 
 
+def services_not_installed(*missing: str) -> FailedPrecondition:
+    """The error of what needs the daemons where only the client is installed; ``missing`` names modules."""
+    return FailedPrecondition(
+        "SERVICES_NOT_INSTALLED",
+        "only Dumont's client is installed here; for the services install 'dumont-services[controller,node]'",
+        metadata={"missing": ", ".join(missing)} if missing else None,
+    )
+
+
 ERRORS: dict[str, type[DumontError]] = {
     error.code: error
     for error in (

@@ -17,7 +17,7 @@ from typing import Any, Final
 import grpc
 
 from dumont.client import AsyncClient
-from dumont.errors import DeadlineExceeded, FailedPrecondition
+from dumont.errors import DeadlineExceeded, FailedPrecondition, services_not_installed
 from dumont.rpc.channel import open_channel
 
 START_SECONDS: Final = 60.0
@@ -85,11 +85,7 @@ def check_installed() -> None:
         name for name in ("controller", "snapshotd", "grpc_health", "structlog") if not find_spec(name)
     ]
     if missing:
-        raise FailedPrecondition(
-            "SERVICES_NOT_INSTALLED",
-            "only the client is installed here; install 'dumont[controller,node]' for the services",
-            metadata={"missing": ", ".join(missing)},
-        )
+        raise services_not_installed(*missing)
 
 
 async def run(daemons: Sequence[Daemon], ready: Callable[[], None], *, verbose: bool = False) -> None:

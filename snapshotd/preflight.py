@@ -144,7 +144,9 @@ def _check_gpu() -> Finding:
     if int(driver.split(".")[0]) < OLDEST_DRIVER:
         problem = f" cannot checkpoint; {OLDEST_DRIVER} is the oldest that can"
     elif importlib.util.find_spec("pynvml") is None:
-        problem = ", but nvidia-ml-py is not installed; pip install 'dumont[gpu]', or choose --device cpu"
+        problem = (
+            ", but nvidia-ml-py is not installed; install 'dumont-services[gpu]', or choose --device cpu"
+        )
     return Finding("gpu", not problem, f"NVIDIA driver {driver}{problem}")
 
 

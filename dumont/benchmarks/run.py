@@ -151,7 +151,8 @@ def check_plot() -> None:
     """
     if find_spec("matplotlib") is None:
         raise FailedPrecondition(
-            "MATPLOTLIB_NOT_INSTALLED", "a picture needs matplotlib; install 'dumont[bench]', or omit --plot"
+            "MATPLOTLIB_NOT_INSTALLED",
+            "a picture needs matplotlib; install 'dumont-services[bench]', or omit --plot",
         )
 
 

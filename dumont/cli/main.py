@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
-from typing import Annotated, Final
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any, Final
 
 import typer
 
-from dumont.cli import bench, deployments, doctor, inference, instances, nodes, snapshots, up
+import dumont
+from dumont.cli import deployments, doctor, inference, instances, nodes, snapshots
+from dumont.cli.output import command
+from dumont.errors import services_not_installed
 
 EXIT_INTERRUPTED: Final = 130
 
@@ -21,7 +26,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"dumont {version('dumont')}\n")
+        sys.stdout.write(f"dumont {dumont.__version__}\n")
         raise typer.Exit
 
 
@@ -34,8 +39,27 @@ def options(
     """Serve models that sleep for free and wake in about a second."""
 
 
+def _from_services(name: str) -> Callable[..., Any]:
+    """The command ``name`` of dumont-services or, where that is missing, one that says what to install."""
+    module = f"dumont.cli.{name}"
+    if find_spec(module):
+        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+    @command
+    def missing() -> None:
+        raise services_not_installed()
+
+    missing.__doc__ = "Needs dumont-services, which is not installed here."
+    return missing
+
+
+# Whatever the arguments are, the command that is missing answers.
+ANYTHING: Final = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+for name in ("up", "bench"):
+    found = _from_services(name)
+    app.command(name, context_settings=ANYTHING if found.__module__ == __name__ else {})(found)
 for function in (
-    up.up,
     deployments.deploy,
     deployments.ls,
     deployments.rm,
@@ -47,7 +71,6 @@ for function in (
     instances.stop,
     instances.logs,
     doctor.doctor,
-    bench.bench,
 ):
     app.command()(function)
 app.add_typer(snapshots.app, name="snapshot")

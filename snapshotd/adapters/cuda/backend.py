@@ -52,7 +52,7 @@ def missing_for_driver() -> str:
     except ImportError:
         present = False
     if not present:
-        return "cuda-core is not installed; pip install 'dumont[gpu]'"
+        return "cuda-core is not installed; pip install 'dumont-services[gpu]'"
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -81,7 +81,7 @@ def test_on_a_gpu_stock_needs_its_tool_and_the_other_cases_do_not(
 
 def test_a_picture_is_refused_before_it_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "find_spec", lambda name: None)
-    with pytest.raises(FailedPrecondition, match=r"dumont\[bench\]") as refused:
+    with pytest.raises(FailedPrecondition, match=r"dumont-services\[bench\]") as refused:
         run.check_plot()
     assert refused.value.reason == "MATPLOTLIB_NOT_INSTALLED"
 

@@ -105,5 +105,5 @@ def test_a_machine_with_the_client_alone_has_nothing_to_pass(
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     checks = {check.check: check for check in doctor.examine()}
     assert not checks["services"].needed
-    assert "dumont[controller,node]" in checks["services"].message
+    assert "dumont-services[controller,node]" in checks["services"].message
     assert not [check for check in checks.values() if check.needed and not check.passed]
