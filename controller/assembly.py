@@ -11,6 +11,7 @@ from controller.instances import Instances
 from controller.inventory import Inventory
 from controller.metrics import Metrics
 from controller.ports import Clock, Nodes, Registry
+from controller.queue import DEFAULT_LENGTH
 from controller.reconciler import Reconciler
 from controller.serving import Serving
 from controller.snapshots import Snapshots
@@ -35,7 +36,13 @@ class Controller:
         await self.core.deployments.save_last_use()
 
 
-async def assemble(nodes: Nodes, registry: Registry, clock: Clock, heartbeat: float = 5.0) -> Controller:
+async def assemble(
+    nodes: Nodes,
+    registry: Registry,
+    clock: Clock,
+    heartbeat: float = 5.0,
+    max_queue: int = DEFAULT_LENGTH,
+) -> Controller:
     """Read the registry, follow the nodes it knows, and begin to reconcile.
 
     Args:
@@ -43,13 +50,14 @@ async def assemble(nodes: Nodes, registry: Registry, clock: Clock, heartbeat: fl
         registry: what the previous controller left.
         clock: the time.
         heartbeat: seconds between a node's heartbeats; three missing ones make it unreachable.
+        max_queue: requests that may wait for one deployment.
     """
     tasks, inventory = Tasks(), Inventory(clock)
     deployments = Deployments(registry, nodes, inventory, clock)
     fleet = Fleet(nodes, registry, inventory, clock, tasks)
     core = Core(nodes, registry, clock, inventory, deployments, fleet, tasks, Metrics())
     instances, snapshots = Instances(core), Snapshots(core)
-    starts = Starts(core, instances)
+    starts = Starts(core, instances, max_queue)
     serving = Serving(core, starts, instances)
     reconciler = Reconciler(core, starts, instances, snapshots, silence=3 * heartbeat)
     stored = await registry.load()

@@ -17,6 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from controller.queue import DEFAULT_LENGTH
 from dumont.errors import InvalidArgument
 
 PREFIX = "DUMONT_CONTROLLER_"
@@ -49,6 +50,9 @@ class Config(BaseSettings):
         description="between the heartbeats of a node; three missing make it unreachable",
     )
     max_new_tokens: int = Field(default=4096, gt=0, le=1_000_000, description="the most tokens of one answer")
+    max_queue: int = Field(
+        default=DEFAULT_LENGTH, gt=0, le=100_000, description="requests that may wait for one deployment"
+    )
     drain_seconds: float = Field(default=30.0, ge=0, le=3600, description="time for running calls at SIGTERM")
     log_format: Literal["json", "console"] = Field(default="json", description="how logs are written")
     log_level: str = Field(

@@ -237,17 +237,17 @@ class Inventory:
         if instance in self.instances:
             self._store(replace(self.instances[instance], park_refused=True))
 
-    def lease(self, instance: str) -> None:
+    def lease(self, instance: str, sequences: int = 1) -> None:
         """A request enters a serving instance. Never waits: this is the hot path."""
         known = self.instances[instance]
-        self.instances[instance] = replace(known, served=True, in_flight=known.in_flight + 1)
+        self.instances[instance] = replace(known, served=True, in_flight=known.in_flight + sequences)
 
-    def release(self, instance: str) -> None:
+    def release(self, instance: str, sequences: int = 1) -> None:
         """A request has left it."""
         known = self.instances.get(instance)
         if known is None:
             return
-        left = known.in_flight - 1
+        left = known.in_flight - sequences
         self.instances[instance] = replace(known, in_flight=left, idle_since=self._clock.moment().steady)
         if left == 0:
             self.notify()

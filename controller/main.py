@@ -89,7 +89,9 @@ async def serve(settings: Config) -> None:
     registry = await open_registry(settings.database_url)
     nodes = GrpcNodes()
     running = Operations(DOMAIN)
-    controller = await assemble(nodes, registry, SystemClock(), settings.heartbeat_seconds)
+    controller = await assemble(
+        nodes, registry, SystemClock(), settings.heartbeat_seconds, settings.max_queue
+    )
     try:
         add_services(server, controller, running, settings, health.draining)
         if settings.metrics_listen:

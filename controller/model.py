@@ -147,8 +147,25 @@ def total_seconds(phases: Iterable[Phase]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an instance takes at once. ``kv_tokens`` is None where the engine has no KV cache."""
+
+    sequences: int
+    kv_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an instance was at when its node asked it last."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_tokens_used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """What a node says of an instance."""
+    """What a node says of an instance. ``capacity`` is None while it has not told."""
 
     id: str
     deployment: str
@@ -162,12 +179,15 @@ class Report:
     failure_reason: str = ""
     failure_message: str = ""
     weights: Weights = Weights.DETACHED
+    capacity: Capacity | None = None
+    load: Load = Load()
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
     """A report, and what only the controller knows of that instance.
 
+    ``in_flight`` counts the sequences of requests that were sent to it and are not answered yet.
     ``busy`` is set while a command of ours is under way: its outcome decides the state then.
     ``served`` is set once a prompt may have entered it, after which it is never captured.
     """

@@ -58,6 +58,13 @@ class Wait:
     node: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Instances serve, and none has room: wait until one has."""
+
+    reason: str
+
+
 # States that end by themselves, with the tier that a request joining them gets.
 JOINABLE = {
     InstanceState.STARTING: Tier.COLD,
@@ -77,11 +84,7 @@ def decide(facts: Facts, now: float) -> Attempt | Wait:
     Raises:
         Unavailable: NO_NODE, no node can take a cold start.
     """
-    reachable = [
-        instance
-        for instance in facts.instances
-        if _ready(facts, instance.node) and f"instances/{instance.id}" not in facts.failed
-    ]
+    reachable = _reachable(facts)
     return (
         _resident(facts, reachable, now)
         or _join(reachable, (InstanceState.RESUMING,))
@@ -94,15 +97,40 @@ def decide(facts: Facts, now: float) -> Attempt | Wait:
     )
 
 
+def admit(facts: Facts, now: float, sequences: int) -> Attempt | Full | None:
+    """The instance that a request may enter now; None where one must be started or captured first.
+
+    Args:
+        facts: what is known.
+        now: steady time in seconds.
+        sequences: what the request takes of an instance.
+    """
+    resident = _resident(facts, _reachable(facts), now, sequences)
+    if resident is None or resident.capture:
+        return None
+    instance = next(i for i in facts.instances if i.id == resident.instance)
+    if not routing.has_room(instance, sequences):
+        return Full(f"instances/{instance.id} was full")
+    return resident
+
+
+def _reachable(facts: Facts) -> list[Instance]:
+    return [
+        instance
+        for instance in facts.instances
+        if _ready(facts, instance.node) and f"instances/{instance.id}" not in facts.failed
+    ]
+
+
 def _ready(facts: Facts, node: str) -> bool:
     return node in facts.nodes and facts.nodes[node].state is NodeState.READY
 
 
-def _resident(facts: Facts, instances: list[Instance], now: float) -> Attempt | None:
+def _resident(facts: Facts, instances: list[Instance], now: float, sequences: int = 1) -> Attempt | None:
     serving = [i for i in instances if i.state is InstanceState.SERVING and not i.busy]
     # A prompt that enters an instance spoils it for capture, so a served one is taken first.
     clean = _wants_capture(facts, now) and not any(i.served for i in serving)
-    chosen = routing.choose(serving)
+    chosen = routing.choose(serving, sequences)
     if chosen is None:
         return None
     capture = (

@@ -59,6 +59,19 @@ class Synchronized:
 Change = Report | Removed | Synchronized
 
 
+class Frames(Protocol):
+    """An answer as the model host wrote it, frame by frame.
+
+    It is no generator, because each of those on a token's way costs time for every token.
+    """
+
+    async def read(self) -> bytes | None:
+        """The next frame; None after the last."""
+
+    def cancel(self) -> None:
+        """End the call on the node, if it still runs."""
+
+
 class Nodes(Protocol):
     """The nodes' snapshotds. Every method takes a node's id and raises a ``DumontError``.
 
@@ -125,8 +138,8 @@ class Nodes(Protocol):
         self, node: str, instance: str, tail_lines: int, follow: bool
     ) -> AsyncGenerator[bytes]: ...
 
-    def generate(self, node: str, request: bytes, timeout: float | None) -> AsyncGenerator[bytes]:
-        """Frames as the model host wrote them. Closing the iterator cancels the call on the node."""
+    def generate(self, node: str, request: bytes, timeout: float | None) -> Frames:
+        """Send a request; its frames are read one by one, and must be cancelled in the end."""
 
     async def embed(self, node: str, request: bytes, timeout: float | None) -> bytes: ...
 

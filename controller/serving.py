@@ -1,20 +1,59 @@
-"""A request's life: get an instance, pass its bytes on, and try once more if the instance was dead."""
+"""A request's life: get an instance, pass its bytes on, and try again if the instance was dead or full."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from controller.core import Core
 from controller.instances import Instances
 from controller.model import StartInfo
+from controller.queue import Ticket
 from controller.starts.starts import Lease, Starts
-from dumont.errors import DeadlineExceeded, DumontError, FailedPrecondition, NotFound, Unavailable
+from dumont.errors import (
+    DeadlineExceeded,
+    DumontError,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 
 # Kept back from a caller's deadline, so that the answer still reaches it in time.
-MARGIN = 0.05
+MARGIN: Final = 0.05
+# A model host may find that it has less room than it told; the request then waits here and tries again.
+FULL_TRIES: Final = 30
+FULL_PAUSE: Final = 0.2
 
-Build = Callable[[str], bytes]
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request for inference, as far as the controller reads it.
+
+    Args:
+        deployment: its id.
+        engine: the kind of model that it is for.
+        build: makes the node's request for an instance id.
+        timeout: seconds the caller will still wait, None for no end.
+        sequences: answers that it asks for.
+    """
+
+    deployment: str
+    engine: str
+    build: Callable[[str], bytes]
+    timeout: float | None = None
+    sequences: int = 1
+
+
+class Answer(Protocol):
+    """Where an answer goes."""
+
+    async def start(self, info: StartInfo) -> None:
+        """How the start went; called once, before the first frame."""
+
+    async def frame(self, frame: bytes, /) -> None:
+        """A frame as the model host wrote it. Returns when there is room for the next."""
 
 
 class Serving:
@@ -25,98 +64,125 @@ class Serving:
         self._starts = starts
         self._instances = instances
 
-    async def generate(
-        self, deployment: str, engine: str, build: Build, timeout: float | None
-    ) -> AsyncGenerator[StartInfo | bytes]:
-        """How the start went, then the node's frames. Nothing is given before the first frame is there.
-
-        Args:
-            deployment: its id.
-            engine: the kind of model the request is for.
-            build: makes the node's request for an instance id.
-            timeout: seconds the caller will still wait, None for no end.
+    async def generate(self, request: Request, answer: Answer) -> None:
+        """Pass the whole answer on. Nothing is told before the first frame is there.
 
         Raises:
             FailedPrecondition: WRONG_ENGINE.
+            ResourceExhausted: QUEUE_FULL, too many wait for the deployment.
             DumontError: no instance could be started, or the answer broke off.
         """
-        self._check_engine(deployment, engine)
-        deadline = self._deadline(timeout)
-        why: tuple[str, ...] = ()
-        for last in (False, True):
-            with await self._starts.acquire(deployment, why) as lease:
+        attempts = self._attempts(request)
+        while True:
+            with await self._starts.acquire(request.deployment, attempts.reasons, attempts.ticket) as lease:
                 began = False
                 outcome = "cancelled"
                 try:
-                    request = build(lease.info.instance)
-                    frames = self._core.nodes.generate(lease.info.node, request, self._left(deadline))
-                    async with aclosing(frames):
-                        async for frame in frames:
-                            if not began:
-                                began = True
-                                yield lease.info
-                            yield frame
-                    if not began:
-                        yield lease.info
+                    frames = self._core.nodes.generate(
+                        lease.info.node, request.build(lease.info.instance), attempts.left()
+                    )
+                    try:
+                        frame = await frames.read()
+                        began = True
+                        await answer.start(lease.info)
+                        while frame is not None:
+                            await answer.frame(frame)
+                            frame = await frames.read()
+                    finally:
+                        # However the caller's stream ended: nobody computes for nobody.
+                        frames.cancel()
                     outcome = "ok"
                     return
                 except DumontError as error:
                     outcome = error.reason
-                    if began or last or not _dead(error):
+                    if began:
                         raise
-                    why = await self._lost(lease, error, why)
+                    refused = error
                 finally:
                     self._count("generate", lease, outcome)
+            await attempts.again(lease.info.instance, refused)
 
-    async def embed(
-        self, deployment: str, engine: str, build: Build, timeout: float | None
-    ) -> tuple[StartInfo, bytes]:
+    async def embed(self, request: Request) -> tuple[StartInfo, bytes]:
         """The whole answer at once; otherwise like ``generate``."""
-        self._check_engine(deployment, engine)
-        deadline = self._deadline(timeout)
-        why: tuple[str, ...] = ()
+        attempts = self._attempts(request)
         while True:
-            with await self._starts.acquire(deployment, why) as lease:
+            with await self._starts.acquire(request.deployment, attempts.reasons, attempts.ticket) as lease:
                 outcome = "cancelled"
                 try:
-                    request = build(lease.info.instance)
-                    answer = await self._core.nodes.embed(lease.info.node, request, self._left(deadline))
+                    answer = await self._core.nodes.embed(
+                        lease.info.node, request.build(lease.info.instance), attempts.left()
+                    )
                     outcome = "ok"
                     return lease.info, answer
                 except DumontError as error:
                     outcome = error.reason
-                    if why or not _dead(error):
-                        raise
-                    why = await self._lost(lease, error, why)
+                    refused = error
                 finally:
                     self._count("embed", lease, outcome)
+            await attempts.again(lease.info.instance, refused)
 
-    async def _lost(self, lease: Lease, error: DumontError, why: tuple[str, ...]) -> tuple[str, ...]:
-        return (*why, await self._instances.diagnose(lease.info.instance, error))
+    def _attempts(self, request: Request) -> _Attempts:
+        self._check_engine(request)
+        deadline = None if request.timeout is None else self._core.now() + request.timeout - MARGIN
+        return _Attempts(self._core, self._instances, self._starts.ticket(deadline, request.sequences))
 
     def _count(self, method: str, lease: Lease, outcome: str) -> None:
         self._core.metrics.requests.labels(method, lease.info.tier.value, outcome).inc()
 
-    def _check_engine(self, deployment: str, engine: str) -> None:
-        known = self._core.deployments.get_active(deployment)
-        if known.engine != engine:
+    def _check_engine(self, request: Request) -> None:
+        known = self._core.deployments.get_active(request.deployment)
+        if known.engine != request.engine:
             raise FailedPrecondition(
                 "WRONG_ENGINE",
-                f"deployments/{deployment} runs the engine {known.engine}, and this call needs {engine}",
+                f"deployments/{known.id} runs the engine {known.engine}; this call needs {request.engine}",
                 field="deployment",
-                metadata={"engine": known.engine, "needed": engine},
+                metadata={"engine": known.engine, "needed": request.engine},
             )
 
-    def _deadline(self, timeout: float | None) -> float | None:
-        return None if timeout is None else self._core.now() + timeout - MARGIN
 
-    def _left(self, deadline: float | None) -> float | None:
-        if deadline is None:
+class _Attempts:
+    """The tries of one request, which keeps its place in the order of arrival."""
+
+    def __init__(self, core: Core, instances: Instances, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.reasons: tuple[str, ...] = ()
+        self._core = core
+        self._instances = instances
+        self._died = False
+        self._full = 0
+
+    def left(self) -> float | None:
+        """Seconds until the caller's deadline.
+
+        Raises:
+            DeadlineExceeded: none.
+        """
+        if self.ticket.deadline is None:
             return None
-        left = deadline - self._core.now()
+        left = self.ticket.deadline - self._core.now()
         if left <= 0:
             raise DeadlineExceeded("DEADLINE_EXCEEDED", "the caller's time was up when the model was ready")
         return left
+
+    async def again(self, instance: str, error: DumontError) -> None:
+        """Return when the request may be tried again; raise ``error`` where that makes no sense.
+
+        Args:
+            instance: the id of the one that did not answer.
+            error: what it said.
+        """
+        if isinstance(error, ResourceExhausted) and error.reason == "QUEUE_FULL":
+            self._full += 1
+            if self._full > FULL_TRIES:
+                raise error
+            pause = FULL_PAUSE if error.retry_after is None else error.retry_after
+            left = self.left()
+            await self._core.clock.sleep(pause if left is None else min(pause, left))
+        elif _dead(error) and not self._died:
+            self._died = True
+            self.reasons += (await self._instances.diagnose(instance, error),)
+        else:
+            raise error
 
 
 def _dead(error: DumontError) -> bool:

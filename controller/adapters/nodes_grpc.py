@@ -237,14 +237,9 @@ class GrpcNodes:
             finally:
                 call.cancel()
 
-    async def generate(self, node: str, request: bytes, timeout: float | None) -> AsyncGenerator[bytes]:
-        async with self._errors(node, callers_deadline=True) as link:
-            call = link.generate(request, timeout=timeout)
-            try:
-                async for frame in call:
-                    yield frame
-            finally:
-                call.cancel()
+    def generate(self, node: str, request: bytes, timeout: float | None) -> _Frames:
+        link = self._link(node)
+        return _Frames(node, link, link.generate(request, timeout=timeout))
 
     async def embed(self, node: str, request: bytes, timeout: float | None) -> bytes:
         async with self._errors(node, callers_deadline=True) as link:
@@ -259,25 +254,17 @@ class GrpcNodes:
             node: its id.
             callers_deadline: the deadline was the caller's, not one of ours that a node failed to meet.
         """
+        link = self._link(node)
+        try:
+            yield link
+        except (grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            raise _told(node, link, error, callers_deadline) from error
+
+    def _link(self, node: str) -> _Link:
         link = self._links.get(node)
         if link is None:
             raise _silent(node, "it is not connected")
-        try:
-            yield link
-        except grpc.aio.UsageError as error:
-            raise _silent(node, "its connection was closed") from error
-        except asyncio.CancelledError as error:
-            # Closing a channel looks to its calls as if they had been cancelled themselves.
-            task = asyncio.current_task()
-            if link.closed and not (task and task.cancelling()):
-                raise _silent(node, "its connection was closed") from error
-            raise
-        except grpc.aio.AioRpcError as error:
-            told = from_rpc_error(error)
-            silence = Unavailable if callers_deadline else (Unavailable, DeadlineExceeded)
-            if isinstance(told, silence) and not _from_service(error):
-                raise _silent(node, told.message) from error
-            raise told from error
+        return link
 
     async def _outcome(self, link: _Link, begun: Awaitable[operations_pb2.Operation], response: M) -> M:
         """The operation's response, waited for by long polls; a cancelled wait cancels it on the node."""
@@ -306,6 +293,47 @@ class GrpcNodes:
             await link.operations.CancelOperation(request, timeout=SHORT)
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
             log.info("cancel_failed", error=repr(error))
+
+
+class _Frames:
+    """An answer under way; see ``ports.Frames``."""
+
+    def __init__(self, node: str, link: _Link, call: Any) -> None:
+        self._node = node
+        self._link = link
+        self._call = call
+
+    async def read(self) -> bytes | None:
+        try:
+            frame: Any = await self._call.read()
+        except (grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            raise _told(self._node, self._link, error, callers_deadline=True) from error
+        return None if frame is grpc.aio.EOF else frame
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+def _told(node: str, link: _Link, error: BaseException, callers_deadline: bool) -> BaseException:
+    """What a caller is told of a failed call, in place of gRPC's own error.
+
+    Args:
+        node: its id.
+        link: the link that it went over.
+        error: what gRPC raised.
+        callers_deadline: the deadline was the caller's, not one of ours that a node failed to meet.
+    """
+    if isinstance(error, grpc.aio.AioRpcError):
+        told = from_rpc_error(error)
+        silence = Unavailable if callers_deadline else (Unavailable, DeadlineExceeded)
+        if isinstance(told, silence) and not _from_service(error):
+            return _silent(node, told.message)
+        return told
+    # Closing a channel looks to its calls as if they had been cancelled themselves.
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and not (link.closed and not (task and task.cancelling())):
+        return asyncio.CancelledError()
+    return _silent(node, "its connection was closed")
 
 
 def _from_service(error: grpc.aio.AioRpcError) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -11,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from controller import convert
 from controller.model import CAUSAL_LM, EMBEDDING, StartInfo
-from controller.serving import Serving
+from controller.serving import Request, Serving
 from dumont import limits, names
 from dumont.controller.v1 import inference_service_pb2 as pb
 from dumont.errors import InvalidArgument
@@ -36,30 +35,33 @@ class InferenceService:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
-    async def Generate(self, data: bytes, context: Context) -> AsyncGenerator[bytes]:
+    async def Generate(self, data: bytes, context: Context) -> None:
         request = _parse(pb.GenerateRequest(), data)
         deployment = names.parse(request.deployment, "deployments", "deployment")
         limits.check_generate({f.name: value for f, value in request.ListFields()}, self._max_new_tokens)
         default = min(limits.DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
         request.max_new_tokens = request.max_new_tokens or default
-        async with aclosing(
-            self._serving.generate(deployment, CAUSAL_LM, _rewrite(request), context.time_remaining())
-        ) as frames:
-            async for frame in frames:
-                if isinstance(frame, StartInfo):
-                    yield pb.GenerateResponse(start=convert.start_info(frame)).SerializeToString()
-                else:
-                    yield frame
+        call = Request(deployment, CAUSAL_LM, _rewrite(request), context.time_remaining(), max(1, request.n))
+        await self._serving.generate(call, _Stream(context))
 
     async def Embed(self, data: bytes, context: Context) -> bytes:
         request = _parse(pb.EmbedRequest(), data)
         deployment = names.parse(request.deployment, "deployments", "deployment")
         limits.check_embed(request.inputs)
-        info, answer = await self._serving.embed(
-            deployment, EMBEDDING, _rewrite(request), context.time_remaining()
-        )
+        call = Request(deployment, EMBEDDING, _rewrite(request), context.time_remaining())
+        info, answer = await self._serving.embed(call)
         # Encoded messages joined are their merge, and the node's answer has no start.
         return pb.EmbedResponse(start=convert.start_info(info)).SerializeToString() + answer
+
+
+class _Stream:
+    """The caller's stream; frames go through as they are."""
+
+    def __init__(self, context: Context) -> None:
+        self.frame = context.write
+
+    async def start(self, info: StartInfo) -> None:
+        await self.frame(pb.GenerateResponse(start=convert.start_info(info)).SerializeToString())
 
 
 def _parse(request: R, data: bytes) -> R:

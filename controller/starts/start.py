@@ -77,6 +77,14 @@ class Start:
             return decision
         return None
 
+    def admit(self, sequences: int) -> policy.Attempt | policy.Full | None:
+        """The instance that a request may enter now; see ``policy.admit``.
+
+        Raises:
+            NotFound, FailedPrecondition: there is no such deployment, or it is being deleted.
+        """
+        return policy.admit(self._facts(), self._core.now(), sequences)
+
     async def run(self) -> Started:
         """Decide and act until an instance serves.
 

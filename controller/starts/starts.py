@@ -1,11 +1,14 @@
-"""Starts are shared: a deployment has one at a time, and every request for it waits for that one."""
+"""From a request to an instance. Who cannot be answered yet waits in order of arrival; starts are shared: a
+deployment has one at a time, and every request for it waits for that one.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -15,12 +18,13 @@ from controller.backoff import Backoff
 from controller.core import Core
 from controller.instances import Instances
 from controller.model import Deployment, DeploymentState, InstanceState, Phase, Snapshot, StartInfo, Tier
+from controller.queue import DEFAULT_LENGTH, Queue, Ticket
 from controller.starts.start import OnStage, Start, Started
-from dumont.errors import DumontError, FailedPrecondition, Internal, Unavailable
+from dumont.errors import DeadlineExceeded, DumontError, FailedPrecondition, Internal, Unavailable
 
 log = structlog.get_logger()
 
-# How often a request waits for an instance that is gone again before the request can enter it.
+# How many starts a request waits for whose instance is gone again before the request can enter it.
 ATTEMPTS = 3
 FAST = frozenset({InstanceState.SERVING, InstanceState.PARKED})
 
@@ -30,13 +34,13 @@ class Lease:
 
     def __init__(self, info: StartInfo, release: Callable[[], None]) -> None:
         self.info = info
-        self._release = release
+        self.release = release
 
     def __enter__(self) -> Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._release()
+        self.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +51,88 @@ class _Run:
     captures: bool
 
 
-class Starts:
-    """Whoever asks while a start runs waits for it, and whoever leaves does not end it."""
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A request in the queue, and what it will be told of the start that it waited for."""
 
-    def __init__(self, core: Core, instances: Instances) -> None:
+    admitted: asyncio.Future[Lease]
+    reasons: tuple[str, ...]
+    started: Started | None = None
+    starts: int = 0
+    full: str = ""
+
+
+class _Line:
+    """Those who wait for one deployment. The queue knows their order.
+
+    ``run`` is the start that they wait for, and ``beginner`` the one it was begun for.
+    """
+
+    def __init__(self, deployment: str, length: int) -> None:
+        self.queue = Queue(deployment, length)
+        self.waiting: dict[Ticket, _Waiting] = {}
+        self.run: _Run | None = None
+        self.beginner: Ticket | None = None
+
+    def leave(self, ticket: Ticket) -> _Waiting | None:
+        self.queue.leave(ticket)
+        return self.waiting.pop(ticket, None)
+
+    def fail(self, ticket: Ticket, error: BaseException) -> None:
+        waiting = self.leave(ticket)
+        if waiting is not None and not waiting.admitted.done():
+            waiting.admitted.set_exception(error)
+
+    def fail_all(self, error: BaseException) -> None:
+        for ticket in self.queue.tickets:
+            self.fail(ticket, error)
+
+    def settle(self) -> None:
+        """The start has ended: tell those who waited for it how."""
+        assert self.run is not None
+        run, beginner = self.run, self.beginner
+        self.run = self.beginner = None
+        if run.captures:
+            return
+        if not run.task.cancelled() and (error := run.task.exception()) is not None:
+            self.fail_all(error)
+            return
+        started: Started | None = None if run.task.cancelled() else run.task.result()
+        for ticket, waiting in self.waiting.items():
+            waiting.starts += 1
+            waiting.started = started
+            if started is not None and ticket != beginner:
+                reasons = ("joined a start under way", *started.reasons)
+                waiting.started = Started(started.tier, reasons, ())
+
+
+class Starts:
+    """Whoever asks while a start runs waits for it, and whoever leaves does not end it.
+
+    Args:
+        core: the ports and the facts.
+        instances: the commands to instances.
+        max_waiting: requests that may wait for one deployment.
+    """
+
+    def __init__(self, core: Core, instances: Instances, max_waiting: int = DEFAULT_LENGTH) -> None:
         self._core = core
         self._instances = instances
+        self._max_waiting = max_waiting
         self._captures = Backoff(first=30.0, limit=3600.0)
         self._runs: dict[str, _Run] = {}
-        self._waiting: Counter[str] = Counter()
+        self._lines: dict[str, _Line] = {}
         # The error of the last start by deployment, if it failed.
         self.failures: dict[str, str] = {}
 
     @property
     def starting(self) -> frozenset[str]:
         """Deployments that a start runs for or a request waits for."""
-        return frozenset(self._runs) | frozenset(self._waiting)
+        return frozenset(self._runs) | frozenset(self._lines)
+
+    def waiting(self, deployment: str) -> int:
+        """How many requests wait for an instance of a deployment."""
+        return len(line.queue) if (line := self._lines.get(deployment)) else 0
 
     def condition(self, deployment: Deployment) -> tuple[DeploymentState, str]:
         """A deployment's state, and the reason when it is not ACTIVE."""
@@ -79,94 +149,184 @@ class Starts:
 
     # Requests
 
-    async def acquire(self, deployment: str, reasons: tuple[str, ...] = ()) -> Lease:
-        """Wait for an instance that serves, started if need be, and hold it.
+    def ticket(self, deadline: float | None = None, sequences: int = 1) -> Ticket:
+        """The place of a request that arrives now; see ``Ticket``."""
+        return Ticket(self._core.now(), deadline, sequences)
+
+    async def acquire(
+        self, deployment: str, reasons: tuple[str, ...] = (), ticket: Ticket | None = None
+    ) -> Lease:
+        """Wait for an instance that serves and has room, started if need be, and hold it.
 
         Args:
             deployment: its id.
             reasons: reported ahead of the start's own.
+            ticket: the request's place; None: it arrives now and takes one sequence.
 
         Raises:
             NotFound, FailedPrecondition: there is no such deployment, or it is being deleted.
+            ResourceExhausted: QUEUE_FULL.
+            DeadlineExceeded: the ticket's deadline passed.
             DumontError: the start failed in its last tier; the message tells of the others.
         """
-        arrived = self._core.now()
-        start = self._new(deployment)
-        if (ready := start.resident()) is not None:
-            return self._lease(ready, None, arrived, reasons)
-        self._waiting[deployment] += 1
+        ticket = ticket or self.ticket()
+        if deployment not in self._lines:
+            ready = self._new(deployment).admit(ticket.sequences)
+            if isinstance(ready, policy.Attempt):
+                return self._lease(ready, ticket, _Waiting(_future(), reasons))
+        line = self._line(deployment)
+        line.queue.enter(ticket)
+        waiting = line.waiting[ticket] = _Waiting(_future(), reasons)
         try:
-            for _ in range(ATTEMPTS):
-                started = await self._join(start, arrived)
-                start = self._new(deployment)
-                if (ready := start.resident()) is not None:
-                    return self._lease(ready, started, arrived, reasons)
-            raise Unavailable(
-                "INSTANCE_LOST",
-                f"instances of deployments/{deployment} ended as soon as they served; see their logs",
-                metadata={"deployment": f"deployments/{deployment}"},
-                retry_after=1.0,
-            )
+            return await _taken(waiting.admitted)
         finally:
-            self._waiting[deployment] -= 1
-            if not self._waiting[deployment]:
-                del self._waiting[deployment]
+            line.leave(ticket)
+            if not line.queue:
+                # The attendant sees that nobody is left.
                 self._core.inventory.notify()
 
-    def _lease(
-        self, ready: policy.Attempt, started: Started | None, arrived: float, reasons: tuple[str, ...]
-    ) -> Lease:
+    def _lease(self, ready: policy.Attempt, ticket: Ticket, waiting: _Waiting) -> Lease:
         inventory, deployments = self._core.inventory, self._core.deployments
         instance = inventory.instances[ready.instance]
-        inventory.lease(instance.id)
+        inventory.lease(instance.id, ticket.sequences)
         deployments.used(instance.deployment)
-        total = self._core.now() - arrived
+        total = self._core.now() - ticket.arrived
+        started = waiting.started
         if started is None:
-            started = Started(Tier.RESIDENT, (ready.reason,), (Phase("decide", total),))
+            name = "queue" if waiting.full else "decide"
+            reasons = tuple(filter(None, (waiting.full, ready.reason)))
+            started = Started(Tier.RESIDENT, reasons, (Phase(name, total),))
+        elif not started.phases:
+            # It joined a start: the steps of that would add up to more than it waited.
+            started = replace(started, phases=(Phase("queue", total),))
         info = StartInfo(
-            started.tier, reasons + started.reasons, started.phases, total, instance.id, instance.node
+            started.tier, waiting.reasons + started.reasons, started.phases, total, instance.id, instance.node
         )
 
         def release() -> None:
-            inventory.release(instance.id)
+            inventory.release(instance.id, ticket.sequences)
             if instance.deployment in deployments.by_id:
                 deployments.used(instance.deployment)
+            if (line := self._lines.get(instance.deployment)) is not None:
+                self._admit(instance.deployment, line)
 
         return Lease(info, release)
+
+    # The queue
+
+    def _line(self, deployment: str) -> _Line:
+        if (line := self._lines.get(deployment)) is None:
+            line = _Line(deployment, self._max_waiting)
+            self._core.tasks.spawn(self._attend(deployment, line), f"admit to {deployment}")
+            self._lines[deployment] = line
+        return line
+
+    async def _attend(self, deployment: str, line: _Line) -> None:
+        """While anyone waits: admit them in order, and start an instance where there is none."""
+        try:
+            while line.queue:
+                changed = self._core.inventory.changed
+                if line.run is not None and line.run.task.done():
+                    line.settle()
+                self._expire(deployment, line)
+                if self._admit(deployment, line):
+                    self._wait_for_start(deployment, line)
+                if line.queue:
+                    await self._next(changed, line)
+        except DumontError as error:
+            line.fail_all(error)
+        except asyncio.CancelledError:
+            line.fail_all(
+                Unavailable(
+                    "SERVICE_STOPPING", "the service is stopping; try again in a moment", retry_after=1.0
+                )
+            )
+            raise
+        except Exception:
+            log.exception("queue_failed", deployment=deployment)
+            line.fail_all(Internal("INTERNAL", "the request was lost by a defect; see the controller's log"))
+        finally:
+            del self._lines[deployment]
+            # Whoever looks after idle instances looks again.
+            self._core.inventory.notify()
+
+    def _admit(self, deployment: str, line: _Line) -> bool:
+        """Let in whoever fits, the first first. Whether an instance must be started for the next one."""
+        # Its instance may serve before the start has ended, which then tells how it went.
+        while line.run is None and (ticket := line.queue.head) is not None:
+            waiting = line.waiting[ticket]
+            if waiting.admitted.done():
+                line.leave(ticket)
+                continue
+            ready = self._new(deployment).admit(ticket.sequences)
+            if ready is None:
+                return True
+            if isinstance(ready, policy.Full):
+                waiting.full = ready.reason
+                return False
+            line.leave(ticket)
+            waiting.admitted.set_result(self._lease(ready, ticket, waiting))
+        return False
+
+    def _wait_for_start(self, deployment: str, line: _Line) -> None:
+        """Join the start under way, or begin one; those who have waited for several in vain are given up."""
+        line.run = self._runs.get(deployment)
+        if line.run is not None:
+            return
+        for ticket, waiting in list(line.waiting.items()):
+            if waiting.starts >= ATTEMPTS:
+                lost = Unavailable(
+                    "INSTANCE_LOST",
+                    f"instances of deployments/{deployment} ended as soon as they served; see their logs",
+                    metadata={"deployment": f"deployments/{deployment}"},
+                    retry_after=1.0,
+                )
+                line.fail(ticket, lost)
+        line.beginner = line.queue.head
+        if line.beginner is not None:
+            start = self._new(deployment)
+            line.run = self._begin(start, partial(self._run, start))
+
+    def _expire(self, deployment: str, line: _Line) -> None:
+        for ticket in line.queue.expired(self._core.now()):
+            message = f"the caller's time was up while it waited for an instance of deployments/{deployment}"
+            line.fail(ticket, DeadlineExceeded("DEADLINE_EXCEEDED", message))
+
+    async def _next(self, changed: asyncio.Event, line: _Line) -> None:
+        """Wait until facts change, the start ends or the next deadline passes."""
+        waits: set[asyncio.Future[Any]] = {asyncio.ensure_future(changed.wait())}
+        if (deadline := line.queue.next_deadline) is not None:
+            sleep = self._core.clock.sleep(max(0.0, deadline - self._core.now()))
+            waits.add(asyncio.ensure_future(sleep))
+        try:
+            run = {line.run.task} if line.run else set()
+            await asyncio.wait(waits | run, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     # Runs
 
     def _new(self, deployment: str) -> Start:
         return Start(deployment, self._core, self._instances, self._captures)
 
-    async def _join(self, start: Start, arrived: float) -> Started | None:
-        """Wait for the run under way, or else run ``start``. None when there is no start to report."""
-        run = self._runs.get(start.deployment)
-        joined = run is not None
-        if run is None:
-            run = self._begin(start, lambda: self._run(start))
-        elif run.captures:
-            await asyncio.wait([run.task])
-            return None
-        try:
-            # Shielded: a caller who leaves does not take the start away from the others.
-            started: Started = await asyncio.shield(run.task)
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if run.task.cancelled() and not (caller and caller.cancelling()):
-                return None
-            raise
-        if not joined:
-            return started
-        # The steps of a start that began before this request would add up to more than it waited.
-        queued = Phase("queue", self._core.now() - arrived)
-        return replace(started, phases=(queued,), reasons=("joined a start under way", *started.reasons))
-
     async def start(self, deployment: str) -> None:
-        """Bring an instance up without a request for it; joins a start under way."""
+        """Bring an instance up without a request for it; joins a start under way.
+
+        Raises:
+            DumontError: it failed.
+        """
         start = self._new(deployment)
-        if start.resident() is None:
-            await self._join(start, self._core.now())
+        if start.resident() is not None:
+            return
+        run = self._runs.get(deployment) or self._begin(start, lambda: self._run(start))
+        # Shielded: a caller who leaves does not take the start away from the others.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(run.task)
+            return
+        caller = asyncio.current_task()
+        if caller and caller.cancelling():
+            raise asyncio.CancelledError
 
     def begin(self, deployment: str) -> None:
         """Like ``start``, without waiting; a failure shows in the deployment's state."""
@@ -244,3 +404,17 @@ class Starts:
         run = self._begin(start, lambda: start.capture(snapshot, on_stage), captures=True)
         captured: Snapshot = await run.task
         return captured
+
+
+def _future() -> asyncio.Future[Lease]:
+    return asyncio.get_running_loop().create_future()
+
+
+async def _taken(admitted: asyncio.Future[Lease]) -> Lease:
+    """The lease once it is given; a caller who leaves at that very moment leaves no lease behind."""
+    try:
+        return await admitted
+    except asyncio.CancelledError:
+        if admitted.done() and not admitted.cancelled() and admitted.exception() is None:
+            admitted.result().release()
+        raise

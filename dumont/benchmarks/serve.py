@@ -271,6 +271,16 @@ class Services:
     def __exit__(self, *_: object) -> None:
         self._process.__exit__()
 
+    def pids(self) -> dict[str, int]:
+        """The processes of the services, by name."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+        modules = {"controller": "controller.main", "snapshotd": "snapshotd.main"}
+        return {
+            name: next(pid for pid, line in lines.items() if module in line)
+            for name, module in modules.items()
+        }
+
     def socket(self, instance: str) -> Path:
         """Where the model host of an instance serves."""
         return next(self._state.glob(f"**/{instance.removeprefix('instances/')}/host.sock"))
@@ -299,7 +309,11 @@ class Generators:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def pids(self) -> list[int]:
+        return [program.pid for program in self._programs]
+
     def wave(self, prompts: list[str], answer_tokens: int) -> Wave:
+        """A request for each prompt, all at once; returns when every answer is there."""
         at = time.monotonic() + HEAD_START
         used = self._programs[: len(prompts)]
         for number, program in enumerate(used):
@@ -409,6 +423,10 @@ class Program:
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def tell(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None

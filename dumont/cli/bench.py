@@ -55,8 +55,11 @@ def bench(
         Path | None,
         typer.Option(help="For the case stock on a GPU.", show_default="cuda-checkpoint on the PATH"),
     ] = None,
+    relay: Annotated[
+        bool, typer.Option("--relay", help="Measure what the services' way of a token costs, not the starts.")
+    ] = False,
     streams: Annotated[
-        str, typer.Option(help="With --serve: how many answers at once, by comma.")
+        str, typer.Option(help="With --serve and --relay: how many answers at once, by comma.")
     ] = "1,8,32",
     prompt_tokens: Annotated[str, typer.Option(help="With --serve: tokens of a prompt, by comma.")] = "32",
     answer_tokens: Annotated[str, typer.Option(help="With --serve: tokens of an answer, by comma.")] = "128",
@@ -94,7 +97,8 @@ def bench(
 
     Measured are the ways to a first token, of plain scripts, of Dumont and of the stock tools; with --store,
     the store that DUMONT_SNAPSHOTD_STORE_URL and S3_* in the environment name; with --serve, how fast many
-    callers are answered at once, by Dumont and by other engines.
+    callers are answered at once, by Dumont and by other engines; with --relay, how many messages the services
+    carry and what they cost, whatever the model.
     """
     from dumont.up import check_installed
 
@@ -103,6 +107,9 @@ def bench(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if store:
         _store((model or [MODEL])[0], directory, as_json=json)
+        return
+    if relay:
+        _relay(_counts(streams, "--streams"), directory, output, as_json=json)
         return
     from dumont.benchmarks import run
 
@@ -201,6 +208,23 @@ def _serve(
             shown.print(table(serving.HEADERS, map(serving.cells, found)))
     if as_json:
         print_json(document())
+
+
+def _relay(streams: list[int], directory: Path | None, output: Path | None, *, as_json: bool) -> None:
+    from dumont.benchmarks import machine, relay, run
+
+    progress = console(stderr=True)
+    with run.workspace(directory) as place:
+        found = list(relay.measure(streams, place, progress.print))
+    document = {
+        "machine": machine.facts(machine.Gpus.open(), None),
+        "rows": [relay.document(row) for row in found],
+    }
+    (progress if as_json else console()).print(table(relay.HEADERS, map(relay.cells, found)))
+    if output:
+        output.write_text(json_codec.dumps(document, indent=2) + "\n")
+    if as_json:
+        print_json(document)
 
 
 def _counts(text: str, option: str) -> list[int]:

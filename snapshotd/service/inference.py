@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,13 +60,15 @@ class Inference:
             },
         )
 
-    async def generate(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
+    async def generate(self, request: bytes, context: Context) -> None:
+        """Pass frame after frame; no generator is in between, because each costs time for every token."""
         channel = await self._channel(_parse(pb2.GenerateRequest(), request).name)
         method: BytesStream = channel.unary_stream(f"/{HOST_SERVICE}/Generate")
         call = method(request, timeout=remaining(context))
+        read, write = call.read, context.write
         try:
-            async for frame in call:
-                yield frame
+            while (frame := await read()) is not grpc.aio.EOF:
+                await write(frame)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
         finally:

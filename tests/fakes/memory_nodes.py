@@ -42,6 +42,8 @@ class MemoryNodes:
         self.weights: dict[str, Weights] = {}
         # Instances that somebody tried to capture after a prompt had entered them.
         self.spoiled: list[str] = []
+        # Of all answers, the frames that were read.
+        self.frames_read = 0
         self.frames: list[bytes] = [b"\x12\x03\n\x01a", b"\x1a\x00"]
         self.models: dict[str, str] = {}
         # Set while a controller dies: what it had begun goes on, as on a real node.
@@ -241,23 +243,9 @@ class MemoryNodes:
         await self._call("stream_logs", node, instance)
         yield b"loaded\n"
 
-    async def generate(self, node: str, request: bytes, timeout: float | None) -> AsyncGenerator[bytes]:
-        call = ("generate", node, request.decode("latin-1"))
+    def generate(self, node: str, request: bytes, timeout: float | None) -> _MemoryFrames:
         self.timeouts.append(timeout)
-        frames = iter(self.frames)
-        ended = False
-        try:
-            await self._call(*call)
-            for number, frame in enumerate(frames):
-                yield frame
-                await self._fault(f"frame {number}")
-            ended = True
-        except DumontError:
-            ended = True
-            raise
-        finally:
-            if not ended:
-                self.cancelled.append(call)
+        return _MemoryFrames(self, ("generate", node, request.decode("latin-1")))
 
     async def embed(self, node: str, request: bytes, timeout: float | None) -> bytes:
         self.timeouts.append(timeout)
@@ -340,6 +328,36 @@ class MemoryNodes:
     def _publish(self, node: str, change: Change) -> None:
         for queue in self.world[node].watchers:
             queue.put_nowait(change)
+
+
+class _MemoryFrames:
+    """An answer under way; one that is cancelled before its end is written down."""
+
+    def __init__(self, nodes: MemoryNodes, call: tuple[str, str, str]) -> None:
+        self._nodes = nodes
+        self._call = call
+        self._ended = False
+        self._frames = self._answer()
+
+    async def read(self) -> bytes | None:
+        try:
+            return await anext(self._frames, None)
+        except DumontError:
+            self._ended = True
+            raise
+
+    def cancel(self) -> None:
+        if not self._ended:
+            self._nodes.cancelled.append(self._call)
+
+    async def _answer(self) -> AsyncGenerator[bytes]:
+        frames = tuple(self._nodes.frames)
+        await self._nodes._call(*self._call)
+        for number, frame in enumerate(frames):
+            self._nodes.frames_read += 1
+            yield frame
+            await self._nodes._fault(f"frame {number}")
+        self._ended = True
 
 
 def _silent(node: str) -> Unavailable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import grpc
 import pytest
@@ -26,7 +27,7 @@ from dumont.controller.v1 import inference_service_pb2 as inference
 from dumont.controller.v1 import instance_service_pb2 as instances
 from dumont.controller.v1 import node_service_pb2 as node_pb
 from dumont.controller.v1 import snapshot_service_pb2 as snapshots
-from dumont.errors import Internal, Unavailable
+from dumont.errors import Internal, ResourceExhausted, Unavailable
 from dumont.inference.v1 import inference_pb2
 from dumont.snapshotd.v1 import inference_service_pb2 as downstream
 
@@ -52,6 +53,13 @@ def generate(served, timeout: float | None = None, **fields: object):
     stub = inference_service_pb2_grpc.InferenceServiceStub(served.channel)
     wanted = {"deployment": "deployments/qa", "prompt": "Hello"} | fields
     return stub.Generate(inference.GenerateRequest(**wanted), timeout=timeout)
+
+
+async def until(predicate: Callable[[], bool]) -> None:
+    """Wait for what a call on its way will bring about."""
+    async with asyncio.timeout(30):
+        while not predicate():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 def details(error: grpc.aio.AioRpcError) -> dict[type, object]:
@@ -169,6 +177,76 @@ async def test_a_busy_node_says_when_to_come_back(served) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         [m async for m in generate(served)]
     assert details(failure.value)[RetryInfo].retry_delay.ToTimedelta().total_seconds() == 2.5
+
+
+async def test_a_thousand_first_requests_at_once_are_answered_by_one_start(served) -> None:
+    # given
+    await create(served)
+    held = served.nodes.hold("start")
+
+    async def ask() -> list[str]:
+        return [message.WhichOneof("event") async for message in generate(served)]
+
+    # when: all of them wait
+    asking = [asyncio.create_task(ask()) for _ in range(999)]
+    await served.nodes.called("start")
+    await until(lambda: served.controller.starts.waiting("qa") == len(asking))
+    held.set()
+
+    # then
+    answers = await asyncio.gather(*asking)
+    assert {answer[0] for answer in answers} == {"start"}
+    assert len(served.nodes.named("start")) == 1
+    assert len(served.nodes.named("generate")) == len(asking)
+    assert served.controller.starts.waiting("qa") == 0
+
+
+async def test_a_full_queue_says_why_and_when_to_come_back(served) -> None:
+    await create(served)
+    served.nodes.fail("generate", *[ResourceExhausted("QUEUE_FULL", "no room", retry_after=0.0)] * 50)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        [m async for m in generate(served)]
+    assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details(failure.value)[ErrorInfo].reason == "QUEUE_FULL"
+    assert RetryInfo in details(failure.value)
+
+
+async def test_a_caller_who_waits_and_leaves_leaves_the_queue_at_once(served) -> None:
+    await create(served)
+    served.nodes.hold("start")
+    patient, leaving = generate(served), generate(served)
+    hasty = generate(served, timeout=0.3)
+    await until(lambda: served.controller.starts.waiting("qa") == 3)
+
+    leaving.cancel()
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await hasty.read()
+
+    assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: served.controller.starts.waiting("qa") == 1)
+    patient.cancel()
+
+
+async def test_a_caller_who_never_reads_holds_little_and_blocks_nobody(served) -> None:
+    # given: an answer far larger than what gRPC buffers for a caller
+    await create(served)
+    [m async for m in generate(served)]
+    served.nodes.frames = [frames("x" * 65536)[0]] * 500
+    served.nodes.frames_read = 0
+
+    # when
+    idle = generate(served)
+    await idle.read()
+    before = -1
+    while before != served.nodes.frames_read:
+        before = served.nodes.frames_read
+        await asyncio.sleep(0.3)
+
+    # then
+    assert 0 < served.nodes.frames_read < 100
+    served.nodes.frames = frames("Par", "is")
+    assert len([m async for m in generate(served)]) == 4
+    idle.cancel()
 
 
 async def test_a_cancelled_call_is_cancelled_on_the_node(served) -> None:

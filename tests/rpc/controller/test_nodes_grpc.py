@@ -275,8 +275,8 @@ async def test_a_closed_connection_fails_the_calls_on_it(node) -> None:
 
     snapshotd.outcome = forever
     stream = nodes.generate("n1", b"\x0a\x01x", None)
-    await anext(stream)
-    rest = asyncio.ensure_future(anext(stream))
+    await stream.read()
+    rest = asyncio.ensure_future(stream.read())
     await asyncio.sleep(0)
     await nodes.disconnect("n1")
     with pytest.raises(Unavailable) as failure:
@@ -287,8 +287,9 @@ async def test_a_closed_connection_fails_the_calls_on_it(node) -> None:
 async def test_a_stream_passes_bytes_and_its_deadline(node) -> None:
     nodes, _, inference = node
     inference.hang.set()
-    frames = [frame async for frame in nodes.generate("n1", b"\x0a\x01x", 9.0)]
-    assert frames == [b"\x12\x03\n\x01a", b"\x1a\x00"]
+    stream = nodes.generate("n1", b"\x0a\x01x", 9.0)
+    frames = [await stream.read(), await stream.read(), await stream.read()]
+    assert frames == [b"\x12\x03\n\x01a", b"\x1a\x00", None]
     assert inference.received == [b"\x0a\x01x"]
     assert inference.time_left[0] == pytest.approx(9.0, abs=1.0)
 
@@ -296,8 +297,8 @@ async def test_a_stream_passes_bytes_and_its_deadline(node) -> None:
 async def test_closing_a_stream_cancels_it_on_the_node(node) -> None:
     nodes, _, inference = node
     stream = nodes.generate("n1", b"\x0a\x01x", None)
-    await anext(stream)
-    await stream.aclose()
+    await stream.read()
+    stream.cancel()
     async with asyncio.timeout(5):
         await inference.ended.wait()
     assert not inference.hang.is_set()
@@ -305,5 +306,7 @@ async def test_closing_a_stream_cancels_it_on_the_node(node) -> None:
 
 async def test_the_callers_deadline_is_the_callers_error(node) -> None:
     nodes, _, _ = node
+    stream = nodes.generate("n1", b"\x0a\x01x", 0.2)
+    await stream.read()
     with pytest.raises(DeadlineExceeded):
-        [frame async for frame in nodes.generate("n1", b"\x0a\x01x", 0.2)]
+        await stream.read()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-
-from tests.unit.controller.controller_world import World
+from controller_world import World
 
 
 @pytest.fixture

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import aclosing
 
 from controller.assembly import Controller, assemble
 from controller.deployments import Draft
 from controller.model import CAUSAL_LM, Deployment, InstanceState, Node, NodeState, StartInfo, StartMode
+from controller.serving import Request
 from tests.fakes.manual_clock import ManualClock
 from tests.fakes.memory_nodes import MemoryNodes
 from tests.fakes.memory_registry import MemoryRegistry
+
+
+class Answered:
+    """An answer as its caller got it."""
+
+    def __init__(self) -> None:
+        self.starts: list[StartInfo] = []
+        self.frames: list[bytes] = []
+
+    async def start(self, info: StartInfo) -> None:
+        self.starts.append(info)
+
+    async def frame(self, frame: bytes) -> None:
+        assert self.starts, "a frame came before the start was told"
+        self.frames.append(frame)
 
 
 class World:
@@ -23,8 +38,8 @@ class World:
         self.registry = MemoryRegistry()
         self.controller: Controller
 
-    async def boot(self) -> None:
-        self.controller = await assemble(self.nodes, self.registry, self.clock)
+    async def boot(self, **settings: int) -> None:
+        self.controller = await assemble(self.nodes, self.registry, self.clock, **settings)
 
     async def crash(self) -> None:
         """The controller dies without a word; what it began on nodes goes on."""
@@ -53,11 +68,19 @@ class World:
         draft = Draft(model="org/model", engine="", start_mode=mode, **settings)
         return await self.controller.core.deployments.create(identifier, draft, "")
 
-    async def ask(self, deployment: str = "qa") -> tuple[StartInfo, list[bytes]]:
-        frames = self.controller.serving.generate(deployment, CAUSAL_LM, str.encode, None)
-        async with aclosing(frames):
-            answer = [frame async for frame in frames]
-        return answer[0], answer[1:]
+    async def ask(
+        self,
+        deployment: str = "qa",
+        timeout: float | None = None,
+        sequences: int = 1,
+        answer: Answered | None = None,
+    ) -> tuple[StartInfo, list[bytes]]:
+        answer = answer or Answered()
+        await self.controller.serving.generate(
+            Request(deployment, CAUSAL_LM, str.encode, timeout, sequences), answer
+        )
+        (info,) = answer.starts
+        return info, answer.frames
 
     async def advance(self, seconds: float) -> None:
         """Time passes while every node keeps sending heartbeats."""

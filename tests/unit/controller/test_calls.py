@@ -6,8 +6,10 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from controller_world import Answered
 
 from controller.model import InstanceState, Tier
+from controller.serving import Request
 from dumont.errors import DumontError, FailedPrecondition, NotFound, Unavailable
 
 
@@ -138,7 +140,7 @@ async def test_a_request_on_the_wrong_engine_starts_nothing(world) -> None:
         await world.ask()
     assert failure.value.reason == "WRONG_ENGINE"
     assert world.nodes.named("start") == []
-    info, answer = await world.controller.serving.embed("qa", "embedding", str.encode, None)
+    info, answer = await world.controller.serving.embed(Request("qa", "embedding", str.encode))
     assert info.tier is Tier.COLD
     assert answer == b"".join(world.nodes.frames)
 
@@ -149,22 +151,26 @@ async def test_a_dead_instance_is_replaced_once_for_embeddings_too(world) -> Non
     await world.deploy()
     dead = Unavailable("HOST_DEAD", "gone")
     world.nodes.fail("embed", dead)
-    info, _ = await world.controller.serving.embed("qa", "embedding", str.encode, None)
+    info, _ = await world.controller.serving.embed(Request("qa", "embedding", str.encode))
     assert "HOST_DEAD" in info.reasons[0]
     world.nodes.fail("embed", dead, dead)
     with pytest.raises(Unavailable, match="gone"):
-        await world.controller.serving.embed("qa", "embedding", str.encode, None)
+        await world.controller.serving.embed(Request("qa", "embedding", str.encode))
 
 
 async def test_a_caller_who_leaves_in_the_stream_ends_the_call_on_the_node(world) -> None:
     await world.node()
     await world.deploy()
     world.nodes.hold("frame 0")
-    frames = world.controller.serving.generate("qa", "causal_lm", str.encode, 9.0)
-    info = await anext(frames)
-    await anext(frames)
+    answer = Answered()
+    asking = asyncio.create_task(world.ask(timeout=9.0, answer=answer))
+    await world.settle()
+    assert answer.frames == world.nodes.frames[:1]
+    (info,) = answer.starts
     assert world.inventory.instances[info.instance].in_flight == 1
-    await frames.aclose()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
     assert [call[0] for call in world.nodes.cancelled] == ["generate"]
     assert world.inventory.instances[info.instance].in_flight == 0
     assert world.nodes.timeouts == [pytest.approx(8.95)]
@@ -175,11 +181,7 @@ async def test_a_caller_whose_time_was_up_during_the_start_costs_the_node_nothin
     await world.deploy()
     held = world.nodes.hold("start")
 
-    async def ask() -> list[object]:
-        stream = world.controller.serving.generate("qa", "causal_lm", str.encode, 2.0)
-        return [frame async for frame in stream]
-
-    asking = asyncio.create_task(ask())
+    asking = asyncio.create_task(world.ask(timeout=2.0))
     await world.nodes.called("start")
     world.clock.advance(3)
     held.set()

@@ -1,0 +1,92 @@
+"""Requests that nobody can answer yet, in order of arrival, bounded by number and deadlines. Pure."""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final
+
+from dumont.errors import ResourceExhausted
+
+# Requests that may wait for one deployment.
+DEFAULT_LENGTH: Final = 1024
+RETRY_AFTER: Final = 1.0
+
+_serials = count()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Ticket:
+    """A request's place in the order of arrival, which it keeps when it has to wait again.
+
+    Args:
+        arrived: steady time.
+        deadline: steady time after which nobody waits for the answer, None for no end.
+        sequences: answers that it asks for: it takes so much of an instance.
+    """
+
+    arrived: float
+    deadline: float | None = field(default=None, compare=False)
+    sequences: int = field(default=1, compare=False)
+    # Of those who arrive together, the first to say so is the first.
+    serial: int = field(default_factory=_serials.__next__, init=False)
+
+
+class Queue:
+    """The tickets of one deployment, first come, first served.
+
+    Args:
+        deployment: its id, for the message of a refusal.
+        length: how many may wait.
+    """
+
+    def __init__(self, deployment: str, length: int = DEFAULT_LENGTH) -> None:
+        self._deployment = deployment
+        self._length = length
+        self._tickets: list[Ticket] = []
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    @property
+    def tickets(self) -> tuple[Ticket, ...]:
+        """All of them, the next one first."""
+        return tuple(self._tickets)
+
+    @property
+    def head(self) -> Ticket | None:
+        """The next one."""
+        return self._tickets[0] if self._tickets else None
+
+    def enter(self, ticket: Ticket) -> None:
+        """
+        Raises:
+            ResourceExhausted: QUEUE_FULL.
+        """
+        if len(self._tickets) >= self._length:
+            raise ResourceExhausted(
+                "QUEUE_FULL",
+                f"{len(self._tickets)} requests wait for deployments/{self._deployment} already; call again "
+                "later, or raise the controller's --max-queue",
+                metadata={
+                    "deployment": f"deployments/{self._deployment}",
+                    "waiting": str(len(self._tickets)),
+                },
+                retry_after=RETRY_AFTER,
+            )
+        insort(self._tickets, ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """It is admitted, or nobody waits for it any more. One that has left before is left alone."""
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+
+    def expired(self, now: float) -> list[Ticket]:
+        """Those whose deadline has passed."""
+        return [t for t in self._tickets if t.deadline is not None and t.deadline <= now]
+
+    @property
+    def next_deadline(self) -> float | None:
+        """The steady time at which the next of them expires."""
+        return min((t.deadline for t in self._tickets if t.deadline is not None), default=None)

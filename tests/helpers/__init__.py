@@ -1,1 +1,0 @@
-"""Servers, processes, models and damage that tests of several folders use."""
