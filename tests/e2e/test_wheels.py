@@ -25,7 +25,7 @@ SOURCES = (
 )  # fmt: skip
 SERVICES_ONLY = (
     "controller/", "snapshotd/", "model_host/", "dumont/benchmarks/", "dumont/up.py", "dumont/cli/up.py",
-    "dumont/cli/bench.py", "dumont/snapshotd/", "dumont/model_host/",
+    "dumont/cli/bench.py", "dumont/model_directory.py", "dumont/model_host/", "dumont/snapshotd/",
 )  # fmt: skip
 
 GENERATE = """
