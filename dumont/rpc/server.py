@@ -38,6 +38,7 @@ class ServerLimits:
         max_ping_strikes: strikes before the connection is closed.
         keepalive_seconds: an idle connection is probed this often,
         keepalive_timeout_seconds: and closed when it does not answer for this long.
+        write_seconds: a call whose caller does not read its stream for this long is ended.
     """
 
     max_message_bytes: int = 4 * 1024 * 1024
@@ -46,6 +47,7 @@ class ServerLimits:
     max_ping_strikes: int = 2
     keepalive_seconds: float = 60
     keepalive_timeout_seconds: float = 20
+    write_seconds: float = 60
 
     def options(self) -> list[tuple[str, int]]:
         """As gRPC channel arguments."""
@@ -78,7 +80,9 @@ def new_server(
         limits: refused beyond these.
         interceptors: run inside the error interceptor, so that they may raise as well.
     """
-    return grpc.aio.server(interceptors=[ErrorInterceptor(domain), *interceptors], options=limits.options())
+    return grpc.aio.server(
+        interceptors=[ErrorInterceptor(domain, limits.write_seconds), *interceptors], options=limits.options()
+    )
 
 
 def bind(server: grpc.aio.Server, address: str, *, insecure_ok: bool = False) -> str:

@@ -121,8 +121,9 @@ class Service:
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
     handlers = Handlers()
-    server = new_server("test.dumont", ServerLimits(max_message_bytes=200_000))
+    server = new_server("test.dumont", ServerLimits(max_message_bytes=200_000, write_seconds=0.5))
     server.add_generic_rpc_handlers((handlers.generic(),))
+    add_standard_services(server, ["test.Raw"])
     address = bind(server, "127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
@@ -246,6 +247,36 @@ async def test_cancelling_a_stream_releases_the_handler_at_await_and_at_yield(
     call.cancel()
     await asyncio.wait_for(service.handlers.released.wait(), 5)
     assert service.handlers.released.is_set()
+
+
+async def _read_all(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def test_a_stream_that_nobody_reads_is_ended_and_its_handler_released(service: Service) -> None:
+    # given: a caller without a deadline, which reads one answer of many
+    call = service.channel.unary_stream("/test.Raw/Stream")(b"flood")
+    assert await call.read() == b"first"
+    await service.handlers.entered.wait()
+
+    # then: what the handler holds is free after a while
+    await asyncio.wait_for(service.handlers.released.wait(), 5)
+
+    # and: when the caller reads on, it learns why that is all
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await _read_all(call)
+    assert from_rpc_error(raised.value).reason == "STREAM_NOT_READ"
+
+
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_a_malformed_request_is_the_caller_s_fault(service: Service, method: str) -> None:
+    kind = service.channel.unary_unary if method == "Check" else service.channel.unary_stream
+    call: Any = kind(f"/grpc.health.v1.Health/{method}")(b"\xff\xff", timeout=10)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await (call if method == "Check" else call.read())
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert from_rpc_error(raised.value).reason == "MALFORMED_REQUEST"
 
 
 async def test_a_passed_deadline_reaches_caller_and_handler(service: Service) -> None:
