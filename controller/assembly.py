@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from controller.core import Core
 from controller.deployments import Deployments
 from controller.fleet import Fleet
+from controller.identity import Established
 from controller.instances import Instances
 from controller.inventory import Inventory
 from controller.metrics import Metrics
@@ -40,6 +41,7 @@ async def assemble(
     nodes: Nodes,
     registry: Registry,
     clock: Clock,
+    who: Established,
     heartbeat: float = 5.0,
     max_queue: int = DEFAULT_LENGTH,
 ) -> Controller:
@@ -49,21 +51,27 @@ async def assemble(
         nodes: the nodes' snapshotds.
         registry: what the previous controller left.
         clock: the time.
+        who: this controller.
         heartbeat: seconds between a node's heartbeats; three missing ones make it unreachable.
         max_queue: requests that may wait for one deployment.
     """
     tasks, inventory = Tasks(), Inventory(clock)
     deployments = Deployments(registry, nodes, inventory, clock)
-    fleet = Fleet(nodes, registry, inventory, clock, tasks)
+    fleet = Fleet(nodes, registry, inventory, clock, tasks, who.identity.id)
     core = Core(nodes, registry, clock, inventory, deployments, fleet, tasks, Metrics())
     instances, snapshots = Instances(core), Snapshots(core)
     starts = Starts(core, instances, max_queue)
     serving = Serving(core, starts, instances)
     reconciler = Reconciler(core, starts, instances, snapshots, silence=3 * heartbeat)
     stored = await registry.load()
-    deployments.load(stored.deployments, stored.last_use or {})
+    last_use = dict(stored.last_use or {})
+    if who.outdated:
+        # Used since, for all that is known: nothing expires by what an old copy of the database says.
+        last_use = dict.fromkeys((deployment.id for deployment in stored.deployments), clock.moment().wall)
+    deployments.load(stored.deployments, last_use)
     for captured in stored.captured:
         inventory.put_captured(captured)
-    fleet.load(stored.nodes, stored.intents)
+    inventory.intents.update({intent.instance: intent for intent in stored.intents})
+    fleet.load(stored.nodes)
     tasks.spawn(reconciler.run(), "reconcile")
     return Controller(core, instances, snapshots, starts, serving, reconciler)

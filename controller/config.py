@@ -40,6 +40,16 @@ class Config(BaseSettings):
         default=Path("~/.local/state/dumont/controller"),
         description="directory for the controller's own files",
     )
+    controller_id: str = Field(
+        default="",
+        pattern=r"^([a-z0-9][a-z0-9-]{0,62})?$",
+        description="take the place of the controller of this id, which is lost; its nodes name it",
+    )
+    accept_database: CliImplicitFlag[bool] = Field(
+        default=False,
+        description="use the database though it is empty, or not the one of the last start; nothing that it "
+        "does not know is deleted",
+    )
     metrics_listen: str = Field(
         default="", pattern=r"^(.*:\d{1,5})?$", description="host:port of the Prometheus page; empty: none"
     )
@@ -64,6 +74,12 @@ class Config(BaseSettings):
         """The registry's URL."""
         path = self.state_dir.expanduser() / "controller.db"
         return self.database or f"sqlite+aiosqlite:///{path.absolute()}"
+
+    @property
+    def database_file(self) -> Path | None:
+        """The SQLite file that ``database`` names; None: it names none."""
+        scheme, _, path = self.database.partition(":///")
+        return Path(path.partition("?")[0]) if scheme.startswith("sqlite") and path else None
 
 
 def load(arguments: Sequence[str]) -> Config:

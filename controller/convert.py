@@ -283,6 +283,7 @@ def report(message: node_instances_pb.Instance) -> Report:
         failure_reason=message.failure_reason,
         failure_message=message.failure_message,
         weights=node_weights(message.weights),
+        model=message.model,
     )
 
 
@@ -291,7 +292,7 @@ def node_weights(value: node_instances_pb.Weights.ValueType) -> Weights:
     return Weights.INCLUDED if value == node_instances_pb.WEIGHTS_INCLUDED else Weights.DETACHED
 
 
-def instance(facts: Instance, last_use: float | None) -> instances_pb.Instance:
+def instance(facts: Instance, last_use: float | None, orphan: bool = False) -> instances_pb.Instance:
     told = facts.report
     message = instances_pb.Instance(
         name=f"instances/{facts.id}",
@@ -309,6 +310,7 @@ def instance(facts: Instance, last_use: float | None) -> instances_pb.Instance:
         ],
         failure_reason=told.failure_reason,
         failure_message=told.failure_message,
+        orphan=orphan,
     )
     if last_use is not None:
         message.last_use_time.CopyFrom(timestamp(last_use))

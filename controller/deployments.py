@@ -224,7 +224,7 @@ class Deployments:
         self.by_id.pop(identifier, None)
         self.last_use.pop(identifier, None)
         self._unsaved.discard(identifier)
-        self._inventory.notify()
+        self._inventory.touch(f"deployments/{identifier}")
 
     def used(self, identifier: str) -> None:
         """It is in use now. Only memory is touched; ``save_last_use`` stores it soon."""
@@ -245,7 +245,7 @@ class Deployments:
 
     def _keep(self, deployment: Deployment) -> None:
         self.by_id[deployment.id] = deployment
-        self._inventory.notify()
+        self._inventory.touch(f"deployments/{deployment.id}")
 
 
 def _checkpoint(draft: Draft) -> Checkpoint:

@@ -1,12 +1,14 @@
 """What is to be parked, stopped, deleted or started now, and when to look again. Pure.
 
-Rules yield (steady time at which it is due, action). What is not due yet only says when to wake.
-Nothing that serves a request, starts or is being captured is ever touched.
+Each plan is of one deployment or one node, so that a change costs what depends on it and no more. Rules
+yield (steady time at which it is due, action). What is not due yet only says when to look again. Nothing
+that serves a request, starts or is being captured is ever touched, and nothing that this controller has
+not written down as its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -40,21 +42,29 @@ STOPPABLE: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known.
+    """What is known of a deployment, and of what names it.
 
-    ``starting`` holds deployments that a start is running for or that a request waits for;
-    ``last_use`` wall times by deployment; ``retry_at`` steady times by resource name, before which
-    no action on it is tried again; ``silence`` seconds without a heartbeat that a node may have.
+    ``deployment`` is None when there is none of that id. ``started`` holds the ids of instances that this
+    controller started; ``starting``: a start is running or a request waits; ``last_use`` a wall time;
+    ``retry_at`` steady times by resource name, before which no action on it is tried again.
     """
 
-    deployments: Mapping[str, Deployment] = field(default_factory=dict)
+    deployment: Deployment | None = None
     instances: tuple[Instance, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     nodes: Mapping[str, Node] = field(default_factory=dict)
-    last_use: Mapping[str, float] = field(default_factory=dict)
-    starting: frozenset[str] = frozenset()
+    started: Container[str] = frozenset()
+    last_use: float = 0.0
+    starting: bool = False
     retry_at: Mapping[str, float] = field(default_factory=dict)
-    silence: float = 15.0
+
+    def within_reach(self, node: str) -> bool:
+        """Whether commands are sent to a node."""
+        return node in self.nodes and self.nodes[node].state is NodeState.READY
+
+    def owned(self, snapshot: Snapshot) -> bool:
+        """Whether it is this deployment's, and not an orphan or one of an earlier deployment of its name."""
+        return self.deployment is not None and snapshot.owner == self.deployment.uid
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +153,27 @@ class Plan:
 
 
 def plan(facts: Facts, now: Moment) -> Plan:
-    """Everything that is due at ``now``."""
+    """Everything of a deployment that is due at ``now``."""
+    return _due(_rules(facts, now), facts.retry_at, now)
+
+
+def plan_node(node: Node, silence: float, retry_at: Mapping[str, float], now: Moment) -> Plan:
+    """Whether a node is to be given up.
+
+    Args:
+        node: the node.
+        silence: seconds without a heartbeat that it may have.
+        retry_at: as in ``Facts``.
+        now: the time.
+    """
+    return _due(_node(node, silence), retry_at, now)
+
+
+def _due(rules: Iterator[tuple[float, Action]], retry_at: Mapping[str, float], now: Moment) -> Plan:
     actions: list[Action] = []
     next_at: float | None = None
-    for due, action in _rules(facts, now):
-        at = max(due, facts.retry_at.get(action.target, due))
+    for due, action in rules:
+        at = max(due, retry_at.get(action.target, due))
         if at <= now.steady:
             actions.append(action)
         else:
@@ -156,22 +182,14 @@ def plan(facts: Facts, now: Moment) -> Plan:
 
 
 def _rules(facts: Facts, now: Moment) -> Iterator[tuple[float, Action]]:
-    for node in facts.nodes.values():
-        yield from _node(node, facts.silence)
     for instance in facts.instances:
-        if _within_reach(facts, instance.node) and instance.deployment and not instance.busy:
+        if facts.within_reach(instance.node) and instance.deployment and not instance.busy:
             yield from _instance(facts, instance, now)
     for snapshot in facts.snapshots:
-        # What only lies in the store and was made by another controller is not ours to delete.
-        ours = snapshot.local or snapshot.ours
-        if _within_reach(facts, snapshot.node) and snapshot.deployment and ours:
+        if facts.within_reach(snapshot.node) and not snapshot.orphan:
             yield from _snapshot(facts, snapshot, now)
-    for deployment in facts.deployments.values():
-        yield from _deployment(facts, deployment, now)
-
-
-def _within_reach(facts: Facts, node: str) -> bool:
-    return node in facts.nodes and facts.nodes[node].state is NodeState.READY
+    if facts.deployment is not None:
+        yield from _deployment(facts, facts.deployment, now)
 
 
 def _node(node: Node, silence: float) -> Iterator[tuple[float, Action]]:
@@ -183,12 +201,16 @@ def _node(node: Node, silence: float) -> Iterator[tuple[float, Action]]:
 
 
 def _instance(facts: Facts, instance: Instance, now: Moment) -> Iterator[tuple[float, Action]]:
-    if instance.in_flight or instance.deployment in facts.starting:
+    if instance.in_flight or facts.starting:
         return
-    deployment = facts.deployments.get(instance.deployment)
-    if deployment is None or deployment.deleting:
-        if instance.state in STOPPABLE:
+    deployment = facts.deployment
+    if deployment is None or not deployment.runs(instance.report):
+        # Only what is known to have been started from here: the rest is somebody's.
+        if instance.state in STOPPABLE and instance.id in facts.started:
             yield now.steady, Stop(instance.id, "its deployment is gone")
+    elif deployment.deleting:
+        if instance.state in STOPPABLE:
+            yield now.steady, Stop(instance.id, "its deployment is being deleted")
     elif instance.state is InstanceState.FAILED:
         yield instance.since + FAILED_KEPT, Stop(instance.id, "it failed")
     elif instance.state is InstanceState.SERVING:
@@ -209,29 +231,25 @@ def _serving(
         else:
             yield idle_at, Park(instance.id, "idle_timeout has passed")
     else:
-        serving = [i for i in _instances_of(facts, deployment) if i.state is InstanceState.SERVING]
+        serving = [
+            i
+            for i in facts.instances
+            if i.state is InstanceState.SERVING and deployment.runs(i.report) and facts.within_reach(i.node)
+        ]
         oldest = min(serving, key=lambda i: (i.report.create_time, i.id))
         if instance.id != oldest.id:
             yield now.steady, Stop(instance.id, f"instances/{oldest.id} is kept warm already")
 
 
-def _instances_of(facts: Facts, deployment: Deployment) -> list[Instance]:
-    return [
-        i
-        for i in facts.instances
-        if i.deployment == deployment.id and i.node in facts.nodes and _within_reach(facts, i.node)
-    ]
-
-
 def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[float, Action]]:
-    if snapshot.deployment in facts.starting:
+    if facts.starting or any(i.busy for i in facts.instances):
         return
-    users = [i for i in facts.instances if i.deployment == snapshot.deployment and (i.in_flight or i.busy)]
-    if any(i.busy for i in users):
-        return
-    deployment = facts.deployments.get(snapshot.deployment)
-    if deployment is None or deployment.deleting:
+    deployment = facts.deployment
+    if deployment is None or not facts.owned(snapshot):
         yield now.steady, DeleteSnapshot(snapshot.id, "its deployment is gone")
+        return
+    if deployment.deleting:
+        yield now.steady, DeleteSnapshot(snapshot.id, "its deployment is being deleted")
         return
 
     def after(used: float) -> float:
@@ -240,23 +258,27 @@ def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[f
     if snapshot.quarantined:
         yield after(snapshot.create_time), DeleteSnapshot(snapshot.id, "ttl has passed since its quarantine")
         return
+    # Another kind of node cannot restore it, so a newer one of another kind does not replace it.
     newest = max(
         (
             s
             for s in facts.snapshots
-            if s.deployment == snapshot.deployment
-            and (s.local or s.ours)
-            and not s.quarantined
-            and _within_reach(facts, s.node)
+            if facts.owned(s) and s.kind == snapshot.kind and not s.quarantined and facts.within_reach(s.node)
         ),
-        key=lambda s: (s.create_time, s.id),
+        key=lambda s: s.age_key,
     )
     if _unpublished(facts, deployment, snapshot) and newest.id == snapshot.id:
         yield now.steady, Publish(snapshot.id, "its deployment keeps snapshots in the object store")
     if newest.id != snapshot.id:
         yield now.steady, DeleteSnapshot(snapshot.id, f"snapshots/{newest.id} has replaced it")
-    elif not users:
-        used = max(snapshot.create_time, facts.last_use.get(snapshot.deployment, 0.0))
+    elif snapshot.unusable_since is not None:
+        # Its deployment may be in use for ever without it.
+        yield (
+            after(snapshot.unusable_since),
+            DeleteSnapshot(snapshot.id, "no node can restore it, for its ttl"),
+        )
+    elif not any(i.in_flight for i in facts.instances):
+        used = max(snapshot.create_time, snapshot.adopt_time, facts.last_use)
         yield after(used), DeleteSnapshot(snapshot.id, "ttl has passed since its last use")
 
 
@@ -270,20 +292,16 @@ def _unpublished(facts: Facts, deployment: Deployment, snapshot: Snapshot) -> bo
 
 
 def _deployment(facts: Facts, deployment: Deployment, now: Moment) -> Iterator[tuple[float, Action]]:
-    if deployment.id in facts.starting:
+    if facts.starting:
         return
 
     def reachable(node: str) -> bool:
         return node in facts.nodes and facts.nodes[node].state is not NodeState.UNREACHABLE
 
-    instances = [i for i in facts.instances if i.deployment == deployment.id and reachable(i.node)]
+    instances = [i for i in facts.instances if deployment.runs(i.report) and reachable(i.node)]
     if deployment.deleting:
-        snapshots = [
-            s
-            for s in facts.snapshots
-            if s.deployment == deployment.id and (s.local or s.ours) and reachable(s.node)
-        ]
-        if not instances and not snapshots:
+        left = [s for s in facts.snapshots if facts.owned(s) and reachable(s.node)]
+        if not instances and not left:
             yield now.steady, Forget(deployment.id, "nothing of it is left")
     elif deployment.start_mode is StartMode.WARM and not any(i.state in LIVE for i in instances):
         yield now.steady, KeepWarm(deployment.id, "no instance is resident")

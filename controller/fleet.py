@@ -10,10 +10,10 @@ from dataclasses import replace
 import structlog
 
 from controller.inventory import Inventory
-from controller.model import Intent, Node, NodeState, Report
+from controller.model import Node, NodeState, Report
 from controller.ports import NODE_UNAVAILABLE, Clock, Nodes, Registry, Removed, Synchronized
 from controller.tasks import Tasks
-from dumont.errors import DumontError, NotFound, Unavailable
+from dumont.errors import DumontError, FailedPrecondition, NotFound, Unavailable
 
 log = structlog.get_logger()
 
@@ -25,26 +25,48 @@ class Fleet:
     """Keeps the inventory equal to the nodes. One task follows each node that may be alive."""
 
     def __init__(
-        self, nodes: Nodes, registry: Registry, inventory: Inventory, clock: Clock, tasks: Tasks
+        self,
+        nodes: Nodes,
+        registry: Registry,
+        inventory: Inventory,
+        clock: Clock,
+        tasks: Tasks,
+        controller: str,
     ) -> None:
+        self.controller = controller
         self._nodes = nodes
         self._registry = registry
         self._inventory = inventory
         self._clock = clock
         self._tasks = tasks
         self._followers: dict[str, asyncio.Task[None]] = {}
-        self._intents: dict[str, Intent] = {}
 
-    def load(self, nodes: Iterable[Node], intents: Iterable[Intent]) -> None:
+    def load(self, nodes: Iterable[Node]) -> None:
         """Take in what the registry holds and ask each node, at start-up."""
-        self._intents = {intent.instance: intent for intent in intents}
         for node in nodes:
             now = self._clock.moment().steady
             self._inventory.put_node(replace(node, state=NodeState.CONNECTING, since=now, heartbeat_at=now))
             self._follow(node.id)
 
-    async def register(self, node: Node) -> Node:
-        """A snapshotd has started, or was not known: store it and ask what it holds."""
+    async def register(self, node: Node, owner: str = "") -> Node:
+        """A snapshotd has started, or was not known: store it and ask what it holds.
+
+        Args:
+            node: what it says of itself.
+            owner: the controller that it belongs to; empty: to none.
+
+        Raises:
+            FailedPrecondition: WRONG_CONTROLLER, it belongs to another one.
+        """
+        if owner and owner != self.controller:
+            log.warning("node_refused", node=node.id, controller=owner)
+            raise FailedPrecondition(
+                "WRONG_CONTROLLER",
+                f"nodes/{node.id} belongs to controller {owner}, and this is {self.controller}; check where "
+                "the node registers, restart its snapshotd with --accept-controller, or, if this one takes "
+                f"the place of a lost one, start it on an empty state directory with --controller-id {owner}",
+                metadata={"node": f"nodes/{node.id}", "controller": self.controller, "owner": owner},
+            )
         now = self._clock.moment()
         node = replace(
             node,
@@ -154,18 +176,9 @@ class Fleet:
                     self._inventory.learn(identifier, told, await self._nodes.list_snapshots(identifier))
                     synchronized = True
                     log.info("node_ready", node=identifier, instances=len(told))
-                    await self._settle_intents(identifier)
                 elif isinstance(change, Removed):
                     self._inventory.removed(change.instance)
                 elif synchronized:
                     self._inventory.report(identifier, change)
                 else:
                     told.append(change)
-
-    async def _settle_intents(self, identifier: str) -> None:
-        # The node has told: an instance is here or was never started. Either way it is no longer a plan.
-        for intent in [i for i in self._intents.values() if i.node == identifier]:
-            found = intent.instance in self._inventory.instances
-            log.info("intent_settled", node=identifier, instance=intent.instance, found=found)
-            await self._registry.drop_intent(intent.instance)
-            del self._intents[intent.instance]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -85,7 +85,6 @@ class Instances:
         if snapshot and not any(c.local for c in self._inventory.copies(snapshot) if c.node == node):
             # The node fetched it, so it holds it now.
             core.tasks.spawn(self._refresh_snapshots(node), f"refresh snapshots of {node}")
-        core.tasks.spawn(core.registry.drop_intent(instance), f"drop intent {instance}")
         return Created(instance, (Phase("record", sent - began), *node_phases(report, core.now() - sent)))
 
     async def park(self, instance: str) -> Instance:
@@ -113,10 +112,11 @@ class Instances:
         """
         await self._command(instance, Event.STOP, self._stop, force)
 
-    async def capture(self, instance: str, snapshot: str) -> Snapshot:
+    async def capture(self, deployment: Deployment, instance: str, snapshot: str) -> Snapshot:
         """Make a snapshot of an instance, which enters CAPTURING before anything is awaited.
 
         Args:
+            deployment: whose snapshot it will be.
             instance: its id.
             snapshot: the new snapshot's id.
 
@@ -125,7 +125,7 @@ class Instances:
             Unavailable: the snapshot was made, and could not be recorded.
         """
         try:
-            captured = await self._capture(instance, snapshot)
+            captured = await self._capture(deployment, instance, snapshot)
         except DumontError:
             self._core.metrics.captures.labels("failed").inc()
             await self.refresh(instance)
@@ -170,19 +170,26 @@ class Instances:
         known = self._inventory.instances.get(instance)
         return known is not None and known.state is InstanceState.SERVING and not known.busy
 
-    async def _capture(self, instance: str, snapshot: str) -> Snapshot:
+    async def _capture(self, deployment: Deployment, instance: str, snapshot: str) -> Snapshot:
         known = self._inventory.begin(instance, Event.CAPTURE)
         try:
+            # Recorded before it exists: should this controller die now, the next one knows it as its own.
+            record = Captured(snapshot, deployment.id, deployment.uid, "", known.node)
+            self._inventory.put_captured(record)
+            await self._core.registry.save_captured(record)
             captured = await self._core.nodes.capture(known.node, instance, snapshot)
-        except BaseException:
+        except BaseException as error:
             self._inventory.finish(instance, Event.REFUSED)
+            if isinstance(error, DumontError) and error.reason != NODE_UNAVAILABLE:
+                self._inventory.drop_captured(snapshot)
+                self._core.tasks.spawn(self._core.registry.drop_captured(snapshot), f"drop {snapshot}")
             raise
-        record = Captured(captured.id, captured.deployment, captured.manifest_digest)
+        record = replace(record, manifest_digest=captured.manifest_digest)
         self._inventory.put_captured(record)
         self._inventory.put_snapshot(captured)
         self._inventory.finish(instance, Event.CAPTURED)
         await self._core.registry.save_captured(record)
-        return captured
+        return self._inventory.snapshot(snapshot)
 
     async def _clean_up(self, node: str, instance: str, error: BaseException) -> None:
         if getattr(error, "reason", "") != NODE_UNAVAILABLE:
@@ -192,8 +199,7 @@ class Instances:
                 log.warning("clean_up_failed", node=node, instance=instance, reason=failure.reason)
         else:
             # It may well have started. The node reports it once it answers again.
-            self._inventory.removed(instance)
-        await self._core.registry.drop_intent(instance)
+            self._inventory.lost(instance)
 
     async def _refresh_snapshots(self, node: str) -> None:
         try:

@@ -1,13 +1,16 @@
 """What the nodes hold, mirrored in memory. Synchronous, so that a check and its move are one step.
 
 Nodes are the truth for instances and snapshots. Only this module stores states, and only
-``machine.advance`` makes them.
+``machine.advance`` makes them. What belongs to a deployment is found by its id, and who waits or plans is
+told which deployment or node has changed: no step looks at everything there is.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from controller import machine
@@ -26,13 +29,24 @@ class Inventory:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._changed = asyncio.Event()
+        self._waiters: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._changed: dict[str, None] = {}
+        # Called at every change.
+        self.on_change: Callable[[], None] = lambda: None
         self._watchers: list[_Watcher] = []
         self.nodes: dict[str, Node] = {}
         self.instances: dict[str, Instance] = {}
-        # By node and id: a snapshot may be on several nodes, and published besides.
-        self._copies: dict[tuple[str, str], Snapshot] = {}
+        # By id and node: a snapshot may be on several nodes, and published besides.
+        self._copies: dict[str, dict[str, Snapshot]] = {}
+        # Ids of instances and snapshots by deployment, in the order in which they came.
+        self._instances_of: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._snapshots_of: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        # What this controller has written down: only such a snapshot or instance is its own.
         self.captured: dict[str, Captured] = {}
+        self.intents: dict[str, Intent] = {}
+        self._departed: list[str] = []
+        # Wall times since when no known node could restore a snapshot.
+        self._unusable_since: dict[str, float] = {}
 
     # Looking
 
@@ -51,52 +65,83 @@ class Inventory:
     @property
     def snapshots(self) -> dict[str, Snapshot]:
         """Every snapshot once, as the node sees it that can do most with it."""
-        best: dict[str, Snapshot] = {}
-        for copy in self._copies.values():
-            other = best.get(copy.id)
-            if other is None:
-                best[copy.id] = copy
-                continue
-            better = max(copy, other, key=self._worth)
-            best[copy.id] = replace(better, published=copy.published or other.published)
-        return best
+        return {snapshot: self._best(snapshot) for snapshot in self._copies}
 
-    def _worth(self, copy: Snapshot) -> tuple[bool, bool, bool, str]:
+    def _best(self, snapshot: str) -> Snapshot:
+        copies = self._copies[snapshot].values()
+        best = max(copies, key=self._worth)
+        published = any(copy.published for copy in copies)
+        return replace(best, published=published, unusable_since=self._unusable_since.get(snapshot))
+
+    def _worth(self, copy: Snapshot) -> tuple[bool, bool, bool, bool, str]:
         ready = copy.node in self.nodes and self.nodes[copy.node].state is NodeState.READY
-        return ready, not copy.quarantined, copy.local, copy.node
+        return ready, not copy.quarantined, not copy.incompatibility, copy.local, copy.node
 
     def snapshot(self, snapshot: str) -> Snapshot:
         """Raises: NotFound."""
-        known = self.snapshots
-        if snapshot not in known:
+        if snapshot not in self._copies:
             raise _not_found("snapshot", snapshot)
-        return known[snapshot]
+        return self._best(snapshot)
 
     def copies(self, snapshot: str) -> tuple[Snapshot, ...]:
         """The snapshot as each node sees it."""
-        return tuple(copy for copy in self._copies.values() if copy.id == snapshot)
+        return tuple(self._copies.get(snapshot, {}).values())
 
     def instances_of(self, deployment: str) -> tuple[Instance, ...]:
-        return tuple(i for i in self.instances.values() if i.deployment == deployment)
+        """Those that name a deployment, whoever started them; see ``Deployment.runs``."""
+        return tuple(self.instances[instance] for instance in self._instances_of.get(deployment, ()))
 
     def snapshots_of(self, deployment: str) -> tuple[Snapshot, ...]:
-        """Those of a deployment, as each node sees them."""
-        return tuple(copy for copy in self._copies.values() if copy.deployment == deployment)
+        """Those that name a deployment, each once, as ``snapshots`` has them; orphans among them."""
+        return tuple(self._best(snapshot) for snapshot in self._snapshots_of.get(deployment, ()))
 
-    async def until(self, predicate: Callable[[], bool]) -> None:
-        """Wait until ``predicate`` holds; it is asked after every change."""
-        while not predicate():
-            await self._changed.wait()
+    def copies_of(self, deployment: str) -> tuple[Snapshot, ...]:
+        """The same, as each node sees them."""
+        known = self._snapshots_of.get(deployment, ())
+        return tuple(copy for snapshot in known for copy in self._copies[snapshot].values())
 
-    @property
-    def changed(self) -> asyncio.Event:
-        """Set at the next change after this call; take it before looking at the facts."""
-        return self._changed
+    async def until(self, predicate: Callable[[], bool], *subjects: str) -> None:
+        """Wait until ``predicate`` holds.
 
-    def notify(self) -> None:
-        """Tell everyone who waits that facts have changed."""
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        Args:
+            subjects: names of the deployments and nodes whose changes may make it hold, such as
+                ``deployments/qa``; none: any change.
+        """
+        with self.watched(*subjects) as changed:
+            while not predicate():
+                await changed.wait()
+                changed.clear()
+
+    @contextmanager
+    def watched(self, *subjects: str) -> Iterator[asyncio.Event]:
+        """An event that is set by every change of these deployments and nodes; see ``until``."""
+        changed = asyncio.Event()
+        for subject in subjects or ("",):
+            self._waiters[subject].add(changed)
+        try:
+            yield changed
+        finally:
+            for subject in subjects or ("",):
+                self._waiters[subject].discard(changed)
+                if not self._waiters[subject]:
+                    del self._waiters[subject]
+
+    def touch(self, subject: str) -> None:
+        """Facts about ``deployments/ID`` or ``nodes/ID`` have changed: tell who waits, and plan it anew."""
+        self._changed[subject] = None
+        self.on_change()
+        for changed in (*self._waiters.get(subject, ()), *self._waiters.get("", ())):
+            changed.set()
+
+    def take_changed(self) -> Iterable[str]:
+        """The deployments and nodes that changed since the last call."""
+        changed, self._changed = self._changed, {}
+        return changed
+
+    def take_departed(self) -> list[str]:
+        """The instances that went since the last call, and that had an intent."""
+        departed, self._departed = self._departed, []
+        return departed
 
     async def watch(self) -> AsyncGenerator[Instance | Removed | Synchronized]:
         """Every instance, ``Synchronized``, then each change; a slow reader gets the latest only."""
@@ -117,8 +162,13 @@ class Inventory:
 
     def put_node(self, node: Node) -> None:
         """Store facts about a node."""
+        known = self.nodes.get(node.id)
         self.nodes[node.id] = node
-        self.notify()
+        self.touch(f"nodes/{node.id}")
+        if known is not None and known.state is not node.state:
+            # What can be done with everything on it has changed.
+            for deployment in self._on(node.id):
+                self.touch(f"deployments/{deployment}")
 
     def move_node(self, node: str, state: NodeState) -> None:
         if self.nodes[node].state is not state:
@@ -132,36 +182,83 @@ class Inventory:
                 self._apply(instance, Event.SAW_GONE)
         for report in told.values():
             self.report(node, report)
+        for intent in [i for i in self.intents.values() if i.node == node]:
+            if intent.instance not in self.instances:
+                # It never came to be.
+                self._depart(intent.instance)
         self.learn_snapshots(node, snapshots)
         self.move_node(node, NodeState.READY)
 
     def learn_snapshots(self, node: str, snapshots: Iterable[Snapshot]) -> None:
-        self._copies = {key: copy for key, copy in self._copies.items() if copy.node != node}
-        for snapshot in snapshots:
-            self._copies[node, snapshot.id] = self._judge(snapshot)
-        self.notify()
+        """Replace what was known of the snapshots within a node's reach."""
+        told = {snapshot.id: snapshot for snapshot in snapshots}
+        for snapshot, copies in list(self._copies.items()):
+            if node in copies and snapshot not in told:
+                self.drop_snapshot(snapshot, node)
+        for found in told.values():
+            self.put_snapshot(found)
 
     def put_snapshot(self, snapshot: Snapshot) -> None:
-        self._copies[snapshot.node, snapshot.id] = self._judge(snapshot)
-        self.notify()
+        """Take in what a node says of one."""
+        made = self.captured.get(snapshot.id)
+        if made is not None and not made.manifest_digest and snapshot.local and not snapshot.quarantined:
+            # Whoever had it captured ended before it heard of it; the node that made it tells now.
+            self.captured[snapshot.id] = replace(made, manifest_digest=snapshot.manifest_digest)
+        judged = self._judge(snapshot)
+        copies = self._copies.setdefault(snapshot.id, {})
+        known = copies.get(snapshot.node)
+        copies[snapshot.node] = judged
+        if known is not None and known.deployment != judged.deployment:
+            self._index_snapshot(snapshot.id, known.deployment)
+        self._index_snapshot(snapshot.id, judged.deployment)
 
     def put_captured(self, captured: Captured) -> None:
-        """This controller had it made: its manifest must never hash to anything else."""
+        """This controller had it made, or adopted it: its manifest must never hash to anything else."""
         self.captured[captured.id] = captured
+        for copy in self.copies(captured.id):
+            self.put_snapshot(copy)
+
+    def drop_captured(self, snapshot: str) -> None:
+        """Nothing is left of it."""
+        self.captured.pop(snapshot, None)
 
     def drop_snapshot(self, snapshot: str, node: str) -> None:
         """The node neither holds nor reaches it any more."""
-        self._copies.pop((node, snapshot), None)
-        self.notify()
+        copies = self._copies.get(snapshot, {})
+        dropped = copies.pop(node, None)
+        if not copies:
+            self._copies.pop(snapshot, None)
+        if dropped is not None:
+            self._index_snapshot(snapshot, dropped.deployment)
+
+    def _index_snapshot(self, snapshot: str, deployment: str) -> None:
+        copies = self._copies.get(snapshot, {}).values()
+        if copies and all(copy.incompatibility for copy in copies):
+            self._unusable_since.setdefault(snapshot, self._clock.moment().wall)
+        else:
+            self._unusable_since.pop(snapshot, None)
+        if any(copy.deployment == deployment for copy in copies):
+            self._snapshots_of[deployment][snapshot] = None
+        else:
+            self._snapshots_of[deployment].pop(snapshot, None)
+            if not self._snapshots_of[deployment]:
+                del self._snapshots_of[deployment]
+        self.touch(f"deployments/{deployment}")
+
+    def _on(self, node: str) -> set[str]:
+        """The deployments that have something on a node, or within its reach."""
+        held = {instance.deployment for instance in self.instances.values() if instance.node == node}
+        return held | {copies[node].deployment for copies in self._copies.values() if node in copies}
 
     def _judge(self, snapshot: Snapshot) -> Snapshot:
         """What a node says of a snapshot, against what is known of its making."""
         made = self.captured.get(snapshot.id)
-        if made is None:
-            return snapshot
-        # A manifest that cannot be read names no deployment, and says so by its quarantine.
-        snapshot = replace(snapshot, deployment=snapshot.deployment or made.deployment, ours=True)
-        if snapshot.quarantined or snapshot.manifest_digest == made.manifest_digest:
+        if made is None or not (made.manifest_digest or snapshot.local):
+            return replace(snapshot, owner=None)
+        snapshot = replace(
+            snapshot, deployment=made.deployment, owner=made.deployment_uid, adopt_time=made.adopt_time
+        )
+        if snapshot.quarantined or made.manifest_digest in ("", snapshot.manifest_digest):
             return snapshot
         return replace(
             snapshot,
@@ -189,10 +286,18 @@ class Inventory:
         if instance in self.instances:
             self._apply(self.instances[instance], Event.SAW_GONE)
 
+    def lost(self, instance: str) -> None:
+        """Whether it exists is not known: its intent stays until the node has told."""
+        intent = self.intents.pop(instance, None)
+        self.removed(instance)
+        if intent is not None:
+            self.intents[instance] = intent
+
     # Commands
 
     def expect(self, intent: Intent) -> None:
         """An instance is about to be started or restored under the intent's id."""
+        self.intents[intent.instance] = intent
         report = Report(
             intent.instance,
             intent.deployment,
@@ -250,7 +355,7 @@ class Inventory:
         left = known.in_flight - sequences
         self.instances[instance] = replace(known, in_flight=left, idle_since=self._clock.moment().steady)
         if left == 0:
-            self.notify()
+            self.touch(f"deployments/{known.deployment}")
 
     # The only three places that write an instance's state
 
@@ -274,11 +379,22 @@ class Inventory:
     def _store(self, instance: Instance) -> None:
         if instance.state is InstanceState.GONE:
             self.instances.pop(instance.id, None)
+            self._instances_of[instance.deployment].pop(instance.id, None)
+            if not self._instances_of[instance.deployment]:
+                del self._instances_of[instance.deployment]
+            self._depart(instance.id)
         else:
             self.instances[instance.id] = instance
+            self._instances_of[instance.deployment][instance.id] = None
         for watcher in self._watchers:
             watcher.mark(instance.id)
-        self.notify()
+        self.touch(f"deployments/{instance.deployment}")
+
+    def _depart(self, instance: str) -> None:
+        intent = self.intents.pop(instance, None)
+        if intent is not None:
+            self._departed.append(instance)
+            self.touch(f"nodes/{intent.node}")
 
 
 class _Watcher:

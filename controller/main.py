@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import uuid
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import grpc
@@ -12,11 +14,13 @@ import uvloop
 from prometheus_client import start_http_server
 
 from controller import config
+from controller.adapters import identity_file
 from controller.adapters.clock import SystemClock
 from controller.adapters.nodes_grpc import GrpcNodes
-from controller.adapters.registry_sql import open_registry
+from controller.adapters.registry_sql import SqlRegistry, open_registry
 from controller.assembly import Controller, assemble
 from controller.config import Config
+from controller.identity import Established, establish
 from controller.service.deployments import DeploymentService
 from controller.service.inference import SERVICE as INFERENCE_SERVICE
 from controller.service.inference import InferenceService
@@ -33,7 +37,15 @@ from dumont.errors import DumontError, FailedPrecondition
 from dumont.rpc import operations
 from dumont.rpc.logs import configure_logs
 from dumont.rpc.operations import Operations
-from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
+from dumont.rpc.server import (
+    Health,
+    ServerLimits,
+    add_standard_services,
+    bind,
+    new_server,
+    run_until_signalled,
+)
+from dumont.state_directory import locked, make_private
 
 DOMAIN = "controller.dumont"
 SERVICES = (
@@ -81,16 +93,36 @@ async def serve(settings: Config) -> None:
         DumontError: the address or the database cannot be used.
     """
     state_dir = settings.state_dir.expanduser()
-    await asyncio.to_thread(_make_private, state_dir)
+    await asyncio.to_thread(make_private, state_dir)
+    with locked(state_dir / "lock", "dumont-controller", settings.listen), _database_locked(settings):
+        await _serve(settings, state_dir)
+
+
+async def _serve(settings: Config, state_dir: Path) -> None:
     server = new_server(DOMAIN, LIMITS)
     health = add_standard_services(server, SERVICES)
     # The address is taken before the database is touched: a second controller stops here.
     address = bind(server, settings.listen, insecure_ok=settings.insecure)
     registry = await open_registry(settings.database_url)
-    nodes = GrpcNodes()
+    try:
+        await _serve_registry(settings, state_dir, server, health, address, registry)
+    finally:
+        await registry.close()
+
+
+async def _serve_registry(
+    settings: Config,
+    state_dir: Path,
+    server: grpc.aio.Server,
+    health: Health,
+    address: str,
+    registry: SqlRegistry,
+) -> None:
+    who = await _establish(settings, state_dir, registry)
+    nodes = GrpcNodes(who.identity.id)
     running = Operations(DOMAIN)
     controller = await assemble(
-        nodes, registry, SystemClock(), settings.heartbeat_seconds, settings.max_queue
+        nodes, registry, SystemClock(), who, settings.heartbeat_seconds, settings.max_queue
     )
     try:
         add_services(server, controller, running, settings, health.draining)
@@ -104,8 +136,33 @@ async def serve(settings: Config) -> None:
         await running.close()
         await controller.close()
         await nodes.close()
-        await registry.close()
         log.info("stopped")
+
+
+async def _establish(settings: Config, state_dir: Path, registry: SqlRegistry) -> Established:
+    """Find out who this controller is, and remember it in the database and apart from it."""
+    stored = await registry.load()
+    who = establish(
+        await registry.identity(),
+        identity_file.read(state_dir),
+        empty=not (stored.deployments or stored.nodes),
+        wanted=settings.controller_id,
+        accept=settings.accept_database,
+        new_id=str(uuid.uuid4()),
+    )
+    await registry.save_identity(who.identity)
+    identity_file.write(state_dir, who.identity)
+    if who.outdated:
+        log.warning("database_is_outdated", controller=who.identity.id, starts=who.identity.starts)
+    return who
+
+
+def _database_locked(settings: Config) -> AbstractContextManager[None]:
+    """A SQLite file outside of the state directory is locked as well."""
+    path = settings.database_file
+    if path is None:
+        return nullcontext()
+    return locked(path.with_name(f"{path.name}.lock"), "dumont-controller", settings.listen)
 
 
 def main() -> None:
@@ -128,11 +185,6 @@ def _show_metrics(address: str, controller: Controller) -> None:
             f"metrics cannot be shown on {address}: {error}",
             metadata={"address": address},
         ) from error
-
-
-def _make_private(path: Path) -> None:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.chmod(0o700)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,10 @@ class Deployment:
     def ttl_seconds(self) -> float:
         return DEFAULT_TTL if self.checkpoint.ttl is None else self.checkpoint.ttl
 
+    def runs(self, report: Report) -> bool:
+        """Whether an instance is this deployment's: one of that name may have had another model before."""
+        return report.deployment == self.id and report.model in ("", self.model)
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -181,6 +185,7 @@ class Report:
     weights: Weights = Weights.DETACHED
     capacity: Capacity | None = None
     load: Load = Load()
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +238,18 @@ class StoredSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A snapshot that this controller had made, and the digest of the manifest it was made with."""
+    """A snapshot that this controller had made or adopted; what is not written down so is an orphan.
+
+    ``manifest_digest`` is empty until the capture has ended. ``deployment_uid`` is empty once the snapshot
+    is to be deleted wherever it still turns up. ``adopt_time`` is 0 for one that was not adopted.
+    """
 
     id: str
     deployment: str
+    deployment_uid: str
     manifest_digest: str
+    node: str = ""
+    adopt_time: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +276,29 @@ class Snapshot:
     local: bool = True
     published: bool = False
     incompatibility: str = ""
-    # This controller had it made: only such a one is restored from the store, or deleted there.
-    ours: bool = False
+    engine: str = ""
+    # The uid of the deployment that it was made for or adopted into. None: an orphan, which is neither
+    # restored nor deleted until a person says so.
+    owner: str | None = None
+    adopt_time: float = 0.0
+    # Wall time since when no known node could restore it; None: one can.
+    unusable_since: float | None = None
     stored: StoredSnapshot | None = None
+
+    @property
+    def orphan(self) -> bool:
+        """This controller did not have it made and was not told to adopt it."""
+        return self.owner is None
+
+    @property
+    def kind(self) -> frozenset[tuple[str, str]]:
+        """What a node must be like to restore it. Weights are compared too, but are no fact of a node."""
+        return frozenset(fact for fact in self.compatibility.items() if fact[0] != "weights")
+
+    @property
+    def age_key(self) -> tuple[float, str]:
+        """Orders snapshots of a deployment: the newest replaces the others, and adopting makes one new."""
+        return max(self.create_time, self.adopt_time), self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +355,10 @@ class ResolvedModel:
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """A start or restore that is about to be sent to a node; ``snapshot`` is empty for a start."""
+    """A start or restore that was decided, kept until its instance is gone; ``snapshot``: empty for a start.
+
+    An instance without one was not started by this controller.
+    """
 
     instance: str
     deployment: str

@@ -175,7 +175,8 @@ def usable(snapshot: Snapshot, nodes: Mapping[str, Node]) -> bool:
     """Whether its node may restore it now, fetched first if need be."""
     node = nodes.get(snapshot.node)
     return (
-        (snapshot.local or (snapshot.published and snapshot.ours))
+        (snapshot.local or snapshot.published)
+        and not snapshot.orphan
         and not snapshot.quarantined
         and not snapshot.incompatibility
         and node is not None
@@ -198,7 +199,7 @@ def _local(facts: Facts) -> Attempt | None:
     if facts.deployment.start_mode is not StartMode.CHECKPOINT:
         return None
     held = (snapshot for snapshot in _usable(facts) if snapshot.local)
-    newest = max(held, key=lambda s: (s.create_time, s.id), default=None)
+    newest = max(held, key=lambda s: s.age_key, default=None)
     if newest is None:
         return None
     return Attempt(
@@ -212,7 +213,7 @@ def _remote(facts: Facts) -> Attempt | None:
     published = [s for s in _usable(facts) if s.published and f"nodes/{s.node}" not in facts.failed]
     if not published:
         return None
-    newest = max(published, key=lambda s: (s.create_time, s.id)).id
+    newest = max(published, key=lambda s: s.age_key).id
     within_reach = {s.node: facts.nodes[s.node] for s in published if s.id == newest}
     node = place(within_reach)
     return Attempt(Tier.REMOTE, node.id, f"snapshots/{newest} is in the object store", snapshot=newest)

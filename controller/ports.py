@@ -5,19 +5,21 @@ to the registry, and only then asks a node to start or restore under that id. Th
 once the instance serves, or says why not. Between those two moments the controller may die: the
 next one reads the intent, asks the node what it holds, and finds the instance starting, serving
 or absent; it never sends a second start. A parked instance is resumed, a serving one parked,
-captured or stopped; a stopped one leaves nothing on its node.
+captured or stopped; a stopped one leaves nothing on its node, and its intent is dropped. What a node
+holds without an intent, or without a record that it was captured, is a stranger's and is left alone.
 
 Example: deployment ``qa`` has no instance and one snapshot. ``save_intent(qa-1)``,
-``restore(node, qa-1, ...)``, a report SERVING, ``drop_intent(qa-1)``; five idle minutes later
-``park(node, qa-1)``, ten more and ``stop(node, qa-1)``. The snapshot stays until its ttl.
+``restore(node, qa-1, ...)``, a report SERVING; five idle minutes later ``park(node, qa-1)``, ten more
+and ``stop(node, qa-1)``, ``drop_intents(qa-1)``. The snapshot stays until its ttl.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from controller.identity import Identity
 from controller.model import (
     Captured,
     Deployment,
@@ -122,6 +124,9 @@ class Nodes(Protocol):
     async def delete_snapshot(self, node: str, snapshot: str) -> None:
         """On this node and in its object store."""
 
+    async def undelete_snapshot(self, node: str, snapshot: str) -> Snapshot:
+        """Publish a deleted snapshot again, while the node's object store still has what it needs."""
+
     async def publish(self, node: str, snapshot: str) -> Snapshot:
         """Upload a snapshot of the node and wait until it is published. Repeating it joins the first."""
 
@@ -163,6 +168,12 @@ class Registry(Protocol):
     Every method raises ``Unavailable`` (DATABASE_UNAVAILABLE) when the store cannot be reached.
     """
 
+    async def identity(self) -> Identity | None:
+        """Whose database it is; None: nobody's yet."""
+
+    async def save_identity(self, identity: Identity) -> None:
+        """It is this controller's from now on."""
+
     async def load(self) -> Stored: ...
 
     async def create_deployment(self, deployment: Deployment) -> Deployment:
@@ -189,7 +200,7 @@ class Registry(Protocol):
 
     async def save_intent(self, intent: Intent) -> None: ...
 
-    async def drop_intent(self, instance: str) -> None:
+    async def drop_intents(self, instances: Iterable[str]) -> None:
         """Absent is fine."""
 
     async def save_captured(self, captured: Captured) -> None:

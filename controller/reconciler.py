@@ -1,9 +1,15 @@
-"""The only loop: whenever facts change or something falls due, plan and carry the plan out."""
+"""The only loop: whenever facts change or something falls due, plan and carry the plan out.
+
+A step plans the deployments and nodes that changed, and those whose time has come; the others cost nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import assert_never
+import heapq
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
+from typing import Any, assert_never
 
 import structlog
 
@@ -12,6 +18,7 @@ from controller.backoff import Backoff
 from controller.core import Core
 from controller.expiry import DeleteSnapshot, Forget, GiveUp, KeepWarm, Park, Publish, Stop
 from controller.instances import Instances
+from controller.model import Moment
 from controller.ports import NODE_UNAVAILABLE
 from controller.snapshots import Snapshots
 from controller.starts.starts import Starts
@@ -20,8 +27,45 @@ from dumont.errors import DumontError
 log = structlog.get_logger()
 
 STEADY_ENOUGH = 60.0
+# Planned in one step; requests are served between two steps.
+BATCH = 200
+# A deployment is looked at again after so many seconds, since the wall clock may have jumped.
+LOOK_AGAIN = 3600.0
 # A park that failed with these says nothing about whether the instance can be parked.
 TRANSIENT = frozenset({"INSTANCE_BUSY", "ILLEGAL_TRANSITION", "INSTANCE_NOT_FOUND", NODE_UNAVAILABLE})
+
+
+class Agenda:
+    """When to look at which subject again; a later entry for a subject replaces an earlier one."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, str]] = []
+        self._at: dict[str, float] = {}
+
+    def put(self, subject: str, at: float) -> None:
+        """Look at it at steady time ``at``."""
+        if self._at.get(subject) != at:
+            self._at[subject] = at
+            heapq.heappush(self._heap, (at, subject))
+
+    def drop(self, subject: str) -> None:
+        """Do not look at it again."""
+        self._at.pop(subject, None)
+
+    def next_at(self) -> float | None:
+        """When the first is due; None: there is none."""
+        while self._heap and self._at.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def take(self, now: float, limit: int) -> list[str]:
+        """At most ``limit`` subjects that are due at ``now``."""
+        due: list[str] = []
+        while len(due) < limit and (at := self.next_at()) is not None and at <= now:
+            subject = heapq.heappop(self._heap)[1]
+            del self._at[subject]
+            due.append(subject)
+        return due
 
 
 class Reconciler:
@@ -47,7 +91,10 @@ class Reconciler:
         self._snapshots = snapshots
         self._silence = silence
         self._save_every = save_every
-        self._under_way: set[str] = set()
+        # Targets of actions under way: they are not acted on again until those have ended.
+        self._under_way: dict[str, float] = {}
+        self._agenda = Agenda()
+        self._wake = asyncio.Event()
         self._backoff = Backoff(first=1.0, limit=60.0)
         self._restarts = Backoff(first=1.0, limit=60.0)
         self._defects = Backoff(first=1.0, limit=60.0)
@@ -56,58 +103,86 @@ class Reconciler:
     async def run(self) -> None:
         """Until cancelled."""
         self._core.tasks.spawn(self._save_last_use(), "save last use")
+        self._core.inventory.on_change = self._wake.set
+        for deployment in self._core.deployments.by_id:
+            self._core.inventory.touch(f"deployments/{deployment}")
         while True:
-            changed = self._core.inventory.changed
-            try:
-                wake_in = self.step()
-            except Exception:
-                # One defect must not end every timer: try again, later each time.
-                log.exception("reconcile_failed")
-                self._core.metrics.reconciler_errors.inc()
-                self._defects.failed("step", self._core.now())
-                await self._core.clock.sleep(self._defects.at["step"] - self._core.now())
-            else:
-                self._defects.succeeded("step")
-                await self._sleep(changed, wake_in)
+            self._wake.clear()
+            await self._sleep(self.step())
 
     def step(self) -> float | None:
-        """Plan once, begin what is due, and return the seconds until more may be."""
+        """Plan what is due, begin it, and return the seconds until more may be."""
         now = self._core.clock.moment()
-        plan = expiry.plan(self.facts(), now)
-        for action in plan.actions:
-            self._under_way.add(action.target)
-            self._core.tasks.spawn(self._carry_out(action), f"{type(action).__name__} {action.target}")
-        return plan.wake_in
+        for subject in self._core.inventory.take_changed():
+            self._agenda.put(subject, max(now.steady, self._defects.at.get(subject, 0.0)))
+        for subject in self._agenda.take(now.steady, BATCH):
+            try:
+                plan = self._plan(subject, now)
+            except Exception:
+                # One defect must not end the timers of all the others: try again, later each time.
+                log.exception("reconcile_failed", subject=subject)
+                self._core.metrics.reconciler_errors.inc()
+                self._defects.failed(subject, now.steady)
+                self._agenda.put(subject, self._defects.at[subject])
+                continue
+            self._defects.succeeded(subject)
+            if plan is None:
+                continue
+            self._begin(subject, plan.actions)
+            wake_in = LOOK_AGAIN if plan.wake_in is None else min(plan.wake_in, LOOK_AGAIN)
+            self._agenda.put(subject, now.steady + wake_in)
+        if departed := self._core.inventory.take_departed():
+            self._core.tasks.spawn(self._core.registry.drop_intents(departed), "drop intents")
+        next_at = self._agenda.next_at()
+        return None if next_at is None else max(0.0, next_at - now.steady)
 
-    def facts(self) -> expiry.Facts:
-        """Everything the plan is made from; targets being acted on are put off."""
-        busy = dict.fromkeys(self._under_way, float("inf"))
+    def _plan(self, subject: str, now: Moment) -> expiry.Plan | None:
+        kind, _, identifier = subject.partition("/")
+        retry_at = ChainMap(self._under_way, self._restarts.at, self._backoff.at)
+        if kind == "nodes":
+            node = self._core.inventory.nodes[identifier]
+            return expiry.plan_node(node, self._silence, retry_at, now)
+        facts = self.facts(identifier, retry_at)
+        if facts.deployment is None and not facts.instances and not facts.snapshots:
+            return None
+        return expiry.plan(facts, now)
+
+    def facts(self, deployment: str, retry_at: Mapping[str, float]) -> expiry.Facts:
+        """Everything that the plan of a deployment is made from."""
+        core = self._core
         return expiry.Facts(
-            deployments=dict(self._core.deployments.by_id),
-            instances=tuple(self._core.inventory.instances.values()),
-            snapshots=tuple(self._core.inventory.snapshots.values()),
-            nodes=dict(self._core.inventory.nodes),
-            last_use=self._core.deployments.last_use,
-            starting=self._starts.starting,
-            retry_at=self._backoff.at | self._restarts.at | busy,
-            silence=self._silence,
+            deployment=core.deployments.by_id.get(deployment),
+            instances=core.inventory.instances_of(deployment),
+            snapshots=core.inventory.snapshots_of(deployment),
+            nodes=core.inventory.nodes,
+            started=core.inventory.intents.keys(),
+            last_use=core.deployments.last_use.get(deployment, 0.0),
+            starting=self._starts.starting(deployment),
+            retry_at=retry_at,
         )
 
-    async def _sleep(self, changed: asyncio.Event, wake_in: float | None) -> None:
-        if wake_in is None or wake_in == float("inf"):
-            await changed.wait()
+    def _begin(self, subject: str, actions: Iterable[expiry.Action]) -> None:
+        for action in actions:
+            self._under_way[action.target] = float("inf")
+            self._core.tasks.spawn(
+                self._carry_out(subject, action), f"{type(action).__name__} {action.target}"
+            )
+
+    async def _sleep(self, wake_in: float | None) -> None:
+        if wake_in == 0.0:
+            # More is due, and requests come first.
+            await asyncio.sleep(0)
             return
-        waits = [
-            asyncio.ensure_future(changed.wait()),
-            asyncio.ensure_future(self._core.clock.sleep(wake_in)),
-        ]
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._wake.wait())]
+        if wake_in is not None:
+            waits.append(asyncio.ensure_future(self._core.clock.sleep(wake_in)))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
 
-    async def _carry_out(self, action: expiry.Action) -> None:
+    async def _carry_out(self, subject: str, action: expiry.Action) -> None:
         kind = type(action).__name__
         try:
             await self._do(action)
@@ -126,8 +201,8 @@ class Reconciler:
             self._core.metrics.actions.labels(kind, "ok").inc()
             self._backoff.succeeded(action.target)
         finally:
-            self._under_way.discard(action.target)
-            self._core.inventory.notify()
+            self._under_way.pop(action.target, None)
+            self._core.inventory.touch(subject)
 
     async def _do(self, action: expiry.Action) -> None:
         match action:

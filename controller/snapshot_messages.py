@@ -27,6 +27,7 @@ def fact(node: str, message: node_snapshots_pb.Snapshot) -> Snapshot:
         local=message.local,
         published=message.published,
         incompatibility=message.incompatibility,
+        engine=message.engine,
         stored=_stored(message.stored) if message.HasField("stored") else None,
     )
 
@@ -64,6 +65,7 @@ def message(facts: Snapshot, last_use: float | None, ttl: float | None) -> snaps
         quarantine_reason=facts.quarantine_reason,
         local=facts.local,
         published=facts.published,
+        orphan=facts.orphan,
     )
     if (stored := facts.stored) is not None:
         made.stored.CopyFrom(
@@ -80,6 +82,10 @@ def message(facts: Snapshot, last_use: float | None, ttl: float | None) -> snaps
     if last_use is not None:
         made.last_use_time.CopyFrom(convert.timestamp(last_use))
     if ttl is not None:
-        used = facts.create_time if facts.quarantined else max(facts.create_time, last_use or 0.0)
+        used = max(facts.create_time, facts.adopt_time, last_use or 0.0)
+        if facts.quarantined:
+            used = facts.create_time
+        elif facts.unusable_since is not None:
+            used = facts.unusable_since
         made.expire_time.CopyFrom(convert.timestamp(used + ttl))
     return made

@@ -8,8 +8,20 @@ import structlog
 
 from controller import policy
 from controller.core import Core
-from controller.model import Captured, NodeState, Pruned, Snapshot, StoredSnapshot, Verified
-from dumont.errors import DumontError, FailedPrecondition, NotFound
+from controller.deployments import Draft
+from controller.model import (
+    Captured,
+    Deployment,
+    NodeState,
+    Pruned,
+    Snapshot,
+    StartMode,
+    Storage,
+    StoredSnapshot,
+    Verified,
+)
+from dumont import names
+from dumont.errors import AlreadyExists, DumontError, FailedPrecondition, NotFound
 
 log = structlog.get_logger()
 
@@ -46,12 +58,101 @@ class Snapshots:
         left = [copy for copy in copies if copy.local and copy.node not in asked]
         for copy in copies:
             self._inventory.drop_snapshot(snapshot, copy.node)
-        for copy in left:
-            # On a node that does not answer now; it is deleted when that does.
-            self._inventory.put_snapshot(replace(copy, published=False))
-        if not left:
+        if left:
+            # On nodes that do not answer now: nobody's from here on, so that it goes when they do.
+            nobodys = Captured(snapshot, left[0].deployment, "", left[0].manifest_digest, left[0].node)
+            await self._core.registry.save_captured(nobodys)
+            self._inventory.put_captured(nobodys)
+            for copy in left:
+                self._inventory.put_snapshot(replace(copy, published=False))
+        else:
             await self._core.registry.drop_captured(snapshot)
-            self._inventory.captured.pop(snapshot, None)
+            self._inventory.drop_captured(snapshot)
+
+    async def adopt(self, snapshot: str, deployment: str = "") -> Snapshot:
+        """Make an orphan a deployment's newest snapshot.
+
+        Args:
+            snapshot: its id.
+            deployment: the deployment's id; empty: the one that the snapshot names. It is created from what
+                the snapshot says if there is none.
+
+        Raises:
+            NotFound: the controller knows no such snapshot.
+            FailedPrecondition: SNAPSHOT_NOT_ORPHAN, SNAPSHOT_QUARANTINED, or MODEL_DIFFERS.
+            DumontError: the deployment could not be created, or the record not be stored.
+        """
+        known = self._inventory.snapshot(snapshot)
+        name = f"snapshots/{snapshot}"
+        if not known.orphan:
+            raise FailedPrecondition(
+                "SNAPSHOT_NOT_ORPHAN",
+                f"{name} belongs to deployments/{known.deployment} already",
+                metadata={"snapshot": name, "deployment": f"deployments/{known.deployment}"},
+            )
+        if known.quarantined:
+            raise FailedPrecondition(
+                "SNAPSHOT_QUARANTINED",
+                f"{name} is quarantined and cannot be adopted: {known.quarantine_reason}",
+                metadata={"snapshot": name},
+            )
+        owner = await self._adopter(known, deployment or known.deployment)
+        record = Captured(
+            snapshot,
+            owner.id,
+            owner.uid,
+            known.manifest_digest,
+            known.node if known.local else "",
+            self._core.clock.moment().wall,
+        )
+        await self._core.registry.save_captured(record)
+        self._inventory.put_captured(record)
+        log.info("snapshot_adopted", snapshot=snapshot, deployment=owner.id)
+        return self._inventory.snapshot(snapshot)
+
+    async def _adopter(self, snapshot: Snapshot, deployment: str) -> Deployment:
+        if deployment not in self._core.deployments.by_id:
+            draft = Draft(
+                model=snapshot.model,
+                engine=snapshot.engine,
+                start_mode=StartMode.CHECKPOINT,
+                checkpoint_storage=Storage.S3 if snapshot.published else Storage.LOCAL,
+                checkpoint_weights=snapshot.weights,
+            )
+            return await self._core.deployments.create(names.check_id(deployment, "deployment"), draft, "")
+        owner = self._core.deployments.get_active(deployment)
+        if owner.model != snapshot.model:
+            raise FailedPrecondition(
+                "MODEL_DIFFERS",
+                f"snapshots/{snapshot.id} is of the model {snapshot.model} and deployments/{deployment} has "
+                f"{owner.model}; name another deployment",
+                field="deployment",
+                metadata={"snapshot": snapshot.model, "deployment": owner.model},
+            )
+        return owner
+
+    async def undelete(self, snapshot: str) -> Snapshot:
+        """Publish a deleted snapshot again; it is an orphan then, so that nothing deletes it at once.
+
+        Raises:
+            AlreadyExists: SNAPSHOT_EXISTS, it is there.
+            NotFound: the object store has nothing left of it.
+            FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED.
+        """
+        known = self._inventory.snapshots.get(snapshot)
+        if known is not None and known.owner != "":
+            raise AlreadyExists(
+                "SNAPSHOT_EXISTS",
+                f"snapshots/{snapshot} is not deleted",
+                metadata={"snapshot": f"snapshots/{snapshot}"},
+            )
+        node = self.store_node()
+        # A record that it is to be deleted wherever it turns up would be the end of it.
+        await self._core.registry.drop_captured(snapshot)
+        self._inventory.drop_captured(snapshot)
+        self._inventory.put_snapshot(await self._core.nodes.undelete_snapshot(node, snapshot))
+        await self._refresh_other_stores(node)
+        return self._inventory.snapshot(snapshot)
 
     async def publish(self, snapshot: str) -> None:
         """Have the node that holds a snapshot upload it, and wait until it is published.
@@ -62,14 +163,11 @@ class Snapshots:
         """
         known = self._inventory.snapshot(snapshot)
         self._core.fleet.check_reachable(known.node)
-        captured = Captured(known.id, known.deployment, known.manifest_digest)
+        captured = self._inventory.captured[snapshot]
         # Once more, in case the first time failed: without this record no node may restore it.
         await self._core.registry.save_captured(captured)
-        self._inventory.put_captured(captured)
         self._inventory.put_snapshot(await self._core.nodes.publish(known.node, snapshot))
-        for node in self._inventory.nodes.values():
-            if node.object_store and node.id != known.node and self._ready(node.id):
-                await self._core.fleet.refresh_snapshots(node.id)
+        await self._refresh_other_stores(known.node)
 
     def prefetch_node(self, snapshot: str, wanted: str = "") -> str:
         """The node to bring a published snapshot to.
@@ -156,6 +254,12 @@ class Snapshots:
     async def prune(self, node: str, dry_run: bool) -> Pruned:
         """Delete from a node's object store what no published snapshot needs."""
         return await self._core.nodes.prune(node, dry_run)
+
+    async def _refresh_other_stores(self, changed: str) -> None:
+        """Ask the other nodes with an object store what is published there since a node changed it."""
+        for node in list(self._inventory.nodes.values()):
+            if node.object_store and node.id != changed and self._ready(node.id):
+                await self._core.fleet.refresh_snapshots(node.id)
 
     def _ready(self, node: str) -> bool:
         return self._inventory.nodes[node].state is NodeState.READY

@@ -114,6 +114,7 @@ def instance(message: instance_service_pb2.Instance) -> types.Instance:
         phases=phases(message.phases),
         failure_reason=message.failure_reason,
         failure_message=message.failure_message,
+        orphan=message.orphan,
     )
 
 
@@ -136,6 +137,7 @@ def snapshot(message: snapshot_service_pb2.Snapshot) -> types.Snapshot:
         local=message.local,
         published=message.published,
         stored=stored(message.stored) if message.HasField("stored") else None,
+        orphan=message.orphan,
     )
 
 

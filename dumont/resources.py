@@ -166,6 +166,34 @@ class AsyncSnapshots:
         with self._connection.errors():
             await self._connection.snapshots.DeleteSnapshot(request)
 
+    async def adopt(self, name: str, *, deployment: str | None = None) -> Snapshot:
+        """Make an orphan a deployment's snapshot, in place of its earlier ones.
+
+        Args:
+            name: the snapshot.
+            deployment: when left out, the one that the snapshot names. Created if there is none.
+
+        Raises:
+            FailedPrecondition: SNAPSHOT_NOT_ORPHAN, MODEL_DIFFERS, or it is quarantined.
+        """
+        request = snapshot_service_pb2.AdoptSnapshotRequest(
+            name=full_name(name, "snapshots", "name"),
+            deployment=full_name(deployment, "deployments", "deployment") if deployment else "",
+        )
+        with self._connection.errors():
+            return convert.snapshot(await self._connection.snapshots.AdoptSnapshot(request))
+
+    async def undelete(self, name: str) -> Snapshot:
+        """Publish a deleted snapshot again, within the object store's grace time; it is an orphan then.
+
+        Raises:
+            NotFound: SNAPSHOT_NOT_DELETED, nothing is left of it.
+            FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, no node has one.
+        """
+        request = snapshot_service_pb2.UndeleteSnapshotRequest(name=full_name(name, "snapshots", "name"))
+        with self._connection.errors():
+            return convert.snapshot(await self._connection.snapshots.UndeleteSnapshot(request))
+
     async def prefetch(self, name: str, *, node: str | None = None) -> Snapshot:
         """Bring a published snapshot to a node, so that its next start there is a local one.
 
@@ -227,10 +255,11 @@ class AsyncSnapshots:
         )
         return Pruned(tuple(found.objects), found.object_count, found.size_bytes, found.kept_bytes, dry_run)
 
-    async def list(self, deployment: str | None = None) -> list[Snapshot]:
-        """All snapshots, or those of one deployment."""
+    async def list(self, deployment: str | None = None, *, orphans: bool = False) -> list[Snapshot]:
+        """All snapshots, or those of one deployment, or only the orphans among them."""
         request = snapshot_service_pb2.ListSnapshotsRequest(
-            deployment=full_name(deployment, "deployments", "deployment") if deployment else ""
+            deployment=full_name(deployment, "deployments", "deployment") if deployment else "",
+            orphans=orphans,
         )
         found = pages(self._connection, self._connection.snapshots.ListSnapshots, request, "snapshots")
         return [convert.snapshot(message) async for message in found]

@@ -343,6 +343,14 @@ class Snapshots:
         """Delete a snapshot; refused while a restore reads it."""
         self._loop.run(self._snapshots.delete(name))
 
+    def adopt(self, name: str, *, deployment: str | None = None) -> Snapshot:
+        """Make an orphan a deployment's snapshot; see ``AsyncSnapshots.adopt``."""
+        return self._loop.run(self._snapshots.adopt(name, deployment=deployment))
+
+    def undelete(self, name: str) -> Snapshot:
+        """Publish a deleted snapshot again; see ``AsyncSnapshots.undelete``."""
+        return self._loop.run(self._snapshots.undelete(name))
+
     def prefetch(self, name: str, *, node: str | None = None) -> Snapshot:
         """Bring a published snapshot to a node; see ``AsyncSnapshots.prefetch``."""
         return self._loop.run(self._snapshots.prefetch(name, node=node))
@@ -355,9 +363,9 @@ class Snapshots:
         """Delete from the object store what no published snapshot needs; ``dry_run``: only say what."""
         return self._loop.run(self._snapshots.prune(dry_run=dry_run))
 
-    def list(self, deployment: str | None = None) -> list[Snapshot]:
-        """All snapshots, or those of one deployment."""
-        return self._loop.run(self._snapshots.list(deployment))
+    def list(self, deployment: str | None = None, *, orphans: bool = False) -> list[Snapshot]:
+        """All snapshots, or those of one deployment, or only the orphans among them."""
+        return self._loop.run(self._snapshots.list(deployment, orphans=orphans))
 
 
 class Nodes:

@@ -92,7 +92,10 @@ class DeploymentInfo:
 
 @dataclass(frozen=True)
 class Instance:
-    """One model host. ``pid`` is its process on its node, 0 when there is none."""
+    """One model host. ``pid`` is its process on its node, 0 when there is none.
+
+    ``orphan``: it names no deployment that the controller knows, and is kept until it is stopped.
+    """
 
     name: str
     deployment: str
@@ -107,6 +110,7 @@ class Instance:
     phases: tuple[Phase, ...]
     failure_reason: str
     failure_message: str
+    orphan: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,8 @@ class Snapshot:
     """A stored instance. ``compatibility`` is what must be equal on the machine that restores it.
 
     ``local``: a reachable node holds it. ``published``: it is in the object store, and ``stored`` is what it
-    takes there, told only when a single snapshot is asked for.
+    takes there, told only when a single snapshot is asked for. ``orphan``: it is no deployment's, and is kept
+    until it is adopted or deleted.
     """
 
     name: str
@@ -161,6 +166,7 @@ class Snapshot:
     local: bool
     published: bool
     stored: StoredSnapshot | None
+    orphan: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import sys
 from contextlib import AsyncExitStack
@@ -20,6 +19,7 @@ from dumont.rpc import operations as rpc_operations
 from dumont.rpc.logs import configure_logs
 from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_server, run_until_signalled
 from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc, snapshot_service_pb2_grpc
+from dumont.state_directory import locked, make_private
 from snapshotd import preflight
 from snapshotd.adapters.clock import SystemClock
 from snapshotd.adapters.criu_shim.pool import ShimPool
@@ -43,6 +43,7 @@ from snapshotd.repository.repository import Repository, check_conditional_create
 from snapshotd.service.inference import Inference
 from snapshotd.service.instances import InstanceServicer
 from snapshotd.service.node import NodeServicer
+from snapshotd.service.ownership import Ownership, OwnershipInterceptor
 from snapshotd.service.snapshots import SnapshotServicer
 from snapshotd.snapshots.catalog import Snapshots
 from snapshotd.snapshots.upload_journal import UploadJournal
@@ -80,8 +81,8 @@ async def run(settings: Settings) -> None:
     if criu is None or problems:
         raise FailedPrecondition("MACHINE_UNFIT", "; ".join(problems))
     async with AsyncExitStack() as stack:
-        lock = prepare_state(settings.state_dir)
-        stack.callback(os.close, lock)
+        prepare_state(settings.state_dir)
+        stack.enter_context(locked(settings.state_dir / "lock", "snapshotd", settings.listen))
         failpoints = Failpoints.parse(settings.failpoints)
         journal = Journal(settings.state_dir / "journal")
         # This and the weight cache may mount something: before any shim takes the node's mounts over into its
@@ -136,7 +137,8 @@ async def run(settings: Settings) -> None:
         inference = Inference(instances)
         node_servicer = NodeServicer(node, node_id(settings), findings, settings.store_url)
 
-        server = new_server(DOMAIN, ServerLimits())
+        ownership = Ownership(settings.state_dir / "controller")
+        server = new_server(DOMAIN, ServerLimits(), (OwnershipInterceptor(ownership),))
         health = add_standard_services(server, (*SERVICES, rpc_operations.SERVICE_NAME))
         server.add_generic_rpc_handlers((inference.handler(),))
         instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
@@ -177,6 +179,8 @@ async def run(settings: Settings) -> None:
                     settings.advertise or endpoint,
                     node_servicer,
                     settings.heartbeat_seconds,
+                    ownership,
+                    settings.accept_controller,
                 )
             )
             stack.callback(registration.cancel)
@@ -276,33 +280,14 @@ def show_metrics(address: str) -> None:
         ) from error
 
 
-def prepare_state(directory: Path) -> int:
-    """Make the state directory, private to root, and lock it for this process.
-
-    Returns:
-        The descriptor that holds the lock.
+def prepare_state(directory: Path) -> None:
+    """Make the state directory and its folders, private to root.
 
     Raises:
-        FailedPrecondition: another snapshotd has it, or it cannot be made.
+        FailedPrecondition: STATE_UNUSABLE.
     """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)
-        for folder in FOLDERS:
-            (directory / folder).mkdir(mode=0o700, exist_ok=True)
-        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise FailedPrecondition(
-            "STATE_UNUSABLE", f"the state directory {directory} cannot be used: {error}"
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise FailedPrecondition(
-            "STATE_IN_USE", f"another snapshotd uses {directory}; stop it or choose another --state-dir"
-        ) from None
-    return lock
+    for folder in (directory, *(directory / name for name in FOLDERS)):
+        make_private(folder)
 
 
 def host_settings(settings: Settings) -> HostSettings:

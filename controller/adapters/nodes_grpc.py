@@ -58,9 +58,10 @@ log = structlog.get_logger()
 class _Link:
     """A channel to one node and its stubs."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, user_agent: str) -> None:
         self.endpoint = endpoint
-        self.channel = grpc.aio.insecure_channel(endpoint, options=OPTIONS)
+        options = (*OPTIONS, ("grpc.primary_user_agent", user_agent))
+        self.channel = grpc.aio.insecure_channel(endpoint, options=options)
         self.instances: Any = instance_service_pb2_grpc.InstanceServiceStub(self.channel)
         self.snapshots: Any = snapshot_service_pb2_grpc.SnapshotServiceStub(self.channel)
         self.nodes: Any = node_service_pb2_grpc.NodeServiceStub(self.channel)
@@ -76,16 +77,21 @@ class _Link:
 
 
 class GrpcNodes:
-    """One channel for each node, kept while its endpoint stays the same."""
+    """One channel for each node, kept while its endpoint stays the same.
 
-    def __init__(self) -> None:
+    Args:
+        controller: this controller's id, which nodes that belong to another one refuse.
+    """
+
+    def __init__(self, controller: str) -> None:
+        self._user_agent = f"dumont-controller/{controller}"
         self._links: dict[str, _Link] = {}
 
     async def connect(self, node: str, endpoint: str) -> None:
         known = self._links.get(node)
         if known is not None and known.endpoint == endpoint:
             return
-        self._links[node] = _Link(endpoint)
+        self._links[node] = _Link(endpoint, self._user_agent)
         if known is not None:
             await known.close()
 
@@ -222,6 +228,12 @@ class GrpcNodes:
         request = snapshots.DeleteSnapshotRequest(name=f"snapshots/{snapshot}")
         async with self._errors(node) as link:
             await link.snapshots.DeleteSnapshot(request, timeout=LONG)
+
+    async def undelete_snapshot(self, node: str, snapshot: str) -> Snapshot:
+        request = snapshots.UndeleteSnapshotRequest(name=f"snapshots/{snapshot}")
+        async with self._errors(node) as link:
+            found = await link.snapshots.UndeleteSnapshot(request, timeout=LONG)
+        return snapshot_messages.fact(node, found)
 
     async def stream_logs(
         self, node: str, instance: str, tail_lines: int, follow: bool

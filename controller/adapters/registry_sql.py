@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from alembic.config import Config as AlembicConfig
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from controller.identity import Identity
 from controller.model import (
     Captured,
     Checkpoint,
@@ -71,6 +72,15 @@ CAPTURED = sa.Table(
     sa.Column("id", sa.String(63), primary_key=True),
     sa.Column("deployment", sa.String(63), nullable=False),
     sa.Column("manifest_digest", sa.String(64), nullable=False),
+    sa.Column("deployment_uid", sa.String(36), nullable=False),
+    sa.Column("adopt_time", sa.Double, nullable=False),
+    sa.Column("node", sa.String(63), nullable=False),
+)
+CONTROLLER = sa.Table(
+    "controller",
+    METADATA,
+    sa.Column("id", sa.String(63), primary_key=True),
+    sa.Column("starts", sa.Integer, nullable=False),
 )
 
 
@@ -79,6 +89,17 @@ class SqlRegistry:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+
+    async def identity(self) -> Identity | None:
+        async with self._transaction() as connection:
+            row = (await connection.execute(sa.select(CONTROLLER))).mappings().first()
+        return Identity(**row) if row is not None else None
+
+    async def save_identity(self, identity: Identity) -> None:
+        async with self._transaction() as connection:
+            await connection.execute(sa.delete(CONTROLLER))
+            await connection.execute(sa.insert(CONTROLLER).values(id=identity.id, starts=identity.starts))
+        await self._checkpoint()
 
     async def load(self) -> Stored:
         async with self._transaction() as connection:
@@ -112,6 +133,7 @@ class SqlRegistry:
                 field="deployment_id",
                 metadata={"deployment": f"deployments/{deployment.id}"},
             ) from error
+        await self._checkpoint()
         return deployment
 
     async def update_deployment(self, deployment: Deployment, etag: str) -> None:
@@ -127,6 +149,7 @@ class SqlRegistry:
                     f"deployments/{deployment.id} was changed meanwhile; read it again and repeat the change",
                     metadata={"deployment": f"deployments/{deployment.id}"},
                 )
+        await self._checkpoint()
 
     async def delete_deployment(self, deployment: str) -> None:
         async with self._transaction() as connection:
@@ -160,9 +183,10 @@ class SqlRegistry:
                 )
             )
 
-    async def drop_intent(self, instance: str) -> None:
+    async def drop_intents(self, instances: Iterable[str]) -> None:
         async with self._transaction() as connection:
-            await connection.execute(sa.delete(INTENTS).where(INTENTS.c.instance == instance))
+            for instance in instances:
+                await connection.execute(sa.delete(INTENTS).where(INTENTS.c.instance == instance))
 
     async def save_captured(self, captured: Captured) -> None:
         async with self._transaction() as connection:
@@ -171,9 +195,13 @@ class SqlRegistry:
                 sa.insert(CAPTURED).values(
                     id=captured.id,
                     deployment=captured.deployment,
+                    deployment_uid=captured.deployment_uid,
                     manifest_digest=captured.manifest_digest,
+                    node=captured.node,
+                    adopt_time=captured.adopt_time,
                 )
             )
+        await self._checkpoint()
 
     async def drop_captured(self, snapshot: str) -> None:
         async with self._transaction() as connection:
@@ -181,6 +209,15 @@ class SqlRegistry:
 
     async def close(self) -> None:
         await self._engine.dispose()
+
+    async def _checkpoint(self) -> None:
+        """Move what was written from SQLite's log to its file, so that nothing is lost with the log."""
+        if self._engine.dialect.name == "sqlite":
+            async with _errors(), self._engine.connect() as connection:
+                raw = await connection.get_raw_connection()
+                assert raw.driver_connection is not None
+                # Outside of any transaction, and without waiting for readers: the next one does the rest.
+                await raw.driver_connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -251,7 +288,8 @@ def _unavailable(error: Exception) -> Unavailable:
     cause = getattr(error, "orig", None) or error
     return Unavailable(
         "DATABASE_UNAVAILABLE",
-        f"the controller's database cannot be used now ({type(cause).__name__}); try again, or see its log",
+        f"the controller's database cannot be used now ({type(cause).__name__}: {str(cause)[:200]}); "
+        "try again, or see its log; if it is damaged, restore it from a backup",
         retry_after=1.0,
     )
 

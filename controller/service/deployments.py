@@ -53,7 +53,9 @@ class DeploymentService(pb_grpc.DeploymentServiceServicer):
         identifier = names.parse(request.name, "deployments", "name")
         await self._deployments.begin_delete(identifier)
         await self._starts.cancel(identifier)
-        await self._inventory.until(lambda: identifier not in self._deployments.by_id)
+        await self._inventory.until(
+            lambda: identifier not in self._deployments.by_id, f"deployments/{identifier}"
+        )
         return Empty()
 
     def _message(self, deployment: Deployment) -> pb.Deployment:

@@ -81,4 +81,7 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
                 yield pb.StreamInstanceLogsResponse(data=data)
 
     def _message(self, instance: Instance) -> pb.Instance:
-        return convert.instance(instance, self._core.deployments.last_use.get(instance.deployment))
+        deployments = self._core.deployments
+        owner = deployments.by_id.get(instance.deployment)
+        orphan = owner is None or not owner.runs(instance.report)
+        return convert.instance(instance, deployments.last_use.get(instance.deployment), orphan)

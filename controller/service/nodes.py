@@ -21,9 +21,11 @@ class NodeService(pb_grpc.NodeServiceServicer):
 
     async def RegisterNode(self, request: pb.RegisterNodeRequest, context: object) -> pb.RegisterNodeResponse:
         identifier = names.check_id(request.node_id, "node_id")
-        node = await self._fleet.register(convert.node(identifier, request.node))
+        node = await self._fleet.register(convert.node(identifier, request.node), request.controller_id)
         return pb.RegisterNodeResponse(
-            node=convert.node_message(node), heartbeat_interval=convert.duration(self._interval)
+            node=convert.node_message(node),
+            heartbeat_interval=convert.duration(self._interval),
+            controller_id=self._fleet.controller,
         )
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: object) -> pb.HeartbeatResponse:

@@ -111,10 +111,20 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
         if request.deployment:
             deployment = names.parse(request.deployment, "deployments", "deployment")
             known = {key: value for key, value in known.items() if value.deployment == deployment}
+        if request.orphans:
+            known = {key: value for key, value in known.items() if value.orphan}
         found, token = page(known, request.page_size, request.page_token)
         return pb.ListSnapshotsResponse(
             snapshots=[self._message(snapshot) for snapshot in found], next_page_token=token
         )
+
+    async def AdoptSnapshot(self, request: pb.AdoptSnapshotRequest, context: object) -> pb.Snapshot:
+        snapshot = names.parse(request.name, "snapshots", "name")
+        wanted = names.parse(request.deployment, "deployments", "deployment") if request.deployment else ""
+        return self._message(await self._snapshots.adopt(snapshot, wanted))
+
+    async def UndeleteSnapshot(self, request: pb.UndeleteSnapshotRequest, context: object) -> pb.Snapshot:
+        return self._message(await self._snapshots.undelete(names.parse(request.name, "snapshots", "name")))
 
     async def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, context: object) -> Empty:
         await self._snapshots.delete(names.parse(request.name, "snapshots", "name"))
@@ -138,5 +148,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
 
     def _message(self, snapshot: Snapshot) -> pb.Snapshot:
         owner = self._core.deployments.by_id.get(snapshot.deployment)
-        last_use = self._core.deployments.last_use.get(snapshot.deployment)
-        return snapshot_messages.message(snapshot, last_use, owner.ttl_seconds if owner else None)
+        if owner is None or owner.uid != snapshot.owner:
+            return snapshot_messages.message(snapshot, None, None)
+        last_use = self._core.deployments.last_use.get(owner.id)
+        return snapshot_messages.message(snapshot, last_use, owner.ttl_seconds)

@@ -122,7 +122,7 @@ class Start:
         deployment = self._known()
         candidates = (
             i
-            for i in self._core.inventory.instances_of(deployment.id)
+            for i in self._own_instances(deployment)
             if i.report.weights is deployment.checkpoint.weights and self._unused(i)
         )
         if (unused := next(candidates, None)) is not None:
@@ -133,7 +133,7 @@ class Start:
             on_stage("", "starting")
             instance = (await self._instances.create(deployment, node.id)).instance
         on_stage(instance, "capturing")
-        captured = await self._instances.capture(instance, snapshot)
+        captured = await self._instances.capture(deployment, instance, snapshot)
         self._captures.succeeded(deployment.id)
         return captured
 
@@ -142,11 +142,18 @@ class Start:
     def _known(self) -> Deployment:
         return self._core.deployments.get_active(self.deployment)
 
+    def _own_instances(self, deployment: Deployment) -> tuple[Instance, ...]:
+        known = self._core.inventory.instances_of(deployment.id)
+        return tuple(instance for instance in known if deployment.runs(instance.report))
+
     def _facts(self) -> policy.Facts:
+        known = self._known()
         return policy.Facts(
-            deployment=self._known(),
-            instances=self._core.inventory.instances_of(self.deployment),
-            snapshots=self._core.inventory.snapshots_of(self.deployment),
+            deployment=known,
+            instances=self._own_instances(known),
+            snapshots=tuple(
+                copy for copy in self._core.inventory.copies_of(known.id) if copy.owner == known.uid
+            ),
             nodes=self._core.inventory.nodes,
             failed=frozenset(self._failed),
             capture_at=self._captures.at.get(self.deployment, 0.0),
@@ -167,7 +174,11 @@ class Start:
         def silent() -> bool:
             return inventory.nodes[node].state is not NodeState.READY
 
-        await inventory.until(settled if wait.node else lambda: settled() or silent())
+        await inventory.until(
+            settled if wait.node else lambda: settled() or silent(),
+            f"deployments/{self.deployment}",
+            f"nodes/{node}",
+        )
         self._joined = wait.tier or self._joined
         self._reasons.append(wait.reason)
         self._phase("wait", began)
@@ -202,7 +213,8 @@ class Start:
         """Capture before any prompt. A failure is recorded and backed off from; the start goes on."""
         began = self._core.now()
         try:
-            captured = await self._instances.capture(instance, names.new_id(self.deployment[:48].rstrip("-")))
+            snapshot = names.new_id(self.deployment[:48].rstrip("-"))
+            captured = await self._instances.capture(self._known(), instance, snapshot)
         except DumontError as error:
             self._captures.failed(self.deployment, self._core.now())
             self._reasons.append(f"capture of instances/{instance} failed: {error.reason}: {error.message}")

@@ -125,10 +125,9 @@ class Starts:
         # The error of the last start by deployment, if it failed.
         self.failures: dict[str, str] = {}
 
-    @property
-    def starting(self) -> frozenset[str]:
-        """Deployments that a start runs for or a request waits for."""
-        return frozenset(self._runs) | frozenset(self._lines)
+    def starting(self, deployment: str) -> bool:
+        """Whether a start runs for a deployment, or a request waits for it."""
+        return deployment in self._runs or deployment in self._lines
 
     def waiting(self, deployment: str) -> int:
         """How many requests wait for an instance of a deployment."""
@@ -140,9 +139,9 @@ class Starts:
             return DeploymentState.DELETING, "its instances and snapshots are being removed"
         if deployment.id in self.failures:
             return DeploymentState.DEGRADED, f"its last start failed: {self.failures[deployment.id]}"
-        fast = self._core.inventory.snapshots_of(deployment.id) or any(
-            i.state in FAST for i in self._core.inventory.instances_of(deployment.id)
-        )
+        fast = any(
+            s.owner == deployment.uid for s in self._core.inventory.snapshots_of(deployment.id)
+        ) or any(i.state in FAST for i in self._core.inventory.instances_of(deployment.id))
         if deployment.id in self._runs and not fast:
             return DeploymentState.CREATING, "it is being started"
         return DeploymentState.ACTIVE, ""
@@ -183,7 +182,7 @@ class Starts:
             line.leave(ticket)
             if not line.queue:
                 # The attendant sees that nobody is left.
-                self._core.inventory.notify()
+                self._core.inventory.touch(f"deployments/{deployment}")
 
     def _lease(self, ready: policy.Attempt, ticket: Ticket, waiting: _Waiting) -> Lease:
         inventory, deployments = self._core.inventory, self._core.deployments
@@ -224,15 +223,16 @@ class Starts:
     async def _attend(self, deployment: str, line: _Line) -> None:
         """While anyone waits: admit them in order, and start an instance where there is none."""
         try:
-            while line.queue:
-                changed = self._core.inventory.changed
-                if line.run is not None and line.run.task.done():
-                    line.settle()
-                self._expire(deployment, line)
-                if self._admit(deployment, line):
-                    self._wait_for_start(deployment, line)
-                if line.queue:
-                    await self._next(changed, line)
+            with self._core.inventory.watched(f"deployments/{deployment}") as changed:
+                while line.queue:
+                    changed.clear()
+                    if line.run is not None and line.run.task.done():
+                        line.settle()
+                    self._expire(deployment, line)
+                    if self._admit(deployment, line):
+                        self._wait_for_start(deployment, line)
+                    if line.queue:
+                        await self._next(changed, line)
         except DumontError as error:
             line.fail_all(error)
         except asyncio.CancelledError:
@@ -248,7 +248,7 @@ class Starts:
         finally:
             del self._lines[deployment]
             # Whoever looks after idle instances looks again.
-            self._core.inventory.notify()
+            self._core.inventory.touch(f"deployments/{deployment}")
 
     def _admit(self, deployment: str, line: _Line) -> bool:
         """Let in whoever fits, the first first. Whether an instance must be started for the next one."""
@@ -351,7 +351,7 @@ class Starts:
 
     def _ended(self, deployment: str) -> None:
         del self._runs[deployment]
-        self._core.inventory.notify()
+        self._core.inventory.touch(f"deployments/{deployment}")
 
     async def _guard(self, deployment: str, work: Callable[[], Awaitable[Any]]) -> Any:
         try:

@@ -134,7 +134,7 @@ def _table(instances: Iterable[Instance]) -> Table:
                 str(instance.pid or ""),
                 size(instance.memory_bytes),
                 age(instance.create_time),
-                instance.failure_message,
+                instance.failure_message or ("orphan: no such deployment" if instance.orphan else ""),
             )
             for instance in instances
         ),

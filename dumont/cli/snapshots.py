@@ -1,4 +1,4 @@
-"""``dumont snapshot create``, ``ls``, ``inspect``, ``prefetch``, ``verify``, ``prune`` and ``rm``."""
+"""``dumont snapshot``: a command for each thing to be done with a snapshot."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ def create(
 @command
 def ls(
     deployment: Annotated[str | None, typer.Option(help="Only this deployment's.")] = None,
+    orphans: Annotated[bool, typer.Option("--orphans", help="Only those of no deployment.")] = False,
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """List snapshots."""
+    """List snapshots. The controller keeps an orphan until somebody adopts or deletes it."""
     with sync.Client(endpoint) as client:
-        found = client.snapshots.list(deployment)
+        found = client.snapshots.list(deployment, orphans=orphans)
     if json:
         print_json(found)
         return
@@ -67,7 +68,7 @@ def ls(
             (
                 short(snapshot.name),
                 short(snapshot.deployment),
-                snapshot.state,
+                state(snapshot),
                 short(snapshot.node),
                 places(snapshot),
                 size(snapshot.size_bytes),
@@ -98,6 +99,35 @@ def inspect(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
             ("FILE", "SIZE", "BLAKE3"),
             ((file.name, size(file.size_bytes), file.digest) for file in snapshot.files),
         )
+
+
+@app.command()
+@command
+def adopt(
+    name: Name,
+    deployment: Annotated[str | None, typer.Option(help="Else the one that the snapshot names.")] = None,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Make an orphan a deployment's snapshot, in place of its earlier ones, or a new one's."""
+    with sync.Client(endpoint) as client:
+        snapshot = client.snapshots.adopt(name, deployment=deployment)
+    if json:
+        print_json(snapshot)
+    else:
+        print_facts(describe(snapshot))
+
+
+@app.command()
+@command
+def undelete(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
+    """Publish a deleted snapshot again, within the object store's grace time. It is an orphan then."""
+    with sync.Client(endpoint) as client:
+        snapshot = client.snapshots.undelete(name)
+    if json:
+        print_json(snapshot)
+    else:
+        print_facts(describe(snapshot))
 
 
 @app.command()
@@ -173,7 +203,7 @@ def describe(snapshot: Snapshot) -> dict[str, str]:
         "deployment": short(snapshot.deployment),
         "model": snapshot.model,
         "node": short(snapshot.node),
-        "state": snapshot.state,
+        "state": state(snapshot),
         "quarantined": snapshot.quarantine_reason,
         "kept": places(snapshot),
         "size": size(snapshot.size_bytes),
@@ -184,6 +214,11 @@ def describe(snapshot: Snapshot) -> dict[str, str]:
         "expires": snapshot.expire_time.isoformat() if snapshot.expire_time else "",
         "manifest": snapshot.manifest_digest,
     }
+
+
+def state(snapshot: Snapshot) -> str:
+    """Its state, and whether anybody has it."""
+    return f"{snapshot.state}, orphan" if snapshot.orphan else snapshot.state
 
 
 def places(snapshot: Snapshot) -> str:

@@ -12,6 +12,7 @@ from dumont.controller.v1 import node_service_pb2 as pb2
 from dumont.controller.v1 import node_service_pb2_grpc as pb2_grpc
 from dumont.rpc.status import from_rpc_error
 from snapshotd.service.node import NodeServicer
+from snapshotd.service.ownership import Ownership
 
 log = structlog.get_logger(__name__)
 
@@ -20,9 +21,23 @@ RETRY_SECONDS = 1.0
 
 
 async def keep_registered(
-    controller: str, endpoint: str, node: NodeServicer, heartbeat_seconds: float
+    controller: str,
+    endpoint: str,
+    node: NodeServicer,
+    heartbeat_seconds: float,
+    ownership: Ownership,
+    accept: bool = False,
 ) -> None:
-    """Register with ``controller`` and send heartbeats, for ever; a lost controller is tried again."""
+    """Register with ``controller`` and send heartbeats, for ever; a lost controller is tried again.
+
+    Args:
+        controller: its address.
+        endpoint: where the node is reached.
+        node: what is told of it.
+        heartbeat_seconds: between heartbeats, unless the controller says otherwise.
+        ownership: the controller that the node belongs to.
+        accept: belong to whichever controller answers at that address.
+    """
     async with grpc.aio.insecure_channel(controller) as channel:
         stub: pb2_grpc.NodeServiceAsyncStub = pb2_grpc.NodeServiceStub(channel)
         registered = False
@@ -31,7 +46,11 @@ async def keep_registered(
                 if registered:
                     await _heartbeat(stub, node)
                 else:
-                    heartbeat_seconds = await _register(stub, node, endpoint) or heartbeat_seconds
+                    owner = "" if accept else ownership.controller
+                    answer = await _register(stub, node, endpoint, owner)
+                    ownership.claim(answer.controller_id)
+                    told = answer.heartbeat_interval.ToNanoseconds() / 1e9
+                    heartbeat_seconds = told or heartbeat_seconds
                     registered = True
                 pause = heartbeat_seconds
             except grpc.aio.AioRpcError as failure:
@@ -48,10 +67,13 @@ async def keep_registered(
             await asyncio.sleep(pause)
 
 
-async def _register(stub: pb2_grpc.NodeServiceAsyncStub, node: NodeServicer, endpoint: str) -> float:
+async def _register(
+    stub: pb2_grpc.NodeServiceAsyncStub, node: NodeServicer, endpoint: str, owner: str
+) -> pb2.RegisterNodeResponse:
     described = node.describe()
     request = pb2.RegisterNodeRequest(
         node_id=node.node_id,
+        controller_id=owner,
         node=pb2.Node(
             name=names.build("nodes", node.node_id),
             endpoint=endpoint,
@@ -70,7 +92,7 @@ async def _register(stub: pb2_grpc.NodeServiceAsyncStub, node: NodeServicer, end
     )
     answer = await stub.RegisterNode(request, timeout=CALL_TIMEOUT)
     log.info("registered with the controller", node=node.node_id, endpoint=endpoint)
-    return answer.heartbeat_interval.ToNanoseconds() / 1e9
+    return answer
 
 
 async def _heartbeat(stub: pb2_grpc.NodeServiceAsyncStub, node: NodeServicer) -> None:

@@ -22,6 +22,7 @@ from snapshotd.repository.fetch import Fetch
 from snapshotd.repository.model import ObjectInfo, PrunePlan, PruneResult, PublishedSnapshot, SealedKey, Usage
 from snapshotd.repository.object_keys import (
     DAMAGED,
+    DELETED,
     SNAPSHOTS,
     chunk_key,
     chunk_of,
@@ -249,6 +250,47 @@ class Repository:
         self._failpoints.hit("delete.manifest")
         await self.objects.delete(key)
         self._failpoints.hit("delete.manifest.after")
+
+    async def undelete(self, snapshot: str) -> PublishedSnapshot:
+        """Publish a deleted snapshot again, while its tombstone still keeps what it needs.
+
+        Raises:
+            NotFound: SNAPSHOT_NOT_DELETED, there is no tombstone of it, or none within the grace time.
+            AlreadyExists: one of that id is published.
+            PermissionDenied: it is signed by a key that is not trusted here.
+            DataLoss: its manifest or a chunk is damaged or gone.
+        """
+        cutoff = self._now() - self.grace
+        deleted = [item async for item in self.objects.list(DELETED) if item.modified > cutoff]
+        tombstones = [item for item in deleted if item.key.startswith(f"{DELETED}{snapshot}/")]
+        if not tombstones:
+            others = sorted({item.key.split("/")[1] for item in deleted})
+            raise NotFound(
+                "SNAPSHOT_NOT_DELETED",
+                f"the store has no deleted snapshots/{snapshot} that is within its grace time of "
+                f"{self.grace.total_seconds():.0f} s; those it has are: {', '.join(others[:20]) or 'none'}",
+                metadata={"snapshot": snapshot},
+            )
+        # Of one that was deleted, made again and deleted again: the last.
+        newest = max(tombstones, key=lambda item: item.modified)
+        data = await self.objects.get(newest.key, document.LARGEST)
+        published = await self._workers.compute(document.decode, data, snapshot, self._trusted)
+        missing: list[str] = []
+
+        async def look(chunk: str) -> None:
+            if await self.objects.stat(chunk_key(chunk)) is None:
+                missing.append(chunk)
+
+        await self._workers.each(published.chunks(), look)
+        if missing:
+            raise DataLoss(
+                "CHUNK_MISSING",
+                f"{len(missing)} chunks of the deleted snapshots/{snapshot} are gone; it cannot be restored",
+                metadata={"snapshot": snapshot, "missing": str(len(missing))},
+            )
+        # The tombstone stays until its time is over: until then collectors see one or the other.
+        await to_completion(self.objects.create(manifest_key(snapshot), data))
+        return published
 
     async def plan_prune(self, now: datetime | None = None, grace: timedelta | None = None) -> PrunePlan:
         """What garbage collection would delete. Changes nothing.

@@ -51,6 +51,9 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
         await self.snapshots.delete(names.parse(request.name, "snapshots", "name"))
         return Empty()
 
+    async def UndeleteSnapshot(self, request: pb2.UndeleteSnapshotRequest, context: Context) -> pb2.Snapshot:
+        return self._message(await self.snapshots.undelete(names.parse(request.name, "snapshots", "name")))
+
     async def PublishSnapshot(
         self, request: pb2.PublishSnapshotRequest, context: Context
     ) -> operations_pb2.Operation:

@@ -311,6 +311,19 @@ class Snapshots:
             if not found:
                 raise
 
+    async def undelete(self, snapshot: str) -> Snapshot:
+        """Publish a snapshot again that was deleted less than the object store's grace time ago.
+
+        Raises:
+            FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED.
+            NotFound: SNAPSHOT_NOT_DELETED, nothing is left of it.
+            DataLoss: part of it is gone.
+        """
+        remote, _ = self._configured()
+        published = self._published[snapshot] = await remote.undelete(snapshot)
+        log.info("snapshot undeleted", snapshot=snapshot)
+        return self._as_snapshot(published)
+
     async def _may_be_published(self, snapshot: str) -> bool:
         assert self.uploads is not None
         try:

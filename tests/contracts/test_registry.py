@@ -171,8 +171,8 @@ async def test_a_node_is_replaced_and_an_intent_dropped_once(registry: Registry)
     await registry.save_node(Node("n1", "a:1"))
     await registry.save_node(Node("n1", "b:2"))
     await registry.save_intent(Intent("i", "qa", "n1", "s", 1.0))
-    await registry.drop_intent("i")
-    await registry.drop_intent("i")
+    await registry.drop_intents(["i"])
+    await registry.drop_intents(["i"])
     stored = await registry.load()
     assert [node.endpoint for node in stored.nodes] == ["b:2"]
     assert stored.intents == ()
@@ -181,12 +181,12 @@ async def test_a_node_is_replaced_and_an_intent_dropped_once(registry: Registry)
 async def test_a_captured_snapshot_is_remembered_with_its_digest_until_it_is_dropped(
     registry: Registry, reopen: Reopen
 ) -> None:
-    await registry.save_captured(Captured("s1", "qa", "older"))
-    await registry.save_captured(Captured("s1", "qa", "newer"))
-    await registry.save_captured(Captured("s2", "qa", "other"))
+    await registry.save_captured(Captured("s1", "qa", "u", ""))
+    await registry.save_captured(Captured("s1", "qa", "u", "newer", "n1", 5.5))
+    await registry.save_captured(Captured("s2", "qa", "", "other"))
     assert set((await (await reopen()).load()).captured) == {
-        Captured("s1", "qa", "newer"),
-        Captured("s2", "qa", "other"),
+        Captured("s1", "qa", "u", "newer", "n1", 5.5),
+        Captured("s2", "qa", "", "other"),
     }
     for _ in range(2):
         await registry.drop_captured("s1")

@@ -35,6 +35,7 @@ class MemoryNodes:
         self._clock = clock
         self.world: dict[str, MemoryNode] = {}
         self.bucket: dict[str, Snapshot] = {}
+        self.deleted: dict[str, Snapshot] = {}
         self.calls: list[tuple[str, str, str]] = []
         self.cancelled: list[tuple[str, str, str]] = []
         self.timeouts: list[float | None] = []
@@ -152,7 +153,7 @@ class MemoryNodes:
     ) -> Report:
         self.weights[instance] = weights
         return await self._create(
-            "start", node, Report(instance, deployment, InstanceState.STARTING, weights=weights)
+            "start", node, Report(instance, deployment, InstanceState.STARTING, weights=weights, model=model)
         )
 
     async def restore(
@@ -164,7 +165,9 @@ class MemoryNodes:
             raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
         if manifest_digest and known[snapshot].manifest_digest != manifest_digest:
             raise DataLoss("MANIFEST_REPLACED", f"snapshots/{snapshot} is another one")
-        return await self._create("restore", node, replace(report, weights=known[snapshot].weights))
+        return await self._create(
+            "restore", node, replace(report, weights=known[snapshot].weights, model=known[snapshot].model)
+        )
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         source = self._find(node, instance)
@@ -184,6 +187,8 @@ class MemoryNodes:
             node,
             now,
             weights=source.weights,
+            model=source.model,
+            engine="causal_lm",
             manifest_digest=f"digest of {snapshot} at {now}",
         )
         self.world[node].snapshots[snapshot] = made
@@ -205,8 +210,17 @@ class MemoryNodes:
     async def delete_snapshot(self, node: str, snapshot: str) -> None:
         await self._call("delete_snapshot", node, snapshot)
         published = self.bucket.pop(snapshot, None)
+        if published is not None:
+            self.deleted[snapshot] = published
         if self.world[node].snapshots.pop(snapshot, None) is None and published is None:
             raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
+
+    async def undelete_snapshot(self, node: str, snapshot: str) -> Snapshot:
+        await self._call("undelete_snapshot", node, snapshot)
+        if snapshot not in self.deleted:
+            raise NotFound("SNAPSHOT_NOT_DELETED", f"nothing is left of snapshots/{snapshot}")
+        self.bucket[snapshot] = self.deleted[snapshot]
+        return await self.get_snapshot(node, snapshot)
 
     async def get_snapshot(self, node: str, snapshot: str) -> Snapshot:
         await self._call("get_snapshot", node, snapshot)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from controller.identity import Identity
 from controller.model import Captured, Deployment, Intent, Node
 from controller.ports import Stored
 from dumont.errors import Aborted, AlreadyExists
@@ -18,6 +19,13 @@ class MemoryRegistry:
         self._intents: dict[str, Intent] = {}
         self._captured: dict[str, Captured] = {}
         self._last_use: dict[str, float] = {}
+        self._identity: Identity | None = None
+
+    async def identity(self) -> Identity | None:
+        return self._identity
+
+    async def save_identity(self, identity: Identity) -> None:
+        self._identity = identity
 
     async def load(self) -> Stored:
         return Stored(
@@ -58,8 +66,9 @@ class MemoryRegistry:
     async def save_intent(self, intent: Intent) -> None:
         self._intents[intent.instance] = intent
 
-    async def drop_intent(self, instance: str) -> None:
-        self._intents.pop(instance, None)
+    async def drop_intents(self, instances: Iterable[str]) -> None:
+        for instance in instances:
+            self._intents.pop(instance, None)
 
     async def save_captured(self, captured: Captured) -> None:
         self._captured[captured.id] = captured

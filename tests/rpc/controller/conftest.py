@@ -12,6 +12,7 @@ import pytest
 from controller.adapters.clock import SystemClock
 from controller.assembly import Controller, assemble
 from controller.config import Config
+from controller.identity import Established, Identity
 from controller.main import DOMAIN, LIMITS, SERVICES, add_services
 from controller.model import Node, NodeState
 from dumont.rpc.operations import Operations
@@ -32,7 +33,7 @@ async def served() -> AsyncIterator[Served]:
     clock = SystemClock()
     nodes = MemoryNodes(clock)
     nodes.add_node("n1")
-    controller = await assemble(nodes, MemoryRegistry(), clock)
+    controller = await assemble(nodes, MemoryRegistry(), clock, Established(Identity("controller", 1)))
     await controller.core.fleet.register(Node("n1", "n1:7071", checkpoint_capable=True))
     async with asyncio.timeout(5):
         await controller.core.inventory.until(

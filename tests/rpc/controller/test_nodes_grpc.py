@@ -137,7 +137,7 @@ class Inference:
 
 @pytest.fixture
 async def node() -> AsyncIterator[tuple[GrpcNodes, Snapshotd, Inference]]:
-    snapshotd, inference, nodes = Snapshotd(), Inference(), GrpcNodes()
+    snapshotd, inference, nodes = Snapshotd(), Inference(), GrpcNodes("controller")
     server = new_server("snapshotd.dumont")
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(snapshotd, server)
     snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(snapshotd, server)

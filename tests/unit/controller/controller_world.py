@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from controller.assembly import Controller, assemble
 from controller.deployments import Draft
+from controller.identity import Established, Identity
 from controller.model import CAUSAL_LM, Deployment, InstanceState, Node, NodeState, StartInfo, StartMode
 from controller.serving import Request
 from tests.fakes.manual_clock import ManualClock
@@ -36,10 +37,11 @@ class World:
         self.clock = ManualClock()
         self.nodes = MemoryNodes(self.clock)
         self.registry = MemoryRegistry()
+        self.who = Established(Identity("controller", 1))
         self.controller: Controller
 
     async def boot(self, **settings: int) -> None:
-        self.controller = await assemble(self.nodes, self.registry, self.clock, **settings)
+        self.controller = await assemble(self.nodes, self.registry, self.clock, self.who, **settings)
 
     async def crash(self) -> None:
         """The controller dies without a word; what it began on nodes goes on."""

@@ -187,7 +187,7 @@ async def test_prewarm_starts_and_captures_at_once(world, service) -> None:
     wanted.prewarm = True
     made = await service.CreateDeployment(wanted, None)
     assert made.state == pb.Deployment.STATE_CREATING
-    await world.until(lambda: bool(world.inventory.snapshots) and not world.controller.starts.starting)
+    await world.until(lambda: bool(world.inventory.snapshots) and not world.controller.starts.starting("qa"))
     assert world.controller.starts.condition(world.controller.core.deployments.get("qa")) == (
         DeploymentState.ACTIVE,
         "",

@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from controller.expiry import DeleteSnapshot, Facts, Forget, GiveUp, KeepWarm, Park, Stop, plan
+from controller.expiry import (
+    DeleteSnapshot,
+    Facts,
+    Forget,
+    GiveUp,
+    KeepWarm,
+    Park,
+    Plan,
+    Stop,
+    plan,
+    plan_node,
+)
 from controller.model import (
     Checkpoint,
     Deployment,
@@ -41,12 +52,13 @@ def instance(
 
 
 def snapshot(identifier: str = "s1", **changes: object) -> Snapshot:
-    return replace(Snapshot(identifier, "qa", "n1", WALL), **changes)
+    return replace(Snapshot(identifier, "qa", "n1", WALL, owner="u"), **changes)
 
 
 def facts(mode: StartMode = StartMode.CHECKPOINT, **changes: object) -> Facts:
     far = Node("n1", "x:1", state=NodeState.READY, heartbeat_at=STEADY + 1e6)
-    return replace(Facts(deployments={"qa": deployment(mode)}, nodes={"n1": far}), **changes)
+    started = frozenset({"i1", "i2"})
+    return replace(Facts(deployment(mode), nodes={"n1": far}, started=started), **changes)
 
 
 def actions(known: Facts, now: Moment) -> list[object]:
@@ -98,13 +110,13 @@ def test_a_start_or_a_waiting_request_keeps_everything_of_its_deployment() -> No
         StartMode.COLD,
         instances=(instance(), instance(InstanceState.PARKED, "i2")),
         snapshots=(snapshot(),),
-        starting=frozenset({"qa"}),
+        starting=True,
     )
     assert actions(known, at(1e6)) == []
 
 
 def test_an_explicit_idle_timeout_replaces_the_default() -> None:
-    known = facts(instances=(instance(),), deployments={"qa": deployment(idle_timeout=7.0, park_timeout=1.0)})
+    known = facts(instances=(instance(),), deployment=deployment(idle_timeout=7.0, park_timeout=1.0))
     assert plan(known, at(0)).wake_in == pytest.approx(7.0)
     assert actions(known, at(7)) == [Park]
     parked = replace(known, instances=(instance(InstanceState.PARKED),))
@@ -131,7 +143,7 @@ def test_a_warm_deployment_without_an_instance_is_started_after_its_back_off() -
 
 
 def test_a_snapshot_goes_its_ttl_after_its_last_use() -> None:
-    known = facts(snapshots=(snapshot(),), last_use={"qa": WALL + 500})
+    known = facts(snapshots=(snapshot(),), last_use=WALL + 500)
     assert plan(known, at(1499)).actions == ()
     assert actions(known, at(1500)) == [DeleteSnapshot]
     unused = facts(snapshots=(snapshot(),))
@@ -148,36 +160,78 @@ def test_a_snapshot_stays_while_its_deployment_works() -> None:
 def test_only_the_newest_snapshot_is_kept_and_a_quarantined_one_for_its_ttl() -> None:
     old, new = snapshot("old"), snapshot("new", create_time=WALL + 1)
     bad = snapshot("bad", create_time=WALL + 2, quarantined=True)
-    known = facts(snapshots=(old, new, bad), last_use={"qa": WALL + 900})
+    known = facts(snapshots=(old, new, bad), last_use=WALL + 900)
     assert [a.target for a in plan(known, at(5)).actions] == ["snapshots/old"]
-    only_bad = facts(snapshots=(bad,), last_use={"qa": WALL + 900})
+    only_bad = facts(snapshots=(bad,), last_use=WALL + 900)
     assert actions(only_bad, at(1002)) == [DeleteSnapshot]
 
 
-def test_what_belongs_to_no_deployment_of_ours_goes_and_what_was_never_ours_stays() -> None:
-    strange = replace(instance(), report=Report("x", "", InstanceState.SERVING))
-    known = facts(deployments={}, instances=(instance(), strange), snapshots=(snapshot(),))
-    assert [a.target for a in plan(known, at(0)).actions] == ["instances/i1", "snapshots/s1"]
+def test_what_this_controller_did_not_write_down_is_never_touched() -> None:
+    # Given a database that knows neither the deployment, nor the instance, nor the snapshot
+    orphans = facts(
+        deployment=None,
+        started=frozenset(),
+        instances=(instance(), instance(InstanceState.PARKED, "i2"), instance(InstanceState.FAILED, "i3")),
+        snapshots=(snapshot(owner=None), snapshot("bad", owner=None, quarantined=True)),
+    )
+    # Then nothing is due, now or ever
+    assert plan(orphans, at(1e6)) == Plan((), None)
+    # Nor when a deployment of that name is made again
+    again = replace(orphans, deployment=deployment(uid="another", model="other"))
+    other = tuple(replace(i, report=replace(i.report, model="m")) for i in orphans.instances)
+    assert plan(replace(again, instances=other), at(1e6)).actions == ()
 
 
-def test_a_deleted_deployment_is_emptied_then_forgotten() -> None:
-    deleting = {"qa": deployment(deleting=True)}
-    full = facts(deployments=deleting, instances=(instance(),), snapshots=(snapshot(),))
-    assert actions(full, at(0)) == [Stop, DeleteSnapshot]
-    in_use = facts(deployments=deleting, instances=(instance(in_flight=1),))
+def test_what_is_left_of_a_deployment_that_was_deleted_goes() -> None:
+    strange = replace(instance(), report=Report("x", "qa", InstanceState.SERVING))
+    for gone in (None, deployment(uid="made since", model="other")):
+        mine = instance()
+        mine = replace(mine, report=replace(mine.report, model="m"))
+        known = facts(deployment=gone, instances=(mine, *((strange,) if gone is None else ())))
+        known = replace(known, snapshots=(snapshot(), snapshot("nobody's", owner="")))
+        left = [a.target for a in plan(known, at(0)).actions]
+        assert left == ["instances/i1", "snapshots/s1", "snapshots/nobody's"]
+
+
+def test_a_deleted_deployment_is_emptied_then_forgotten_and_its_orphans_stay() -> None:
+    deleting = deployment(deleting=True)
+    orphan = snapshot("orphan", owner=None)
+    full = facts(deployment=deleting, instances=(instance(),), snapshots=(snapshot(), orphan))
+    assert [a.target for a in plan(full, at(0)).actions] == ["instances/i1", "snapshots/s1"]
+    in_use = facts(deployment=deleting, instances=(instance(in_flight=1),))
     assert actions(in_use, at(0)) == []
-    assert actions(facts(deployments=deleting), at(0)) == [Forget]
+    assert actions(facts(deployment=deleting, snapshots=(orphan,)), at(0)) == [Forget]
+
+
+def test_each_kind_of_node_keeps_its_newest_snapshot() -> None:
+    # Given snapshots of two kernels, the newer of them made on the newer kernel
+    six = {"compatibility": {"kernel": "6.1", "weights": "abc"}}
+    old_on_six = snapshot("old", **six)
+    new_on_six = snapshot("new", create_time=WALL + 1, compatibility={"kernel": "6.1", "weights": "x"})
+    on_seven = snapshot("other", create_time=WALL + 2, compatibility={"kernel": "7.0"})
+    # Then only the one that its own kind of node has replaced goes
+    known = facts(snapshots=(old_on_six, new_on_six, on_seven), last_use=WALL + 900)
+    assert [a.target for a in plan(known, at(5)).actions] == ["snapshots/old"]
+
+
+def test_a_snapshot_that_no_node_can_restore_goes_after_its_ttl_however_busy_its_deployment_is() -> None:
+    stranded = snapshot(
+        "stranded", unusable_since=WALL + 10, incompatibility="kernel", compatibility={"k": "1"}
+    )
+    known = facts(snapshots=(stranded, snapshot()), last_use=WALL + 5000)
+    assert plan(known, at(1009)).actions == ()
+    assert [a.target for a in plan(known, at(1010)).actions] == ["snapshots/stranded"]
 
 
 def test_a_node_is_given_up_after_three_missing_heartbeats() -> None:
     quiet = Node("n1", "x:1", state=NodeState.READY, heartbeat_at=STEADY)
-    known = facts(nodes={"n1": quiet})
-    assert plan(known, at(14)).wake_in == pytest.approx(1.0)
-    assert actions(known, at(15)) == [GiveUp]
+    assert plan_node(quiet, 15.0, {}, at(14)).wake_in == pytest.approx(1.0)
+    (given_up,) = plan_node(quiet, 15.0, {}, at(15)).actions
+    assert isinstance(given_up, GiveUp)
     mute = replace(quiet, state=NodeState.CONNECTING, since=STEADY, heartbeat_at=STEADY + 14)
-    assert actions(facts(nodes={"n1": mute}), at(15)) == [GiveUp]
+    assert len(plan_node(mute, 15.0, {}, at(15)).actions) == 1
     lost = replace(quiet, state=NodeState.UNREACHABLE)
-    assert actions(facts(nodes={"n1": lost}), at(1e6)) == []
+    assert plan_node(lost, 15.0, {}, at(1e6)) == Plan((), None)
 
 
 def test_a_failed_action_is_put_off() -> None:

@@ -41,7 +41,7 @@ def instance(state: InstanceState, identifier: str = "qa-1", **facts: object) ->
 
 
 def snapshot(identifier: str = "s1", **facts: object) -> Snapshot:
-    return replace(Snapshot(identifier, "qa", "n1", 10.0), **facts)
+    return replace(Snapshot(identifier, "qa", "n1", 10.0, owner="u"), **facts)
 
 
 def node(state: NodeState = NodeState.READY, identifier: str = "n1", **facts: object) -> Node:
@@ -130,7 +130,7 @@ def weighed(weights: Weights, **known: object) -> Facts:
 def test_a_snapshot_is_restored_if_its_weights_are_where_they_are_wanted(
     weights: Weights, wanted: Weights, held: bool
 ) -> None:
-    known = snapshot(weights=weights, local=held, published=True, ours=True)
+    known = snapshot(weights=weights, local=held, published=True)
     decision = decide(weighed(wanted, snapshots=(known,)), NOW)
     assert isinstance(decision, Attempt)
     if weights is wanted:

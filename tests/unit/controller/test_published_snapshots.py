@@ -11,7 +11,7 @@ from controller.model import Captured, Snapshot, StartMode, Storage, Tier
 from controller.policy import Attempt, Facts, decide
 from dumont.errors import DataLoss, FailedPrecondition, Unavailable
 
-SHARED = {"local": False, "published": True, "ours": True}
+SHARED = {"local": False, "published": True, "owner": "u"}
 
 
 def facts(*snapshots: Snapshot, mode: StartMode = StartMode.CHECKPOINT, **known: object) -> Facts:
@@ -45,7 +45,7 @@ def test_a_published_one_is_restored_on_the_node_with_most_memory_among_those_th
 @pytest.mark.parametrize(
     "change",
     [
-        {"ours": False},
+        {"owner": None},
         {"quarantined": True, "quarantine_reason": "CHUNK_DAMAGED: a chunk"},
         {"incompatibility": "its kernel differs"},
     ],
@@ -103,8 +103,8 @@ async def test_a_snapshot_is_published_once_and_every_node_knows(two_nodes) -> N
     snapshot = await published(two_nodes)
     assert len(two_nodes.nodes.named("publish")) == 1
     (first, second) = sorted(two_nodes.inventory.copies(snapshot), key=lambda copy: not copy.local)
-    assert (first.local, first.published, first.ours) == (True, True, True)
-    assert (second.local, second.published, second.ours) == (False, True, True)
+    assert (first.local, first.published, first.orphan) == (True, True, False)
+    assert (second.local, second.published, second.orphan) == (False, True, False)
 
 
 async def test_local_storage_is_never_published(world) -> None:
@@ -142,7 +142,10 @@ async def test_an_older_snapshot_under_the_same_id_is_refused_by_its_digest(two_
 async def test_a_restore_names_the_digest_that_was_captured(two_nodes) -> None:
     snapshot = await published(two_nodes)
     (stored,) = (await two_nodes.registry.load()).captured
-    assert stored == Captured(snapshot, "qa", two_nodes.nodes.bucket[snapshot].manifest_digest)
+    owner = two_nodes.controller.core.deployments.get("qa").uid
+    assert stored == Captured(
+        snapshot, "qa", owner, two_nodes.nodes.bucket[snapshot].manifest_digest, stored.node
+    )
 
 
 async def test_deleting_a_deployment_empties_the_store_too(two_nodes) -> None:

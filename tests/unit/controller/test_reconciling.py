@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from controller import expiry
-from controller.model import InstanceState, NodeState, Report, Snapshot, StartMode, Tier
+from controller.model import InstanceState, NodeState, StartMode, Tier
 from dumont.errors import FailedPrecondition, Internal, NotFound, Unavailable
+from tests.fakes.memory_registry import MemoryRegistry
 
 SERVING, PARKED = InstanceState.SERVING, InstanceState.PARKED
 
@@ -141,7 +142,7 @@ async def test_a_lost_warm_instance_comes_back_with_growing_waits(world) -> None
     gaps = []
     for _ in range(4):
         await world.until(lambda: world.states() == [SERVING])
-        await world.until(lambda: not world.controller.starts.starting)
+        await world.until(lambda: not world.controller.starts.starting("qa"))
         world.nodes.lose("n1", world.inventory.instances_of("qa")[0].id)
         await world.settle()
         lost = world.clock.moment().steady
@@ -211,14 +212,57 @@ async def test_a_deletion_is_finished_by_the_next_controller(world) -> None:
     assert world.nodes.world["n1"].instances == {}
 
 
-async def test_orphans_of_ours_are_stopped_and_strangers_left(world) -> None:
-    made = world.nodes.add_node("n1")
-    made.instances["old"] = Report("old", "forgotten", SERVING)
-    made.instances["theirs"] = Report("theirs", "", SERVING)
-    made.snapshots["old"] = Snapshot("old", "forgotten", "n1", 1.0)
+async def test_a_controller_that_lost_its_database_ends_and_deletes_nothing(world) -> None:
+    # Given an instance and a snapshot, and a controller that knows of neither
     await world.node()
-    await world.until(lambda: set(world.inventory.instances) == {"theirs"} and not world.inventory.snapshots)
-    assert list(made.instances) == ["theirs"]
+    await world.deploy()
+    info, _ = await world.ask()
+    await world.crash()
+    world.registry = MemoryRegistry()
+    await world.boot()
+
+    # When the node registers, and however long it takes
+    await world.node()
+    await world.advance(200_000)
+
+    # Then both are there, as orphans
+    made = world.nodes.world["n1"]
+    assert list(made.instances) == [info.instance]
+    (snapshot,) = world.inventory.snapshots.values()
+    assert snapshot.orphan
+    assert list(made.snapshots) == [snapshot.id]
+
+    # And a deployment of that name starts cold: what it would restore may be anybody's
+    world.nodes.lose("n1", info.instance)
+    await world.deploy()
+    again, _ = await world.ask()
+    assert again.tier is Tier.COLD
+    assert snapshot.id in made.snapshots
+
+
+async def test_a_database_of_last_week_makes_nothing_expire(world) -> None:
+    # Given a snapshot in daily use, whose time to live is a day
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    week_ago = await world.registry.load()
+    for _ in range(7):
+        await world.advance(80_000)
+        await world.ask()
+    # When the database of the first day is put in the place of the last
+    await world.crash()
+    world.registry = MemoryRegistry()
+    for deployment in week_ago.deployments:
+        await world.registry.create_deployment(deployment)
+    for captured in week_ago.captured:
+        await world.registry.save_captured(captured)
+    await world.registry.save_last_use(dict(week_ago.last_use))
+    world.who = replace(world.who, outdated=True)
+    await world.boot()
+    await world.node()
+    await world.advance(60)
+    # Then the snapshot is there
+    assert len(world.nodes.world["n1"].snapshots) == 1
 
 
 async def test_a_silent_node_is_given_up_and_taken_back_with_what_it_holds(world) -> None:
@@ -268,6 +312,10 @@ async def test_a_controller_that_died_during_a_start_starts_nothing_twice(world)
     # Nobody was served before: the capture still comes first.
     order = [call[0] for call in world.nodes.calls if call[0] in ("start", "capture", "generate")]
     assert order == ["start", "capture", "generate"]
+    # It stays written down who started the instance, until that is gone.
+    assert [i.instance for i in (await world.registry.load()).intents] == [info.instance]
+    world.nodes.lose("n1", info.instance)
+    await world.settle()
     assert (await world.registry.load()).intents == ()
 
 

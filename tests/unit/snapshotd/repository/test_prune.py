@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dumont.errors import FailedPrecondition, NotFound
+from dumont.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound
 from snapshotd.repository.model import CHUNK, PublishedSnapshot
 from snapshotd.repository.object_keys import chunk_key
 from snapshotd.repository.repository import Repository
@@ -250,3 +250,51 @@ async def test_a_deletion_that_was_cut_short_can_be_repeated(tmp_path: Path) -> 
     objects.clock.advance(2 * GRACE)
     await collect(store)
     assert objects.objects == {}
+
+
+async def test_a_deleted_snapshot_comes_back_whole_until_the_grace_is_over(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    store = a_node(objects)
+    await publish(store, tmp_path, "s1", 2)
+    objects.clock.advance(2 * GRACE)
+    await store.delete("s1")
+    objects.clock.advance(GRACE - timedelta(seconds=1))
+    assert await collect(store) == 0
+
+    # While the tombstone counts, nothing that it names has gone
+    assert (await store.undelete("s1")).manifest.id == "s1"
+    await store.verify(await store.get("s1"))
+    # And what is published counts from then on
+    objects.clock.advance(2 * GRACE)
+    await collect(store)
+    await store.verify(await store.get("s1"))
+
+
+async def test_a_snapshot_deleted_too_long_ago_is_not_brought_back(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    store = a_node(objects)
+    await publish(store, tmp_path, "old", 2)
+    await store.delete("old")
+    objects.clock.advance(GRACE + timedelta(seconds=1))
+    await publish(store, tmp_path, "recent", 3)
+    await store.delete("recent")
+    with pytest.raises(NotFound, match="those it has are: recent") as refusal:
+        await store.undelete("old")
+    assert refusal.value.reason == "SNAPSHOT_NOT_DELETED"
+
+
+async def test_a_snapshot_is_not_brought_back_over_another_or_in_part(tmp_path: Path) -> None:
+    objects = MemoryObjects()
+    store = a_node(objects)
+    await publish(store, tmp_path, "s1", 2)
+    await store.delete("s1")
+    await store.undelete("s1")
+    with pytest.raises(AlreadyExists):
+        await store.undelete("s1")
+    await store.delete("s1")
+    chunk = next(key for key in objects.objects if key.startswith("chunks/"))
+    await objects.delete(chunk)
+    with pytest.raises(DataLoss) as refusal:
+        await store.undelete("s1")
+    assert refusal.value.reason == "CHUNK_MISSING"
+    assert await store.list() == []

@@ -1,0 +1,84 @@
+"""Which controller this is. Decides from what the database and the state directory remember. Pure.
+
+Nodes belong to one controller and take commands from no other. So the identity must survive whatever
+happens to the database, and a database that is not the one of last time must not be taken for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dumont.errors import FailedPrecondition
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A controller; ``starts`` counts how often it has been started."""
+
+    id: str
+    starts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """Who this controller is from now on.
+
+    ``outdated``: the database is older than the last start, so what it says of the time since is not known.
+    """
+
+    identity: Identity
+    outdated: bool = False
+
+
+def establish(
+    stored: Identity | None,
+    remembered: Identity | None,
+    *,
+    empty: bool,
+    wanted: str,
+    accept: bool,
+    new_id: str,
+) -> Established:
+    """Who this controller is, and whether it may use this database.
+
+    Args:
+        stored: what the database says; None: nothing.
+        remembered: what the state directory says of the last start; None: there was none.
+        empty: the database holds no deployment.
+        wanted: the id that a person asks for, to take the place of a controller that was lost; or empty.
+        accept: a person says that the database is the right one.
+        new_id: for a controller that never was.
+
+    Raises:
+        FailedPrecondition: DATABASE_EMPTY, there was a database and this one is empty; DATABASE_FOREIGN, it
+            is another controller's; CONTROLLER_ID_TAKEN, this controller has another id than the wanted one.
+    """
+    known = stored or remembered
+    if wanted and known is not None and known.id != wanted:
+        raise FailedPrecondition(
+            "CONTROLLER_ID_TAKEN",
+            f"this is controller {known.id} and cannot become {wanted}; leave --controller-id out, or use an "
+            "empty state directory and database",
+            metadata={"controller": known.id, "wanted": wanted},
+        )
+    if remembered is not None and not accept:
+        if stored is None and empty:
+            raise FailedPrecondition(
+                "DATABASE_EMPTY",
+                f"the database is empty, and controller {remembered.id} was started {remembered.starts} "
+                "times with one that was not; restore it from a backup, or start once with "
+                "--accept-database: then nothing is deleted, and dumont snapshot ls --orphans shows what can "
+                "be adopted",
+                metadata={"controller": remembered.id},
+            )
+        if stored is not None and stored.id != remembered.id:
+            raise FailedPrecondition(
+                "DATABASE_FOREIGN",
+                f"the database is that of controller {stored.id}, and this state directory was used by "
+                f"{remembered.id}; check --database and --state-dir, or start once with --accept-database",
+                metadata={"controller": remembered.id, "database": stored.id},
+            )
+    identifier = known.id if known is not None else wanted or new_id
+    starts = max(one.starts for one in (stored, remembered, Identity("", 0)) if one is not None)
+    outdated = remembered is not None and (stored is None or stored.starts < remembered.starts)
+    return Established(Identity(identifier, starts + 1), outdated)
