@@ -14,6 +14,7 @@ import grpc
 from dumont.errors import DumontError
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
+from dumont.state_directory import locked
 from snapshotd.adapters.clock import SystemClock
 from snapshotd.adapters.criu_shim.host import ShimHost
 from snapshotd.adapters.criu_shim.pool import ShimPool
@@ -58,7 +59,9 @@ class NodeUnderTest:
     shims: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.lock = prepare_state(self.state_dir)
+        prepare_state(self.state_dir)
+        self.lock = contextlib.ExitStack()
+        self.lock.enter_context(locked(self.state_dir / "lock", "snapshotd", "nowhere"))
         criu, _ = find_criu()
         assert criu is not None
         self.store = DirectoryStore(self.state_dir / "snapshots", threads=2)
@@ -149,7 +152,7 @@ class NodeUnderTest:
         await self.weights.close()
         if self.cuda is not None:
             await self.cuda.close()
-        os.close(self.lock)
+        self.lock.close()
 
     async def remains(self) -> dict[str, list[str]]:
         """What this node holds of the machine, by kind; the spare shim is waited for and left out."""
