@@ -6,20 +6,25 @@ Outside CI a test whose requirement is missing is skipped with the reason; in CI
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapshotd.preflight import cache_directory, find_criu
-from tests.s3_server import S3Server
-from tests.s3_server import s3_server as run_s3_server
+from tests.helpers.s3_server import S3Server
+from tests.helpers.s3_server import s3_server as run_s3_server
 
 MODELS = Path(os.environ.get("DUMONT_MODELS_DIR") or cache_directory() / "models")
+
+PORTS = range(10_000, 32_000)
 
 LEFT_OUT = pytest.StashKey[tuple[int, int]]()
 
@@ -34,13 +39,26 @@ def require(present: bool, missing: str) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what this machine has too few GPUs for."""
+    """Leave out what this machine has too few GPUs for; among several workers, begin with what takes long."""
     gpus = gpus_here()
     left_out = [item for item in items if gpus_needed(item) > gpus]
     if left_out:
         config.stash[LEFT_OUT] = (gpus, len(left_out))
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if gpus_needed(item) <= gpus]
+    workeroutput = getattr(config, "workeroutput", None)
+    if workeroutput is not None:
+        workeroutput["left_out"] = config.stash.get(LEFT_OUT, None)
+        # The many short files at the end then fill up whichever worker is done first.
+        items.sort(key=lambda item: item.get_closest_marker("node") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker of pytest-xdist has ended: it collected what this process did not."""
+    left_out = getattr(node, "workeroutput", {}).get("left_out")
+    if left_out is not None:
+        node.config.stash[LEFT_OUT] = tuple(left_out)
 
 
 def gpus_here() -> int:
@@ -101,16 +119,16 @@ def embedding_model() -> Path:
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that returns a TCP port nobody listens on, another one at each call."""
-    given: set[int] = set()
+    # Not of the range from which the kernel gives connections theirs: it would give them away again.
+    # And at random: other workers look for ports at the same time.
+    ports = iter(random.SystemRandom().sample(PORTS, len(PORTS)))
 
     def pick() -> int:
-        while True:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = int(probe.getsockname()[1])
-            if port not in given:
-                given.add(port)
+        for port in ports:
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
                 return port
+        raise AssertionError("every port was given away")
 
     return pick
 

@@ -19,8 +19,8 @@ from snapshotd.config import Settings
 from snapshotd.ports import Cuda
 from tests.conftest import require
 from tests.contracts import cuda_files
-from tests.cuda_process import CudaProcess
-from tests.fake_cuda import FakeCuda
+from tests.fakes.fake_cuda import FakeCuda
+from tests.helpers.cuda_process import CudaProcess
 
 OPERATIONS = ["lock", "checkpoint", "restore", "unlock"]
 GPUS = [f"GPU-{digit * 8}-{digit * 4}-{digit * 4}-{digit * 4}-{digit * 12}" for digit in "ab"]

@@ -20,7 +20,7 @@ from snapshotd.adapters.object_store.s3 import S3Objects, S3Settings
 from snapshotd.repository.model import CHUNK
 from snapshotd.repository.ports import BytesLike, ObjectStore
 from snapshotd.repository.repository import check_conditional_create
-from tests.s3_server import S3Server
+from tests.helpers.s3_server import S3Server
 from tests.unit.snapshotd.repository.world import (
     MemoryObjects,
     WallClock,

@@ -14,7 +14,7 @@ from snapshotd import manifest as manifests
 from snapshotd.repository.model import CHUNK
 from snapshotd.repository.object_keys import chunk_key, manifest_key
 from tests.contracts.store_process import POINTS, collect, open_store
-from tests.s3_server import S3Server
+from tests.helpers.s3_server import S3Server
 from tests.unit.snapshotd.repository.world import an_image, contents, noise
 
 KILLED = 70

@@ -21,7 +21,7 @@ from snapshotd.adapters.object_store.s3 import S3Objects, S3Settings
 from snapshotd.config import Settings
 from snapshotd.object_store import check
 from tests.contracts.test_object_store_faults import FaultyServer
-from tests.s3_server import S3Server, s3_server
+from tests.helpers.s3_server import S3Server, s3_server
 
 
 def issue(

@@ -20,11 +20,11 @@ from snapshotd.adapters.cuda.weight_loader import PAUSE, SOCKET, LoaderProcess
 from snapshotd.weights.cache import WeightCache
 from snapshotd.weights.files import NodeWeightFiles
 from snapshotd.weights.mount import HUGE_PAGE
-from tests.fake_driver import UUIDS
+from tests.fakes.fake_driver import UUIDS
 from tests.unit.snapshotd.weights.test_weight_files import a_model
 
 LOADER = (
-    "import os; from snapshotd.cuda.loader import run; from tests.fake_driver import FakeDriver\n"
+    "import os; from snapshotd.cuda.loader import run; from tests.fakes.fake_driver import FakeDriver\n"
     "os.write(1, b'a banner\\n')\n"
     "driver = FakeDriver(); driver.refusals |= {refusals}\n"
     "run(driver)"

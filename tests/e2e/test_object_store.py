@@ -16,8 +16,8 @@ from minio import Minio
 
 import dumont
 from tests.e2e.stack import STOP_SECONDS, command
-from tests.s3_server import S3Server
-from tests.tampering import flip_a_byte
+from tests.helpers.s3_server import S3Server
+from tests.helpers.tampering import flip_a_byte
 
 pytestmark = pytest.mark.node
 

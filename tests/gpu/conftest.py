@@ -14,7 +14,7 @@ from snapshotd.config import Settings
 from snapshotd.model import Snapshot
 from tests.conftest import require
 from tests.gpu.gpu_node import GpuNode, comes_back_to, used
-from tests.gpu.models import make_model
+from tests.helpers.models import make_model
 
 WEIGHT_BUDGET = 2 << 30
 

@@ -66,6 +66,7 @@ def test_a_crash_in_the_middle_of_a_park_or_capture_leaves_the_source_serving(
         return daemon.wait(daemon.instances.CaptureInstance(capture), snapshots_pb2.Snapshot())
 
     daemon.crash(failpoint, job)
+    daemon.start()
 
     after = daemon.get("victim")
     assert (after.pid, after.state) == (source.pid, pb2.Instance.STATE_SERVING)
@@ -93,6 +94,7 @@ def test_a_crash_in_the_middle_of_a_resume_leaves_it_serving(
     daemon.instances.ParkInstance(pb2.ParkInstanceRequest(name="instances/victim"))
     resume = pb2.ResumeInstanceRequest(name="instances/victim")
     daemon.crash(failpoint, lambda: daemon.instances.ResumeInstance(resume))
+    daemon.start()
     after = daemon.get("victim")
     assert (after.pid, after.state) == (source.pid, pb2.Instance.STATE_SERVING)
     assert daemon.generate("victim") == answer
@@ -101,6 +103,7 @@ def test_a_crash_in_the_middle_of_a_resume_leaves_it_serving(
 
 def test_a_crash_in_the_middle_of_a_restore_leaves_nothing(daemon: Daemon, answer: str) -> None:
     daemon.crash("restore.cuda_restore.after", lambda: restored(daemon))
+    daemon.start()
     listed = daemon.instances.ListInstances(pb2.ListInstancesRequest()).instances
     assert [item.name for item in listed] == []
     restored(daemon)

@@ -16,7 +16,6 @@ from dumont.errors import DumontError
 from snapshotd.cuda import suspension
 from snapshotd.model import Json, Snapshot, State
 from snapshotd.system.process_tree import process_tree
-from tests.cuda_process import CudaProcess
 from tests.gpu.gpu_node import (
     MIB,
     SLACK,
@@ -28,6 +27,7 @@ from tests.gpu.gpu_node import (
     until,
     used,
 )
+from tests.helpers.cuda_process import CudaProcess
 from tests.node.node_under_test import refused
 
 pytestmark = [pytest.mark.gpu, pytest.mark.node, pytest.mark.asyncio(loop_scope="module")]

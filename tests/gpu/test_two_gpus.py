@@ -10,8 +10,8 @@ from snapshotd.cuda import suspension
 from snapshotd.gpu import placement
 from snapshotd.instances.move import move
 from snapshotd.model import Snapshot, State
-from tests.cuda_process import CudaProcess
 from tests.gpu.gpu_node import MIB, SLACK, UNSEEN, GpuNode, comes_back_to, used
+from tests.helpers.cuda_process import CudaProcess
 from tests.node.node_under_test import refused
 
 pytestmark = [

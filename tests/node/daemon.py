@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -26,7 +25,16 @@ from dumont.snapshotd.v1 import node_service_pb2_grpc as nodes_grpc
 from dumont.snapshotd.v1 import snapshot_service_pb2_grpc as snapshots_grpc
 from snapshotd.failpoints import CRASHED
 
+ROOT = Path(__file__).parents[2]
 START_SECONDS = 30.0
+CHANNEL = (
+    # Not shared with the channel to the process before, whose connection may be dying yet.
+    ("grpc.use_local_subchannel_pool", 1),
+    # The first connection is refused, because the daemon is starting: soon try again.
+    ("grpc.initial_reconnect_backoff_ms", 20),
+    ("grpc.min_reconnect_backoff_ms", 20),
+    ("grpc.max_reconnect_backoff_ms", 100),
+)
 
 
 class Daemon:
@@ -45,6 +53,8 @@ class Daemon:
         self.device = device
         self.within = within
         self.process: subprocess.Popen[bytes] | None = None
+        # While this file is there, the daemon crashes at the failpoint that it names.
+        self.failpoint = state_dir.parent / f"{state_dir.name}.failpoint"
 
     def __enter__(self) -> Daemon:
         self.start()
@@ -57,12 +67,13 @@ class Daemon:
 
     def start(self) -> None:
         """Start it and wait until it says that it serves."""
-        command = [*self.within, sys.executable, "-m", "snapshotd.main", "--state-dir", str(self.state_dir)]
-        command += ["--listen", self.address, "--device", self.device, *self.flags]
+        command = [*self.within, sys.executable, "-m", "tests.node.failing_snapshotd", str(self.failpoint)]
+        command += ["--state-dir", str(self.state_dir), "--listen", self.address, "--device", self.device]
         self.output = (self.state_dir.parent / f"{self.state_dir.name}.log").open("ab")
-        self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output)
-        # Not shared with the channel to the process before, whose connection may be dying yet.
-        self.channel = grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+        self.process = subprocess.Popen(
+            [*command, *self.flags], cwd=ROOT, stdout=self.output, stderr=self.output
+        )
+        self.channel = grpc.insecure_channel(self.address, CHANNEL)
         self.instances = instances_grpc.InstanceServiceStub(self.channel)
         self.snapshots = snapshots_grpc.SnapshotServiceStub(self.channel)
         self.nodes = nodes_grpc.NodeServiceStub(self.channel)
@@ -78,17 +89,16 @@ class Daemon:
         self._end(signal.SIGKILL)
 
     def crash(self, failpoint: str, call: Callable[[], object]) -> None:
-        """Have it die when ``call`` comes to ``failpoint``, and start the next one."""
-        self.kill()
-        flags, self.flags = self.flags, (*self.flags, "--failpoints", f"{failpoint}=exit")
-        self.start()
-        self.flags = flags
-        with pytest.raises((grpc.RpcError, DumontError)):
-            call()
+        """Have it die when ``call`` comes to ``failpoint``."""
         assert self.process is not None
-        assert self.process.wait(timeout=60) == CRASHED
-        self.process = None
-        self.start()
+        self.failpoint.write_text(failpoint)
+        try:
+            with pytest.raises((grpc.RpcError, DumontError)):
+                call()
+            assert self.process.wait(timeout=30) == CRASHED
+        finally:
+            self.failpoint.unlink()
+        self.kill()
 
     def terminate(self) -> int:
         """Ask it to drain; its exit status."""
@@ -99,7 +109,7 @@ class Daemon:
         if process is None:
             return 0
         self.channel.close()
-        os.kill(process.pid, number)
+        process.send_signal(number)
         status = process.wait(timeout=60)
         self.output.close()
         return status

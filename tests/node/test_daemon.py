@@ -93,6 +93,7 @@ def test_a_crash_in_the_middle_of_a_capture_leaves_the_source_serving(
         f"capture.{step}.after",
         lambda: daemon.wait(daemon.instances.CaptureInstance(capture), snapshots_pb2.Snapshot()),
     )
+    daemon.start()
 
     # then: the very process serves, and no half snapshot is listed
     after = daemon.get("victim")
@@ -118,6 +119,7 @@ def test_a_crash_in_the_middle_of_a_restore_leaves_nothing(daemon: Daemon, insta
         f"restore.{step}.after",
         lambda: daemon.wait(daemon.instances.RestoreInstance(request), pb2.Instance()),
     )
+    daemon.start()
 
     listed = daemon.instances.ListInstances(pb2.ListInstancesRequest()).instances
     assert [item.name for item in listed] == [f"instances/{instance}"]

@@ -15,7 +15,8 @@ from minio import Minio
 from dumont.errors import DataLoss, DumontError, ResourceExhausted
 from dumont.rpc.status import from_rpc_error
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
-from tests.fault_proxy import FaultProxy
+from tests.helpers.fault_proxy import FaultProxy
+from tests.helpers.s3_server import S3Server
 from tests.node.daemon import Daemon
 from tests.node.markers import readable, reads
 from tests.node.store_nodes import (
@@ -30,7 +31,6 @@ from tests.node.store_nodes import (
     restore,
     verify,
 )
-from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.node
 

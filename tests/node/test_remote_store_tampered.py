@@ -16,9 +16,9 @@ from snapshotd.repository.codec import LENGTH, ZSTD
 from snapshotd.repository.document import VERSION
 from snapshotd.repository.object_keys import chunk_key
 from snapshotd.repository.signing import Signer
+from tests.helpers.tampering import flip_a_byte
 from tests.node.daemon import Daemon
 from tests.node.store_nodes import Snapshot, StoreNodes, capture, listed, publish, refused, restore
-from tests.tampering import flip_a_byte
 
 pytestmark = pytest.mark.node
 

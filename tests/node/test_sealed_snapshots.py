@@ -231,6 +231,7 @@ def test_a_crash_while_it_is_sealed_leaves_a_whole_snapshot_or_none(
     restore(a, "source")
 
     a.crash(point, lambda: capture(a, "source", "two"))
+    a.start()
 
     there = point == "capture.commit.after"
     assert sorted(listed(a)) == (["one", "two"] if there else ["one"])
@@ -250,6 +251,7 @@ def test_a_crash_while_it_is_restored_leaves_nothing_in_memory(
     nodes: StoreNodes, marker: bytes, a: Daemon, point: str
 ) -> None:
     a.crash(point, lambda: restore(a, "victim"))
+    a.start()
 
     assert unsealed(a) == []
     assert readable(a.state_dir, marker) == []

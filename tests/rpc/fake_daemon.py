@@ -6,10 +6,9 @@ import asyncio
 import sys
 from pathlib import Path
 
-from fake_controller import FakeController
-
 from dumont.controller.v1 import node_service_pb2_grpc
 from dumont.rpc.server import add_standard_services, bind, new_server, run_until_signalled
+from tests.rpc.fake_controller import FakeController
 
 
 async def serve(address: str, left: Path) -> None:

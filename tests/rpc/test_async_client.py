@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from fake_controller import FakeController, serving
 
 import dumont
+from tests.rpc.fake_controller import FakeController, serving
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from fake_controller import Served
 from typer.testing import CliRunner
 
 from dumont.cli.main import app
+from tests.rpc.fake_controller import Served
 
 
 @pytest.fixture(scope="module")

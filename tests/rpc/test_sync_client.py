@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fake_controller import Served
 
 import dumont
+from tests.rpc.fake_controller import Served
 
 
 @pytest.fixture(scope="module")

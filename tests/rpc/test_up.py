@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,21 +17,16 @@ from dumont.up import Daemon, plan, run
 from snapshotd.config import Settings
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture
-def daemons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Daemon]:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path.cwd())]))
+def daemons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_port: Callable[[], int]) -> list[Daemon]:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), str(Path.cwd())]))
     made = []
     for name in ("controller", "snapshotd"):
         endpoint = f"127.0.0.1:{free_port()}"
         arguments = (endpoint, str(tmp_path / f"{name}.left"))
-        made.append(Daemon(name, "fake_daemon", endpoint, tmp_path / "state" / f"{name}.log", arguments))
+        made.append(
+            Daemon(name, "tests.rpc.fake_daemon", endpoint, tmp_path / "state" / f"{name}.log", arguments)
+        )
     return made
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from controller_world import World
+
+from tests.unit.controller.controller_world import World
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 from collections import Counter
 
-from controller_world import World
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from controller.model import InstanceState, NodeState, StartMode
 from dumont.errors import AlreadyExists, DataLoss, DumontError, Internal, Unavailable
+from tests.unit.controller.controller_world import World
 
 FAULTS = {
     "refused": Internal("BROKEN", "it broke"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_policy import NOW, deployment, node, snapshot
 
 from controller.model import Captured, Snapshot, StartMode, Storage, Tier
 from controller.policy import Attempt, Facts, decide
 from dumont.errors import DataLoss, FailedPrecondition, Unavailable
+from tests.unit.controller.test_policy import NOW, deployment, node, snapshot
 
 SHARED = {"local": False, "published": True, "owner": "u"}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_world import FakeWorld
 
 from dumont.errors import DumontError, Unavailable
 from model_host.engine import WeightsPlace
 from model_host.host import Host
 from model_host.machine import State
+from tests.unit.model_host.fake_world import FakeWorld
 
 Json = dict[str, Any]
 SOCKET = "/run/dumont/host.sock"

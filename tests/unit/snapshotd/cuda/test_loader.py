@@ -17,7 +17,7 @@ from snapshotd.cuda.driver import DriverError, LoaderError
 from snapshotd.cuda.gpus import Gpus, strides
 from snapshotd.cuda.loader import Loader, locate
 from snapshotd.cuda.registered import Files
-from tests.fake_driver import UUIDS, FakeDriver
+from tests.fakes.fake_driver import UUIDS, FakeDriver
 
 UNIT = 2 << 20
 CONTENT = bytes(range(256)) * 64

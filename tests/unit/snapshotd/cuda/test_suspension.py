@@ -13,7 +13,7 @@ import pytest
 from dumont.errors import Aborted, DumontError
 from snapshotd.cuda import suspension
 from snapshotd.system.process_tree import process_tree
-from tests.fake_cuda import FakeCuda
+from tests.fakes.fake_cuda import FakeCuda
 
 PIDS = (11, 12, 13)
 FAULTS = ["refuse", "die", "hang"]

@@ -10,7 +10,7 @@ from typing import Any
 from snapshotd.instances.manager import Instances
 from snapshotd.jobs.executor import Action
 from snapshotd.model import Canary, Gpu, Instance, Json, Manifest, Model, Phase, Sharing, Snapshot, State
-from tests.fake_cuda import FakeCuda
+from tests.fakes.fake_cuda import FakeCuda
 from tests.unit.snapshotd.instances.instances_world import (
     FILES,
     LOADED,

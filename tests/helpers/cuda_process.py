@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 
@@ -28,7 +28,7 @@ class CudaProcess:
 
     def __init__(self, devices: int = 1, mib: int = 64, cuda: bool = True) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cuda_process", str(devices if cuda else 0), str(mib)],
+            [sys.executable, "-m", "tests.helpers.cuda_process", str(devices if cuda else 0), str(mib)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,0 +1,1 @@
+"""Servers, processes, models and damage that tests of several folders use."""
