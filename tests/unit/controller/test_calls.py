@@ -6,11 +6,11 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from controller_world import Answered
 
 from controller.model import InstanceState, Tier
 from controller.serving import Request
 from dumont.errors import DumontError, FailedPrecondition, NotFound, Unavailable
+from tests.unit.controller.controller_world import Answered
 
 
 def silent() -> Unavailable:

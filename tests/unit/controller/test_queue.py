@@ -6,12 +6,12 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from controller_world import Answered, World
 
 from controller import routing
 from controller.model import Capacity, Instance, InstanceState, Report, StartMode, Tier
 from controller.queue import Queue, Ticket
 from dumont.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from tests.unit.controller.controller_world import Answered, World
 
 # The queue by itself
 
