@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 class Backoff:
     """Doubling waits by key, from ``first`` to ``limit`` seconds.
 
-    ``at`` maps a key to the steady time from which it may be tried; absent means now.
+    ``at`` maps a key to the monotonic time from which it may be tried; absent means now.
     """
 
     first: float
@@ -18,7 +18,7 @@ class Backoff:
     _failures: dict[str, int] = field(default_factory=dict)
 
     def failed(self, key: str, now: float) -> None:
-        """It failed at steady time ``now``: wait, longer each time."""
+        """It failed at monotonic time ``now``: wait, longer each time."""
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
         self.at[key] = now + min(self.limit, self.first * 2.0 ** min(count, 32))

@@ -26,5 +26,5 @@ class Core:
     metrics: Metrics
 
     def now(self) -> float:
-        """Steady time in seconds."""
-        return self.clock.moment().steady
+        """Monotonic time in seconds."""
+        return self.clock.moment().monotonic

@@ -1,7 +1,7 @@
 """What is to be parked, stopped, deleted or started now, and when to look again. Pure.
 
 Each plan is of one deployment or one node, so that a change costs what depends on it and no more. Rules
-yield (steady time at which it is due, action). What is not due yet only says when to look again. Nothing
+yield (monotonic time at which it is due, action). What is not due yet only says when to look again. Nothing
 that serves a request, starts or is being captured is ever touched, and nothing that this controller has
 not written down as its own.
 """
@@ -46,7 +46,7 @@ class Facts:
 
     ``deployment`` is None when there is none of that id. ``started`` holds the ids of instances that this
     controller started; ``starting``: a start is running or a request waits; ``last_use`` a wall time;
-    ``retry_at`` steady times by resource name, before which no action on it is tried again.
+    ``retry_at`` monotonic times by resource name, before which no action on it is tried again.
     """
 
     deployment: Deployment | None = None
@@ -174,11 +174,11 @@ def _due(rules: Iterator[tuple[float, Action]], retry_at: Mapping[str, float], n
     next_at: float | None = None
     for due, action in rules:
         at = max(due, retry_at.get(action.target, due))
-        if at <= now.steady:
+        if at <= now.monotonic:
             actions.append(action)
         else:
             next_at = at if next_at is None else min(next_at, at)
-    return Plan(tuple(actions), None if next_at is None else next_at - now.steady)
+    return Plan(tuple(actions), None if next_at is None else next_at - now.monotonic)
 
 
 def _rules(facts: Facts, now: Moment) -> Iterator[tuple[float, Action]]:
@@ -207,10 +207,10 @@ def _instance(facts: Facts, instance: Instance, now: Moment) -> Iterator[tuple[f
     if deployment is None or not deployment.runs(instance.report):
         # Only what is known to have been started from here: the rest is somebody's.
         if instance.state in STOPPABLE and instance.id in facts.started:
-            yield now.steady, Stop(instance.id, "its deployment is gone")
+            yield now.monotonic, Stop(instance.id, "its deployment is gone")
     elif deployment.deleting:
         if instance.state in STOPPABLE:
-            yield now.steady, Stop(instance.id, "its deployment is being deleted")
+            yield now.monotonic, Stop(instance.id, "its deployment is being deleted")
     elif instance.state is InstanceState.FAILED:
         yield instance.since + FAILED_KEPT, Stop(instance.id, "it failed")
     elif instance.state is InstanceState.SERVING:
@@ -238,7 +238,7 @@ def _serving(
         ]
         oldest = min(serving, key=lambda i: (i.report.create_time, i.id))
         if instance.id != oldest.id:
-            yield now.steady, Stop(instance.id, f"instances/{oldest.id} is kept warm already")
+            yield now.monotonic, Stop(instance.id, f"instances/{oldest.id} is kept warm already")
 
 
 def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[float, Action]]:
@@ -246,14 +246,14 @@ def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[f
         return
     deployment = facts.deployment
     if deployment is None or not facts.owned(snapshot):
-        yield now.steady, DeleteSnapshot(snapshot.id, "its deployment is gone")
+        yield now.monotonic, DeleteSnapshot(snapshot.id, "its deployment is gone")
         return
     if deployment.deleting:
-        yield now.steady, DeleteSnapshot(snapshot.id, "its deployment is being deleted")
+        yield now.monotonic, DeleteSnapshot(snapshot.id, "its deployment is being deleted")
         return
 
     def after(used: float) -> float:
-        return now.steady + used + deployment.ttl_seconds - now.wall
+        return now.monotonic + used + deployment.ttl_seconds - now.wall
 
     if snapshot.quarantined:
         yield after(snapshot.create_time), DeleteSnapshot(snapshot.id, "ttl has passed since its quarantine")
@@ -268,9 +268,9 @@ def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[f
         key=lambda s: s.age_key,
     )
     if _unpublished(facts, deployment, snapshot) and newest.id == snapshot.id:
-        yield now.steady, Publish(snapshot.id, "its deployment keeps snapshots in the object store")
+        yield now.monotonic, Publish(snapshot.id, "its deployment keeps snapshots in the object store")
     if newest.id != snapshot.id:
-        yield now.steady, DeleteSnapshot(snapshot.id, f"snapshots/{newest.id} has replaced it")
+        yield now.monotonic, DeleteSnapshot(snapshot.id, f"snapshots/{newest.id} has replaced it")
     elif snapshot.unusable_since is not None:
         # Its deployment may be in use for ever without it.
         yield (
@@ -302,6 +302,6 @@ def _deployment(facts: Facts, deployment: Deployment, now: Moment) -> Iterator[t
     if deployment.deleting:
         left = [s for s in facts.snapshots if facts.owned(s) and reachable(s.node)]
         if not instances and not left:
-            yield now.steady, Forget(deployment.id, "nothing of it is left")
+            yield now.monotonic, Forget(deployment.id, "nothing of it is left")
     elif deployment.start_mode is StartMode.WARM and not any(i.state in LIVE for i in instances):
-        yield now.steady, KeepWarm(deployment.id, "no instance is resident")
+        yield now.monotonic, KeepWarm(deployment.id, "no instance is resident")

@@ -44,7 +44,7 @@ class Fleet:
     def load(self, nodes: Iterable[Node]) -> None:
         """Take in what the registry holds and ask each node, at start-up."""
         for node in nodes:
-            now = self._clock.moment().steady
+            now = self._clock.moment().monotonic
             self._inventory.put_node(replace(node, state=NodeState.CONNECTING, since=now, heartbeat_at=now))
             self._follow(node.id)
 
@@ -72,8 +72,8 @@ class Fleet:
             node,
             state=NodeState.CONNECTING,
             heartbeat_time=now.wall,
-            heartbeat_at=now.steady,
-            since=now.steady,
+            heartbeat_at=now.monotonic,
+            since=now.monotonic,
         )
         await self._registry.save_node(node)
         self._inventory.put_node(node)
@@ -97,7 +97,7 @@ class Fleet:
         now = self._clock.moment()
         memory = memory_available_bytes or known.memory_available_bytes
         self._inventory.put_node(
-            replace(known, heartbeat_time=now.wall, heartbeat_at=now.steady, memory_available_bytes=memory)
+            replace(known, heartbeat_time=now.wall, heartbeat_at=now.monotonic, memory_available_bytes=memory)
         )
         # An unreachable node stays so until it has told what it holds: nobody waits for it meanwhile.
         if known.state is NodeState.UNREACHABLE and identifier not in self._followers:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from controller.core import Core
-from controller.machine import SAW, Event
+from controller.lifecycle import SAW, Event
 from controller.model import (
     Captured,
     Deployment,

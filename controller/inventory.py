@@ -1,7 +1,7 @@
 """What the nodes hold, mirrored in memory. Synchronous, so that a check and its move are one step.
 
 Nodes are the truth for instances and snapshots. Only this module stores states, and only
-``machine.advance`` makes them. What belongs to a deployment is found by its id, and who waits or plans is
+``lifecycle.advance`` makes them. What belongs to a deployment is found by its id, and who waits or plans is
 told which deployment or node has changed: no step looks at everything there is.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from controller import machine
-from controller.machine import Event
+from controller import lifecycle
+from controller.lifecycle import Event
 from controller.model import Captured, Instance, InstanceState, Intent, Node, NodeState, Report, Snapshot
 from controller.ports import Clock, Removed, Synchronized
 from dumont.errors import FailedPrecondition, NotFound
@@ -172,7 +172,7 @@ class Inventory:
 
     def move_node(self, node: str, state: NodeState) -> None:
         if self.nodes[node].state is not state:
-            self.put_node(replace(self.nodes[node], state=state, since=self._clock.moment().steady))
+            self.put_node(replace(self.nodes[node], state=state, since=self._clock.moment().monotonic))
 
     def learn(self, node: str, reports: Iterable[Report], snapshots: Iterable[Snapshot]) -> None:
         """Replace all that was known of a node by what it says now; it is ready then."""
@@ -280,7 +280,7 @@ class Inventory:
         if known.busy and report.state is not InstanceState.FAILED:
             self._store(known)
         else:
-            self._apply(known, machine.SAW[report.state])
+            self._apply(known, lifecycle.SAW[report.state])
 
     def removed(self, instance: str) -> None:
         if instance in self.instances:
@@ -317,8 +317,8 @@ class Inventory:
         """
         known = self.instance(instance)
         if known.busy:
-            raise machine.IllegalTransition(instance, known.state, event)
-        state = machine.advance(instance, known.state, event)
+            raise lifecycle.IllegalTransition(instance, known.state, event)
+        state = lifecycle.advance(instance, known.state, event)
         if known.in_flight and not force:
             raise FailedPrecondition(
                 "INSTANCE_BUSY",
@@ -353,22 +353,22 @@ class Inventory:
         if known is None:
             return
         left = known.in_flight - sequences
-        self.instances[instance] = replace(known, in_flight=left, idle_since=self._clock.moment().steady)
+        self.instances[instance] = replace(known, in_flight=left, idle_since=self._clock.moment().monotonic)
         if left == 0:
             self.touch(f"deployments/{known.deployment}")
 
     # The only three places that write an instance's state
 
     def _new(self, node: str, report: Report) -> Instance:
-        now = self._clock.moment().steady
+        now = self._clock.moment().monotonic
         return Instance(node, InstanceState.UNKNOWN, report, since=now, idle_since=now)
 
     def _apply(self, instance: Instance, event: Event) -> None:
-        self._move(instance, machine.advance(instance.id, instance.state, event))
+        self._move(instance, lifecycle.advance(instance.id, instance.state, event))
 
     def _move(self, instance: Instance, state: InstanceState) -> Instance:
         if state is not instance.state:
-            now = self._clock.moment().steady
+            now = self._clock.moment().monotonic
             # A park that did not happen leaves it as idle as it was.
             woke = state is InstanceState.SERVING and instance.state is not InstanceState.PARKING
             idle = now if woke else instance.idle_since

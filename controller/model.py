@@ -1,6 +1,6 @@
 """Frozen facts the controller decides on.
 
-Wall-clock times (``*_time``) are seconds since the epoch and may be stored. Steady times
+Wall-clock times (``*_time``) are seconds since the epoch and may be stored. Monotonic times
 (``since``, ``idle_since``) count from an arbitrary start, never jump, and are never stored.
 """
 
@@ -60,7 +60,7 @@ class DeploymentState(Enum):
 
 
 class InstanceState(Enum):
-    """An instance as the controller sees it; ``machine.py`` holds the moves."""
+    """An instance as the controller sees it; ``lifecycle.py`` holds the transitions."""
 
     UNKNOWN = auto()
     STARTING = auto()
@@ -86,7 +86,7 @@ class Moment:
     """One instant on both clocks, in seconds."""
 
     wall: float
-    steady: float
+    monotonic: float
 
 
 @dataclass(frozen=True, slots=True)

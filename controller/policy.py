@@ -24,7 +24,7 @@ from dumont.errors import Unavailable
 class Facts:
     """What is known when a start is decided.
 
-    ``failed`` holds resource names that this start tried in vain; ``capture_at`` is the steady
+    ``failed`` holds resource names that this start tried in vain; ``capture_at`` is the monotonic
     time before which no capture is tried, because one failed.
     """
 
@@ -79,7 +79,7 @@ def decide(facts: Facts, now: float) -> Attempt | Wait:
 
     Args:
         facts: what is known.
-        now: steady time in seconds.
+        now: monotonic time in seconds.
 
     Raises:
         Unavailable: NO_NODE, no node can take a cold start.
@@ -102,7 +102,7 @@ def admit(facts: Facts, now: float, sequences: int) -> Attempt | Full | None:
 
     Args:
         facts: what is known.
-        now: steady time in seconds.
+        now: monotonic time in seconds.
         sequences: what the request takes of an instance.
     """
     resident = _resident(facts, _reachable(facts), now, sequences)

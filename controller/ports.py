@@ -39,7 +39,7 @@ NODE_UNAVAILABLE: Final = "NODE_UNAVAILABLE"
 
 
 class Clock(Protocol):
-    """Time. Wall time may jump and is stored; steady time never jumps and is not."""
+    """Time. Wall time may jump and is stored; monotonic time never jumps and is not."""
 
     def moment(self) -> Moment: ...
 

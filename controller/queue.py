@@ -21,8 +21,8 @@ class Ticket:
     """A request's place in the order of arrival, which it keeps when it has to wait again.
 
     Args:
-        arrived: steady time.
-        deadline: steady time after which nobody waits for the answer, None for no end.
+        arrived: monotonic time.
+        deadline: monotonic time after which nobody waits for the answer, None for no end.
         sequences: answers that it asks for: it takes so much of an instance.
     """
 
@@ -88,5 +88,5 @@ class Queue:
 
     @property
     def next_deadline(self) -> float | None:
-        """The steady time at which the next of them expires."""
+        """The monotonic time at which the next of them expires."""
         return min((t.deadline for t in self._tickets if t.deadline is not None), default=None)

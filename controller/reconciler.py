@@ -26,7 +26,7 @@ from dumont.errors import DumontError
 
 log = structlog.get_logger()
 
-STEADY_ENOUGH = 60.0
+STABLE_SECONDS = 60.0
 # Planned in one step; requests are served between two steps.
 BATCH = 200
 # A deployment is looked at again after so many seconds, since the wall clock may have jumped.
@@ -43,7 +43,7 @@ class Agenda:
         self._at: dict[str, float] = {}
 
     def put(self, subject: str, at: float) -> None:
-        """Look at it at steady time ``at``."""
+        """Look at it at monotonic time ``at``."""
         if self._at.get(subject) != at:
             self._at[subject] = at
             heapq.heappush(self._heap, (at, subject))
@@ -114,15 +114,15 @@ class Reconciler:
         """Plan what is due, begin it, and return the seconds until more may be."""
         now = self._core.clock.moment()
         for subject in self._core.inventory.take_changed():
-            self._agenda.put(subject, max(now.steady, self._defects.at.get(subject, 0.0)))
-        for subject in self._agenda.take(now.steady, BATCH):
+            self._agenda.put(subject, max(now.monotonic, self._defects.at.get(subject, 0.0)))
+        for subject in self._agenda.take(now.monotonic, BATCH):
             try:
                 plan = self._plan(subject, now)
             except Exception:
                 # One defect must not end the timers of all the others: try again, later each time.
                 log.exception("reconcile_failed", subject=subject)
                 self._core.metrics.reconciler_errors.inc()
-                self._defects.failed(subject, now.steady)
+                self._defects.failed(subject, now.monotonic)
                 self._agenda.put(subject, self._defects.at[subject])
                 continue
             self._defects.succeeded(subject)
@@ -130,11 +130,11 @@ class Reconciler:
                 continue
             self._begin(subject, plan.actions)
             wake_in = LOOK_AGAIN if plan.wake_in is None else min(plan.wake_in, LOOK_AGAIN)
-            self._agenda.put(subject, now.steady + wake_in)
+            self._agenda.put(subject, now.monotonic + wake_in)
         if departed := self._core.inventory.take_departed():
             self._core.tasks.spawn(self._core.registry.drop_intents(departed), "drop intents")
         next_at = self._agenda.next_at()
-        return None if next_at is None else max(0.0, next_at - now.steady)
+        return None if next_at is None else max(0.0, next_at - now.monotonic)
 
     def _plan(self, subject: str, now: Moment) -> expiry.Plan | None:
         kind, _, identifier = subject.partition("/")
@@ -228,7 +228,7 @@ class Reconciler:
         # One that ends soon after each start must wait longer each time, though every start succeeds.
         key = KeepWarm(deployment, "").target
         now = self._core.now()
-        if now - self._warmed.get(deployment, now) > STEADY_ENOUGH:
+        if now - self._warmed.get(deployment, now) > STABLE_SECONDS:
             self._restarts.succeeded(key)
         self._restarts.failed(key, now)
         await self._starts.start(deployment)

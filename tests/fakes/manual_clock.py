@@ -10,8 +10,8 @@ from controller.model import Moment
 class ManualClock:
     """Stands still until ``advance``; sleepers wake in the order of their times."""
 
-    def __init__(self, wall: float = 1_700_000_000.0, steady: float = 1000.0) -> None:
-        self._now = Moment(wall, steady)
+    def __init__(self, wall: float = 1_700_000_000.0, monotonic: float = 1000.0) -> None:
+        self._now = Moment(wall, monotonic)
         self._sleepers: list[tuple[float, asyncio.Event]] = []
 
     def moment(self) -> Moment:
@@ -19,7 +19,7 @@ class ManualClock:
 
     async def sleep(self, seconds: float) -> None:
         woken = asyncio.Event()
-        sleeper = (self._now.steady + seconds, woken)
+        sleeper = (self._now.monotonic + seconds, woken)
         self._sleepers.append(sleeper)
         try:
             await woken.wait()
@@ -29,8 +29,8 @@ class ManualClock:
 
     def advance(self, seconds: float) -> None:
         """Move both clocks on."""
-        self._now = Moment(self._now.wall + seconds, self._now.steady + seconds)
+        self._now = Moment(self._now.wall + seconds, self._now.monotonic + seconds)
         for sleeper in sorted(self._sleepers, key=lambda s: s[0]):
-            if sleeper[0] <= self._now.steady:
+            if sleeper[0] <= self._now.monotonic:
                 self._sleepers.remove(sleeper)
                 sleeper[1].set()

@@ -86,8 +86,8 @@ class World:
 
     async def advance(self, seconds: float) -> None:
         """Time passes while every node keeps sending heartbeats."""
-        end = self.clock.moment().steady + seconds
-        while (left := end - self.clock.moment().steady) > 0:
+        end = self.clock.moment().monotonic + seconds
+        while (left := end - self.clock.moment().monotonic) > 0:
             for identifier, node in self.nodes.world.items():
                 if node.up and identifier in self.inventory.nodes:
                     self.controller.core.fleet.heartbeat(identifier, 0)

@@ -145,10 +145,10 @@ async def test_a_lost_warm_instance_comes_back_with_growing_waits(world) -> None
         await world.until(lambda: not world.controller.starts.starting("qa"))
         world.nodes.lose("n1", world.inventory.instances_of("qa")[0].id)
         await world.settle()
-        lost = world.clock.moment().steady
+        lost = world.clock.moment().monotonic
         while not world.states():
             await world.advance(0.5)
-        gaps.append(world.clock.moment().steady - lost)
+        gaps.append(world.clock.moment().monotonic - lost)
     assert gaps == sorted(gaps)
     assert gaps[0] <= 1.0
     assert gaps[-1] >= 4.0
@@ -400,7 +400,7 @@ async def test_a_defect_in_planning_ends_no_timer_for_good(world, monkeypatch) -
     plan = expiry.plan
 
     def broken(*arguments: object) -> expiry.Plan:
-        calls.append(world.clock.moment().steady)
+        calls.append(world.clock.moment().monotonic)
         if len(calls) <= 3:
             raise RuntimeError("a defect")
         return plan(*arguments)
@@ -426,7 +426,7 @@ async def test_a_defect_in_an_action_is_counted_and_tried_again_later(world, mon
     tries: list[float] = []
 
     async def broken(instance: str) -> None:
-        tries.append(world.clock.moment().steady)
+        tries.append(world.clock.moment().monotonic)
         raise RuntimeError("a defect")
 
     monkeypatch.setattr(world.controller.instances, "park", broken)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from controller.machine import COMMANDS, OUTCOMES, SAW, TABLE, Event, IllegalTransition, advance
+from controller.lifecycle import COMMANDS, OUTCOMES, SAW, TABLE, Event, IllegalTransition, advance
 from controller.model import InstanceState as State
 
 REPORTS = set(SAW.values())
