@@ -21,9 +21,12 @@ from controller.model import (
     NodeState,
     Phase,
     Report,
+    Snapshot,
+    SnapshotFile,
     StartInfo,
     StartMode,
     Storage,
+    StoredSnapshot,
     Tier,
     Weights,
 )
@@ -31,8 +34,10 @@ from dumont.controller.v1 import deployment_service_pb2 as deployments_pb
 from dumont.controller.v1 import inference_service_pb2 as inference_pb
 from dumont.controller.v1 import instance_service_pb2 as instances_pb
 from dumont.controller.v1 import node_service_pb2 as nodes_pb
+from dumont.controller.v1 import snapshot_service_pb2 as snapshots_pb
 from dumont.errors import InvalidArgument
 from dumont.snapshotd.v1 import instance_service_pb2 as node_instances_pb
+from dumont.snapshotd.v1 import snapshot_service_pb2 as node_snapshots_pb
 
 TEN_YEARS: Final = 10 * 365 * 86400
 MODEL_LIMIT: Final = 1024
@@ -237,7 +242,7 @@ def _duration(message: Message, name: str, field: str) -> float | None:
 # Deployments
 
 
-def deployment(
+def deployment_message(
     facts: Deployment, state: DeploymentState, state_message: str, last_use: float | None
 ) -> deployments_pb.Deployment:
     message = deployments_pb.Deployment(
@@ -292,7 +297,7 @@ def node_weights(value: node_instances_pb.Weights.ValueType) -> Weights:
     return Weights.INCLUDED if value == node_instances_pb.WEIGHTS_INCLUDED else Weights.DETACHED
 
 
-def instance(facts: Instance, last_use: float | None, orphan: bool = False) -> instances_pb.Instance:
+def instance_message(facts: Instance, last_use: float | None, orphan: bool = False) -> instances_pb.Instance:
     told = facts.report
     message = instances_pb.Instance(
         name=f"instances/{facts.id}",
@@ -314,6 +319,92 @@ def instance(facts: Instance, last_use: float | None, orphan: bool = False) -> i
     )
     if last_use is not None:
         message.last_use_time.CopyFrom(timestamp(last_use))
+    return message
+
+
+# Snapshots
+
+
+def snapshot(node: str, message: node_snapshots_pb.Snapshot) -> Snapshot:
+    """A snapshot as its node describes it; one in a state this version does not know is not used."""
+    return Snapshot(
+        id=last_segment(message.name),
+        deployment=last_segment(message.deployment),
+        node=node,
+        model=message.model,
+        quarantined=message.state != node_snapshots_pb.Snapshot.State.STATE_ACTIVE,
+        quarantine_reason=message.quarantine_reason,
+        create_time=seconds(message.create_time),
+        size_bytes=message.size_bytes,
+        source_pause_seconds=seconds(message.source_pause_duration),
+        compatibility=dict(message.compatibility),
+        files=tuple(SnapshotFile(file.name, file.size_bytes, file.digest) for file in message.files),
+        manifest_digest=message.manifest_digest,
+        weights=node_weights(message.weights),
+        local=message.local,
+        published=message.published,
+        incompatibility=message.incompatibility,
+        engine=message.engine,
+        stored=_stored_snapshot(message.stored) if message.HasField("stored") else None,
+    )
+
+
+def _stored_snapshot(message: node_snapshots_pb.StoredSnapshot) -> StoredSnapshot:
+    return StoredSnapshot(
+        message.image_bytes,
+        message.data_bytes,
+        message.stored_bytes,
+        message.unique_bytes,
+        message.chunk_count,
+        message.encrypted,
+        message.signer,
+    )
+
+
+def snapshot_message(facts: Snapshot, last_use: float | None, ttl: float | None) -> snapshots_pb.Snapshot:
+    """A snapshot for callers; ``ttl`` in seconds, both times None when its deployment is not known."""
+    states = snapshots_pb.Snapshot.State
+    message = snapshots_pb.Snapshot(
+        name=f"snapshots/{facts.id}",
+        deployment=full_name("deployments", facts.deployment),
+        node=f"nodes/{facts.node}",
+        model=facts.model,
+        state=states.STATE_QUARANTINED if facts.quarantined else states.STATE_ACTIVE,
+        create_time=timestamp(facts.create_time),
+        size_bytes=facts.size_bytes,
+        source_pause_duration=duration(facts.source_pause_seconds),
+        compatibility=dict(facts.compatibility),
+        files=[
+            snapshots_pb.SnapshotFile(name=file.name, size_bytes=file.size_bytes, digest=file.digest)
+            for file in facts.files
+        ],
+        manifest_digest=facts.manifest_digest,
+        quarantine_reason=facts.quarantine_reason,
+        local=facts.local,
+        published=facts.published,
+        orphan=facts.orphan,
+    )
+    if (stored := facts.stored) is not None:
+        message.stored.CopyFrom(
+            snapshots_pb.StoredSnapshot(
+                image_bytes=stored.image_bytes,
+                data_bytes=stored.data_bytes,
+                stored_bytes=stored.stored_bytes,
+                unique_bytes=stored.unique_bytes,
+                chunk_count=stored.chunk_count,
+                encrypted=stored.encrypted,
+                signer=stored.signer,
+            )
+        )
+    if last_use is not None:
+        message.last_use_time.CopyFrom(timestamp(last_use))
+    if ttl is not None:
+        used = max(facts.create_time, facts.adopt_time, last_use or 0.0)
+        if facts.quarantined:
+            used = facts.create_time
+        elif facts.unusable_since is not None:
+            used = facts.unusable_since
+        message.expire_time.CopyFrom(timestamp(used + ttl))
     return message
 
 
@@ -369,7 +460,7 @@ def node_message(facts: Node) -> nodes_pb.Node:
 # Starts
 
 
-def start_info(info: StartInfo) -> inference_pb.StartInfo:
+def start_info_message(info: StartInfo) -> inference_pb.StartInfo:
     return inference_pb.StartInfo(
         tier=TIERS[info.tier],
         reasons=info.reasons,

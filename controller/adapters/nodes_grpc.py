@@ -12,7 +12,7 @@ import structlog
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
 
-from controller import convert, snapshot_messages
+from controller import convert
 from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
 from controller.ports import NODE_UNAVAILABLE, Change, Removed, Synchronized
 from dumont.errors import DeadlineExceeded, DumontError, Internal, Unavailable
@@ -138,7 +138,7 @@ class GrpcNodes:
             request = snapshots.ListSnapshotsRequest(page_size=PAGE, page_token=token)
             async with self._errors(node) as link:
                 page = await link.snapshots.ListSnapshots(request, timeout=SHORT)
-            found += [snapshot_messages.fact(node, snapshot) for snapshot in page.snapshots]
+            found += [convert.snapshot(node, snapshot) for snapshot in page.snapshots]
             token = page.next_page_token
             if not token:
                 return found
@@ -174,7 +174,7 @@ class GrpcNodes:
         request = instances.CaptureInstanceRequest(name=f"instances/{instance}", snapshot_id=snapshot)
         async with self._errors(node) as link:
             begun = link.instances.CaptureInstance(request, timeout=LONG)
-            return snapshot_messages.fact(node, await self._outcome(link, begun, snapshots.Snapshot()))
+            return convert.snapshot(node, await self._outcome(link, begun, snapshots.Snapshot()))
 
     async def park(self, node: str, instance: str) -> Report:
         request = instances.ParkInstanceRequest(name=f"instances/{instance}")
@@ -194,13 +194,13 @@ class GrpcNodes:
     async def get_snapshot(self, node: str, snapshot: str) -> Snapshot:
         request = snapshots.GetSnapshotRequest(name=f"snapshots/{snapshot}")
         async with self._errors(node) as link:
-            return snapshot_messages.fact(node, await link.snapshots.GetSnapshot(request, timeout=LONG))
+            return convert.snapshot(node, await link.snapshots.GetSnapshot(request, timeout=LONG))
 
     async def publish(self, node: str, snapshot: str) -> Snapshot:
         request = snapshots.PublishSnapshotRequest(name=f"snapshots/{snapshot}")
         async with self._errors(node) as link:
             begun = link.snapshots.PublishSnapshot(request, timeout=LONG)
-            return snapshot_messages.fact(node, await self._outcome(link, begun, snapshots.Snapshot()))
+            return convert.snapshot(node, await self._outcome(link, begun, snapshots.Snapshot()))
 
     async def prefetch(self, node: str, snapshot: str, manifest_digest: str) -> Snapshot:
         request = snapshots.PrefetchSnapshotRequest(
@@ -208,7 +208,7 @@ class GrpcNodes:
         )
         async with self._errors(node) as link:
             begun = link.snapshots.PrefetchSnapshot(request, timeout=LONG)
-            return snapshot_messages.fact(node, await self._outcome(link, begun, snapshots.Snapshot()))
+            return convert.snapshot(node, await self._outcome(link, begun, snapshots.Snapshot()))
 
     async def verify(self, node: str, snapshot: str) -> Verified:
         request = snapshots.VerifySnapshotRequest(name=f"snapshots/{snapshot}")
@@ -233,7 +233,7 @@ class GrpcNodes:
         request = snapshots.UndeleteSnapshotRequest(name=f"snapshots/{snapshot}")
         async with self._errors(node) as link:
             found = await link.snapshots.UndeleteSnapshot(request, timeout=LONG)
-        return snapshot_messages.fact(node, found)
+        return convert.snapshot(node, found)
 
     async def stream_logs(
         self, node: str, instance: str, tail_lines: int, follow: bool

@@ -60,4 +60,6 @@ class DeploymentService(pb_grpc.DeploymentServiceServicer):
 
     def _message(self, deployment: Deployment) -> pb.Deployment:
         state, message = self._starts.condition(deployment)
-        return convert.deployment(deployment, state, message, self._deployments.last_use.get(deployment.id))
+        return convert.deployment_message(
+            deployment, state, message, self._deployments.last_use.get(deployment.id)
+        )

@@ -51,7 +51,7 @@ class InferenceService:
         call = Request(deployment, EMBEDDING, _rewrite(request), context.time_remaining())
         info, answer = await self._serving.embed(call)
         # Encoded messages joined are their merge, and the node's answer has no start.
-        return pb.EmbedResponse(start=convert.start_info(info)).SerializeToString() + answer
+        return pb.EmbedResponse(start=convert.start_info_message(info)).SerializeToString() + answer
 
 
 class _Stream:
@@ -61,7 +61,7 @@ class _Stream:
         self.frame = context.write
 
     async def start(self, info: StartInfo) -> None:
-        await self.frame(pb.GenerateResponse(start=convert.start_info(info)).SerializeToString())
+        await self.frame(pb.GenerateResponse(start=convert.start_info_message(info)).SerializeToString())
 
 
 def _parse(request: R, data: bytes) -> R:

@@ -84,4 +84,4 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
         deployments = self._core.deployments
         owner = deployments.by_id.get(instance.deployment)
         orphan = owner is None or not owner.runs(instance.report)
-        return convert.instance(instance, deployments.last_use.get(instance.deployment), orphan)
+        return convert.instance_message(instance, deployments.last_use.get(instance.deployment), orphan)

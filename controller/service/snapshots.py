@@ -8,7 +8,7 @@ from google.longrunning import operations_pb2
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from controller import convert, snapshot_messages
+from controller import convert
 from controller.core import Core
 from controller.model import Snapshot
 from controller.snapshots import Snapshots
@@ -149,6 +149,6 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
     def _message(self, snapshot: Snapshot) -> pb.Snapshot:
         owner = self._core.deployments.by_id.get(snapshot.deployment)
         if owner is None or owner.uid != snapshot.owner:
-            return snapshot_messages.message(snapshot, None, None)
+            return convert.snapshot_message(snapshot, None, None)
         last_use = self._core.deployments.last_use.get(owner.id)
-        return snapshot_messages.message(snapshot, last_use, owner.ttl_seconds)
+        return convert.snapshot_message(snapshot, last_use, owner.ttl_seconds)
