@@ -71,7 +71,8 @@ async def assemble(
     deployments.load(stored.deployments, last_use)
     for captured in stored.captured:
         inventory.put_captured(captured)
-    inventory.intents.update({intent.instance: intent for intent in stored.intents})
+    for intent in stored.intents:
+        inventory.put_intent(intent)
     fleet.load(stored.nodes)
     tasks.spawn(reconciler.run(), "reconcile")
     return Controller(core, instances, snapshots, starts, serving, reconciler)

@@ -44,6 +44,9 @@ class Inventory:
         # What this controller has written down: only such a snapshot or instance is its own.
         self.captured: dict[str, Captured] = {}
         self.intents: dict[str, Intent] = {}
+        # The nodes of these by deployment and id.
+        self._started_on: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        self._captured_on: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self._departed: list[str] = []
         # Wall times since when no known node could restore a snapshot.
         self._unusable_since: dict[str, float] = {}
@@ -99,6 +102,14 @@ class Inventory:
         """The same, as each node sees them."""
         known = self._snapshots_of.get(deployment, ())
         return tuple(copy for snapshot in known for copy in self._copies[snapshot].values())
+
+    def started_on(self, deployment: str) -> frozenset[str]:
+        """The nodes on which this controller has started instances that it does not know to be gone."""
+        return frozenset(self._started_on.get(deployment, {}).values())
+
+    def captured_on(self, deployment: str) -> frozenset[str]:
+        """The nodes on which this controller has made snapshots that it has not deleted."""
+        return frozenset(self._captured_on.get(deployment, {}).values())
 
     async def until(self, predicate: Callable[[], bool], *subjects: str) -> None:
         """Wait until ``predicate`` holds.
@@ -214,13 +225,17 @@ class Inventory:
 
     def put_captured(self, captured: Captured) -> None:
         """This controller had it made, or adopted it: its manifest must never hash to anything else."""
+        self.drop_captured(captured.id)
         self.captured[captured.id] = captured
+        self._captured_on[captured.deployment][captured.id] = captured.node
         for copy in self.copies(captured.id):
             self.put_snapshot(copy)
 
     def drop_captured(self, snapshot: str) -> None:
         """Nothing is left of it."""
-        self.captured.pop(snapshot, None)
+        captured = self.captured.pop(snapshot, None)
+        if captured is not None:
+            _drop(self._captured_on, captured.deployment, snapshot)
 
     def drop_snapshot(self, snapshot: str, node: str) -> None:
         """The node neither holds nor reaches it any more."""
@@ -293,11 +308,16 @@ class Inventory:
         if intent is not None:
             self.intents[instance] = intent
 
+    def put_intent(self, intent: Intent) -> None:
+        """An instance was or is to be started by this controller."""
+        self.intents[intent.instance] = intent
+        self._started_on[intent.deployment][intent.instance] = intent.node
+
     # Commands
 
     def expect(self, intent: Intent) -> None:
         """An instance is about to be started or restored under the intent's id."""
-        self.intents[intent.instance] = intent
+        self.put_intent(intent)
         report = Report(
             intent.instance,
             intent.deployment,
@@ -393,6 +413,7 @@ class Inventory:
     def _depart(self, instance: str) -> None:
         intent = self.intents.pop(instance, None)
         if intent is not None:
+            _drop(self._started_on, intent.deployment, instance)
             self._departed.append(instance)
             self.touch(f"nodes/{intent.node}")
 
@@ -413,6 +434,12 @@ class _Watcher:
         self._event.clear()
         changed, self._changed = list(self._changed), {}
         return changed
+
+
+def _drop(index: dict[str, dict[str, str]], deployment: str, identifier: str) -> None:
+    index[deployment].pop(identifier, None)
+    if not index[deployment]:
+        del index[deployment]
 
 
 def _not_found(kind: str, identifier: str) -> NotFound:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from controller import routing
@@ -25,7 +25,9 @@ class Facts:
     """What is known when a start is decided.
 
     ``failed`` holds resource names that this start tried in vain; ``capture_at`` is the monotonic
-    time before which no capture is tried, because one failed.
+    time before which no capture is tried, because one failed. ``started_on`` and ``captured_on`` name
+    the nodes on which this controller has started an instance of the deployment, or made a snapshot of it,
+    also before it was started itself.
     """
 
     deployment: Deployment
@@ -34,6 +36,8 @@ class Facts:
     nodes: Mapping[str, Node]
     failed: frozenset[str] = frozenset()
     capture_at: float = 0.0
+    started_on: frozenset[str] = frozenset()
+    captured_on: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +54,16 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Something is under way on ``instance`` or ``node``: decide again once it has settled."""
+    """Something is under way on ``instance``, or ``nodes`` are asked: decide again once one has settled.
+
+    ``until`` is a monotonic time at which to decide again in any case.
+    """
 
     reason: str
     tier: Tier | None = None
     instance: str = ""
-    node: str = ""
+    nodes: tuple[str, ...] = ()
+    until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ class Full:
     reason: str
 
 
+# Seconds that a start waits for a node that may hold a snapshot and is being connected to.
+CONNECT_PATIENCE = 2.0
 # States that end by themselves, with the tier that a request joining them gets.
 JOINABLE = {
     InstanceState.STARTING: Tier.COLD,
@@ -90,7 +100,7 @@ def decide(facts: Facts, now: float) -> Attempt | Wait:
         or _join(reachable, (InstanceState.RESUMING,))
         or _parked(reachable)
         or _join(reachable, tuple(JOINABLE))
-        or _unsure(facts)
+        or _unsure(facts, now)
         or _local(facts)
         or _remote(facts)
         or _cold(facts, now)
@@ -163,12 +173,36 @@ def _join(instances: list[Instance], states: tuple[InstanceState, ...]) -> Wait 
     return None
 
 
-def _unsure(facts: Facts) -> Wait | None:
-    # What a silent node holds is unknown; starting now could start the same deployment twice.
-    for node in facts.nodes.values():
-        if node.state is NodeState.CONNECTING and f"nodes/{node.id}" not in facts.failed:
-            return Wait(f"nodes/{node.id} was asked what it holds", node=node.id)
-    return None
+def _unsure(facts: Facts, now: float) -> Wait | None:
+    """Wait for nodes that are asked what they hold, if that may be something of this deployment."""
+    asked = {
+        node.id: node
+        for node in facts.nodes.values()
+        if node.state is NodeState.CONNECTING and f"nodes/{node.id}" not in facts.failed
+    }
+    if not asked:
+        return None
+    if not any(_ready(facts, node) and f"nodes/{node}" not in facts.failed for node in facts.nodes):
+        return Wait(
+            f"{_names(asked)} was asked what it holds, and no other node is ready", nodes=tuple(asked)
+        )
+    # An instance of it may be there: starting now could start it twice.
+    started = (facts.started_on | {i.node for i in facts.instances}) & asked.keys()
+    if started:
+        return Wait(f"{_names(started)} was asked which instances it holds", nodes=tuple(sorted(started)))
+    if facts.deployment.start_mode is not StartMode.CHECKPOINT or _usable(facts):
+        return None
+    # A snapshot is worth a moment, and not the time that a dead node takes to be given up.
+    captured = (facts.captured_on | {s.node for s in facts.snapshots if s.local}) & asked.keys()
+    until = max((asked[node].since + CONNECT_PATIENCE for node in captured), default=now)
+    if until <= now:
+        return None
+    reason = f"{_names(captured)} was asked which snapshots it holds"
+    return Wait(reason, nodes=tuple(sorted(captured)), until=until)
+
+
+def _names(nodes: Iterable[str]) -> str:
+    return ", ".join(f"nodes/{node}" for node in sorted(nodes))
 
 
 def usable(snapshot: Snapshot, nodes: Mapping[str, Node]) -> bool:

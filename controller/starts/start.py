@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,9 +24,12 @@ from controller.model import (
 )
 from controller.ports import NODE_UNAVAILABLE
 from dumont import names
-from dumont.errors import ERRORS, DumontError
+from dumont.errors import ERRORS, DumontError, InvalidArgument
 
 log = structlog.get_logger()
+
+# Nodes on which one start loads a model before it gives up.
+COLD_ATTEMPTS = 3
 
 # Called with an instance's id (empty while there is none) and the stage: "starting", "capturing".
 OnStage = Callable[[str, str], None]
@@ -157,28 +161,32 @@ class Start:
             nodes=self._core.inventory.nodes,
             failed=frozenset(self._failed),
             capture_at=self._captures.at.get(self.deployment, 0.0),
+            started_on=self._core.inventory.started_on(self.deployment),
+            captured_on=self._core.inventory.captured_on(self.deployment),
         )
 
     async def _wait(self, wait: policy.Wait) -> None:
         inventory = self._core.inventory
         began = self._core.now()
 
+        nodes = wait.nodes or (inventory.instances[wait.instance].node,)
+
         def settled() -> bool:
-            if wait.node:
-                return inventory.nodes[wait.node].state is not NodeState.CONNECTING
+            if wait.nodes:
+                return any(inventory.nodes[node].state is not NodeState.CONNECTING for node in nodes)
             known = inventory.instances.get(wait.instance)
-            return known is None or (not known.busy and known.state not in policy.JOINABLE)
+            silent = inventory.nodes[nodes[0]].state is not NodeState.READY
+            return silent or known is None or (not known.busy and known.state not in policy.JOINABLE)
 
-        node = inventory.instances[wait.instance].node if wait.instance else wait.node
-
-        def silent() -> bool:
-            return inventory.nodes[node].state is not NodeState.READY
-
-        await inventory.until(
-            settled if wait.node else lambda: settled() or silent(),
-            f"deployments/{self.deployment}",
-            f"nodes/{node}",
-        )
+        subjects = (f"deployments/{self.deployment}", *(f"nodes/{node}" for node in nodes))
+        waits = [asyncio.ensure_future(inventory.until(settled, *subjects))]
+        if wait.until is not None:
+            waits.append(asyncio.ensure_future(self._core.clock.sleep(wait.until - began)))
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
         self._joined = wait.tier or self._joined
         self._reasons.append(wait.reason)
         self._phase("wait", began)
@@ -264,13 +272,22 @@ class Start:
             self._rechecked = True
             self._core.fleet.recheck(attempt.node)
         elif attempt.tier is Tier.COLD:
-            raise _with_history(error, self._reasons[:-1])
+            self._failed.add(f"nodes/{attempt.node}")
+            if isinstance(error, InvalidArgument) or not self._another_node():
+                raise _with_history(error, self._reasons[:-1])
         elif attempt.snapshot:
             self._failed.add(f"snapshots/{attempt.snapshot}")
         else:
             self._failed.add(f"instances/{attempt.instance}")
         self._reasons.append(reason)
         self._core.metrics.fallbacks.labels(attempt.tier.value, error.reason).inc()
+
+    def _another_node(self) -> bool:
+        """Whether a cold start may be attempted elsewhere; what failed on several nodes fails on all."""
+        tried = [name for name in self._failed if name.startswith("nodes/")]
+        nodes = self._core.inventory.nodes.values()
+        left = [n for n in nodes if n.state is NodeState.READY and f"nodes/{n.id}" not in self._failed]
+        return len(tried) < COLD_ATTEMPTS and bool(left)
 
     def _phase(self, name: str, began: float) -> None:
         self._phases.append(Phase(name, self._core.now() - began))

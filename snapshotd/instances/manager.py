@@ -140,7 +140,8 @@ class Instances:
     async def resume(self, instance: str, gpu: str = "") -> Instance:
         """
         Args:
-            gpu: UUID or index of the GPU to come back on; empty: where it was.
+            gpu: UUID or index of the GPU to come back on; empty: where it was or, if there is no room, on
+                another one that it can go to.
 
         Raises:
             InvalidArgument, FailedPrecondition: it cannot go there; it stays parked.

@@ -195,7 +195,7 @@ def reserve_gpu_to_resume(node: Node, instance: Instance, wanted: str) -> str:
     """Where a parked process comes back, with the memory there promised to it until its job ends.
 
     Args:
-        wanted: UUID or index of a GPU; empty: where it was.
+        wanted: UUID or index of a GPU; empty: where it was or, if there is no room, where there is most.
 
     Returns:
         The GPU's UUID; empty without one, or where nobody knows which it was.
@@ -218,7 +218,9 @@ def reserve_gpu_to_resume(node: Node, instance: Instance, wanted: str) -> str:
             )
         return ""
     home = placement.named(node.gpus, instance.gpu)
-    return reserve_gpu(node, instance, home, wanted or instance.gpu, instance.gpu_bytes)
+    if not wanted and _free(node, home.uuid) >= instance.gpu_bytes:
+        wanted = home.uuid
+    return reserve_gpu(node, instance, home, wanted, instance.gpu_bytes)
 
 
 def _free(node: Node, gpu: str) -> int:

@@ -21,7 +21,7 @@ from controller.model import (
     Tier,
     Weights,
 )
-from controller.policy import Attempt, Facts, Wait, decide, place
+from controller.policy import CONNECT_PATIENCE, Attempt, Facts, Wait, decide, place
 from controller.routing import choose
 from dumont.errors import Unavailable
 
@@ -81,7 +81,7 @@ def test_the_fastest_tier_there_is(
     assert decision.reason
     if node_state is NodeState.CONNECTING:
         assert isinstance(decision, Wait)
-        assert decision.node == "n1"
+        assert decision.nodes == ("n1",)
     elif state in SETTLING:
         assert isinstance(decision, Wait)
         assert decision.instance == "qa-1"
@@ -196,11 +196,47 @@ def test_a_cold_start_says_what_kept_it_from_a_faster_tier() -> None:
     assert "CRIU 4.1" not in decision.reason
 
 
-def test_a_silent_node_delays_new_starts_but_not_what_serves_elsewhere() -> None:
-    nodes = {"n1": node(), "n2": node(NodeState.CONNECTING, "n2")}
+TWO = {"n1": node(), "n2": node(NodeState.CONNECTING, "n2", since=NOW)}
+
+
+def test_a_connecting_node_delays_nobody_who_has_nothing_there() -> None:
     serving = instance(InstanceState.SERVING, served=True)
-    assert isinstance(decide(facts(nodes=nodes), NOW), Wait)
-    assert isinstance(decide(facts(nodes=nodes, instances=(serving,)), NOW), Attempt)
+    for known in ((), (serving,)):
+        assert isinstance(decide(facts(nodes=TWO, instances=known), NOW), Attempt)
+    # Nor one whose snapshot is elsewhere.
+    held = decide(facts(nodes=TWO, snapshots=(snapshot(),), captured_on=frozenset({"n1", "n2"})), NOW)
+    assert isinstance(held, Attempt)
+    assert held.tier is Tier.LOCAL
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"started_on": frozenset({"n2", "n9"})},
+        {"instances": (instance(InstanceState.SERVING, node="n2"),)},
+    ],
+    ids=["started there before this controller began", "seen there"],
+)
+def test_a_connecting_node_that_may_hold_an_instance_is_waited_for(known: dict[str, object]) -> None:
+    decision = decide(facts(nodes=TWO, **known), NOW)
+    assert isinstance(decision, Wait)
+    assert (decision.nodes, decision.until) == (("n2",), None)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [{"captured_on": frozenset({"n2"})}, {"snapshots": (snapshot(node="n2"),)}],
+    ids=["captured there before this controller began", "seen there"],
+)
+def test_a_connecting_node_that_may_hold_a_snapshot_is_waited_for_a_moment(known: dict[str, object]) -> None:
+    decision = decide(facts(nodes=TWO, **known), NOW)
+    assert isinstance(decision, Wait)
+    assert (decision.nodes, decision.until) == (("n2",), NOW + CONNECT_PATIENCE)
+    late = decide(facts(nodes=TWO, **known), NOW + CONNECT_PATIENCE)
+    assert isinstance(late, Attempt)
+    assert late.tier is Tier.COLD
+    warm = decide(facts(StartMode.WARM, nodes=TWO, **known), NOW)
+    assert isinstance(warm, Attempt)
 
 
 def test_a_cold_start_goes_to_the_capable_node_with_most_memory() -> None:

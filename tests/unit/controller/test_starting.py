@@ -8,11 +8,7 @@ import pytest
 
 from controller.deployments import Draft
 from controller.model import InstanceState, Report, Snapshot, StartMode, Tier, Weights
-from dumont.errors import (
-    DataLoss,
-    Internal,
-    ResourceExhausted,
-)
+from dumont.errors import DataLoss, Internal, InvalidArgument, ResourceExhausted
 
 MISMATCH = DataLoss("CANARY_MISMATCH", "other tokens than at capture")
 
@@ -317,3 +313,62 @@ async def test_an_instance_a_prompt_has_entered_is_not_captured_later(world) -> 
     assert (info.tier, info.instance) == (Tier.RESIDENT, first.instance)
     assert len(world.nodes.named("capture")) == 1
     assert world.nodes.spoiled == []
+
+
+async def test_a_cold_start_that_fails_on_one_node_is_tried_on_another(world) -> None:
+    for name in ("n1", "n2"):
+        await world.node(name)
+    await world.deploy()
+    world.nodes.fail("start", ResourceExhausted("GPU_MEMORY", "no room"))
+    info, _ = await world.ask()
+    tried = [node for _, node, _ in world.nodes.named("start")]
+    assert sorted(tried) == ["n1", "n2"]
+    assert info.node == tried[1]
+    assert f"cold start on nodes/{tried[0]} failed: GPU_MEMORY: no room" in info.reasons
+
+
+async def test_a_model_that_fails_everywhere_is_loaded_on_three_nodes_and_no_more(world) -> None:
+    for name in ("n1", "n2", "n3", "n4", "n5"):
+        await world.node(name)
+    await world.deploy()
+    world.nodes.fail("start", *[Internal("HOST_LOST", "killed")] * 5)
+    with pytest.raises(Internal) as failure:
+        await world.ask()
+    assert failure.value.reason == "HOST_LOST"
+    assert failure.value.message.count("cold start on nodes/") == 2
+    assert len({node for _, node, _ in world.nodes.named("start")}) == 3
+
+
+async def test_a_request_that_is_wrong_is_wrong_on_every_node(world) -> None:
+    for name in ("n1", "n2"):
+        await world.node(name)
+    await world.deploy()
+    world.nodes.fail("start", InvalidArgument("UNKNOWN_ENGINE", "there is no such engine"))
+    with pytest.raises(InvalidArgument):
+        await world.ask()
+    assert len(world.nodes.named("start")) == 1
+
+
+async def test_a_dead_node_stalls_only_what_it_may_hold(world) -> None:
+    # Given a controller that starts beside a node that does not answer, and two deployments
+    for name in ("n1", "n2"):
+        await world.node(name)
+    await world.deploy()
+    info, _ = await world.ask()
+    await world.deploy(identifier="other")
+    world.nodes.cut(info.node)
+    await world.crash()
+    await world.boot()
+    await world.until(lambda: [n.state.name for n in world.inventory.nodes.values()].count("READY") == 1)
+
+    # Then the one with nothing there starts at once
+    elsewhere, _ = await world.ask("other")
+    assert elsewhere.node != info.node
+
+    # And the one that was started there waits until the node is given up
+    asking = asyncio.create_task(world.ask())
+    await world.settle()
+    assert not asking.done()
+    await world.advance(16)
+    again, _ = await asking
+    assert again.node != info.node

@@ -159,6 +159,22 @@ async def test_a_parked_instance_resumes_on_another_gpu(world: World) -> None:
     assert (resumed.state, resumed.gpu) == (State.SERVING, B.uuid)
 
 
+async def test_a_parked_instance_whose_gpu_is_full_resumes_where_there_is_room(world: World) -> None:
+    await world.serving()
+    parked = await world.instances.park("one")
+    assert parked.gpu == A.uuid
+    world.status.free_bytes[A.uuid] = 0
+    resumed = await world.instances.resume("one")
+    assert (resumed.state, resumed.gpu) == (State.SERVING, B.uuid)
+
+
+async def test_a_parked_instance_stays_where_it_was_while_there_is_room(world: World) -> None:
+    await world.serving()
+    await world.instances.park("one")
+    world.status.free_bytes[B.uuid] = 2 * world.status.free_bytes[A.uuid]
+    assert (await world.instances.resume("one")).gpu == A.uuid
+
+
 async def test_where_it_is_already_it_stays_untouched(world: World) -> None:
     host = await world.serving()
     assert (await move(world.instances, "one", "0")).state is State.SERVING
