@@ -1,4 +1,4 @@
-"""Run a job: named steps in order, and on failure what they did undone in reverse.
+"""Run a job: named steps in order and, when one fails, the undo of every step so far in reverse.
 
 A step's name is its metric label, log field, progress stage, failure reason and failpoint.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,8 +31,8 @@ class Step:
     """One step of a job.
 
     Attributes:
-        undo: takes back what ``run`` did, also half of it, and does nothing if there is nothing to
-            take back. It runs when this step or a later one fails.
+        undo: reverts ``run``, even when only half of it happened, and does nothing if there is nothing to
+            revert. It runs when this step or a later one fails.
     """
 
     name: str
@@ -40,11 +41,15 @@ class Step:
 
 
 class Observer(Protocol):
-    """Hears of a job's progress."""
+    """Is told of the progress of a job."""
 
-    def step_started(self, name: str) -> None: ...
+    def step_started(self, name: str) -> None:
+        """The step ``name`` begins."""
+        ...
 
-    def step_ended(self, job: str, phase: Phase, error: BaseException | None) -> None: ...
+    def step_ended(self, job: str, phase: Phase, error: BaseException | None) -> None:
+        """A step has ended; ``error`` is None if it succeeded."""
+        ...
 
 
 async def run_job(
@@ -58,11 +63,12 @@ async def run_job(
     """Run ``steps`` in order.
 
     Args:
-        phases: what each step took is appended here as it ends.
+        phases: receives the name and duration of each step as the step ends.
 
     Raises:
-        DumontError: a step's own error with the step in its metadata, after everything is undone.
-        asyncio.CancelledError: cancelled, after everything is undone.
+        DumontError: a step's own error, with the step in its metadata, after everything has been undone.
+        Internal: STEP_FAILED, a defect; its incident id names the log entry that has the traceback.
+        asyncio.CancelledError: the job was cancelled; everything has been undone.
     """
     for position, step in enumerate(steps):
         observer.step_started(step.name)
@@ -77,37 +83,42 @@ async def run_job(
         phases.append(Phase(step.name, clock.monotonic() - start))
         observer.step_ended(job, phases[-1], failure)
         if failure is not None:
-            # Whoever hears of the failure must find nothing left behind, even if cancelled meanwhile.
+            # Whoever learns of the failure must find nothing left behind, even if cancelled meanwhile.
             with contextlib.suppress(asyncio.CancelledError):
-                await to_completion(_unwind(job, steps[: position + 1]))
+                await to_completion(_undo(job, steps[: position + 1]))
             raise _as_reported(job, step, failure) from failure
 
 
-async def _unwind(job: str, steps: Sequence[Step]) -> None:
+async def _undo(job: str, steps: Sequence[Step]) -> None:
     for step in reversed(steps):
         if step.undo is None:
             continue
         try:
             await step.undo()
         except Exception:
-            # The rest must still be undone; what this left behind is looked for at the next start.
-            log.exception("undo failed", job=job, step=step.name)
+            # The other steps must still be undone. The next daemon removes what this one left behind.
+            log.exception("step_undo_failed", job=job, step=step.name)
 
 
 def _as_reported(job: str, step: Step, failure: BaseException) -> BaseException:
+    """The error that the caller of a job gets for ``failure``."""
+    metadata = {"step": f"{job}.{step.name}"}
     if isinstance(failure, DumontError):
-        failure.metadata.setdefault("step", f"{job}.{step.name}")
+        failure.metadata.setdefault("step", metadata["step"])
         return failure
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceExhausted(
             "DISK_FULL",
             f"{job}.{step.name} found no room on this node's disk; delete snapshots or models",
-            metadata={"step": f"{job}.{step.name}"},
+            metadata=metadata,
         )
     if isinstance(failure, Exception):
+        incident = secrets.token_hex(4)
+        log.error("step_defect", incident=incident, job=job, step=step.name, exc_info=failure)
         return Internal(
             "STEP_FAILED",
-            f"{job}.{step.name} failed: {failure}",
-            metadata={"step": f"{job}.{step.name}"},
+            f"{job}.{step.name} failed unexpectedly; the log of this node's snapshotd has the details under "
+            f"incident {incident}",
+            metadata={**metadata, "incident": incident},
         )
     return failure

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Awaitable, Callable
 
 import pytest
+from structlog.testing import capture_logs
 
 from dumont.errors import Aborted, DumontError, Internal, ResourceExhausted
 from snapshotd.failpoints import Failpoints
@@ -87,15 +88,24 @@ async def test_a_failed_step_is_undone_with_all_before_it_in_reverse(failing: st
     assert failure.value.metadata == {"step": f"job.{failing}"}
 
 
-async def test_a_defect_is_reported_as_the_step_that_failed() -> None:
+async def test_a_defect_is_logged_whole_and_the_caller_told_only_where_to_look() -> None:
+    # given: a step with a defect, whose text says what no caller should read
     recorder = Recorder()
+    defect = KeyError("secret detail")
 
-    with pytest.raises(Internal) as failure:
-        await run(recorder, recorder.steps("two", OSError("disk full")))
+    # when
+    with capture_logs() as entries, pytest.raises(Internal) as failure:
+        await run(recorder, recorder.steps("two", defect))
 
+    # then: the caller gets the step and an id, and the log has the exception under that id
     assert failure.value.reason == "STEP_FAILED"
     assert "job.two" in failure.value.message
-    assert "disk full" in failure.value.message
+    assert "secret detail" not in failure.value.message
+    (entry,) = [entry for entry in entries if entry["event"] == "step_defect"]
+    assert entry["incident"] == failure.value.metadata["incident"]
+    assert entry["incident"] in failure.value.message
+    assert entry["exc_info"] is defect
+    assert (entry["job"], entry["step"]) == ("job", "two")
 
 
 async def test_an_undo_that_fails_does_not_keep_the_others_from_running() -> None:
