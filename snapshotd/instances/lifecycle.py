@@ -1,43 +1,30 @@
-"""Every transition of an instance, in one table. Nothing else decides a state."""
+"""The states of an instance: every transition, in one table. Nothing else decides a state."""
 
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import Final, NamedTuple
+from typing import Final
 
 from dumont.errors import FailedPrecondition
 from snapshotd.model import State
 
 
 class Event(Enum):
+    """What happens to an instance: a request, the end of the job that it began, or the loss of its process."""
+
     CAPTURE = auto()
     PARK = auto()
     RESUME = auto()
     STOP = auto()
-    # What came of the job that a request began.
+    # The job under way has ended.
     SUCCEEDED = auto()
     FAILED = auto()
     # The process ended by itself.
     LOST = auto()
 
 
-class Job(Enum):
-    """Work that a transition begins; its end comes back as an event."""
-
-    CAPTURE = auto()
-    PARK = auto()
-    RESUME = auto()
-    STOP = auto()
-    CLEAN_UP = auto()
-
-
-class Transition(NamedTuple):
-    state: State
-    job: Job | None = None
-
-
 class IllegalTransition(FailedPrecondition):
-    """The event does not fit the state; nothing changed."""
+    """The event does not fit the state; nothing has changed."""
 
     def __init__(self, state: State, event: Event) -> None:
         super().__init__(
@@ -47,49 +34,49 @@ class IllegalTransition(FailedPrecondition):
         )
 
 
-TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
-    (State.STARTING, Event.SUCCEEDED): Transition(State.SERVING),
-    (State.STARTING, Event.FAILED): Transition(State.FAILED, Job.CLEAN_UP),
-    (State.STARTING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
-    (State.STARTING, Event.STOP): Transition(State.STOPPING, Job.STOP),
-    (State.RESTORING, Event.SUCCEEDED): Transition(State.SERVING),
-    (State.RESTORING, Event.FAILED): Transition(State.FAILED, Job.CLEAN_UP),
-    (State.RESTORING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
-    (State.RESTORING, Event.STOP): Transition(State.STOPPING, Job.STOP),
-    (State.SERVING, Event.CAPTURE): Transition(State.CAPTURING, Job.CAPTURE),
-    (State.SERVING, Event.PARK): Transition(State.PARKING, Job.PARK),
-    (State.SERVING, Event.STOP): Transition(State.STOPPING, Job.STOP),
-    (State.SERVING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
-    # A capture that failed has unwound: the source serves as before.
-    (State.CAPTURING, Event.SUCCEEDED): Transition(State.SERVING),
-    (State.CAPTURING, Event.FAILED): Transition(State.SERVING),
-    (State.CAPTURING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
-    (State.CAPTURING, Event.STOP): Transition(State.STOPPING, Job.STOP),
-    (State.PARKING, Event.SUCCEEDED): Transition(State.PARKED),
-    (State.PARKING, Event.FAILED): Transition(State.SERVING),
-    (State.PARKING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
-    (State.PARKING, Event.STOP): Transition(State.STOPPING, Job.STOP),
-    (State.PARKED, Event.RESUME): Transition(State.RESUMING, Job.RESUME),
-    (State.PARKED, Event.STOP): Transition(State.STOPPING, Job.STOP),
-    (State.PARKED, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
-    (State.RESUMING, Event.SUCCEEDED): Transition(State.SERVING),
-    # Half awake is no state to serve from or to try again from.
-    (State.RESUMING, Event.FAILED): Transition(State.FAILED, Job.CLEAN_UP),
-    (State.RESUMING, Event.LOST): Transition(State.FAILED, Job.CLEAN_UP),
-    (State.RESUMING, Event.STOP): Transition(State.STOPPING, Job.STOP),
-    (State.STOPPING, Event.SUCCEEDED): Transition(State.GONE),
-    # Its process ends because we end it.
-    (State.STOPPING, Event.LOST): Transition(State.STOPPING),
-    (State.STOPPING, Event.FAILED): Transition(State.FAILED),
-    (State.FAILED, Event.STOP): Transition(State.STOPPING, Job.STOP),
+TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
+    (State.STARTING, Event.SUCCEEDED): State.SERVING,
+    (State.STARTING, Event.FAILED): State.FAILED,
+    (State.STARTING, Event.LOST): State.FAILED,
+    (State.STARTING, Event.STOP): State.STOPPING,
+    (State.RESTORING, Event.SUCCEEDED): State.SERVING,
+    (State.RESTORING, Event.FAILED): State.FAILED,
+    (State.RESTORING, Event.LOST): State.FAILED,
+    (State.RESTORING, Event.STOP): State.STOPPING,
+    (State.SERVING, Event.CAPTURE): State.CAPTURING,
+    (State.SERVING, Event.PARK): State.PARKING,
+    (State.SERVING, Event.STOP): State.STOPPING,
+    (State.SERVING, Event.LOST): State.FAILED,
+    # A capture or park that failed has been undone: the source serves as before.
+    (State.CAPTURING, Event.SUCCEEDED): State.SERVING,
+    (State.CAPTURING, Event.FAILED): State.SERVING,
+    (State.CAPTURING, Event.LOST): State.FAILED,
+    (State.CAPTURING, Event.STOP): State.STOPPING,
+    (State.PARKING, Event.SUCCEEDED): State.PARKED,
+    (State.PARKING, Event.FAILED): State.SERVING,
+    (State.PARKING, Event.LOST): State.FAILED,
+    (State.PARKING, Event.STOP): State.STOPPING,
+    (State.PARKED, Event.RESUME): State.RESUMING,
+    (State.PARKED, Event.STOP): State.STOPPING,
+    (State.PARKED, Event.LOST): State.FAILED,
+    (State.RESUMING, Event.SUCCEEDED): State.SERVING,
+    # A process that resumed half-way can neither serve nor be resumed again.
+    (State.RESUMING, Event.FAILED): State.FAILED,
+    (State.RESUMING, Event.LOST): State.FAILED,
+    (State.RESUMING, Event.STOP): State.STOPPING,
+    (State.STOPPING, Event.SUCCEEDED): State.GONE,
+    # The process ends because snapshotd ends it.
+    (State.STOPPING, Event.LOST): State.STOPPING,
+    (State.STOPPING, Event.FAILED): State.FAILED,
+    (State.FAILED, Event.STOP): State.STOPPING,
 }
 
 
-def advance(state: State, event: Event) -> Transition:
-    """The step that ``event`` makes from ``state``.
+def advance(state: State, event: Event) -> State:
+    """The state to which ``event`` leads from ``state``.
 
     Raises:
-        IllegalTransition: the table has none.
+        IllegalTransition: the table has no such transition.
     """
     try:
         return TRANSITIONS[state, event]

@@ -19,7 +19,7 @@ from dumont.errors import Aborted, AlreadyExists, DumontError, NotFound
 from snapshotd import jobs
 from snapshotd.failpoints import Failpoints
 from snapshotd.instances.journal import Journal
-from snapshotd.instances.lifecycle import Event, Job, advance
+from snapshotd.instances.lifecycle import Event, advance
 from snapshotd.instances.record import Change, Record
 from snapshotd.instances.recovery import recover, sweep
 from snapshotd.jobs import actions
@@ -120,7 +120,7 @@ class Instances:
     async def capture(self, instance: str, snapshot: str) -> Snapshot:
         record = self._record(instance)
         self._check_unshared(record, Event.CAPTURE)
-        self._move(record, Event.CAPTURE)
+        self._advance(record, Event.CAPTURE)
         capture = jobs.Capture(self.node, record, snapshot)
         # One that was restored maps the snapshot that it came from, and the new one takes that over.
         with self._pin(record.instance.snapshot):
@@ -134,7 +134,7 @@ class Instances:
     async def park(self, instance: str) -> Instance:
         record = self._record(instance)
         self._check_unshared(record, Event.PARK)
-        self._move(record, Event.PARK)
+        self._advance(record, Event.PARK)
         return await self._settle(record, "park", jobs.park(self.node, record))
 
     async def resume(self, instance: str, gpu: str = "") -> Instance:
@@ -151,13 +151,13 @@ class Instances:
         # Before anything moves: without room it stays parked.
         self._check_unshared(record, Event.RESUME)
         target = actions.reserve_gpu_to_resume(self.node, record.instance, gpu)
-        self._move(record, Event.RESUME)
+        self._advance(record, Event.RESUME)
         return await self._settle(record, "resume", jobs.resume(self.node, record, target))
 
     async def stop(self, instance: str) -> None:
         """End an instance in whatever state; a job under way is cancelled and unwinds first."""
         record = self._record(instance)
-        self._move(record, Event.STOP)
+        self._advance(record, Event.STOP)
         await self._settle(record, "stop", jobs.stop(self.node, record))
 
     async def stop_all(self) -> None:
@@ -275,7 +275,7 @@ class Instances:
             if job == "stop":
                 # Kept, so that the next stop has something to end.
                 record.host = record.host or host
-                self._move(record, Event.FAILED, error.reason, error.message)
+                self._advance(record, Event.FAILED, error.reason, error.message)
             else:
                 await self._fail(record, error)
             raise
@@ -287,7 +287,7 @@ class Instances:
             raise Aborted("CANCELLED", f"instances/{record.instance.id} was stopped at the end of its {job}")
         if job in ("start", "restore", "resume"):
             record.instance = replace(record.instance, phases=record.with_parts(done))
-        self._move(record, Event.SUCCEEDED)
+        self._advance(record, Event.SUCCEEDED)
         if record.watch is None and record.host is not None:
             self._watch(record, record.host)
         return record.instance
@@ -300,8 +300,8 @@ class Instances:
         await self._end(record, Event.LOST if lost else Event.FAILED, error.reason, error.message)
 
     async def _end(self, record: Record, event: Event, reason: str, message: str) -> None:
-        job = self._move(record, event, reason, message)
-        if job is Job.CLEAN_UP:
+        self._advance(record, event, reason, message)
+        if record.instance.state is State.FAILED:
             await self._clean_up(record)
 
     async def _clean_up(self, record: Record) -> None:
@@ -315,18 +315,17 @@ class Instances:
         advance(record.instance.state, event)
         actions.check_not_shared(self.node, record.instance.device)
 
-    def _move(self, record: Record, event: Event, reason: str = "", message: str = "") -> Job | None:
-        """Take the machine's step, tell the journal and whoever listens, and say what must follow."""
-        step = advance(record.instance.state, event)
-        failed = step.state is State.FAILED
+    def _advance(self, record: Record, event: Event, reason: str = "", message: str = "") -> None:
+        """Put an instance into its next state, and tell the journal and all listeners."""
+        state = advance(record.instance.state, event)
+        failed = state is State.FAILED
         record.instance = replace(
             record.instance,
-            state=step.state,
+            state=state,
             failure_reason=reason if failed else "",
             failure_message=message if failed else "",
         )
         self._publish(record)
-        return step.job
 
     def _watch(self, record: Record, host: Host) -> None:
         record.watch = asyncio.create_task(
