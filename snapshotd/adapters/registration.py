@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Protocol
 
 import grpc
 import structlog
@@ -11,8 +13,7 @@ from dumont import names
 from dumont.controller.v1 import node_service_pb2 as pb2
 from dumont.controller.v1 import node_service_pb2_grpc as pb2_grpc
 from dumont.rpc.status import from_rpc_error
-from snapshotd.service.node import NodeServicer
-from snapshotd.service.ownership import Ownership
+from dumont.snapshotd.v1 import node_service_pb2 as snapshotd_pb2
 
 log = structlog.get_logger(__name__)
 
@@ -20,22 +21,36 @@ CALL_TIMEOUT = 5.0
 RETRY_SECONDS = 1.0
 
 
+Describe = Callable[[], snapshotd_pb2.Node]
+
+
+class Owner(Protocol):
+    """The controller that this node belongs to."""
+
+    controller: str
+
+    def claim(self, controller: str) -> None:
+        """Belong to the controller of that id from now on."""
+        ...
+
+
 async def keep_registered(
     controller: str,
     endpoint: str,
-    node: NodeServicer,
+    node_id: str,
+    describe: Describe,
     heartbeat_seconds: float,
-    ownership: Ownership,
+    owner: Owner,
     accept: bool = False,
 ) -> None:
-    """Register with ``controller`` and send heartbeats, for ever; a lost controller is tried again.
+    """Register this node and send heartbeats until cancelled; register again after a lost connection.
 
     Args:
         controller: its address.
-        endpoint: where the node is reached.
-        node: what is told of it.
-        heartbeat_seconds: between heartbeats, unless the controller says otherwise.
-        ownership: the controller that the node belongs to.
+        endpoint: where it reaches this node.
+        describe: what this node has, as it is now.
+        heartbeat_seconds: used unless the controller's answer names another interval.
+        owner: the controller that this node belongs to.
         accept: belong to whichever controller answers at that address.
     """
     async with grpc.aio.insecure_channel(controller) as channel:
@@ -44,20 +59,21 @@ async def keep_registered(
         while True:
             try:
                 if registered:
-                    await _heartbeat(stub, node)
+                    await _heartbeat(stub, node_id, describe)
                 else:
-                    owner = "" if accept else ownership.controller
-                    answer = await _register(stub, node, endpoint, owner)
-                    ownership.claim(answer.controller_id)
-                    told = answer.heartbeat_interval.ToNanoseconds() / 1e9
-                    heartbeat_seconds = told or heartbeat_seconds
+                    answer = await _register(
+                        stub, node_id, describe, endpoint, "" if accept else owner.controller
+                    )
+                    owner.claim(answer.controller_id)
+                    wanted = answer.heartbeat_interval.ToNanoseconds() / 1e9
+                    heartbeat_seconds = wanted or heartbeat_seconds
                     registered = True
                 pause = heartbeat_seconds
             except grpc.aio.AioRpcError as failure:
                 error = from_rpc_error(failure)
                 if registered or error.reason != "UNAVAILABLE":
                     log.warning(
-                        "controller not reached",
+                        "controller_unreachable",
                         controller=controller,
                         reason=error.reason,
                         error=error.message,
@@ -68,14 +84,14 @@ async def keep_registered(
 
 
 async def _register(
-    stub: pb2_grpc.NodeServiceAsyncStub, node: NodeServicer, endpoint: str, owner: str
+    stub: pb2_grpc.NodeServiceAsyncStub, node_id: str, describe: Describe, endpoint: str, owner: str
 ) -> pb2.RegisterNodeResponse:
-    described = node.describe()
+    described = describe()
     request = pb2.RegisterNodeRequest(
-        node_id=node.node_id,
+        node_id=node_id,
         controller_id=owner,
         node=pb2.Node(
-            name=names.build("nodes", node.node_id),
+            name=names.build("nodes", node_id),
             endpoint=endpoint,
             version=described.version,
             gpu_models=[gpu.model for gpu in described.gpus],
@@ -91,11 +107,11 @@ async def _register(
         ),
     )
     answer = await stub.RegisterNode(request, timeout=CALL_TIMEOUT)
-    log.info("registered with the controller", node=node.node_id, endpoint=endpoint)
+    log.info("node_registered", node=node_id, endpoint=endpoint)
     return answer
 
 
-async def _heartbeat(stub: pb2_grpc.NodeServiceAsyncStub, node: NodeServicer) -> None:
-    available = node.describe().memory_available_bytes
-    request = pb2.HeartbeatRequest(name=names.build("nodes", node.node_id), memory_available_bytes=available)
+async def _heartbeat(stub: pb2_grpc.NodeServiceAsyncStub, node_id: str, describe: Describe) -> None:
+    available = describe().memory_available_bytes
+    request = pb2.HeartbeatRequest(name=names.build("nodes", node_id), memory_available_bytes=available)
     await stub.Heartbeat(request, timeout=CALL_TIMEOUT)

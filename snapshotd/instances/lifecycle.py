@@ -10,7 +10,7 @@ from snapshotd.model import State
 
 
 class Event(Enum):
-    """What happens to an instance: a request, the end of the job that it began, or the loss of its process."""
+    """What happens to an instance: a request, the end of a job, or the loss of its process."""
 
     CAPTURE = auto()
     PARK = auto()

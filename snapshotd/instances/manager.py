@@ -280,7 +280,8 @@ class Instances:
                 await self._fail(record, error)
             raise
         finally:
-            self.node.reservations.release(record.instance.id)
+            if self.node.gpus is not None:
+                self.node.gpus.reservations.release(record.instance.id)
             if record.job is task:
                 record.job = None
         if record.instance.state is State.STOPPING and job != "stop":

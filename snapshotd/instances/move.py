@@ -34,10 +34,11 @@ async def _move(instances: Instances, instance: str, gpu: str) -> Instance:
     if serving:
         known = actions.with_gpu_usage(node, known, node.process_tree(known.pid))
     if uses_cuda(known.device):
-        placement.named(node.gpus, gpu)
+        placement.named(actions.gpus_of(node).devices, gpu)
     # Before anything is touched. The park gives the promise back, and the resume finds its place anew.
     target = actions.reserve_gpu_to_resume(node, known, gpu)
-    node.reservations.release(instance)
+    if node.gpus is not None:
+        node.gpus.reservations.release(instance)
     if serving:
         if target == known.gpu:
             return known

@@ -14,10 +14,10 @@ from dumont.aio import to_completion
 from dumont.errors import Aborted, DumontError, FailedPrecondition, Internal
 from snapshotd.cuda import suspension
 from snapshotd.gpu import placement
-from snapshotd.jobs.context import Node, Subject, uses_cuda
+from snapshotd.jobs.context import Gpus, Node, Subject, uses_cuda
 from snapshotd.jobs.executor import Action, Step
 from snapshotd.model import Canary, Gpu, Instance, Json, State
-from snapshotd.ports import Cuda, Host
+from snapshotd.ports import Host
 from snapshotd.system.mounts import WEIGHTS_MOUNT
 
 log = structlog.get_logger(__name__)
@@ -42,10 +42,15 @@ async def wake_host(node: Node, instance: str, host: Host) -> None:
     await host.call("wake", node.deadlines.wake, instance=instance, entropy=secrets.token_hex(32))
 
 
-def cuda_of(node: Node) -> Cuda:
-    if node.cuda is None:
-        raise FailedPrecondition("NO_GPU", "this node has no CUDA driver, and the process needs one")
-    return node.cuda
+def gpus_of(node: Node) -> Gpus:
+    """The node's GPUs.
+
+    Raises:
+        FailedPrecondition: NO_GPU, it uses none.
+    """
+    if node.gpus is None:
+        raise FailedPrecondition("NO_GPU", "the process needs a GPU, and this node has or uses none")
+    return node.gpus
 
 
 async def drain(node: Node, subject: Subject) -> None:
@@ -61,13 +66,13 @@ async def quiesce(node: Node, subject: Subject) -> None:
 
 async def cuda_pids(node: Node, host: Host) -> list[int]:
     """The CUDA processes of a model host's tree, parents before children."""
-    return await suspension.find(cuda_of(node), node.process_tree(host.pid))
+    return await suspension.find(gpus_of(node).cuda, node.process_tree(host.pid))
 
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
     """Move what the process holds on GPUs to host memory."""
     pids = await cuda_pids(node, host_of(subject))
-    await suspension.suspend(cuda_of(node), pids, node.deadlines.cuda_lock)
+    await suspension.suspend(gpus_of(node).cuda, pids, node.deadlines.cuda_lock)
 
 
 async def trim(node: Node, subject: Subject) -> None:
@@ -83,7 +88,7 @@ async def resume_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) 
         devices: GPU UUIDs, old to new, every GPU of the node; empty: the same GPUs.
     """
     await order_weights(node, subject)
-    await suspension.resume(cuda_of(node), await cuda_pids(node, host_of(subject)), devices)
+    await suspension.resume(gpus_of(node).cuda, await cuda_pids(node, host_of(subject)), devices)
 
 
 async def recover_cuda(node: Node, subject: Subject) -> None:
@@ -96,7 +101,7 @@ async def recover_cuda(node: Node, subject: Subject) -> None:
 async def _recover_cuda(node: Node, host: Host, pids: Sequence[int]) -> None:
     # It answers only when it has ended what it was told before; a trim must not meet the driver.
     await host.call("status", node.deadlines.quiesce)
-    await suspension.recover(cuda_of(node), pids)
+    await suspension.recover(gpus_of(node).cuda, pids)
 
 
 async def order_weights(node: Node, subject: Subject) -> None:
@@ -114,7 +119,8 @@ async def order_weights(node: Node, subject: Subject) -> None:
 async def loader_of(node: Node, subject: Subject) -> dict[str, str]:
     """What a model host must know to have its weights brought; empty when nobody can bring them."""
     instance = subject.instance
-    if node.loader is None or not instance.gpu or not instance.weight_files or not await node.loader.ready():
+    loader = node.gpus.loader if node.gpus else None
+    if loader is None or not instance.gpu or not instance.weight_files or not await loader.ready():
         return {}
     return {"loader": LOADER_SOCKET, "gpu": instance.gpu}
 
@@ -125,7 +131,7 @@ async def recover_gpu_state(node: Node, instance: Instance, host: Host) -> Insta
     Raises:
         DumontError: it can be neither.
     """
-    cuda, pids = cuda_of(node), await cuda_pids(node, host)
+    cuda, pids = gpus_of(node).cuda, await cuda_pids(node, host)
     if instance.state is State.PARKED and {await cuda.state(pid) for pid in pids} == {"checkpointed"}:
         return instance
     await _recover_cuda(node, host, pids)
@@ -134,20 +140,20 @@ async def recover_gpu_state(node: Node, instance: Instance, host: Host) -> Insta
 
 def record_gpu_memory(node: Node, subject: Subject) -> None:
     """Remember where the process is and what it holds there: to come back it needs as much."""
-    if node.gpu_status is not None:
+    if node.gpus is not None:
         subject.instance = with_gpu_usage(node, subject.instance, node.process_tree(host_of(subject).pid))
 
 
 def reserve_gpu_memory(node: Node, subject: Subject) -> None:
     """Promise a source the GPU memory that it gives up for a while, until its job has ended."""
     instance = subject.instance
-    if instance.gpu and instance.gpu_bytes:
-        node.reservations.reserve(instance.id, instance.gpu, instance.gpu_bytes)
+    if node.gpus is not None and instance.gpu and instance.gpu_bytes:
+        node.gpus.reservations.reserve(instance.id, instance.gpu, instance.gpu_bytes)
 
 
 def with_gpu_usage(node: Node, instance: Instance, pids: Sequence[int]) -> Instance:
     """As NVML sees it; unchanged where NVML does not see it, as in some containers."""
-    used = node.gpu_status.used_by(pids) if node.gpu_status else {}
+    used = node.gpus.status.used_by(pids) if node.gpus else {}
     if not any(used.values()):
         return instance
     gpu = max(used, key=lambda uuid: used[uuid])
@@ -160,9 +166,9 @@ def check_not_shared(node: Node, device: str) -> None:
     Raises:
         FailedPrecondition: GPU_MIG or GPU_MPS; the GPU is named.
     """
-    if node.gpu_status is None or not uses_cuda(device):
+    if node.gpus is None or not uses_cuda(device):
         return
-    for sharing in node.gpu_status.sharing():
+    for sharing in node.gpus.status.sharing():
         raise FailedPrecondition(
             f"GPU_{sharing.kind}",
             f"instances on this node's GPUs can start and serve, but not be captured, restored, parked or "
@@ -183,11 +189,11 @@ def reserve_gpu(node: Node, instance: Instance, home: Gpu | None, wanted: str, n
         InvalidArgument, FailedPrecondition: the wanted GPU is none that it can go to.
         ResourceExhausted: it has too little room.
     """
-    free = {gpu.uuid: _free(node, gpu.uuid) for gpu in node.gpus}
-    gpu = placement.choose(node.gpus, free, home, wanted)
-    if node.gpu_status is not None:
-        placement.check_free_memory(gpu, free[gpu.uuid], needed)
-    node.reservations.reserve(instance.id, gpu.uuid, needed)
+    gpus = gpus_of(node)
+    free = {gpu.uuid: gpus.free(gpu.uuid) for gpu in gpus.devices}
+    gpu = placement.choose(gpus.devices, free, home, wanted)
+    placement.check_free_memory(gpu, free[gpu.uuid], needed)
+    gpus.reservations.reserve(instance.id, gpu.uuid, needed)
     return gpu.uuid
 
 
@@ -217,14 +223,11 @@ def reserve_gpu_to_resume(node: Node, instance: Instance, wanted: str) -> str:
                 f"which GPU instances/{instance.id} is on is not known here, so it cannot be moved from it",
             )
         return ""
-    home = placement.named(node.gpus, instance.gpu)
-    if not wanted and _free(node, home.uuid) >= instance.gpu_bytes:
+    gpus = gpus_of(node)
+    home = placement.named(gpus.devices, instance.gpu)
+    if not wanted and gpus.free(home.uuid) >= instance.gpu_bytes:
         wanted = home.uuid
     return reserve_gpu(node, instance, home, wanted, instance.gpu_bytes)
-
-
-def _free(node: Node, gpu: str) -> int:
-    return (node.gpu_status.free(gpu) if node.gpu_status else 0) - node.reservations.reserved(gpu)
 
 
 async def serve(node: Node, subject: Subject) -> None:

@@ -177,7 +177,7 @@ class Capture:
                 gpu_bytes=instance.gpu_bytes,
                 weights=instance.weights,
                 weight_files=instance.weight_files,
-                gpus=tuple(gpu.uuid for gpu in self.node.gpus) if uses_cuda(instance.device) else (),
+                gpus=tuple(self.node.gpu_uuids()) if uses_cuda(instance.device) else (),
                 gpu=instance.gpu,
             )
         )

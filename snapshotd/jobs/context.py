@@ -51,8 +51,31 @@ class HostSettings:
 
 
 @dataclass(frozen=True)
+class Gpus:
+    """The GPUs of a node, and what drives them.
+
+    Attributes:
+        devices: in the driver's order; at least one.
+        facts: what a snapshot of a CUDA process is bound to.
+        loader: None: model hosts copy their weights to a GPU themselves.
+        reservations: GPU memory set aside for jobs under way.
+    """
+
+    devices: tuple[Gpu, ...]
+    facts: Mapping[str, str]
+    status: GpuStatus
+    cuda: Cuda
+    loader: WeightLoader | None = None
+    reservations: Reservations = field(default_factory=Reservations)
+
+    def free(self, gpu: str) -> int:
+        """Bytes of a GPU, by its UUID, that are neither in use nor reserved."""
+        return self.status.free(gpu) - self.reservations.reserved(gpu)
+
+
+@dataclass(frozen=True)
 class Node:
-    """What the jobs work with."""
+    """The collaborators of all jobs on this node."""
 
     hosts: Hosts
     store: SnapshotStore
@@ -65,25 +88,26 @@ class Node:
     directory: Path
     threads: int
     deadlines: Deadlines = field(default_factory=Deadlines)
-    # None on a node without GPUs.
-    cuda: Cuda | None = None
-    gpus: tuple[Gpu, ...] = ()
-    gpu_facts: Mapping[str, str] = field(default_factory=dict)
-    gpu_status: GpuStatus | None = None
-    loader: WeightLoader | None = None
-    reservations: Reservations = field(default_factory=Reservations)
-    # A process and its descendants.
+    # None on a node that uses no GPU.
+    gpus: Gpus | None = None
+    # The pids of a process and its descendants.
     process_tree: Callable[[int], Sequence[int]] = process_tree
 
     def facts_of(self, device: str) -> dict[str, str]:
-        """What a process on ``device`` is bound to here."""
-        return {**self.facts, **(self.gpu_facts if uses_cuda(device) else {})}
+        """The facts of this node that a process on ``device`` is bound to."""
+        return {**self.facts, **(self.gpus.facts if self.gpus and uses_cuda(device) else {})}
+
+    def gpu_uuids(self) -> list[str]:
+        """The UUIDs of the node's GPUs, in the driver's order."""
+        return [gpu.uuid for gpu in self.gpus.devices] if self.gpus else []
 
     def instance_directory(self, instance: str) -> Path:
+        """Where the files of an instance are."""
         return self.directory / "instances" / instance
 
 
 def uses_cuda(device: str) -> bool:
+    """Whether a process on ``device``, as torch names it, uses CUDA."""
     return device.startswith("cuda")
 
 

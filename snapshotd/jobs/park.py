@@ -64,7 +64,7 @@ def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
         await actions.host_of(subject).thaw()
 
     async def resume_cuda() -> None:
-        here = [known.uuid for known in node.gpus]
+        here = node.gpu_uuids()
         home, target = subject.instance.gpu, gpu or subject.instance.gpu
         # First: its weights are brought to where it comes back.
         subject.instance = replace(subject.instance, gpu=target)

@@ -31,7 +31,7 @@ def restore(
     """
     instance = subject.instance
     manifest = snapshot.manifest
-    uuids = [known.uuid for known in node.gpus]
+    uuids = node.gpu_uuids()
     source = manifest.gpu or next(iter(manifest.gpus), "")
     detached = manifest.weights is Weights.DETACHED
     bringing: asyncio.Task[Brought] | None = None
@@ -57,7 +57,7 @@ def restore(
 
     def place() -> str:
         places = placement.arrange(manifest.gpus, uuids)
-        home = placement.named(node.gpus, places.get(source, source))
+        home = placement.named(actions.gpus_of(node).devices, places.get(source, source))
         return actions.reserve_gpu(node, subject.instance, home, gpu, manifest.gpu_bytes)
 
     async def cache_weights() -> Brought:

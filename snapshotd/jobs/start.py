@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+from snapshotd.gpu import placement
 from snapshotd.jobs import actions
 from snapshotd.jobs.context import Node, Subject, uses_cuda
 from snapshotd.jobs.executor import Step
@@ -38,7 +39,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         node.weights.unpin(instance.id)
 
     async def launch() -> None:
-        environment = {**node.settings.environment, **place()}
+        environment = {**node.settings.environment, **choose_gpu()}
         subject.host = await node.hosts.take()
         await subject.host.launch(
             instance.id,
@@ -48,9 +49,13 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         )
         subject.instance = replace(subject.instance, pid=subject.host.pid)
 
-    def place() -> dict[str, str]:
-        """The environment that shows the process its GPU; as it is where the node does not choose one."""
-        if not gpu and (not node.gpus or _divided(node)):
+    def choose_gpu() -> dict[str, str]:
+        """The environment that shows the process its GPU; empty where this node does not choose one."""
+        if node.gpus is None:
+            if gpu:
+                placement.named((), gpu)
+            return {}
+        if not gpu and _divided(node):
             return {}
         chosen = actions.reserve_gpu(node, instance, None, gpu, model.weights_bytes)
         subject.instance = replace(subject.instance, gpu=chosen)
@@ -104,4 +109,4 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
 
 def _divided(node: Node) -> bool:
     """Whether a GPU is divided by MIG: its parts have names of their own, and the driver chooses one."""
-    return node.gpu_status is not None and any(part.kind == "MIG" for part in node.gpu_status.sharing())
+    return node.gpus is not None and any(part.kind == "MIG" for part in node.gpus.status.sharing())

@@ -39,7 +39,7 @@ class NodeServicer(pb2_grpc.NodeServiceServicer):
             version=self.node.facts["dumont"],
             gpus=[
                 pb2.Gpu(uuid=gpu.uuid, model=gpu.model, memory_total_bytes=gpu.memory_total)
-                for gpu in self.node.gpus
+                for gpu in (self.node.gpus.devices if self.node.gpus else ())
             ],
             memory_total_bytes=memory.total,
             memory_available_bytes=memory.available,

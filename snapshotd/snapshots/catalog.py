@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
@@ -46,6 +47,27 @@ class RejectedSnapshot:
         return cls(snapshot, f"{error.reason}: {error.message}")
 
 
+@dataclass(frozen=True)
+class Remote:
+    """The object store of this node: the snapshots published there, and the uploads into it."""
+
+    repository: Repository
+    uploads: Uploads
+
+
+class SnapshotUsers(Protocol):
+    """Those who use the files of snapshots on this node."""
+
+    @property
+    def pinned(self) -> Mapping[str, int]:
+        """How many jobs read a snapshot now, by its id."""
+        ...
+
+    def mapped(self) -> AbstractSet[str]:
+        """The snapshots from which instances map their memory."""
+        ...
+
+
 @dataclass
 class _Fetching:
     task: asyncio.Task[None]
@@ -53,34 +75,28 @@ class _Fetching:
 
 
 class Snapshots:
-    """All of them.
+    """The snapshots of this node and of its object store.
 
     Args:
-        repository: None: this node has no object store.
-        uploads: None likewise.
-        damaged: directory that remembers published snapshots found damaged.
-        budget: bytes that the node's own snapshots may take; 0: no limit.
-        pinned: how many jobs read a snapshot now, by id.
-        mapped: the snapshots that instances map their memory from.
+        remote: None if this node has no object store.
+        damaged: directory of records of published snapshots that were found damaged.
+        budget: bytes that the node's own snapshots may take; 0 for no limit.
+        users: the instances of this node.
     """
 
     def __init__(
         self,
         store: SnapshotStore,
-        repository: Repository | None,
-        uploads: Uploads | None,
+        remote: Remote | None,
         damaged: Path,
         budget: int,
-        pinned: Mapping[str, int],
-        mapped: Callable[[], AbstractSet[str]] = frozenset,
+        users: SnapshotUsers,
     ) -> None:
         self.store = store
-        self.repository = repository
-        self.uploads = uploads
+        self.remote = remote
         self.damaged = damaged
         self.budget = budget
-        self.pinned = pinned
-        self.mapped = mapped
+        self.users = users
         self._fetches: dict[str, _Fetching] = {}
         self._published: dict[str, PublishedSnapshot] = {}
 
@@ -97,14 +113,14 @@ class Snapshots:
         try:
             held = await self.store.get(snapshot)
         except NotFound:
-            if self.repository is None:
+            if self.remote is None:
                 raise
         else:
             # It was trusted when it was fetched; the list may have changed since.
             if not self._trusts(held):
                 raise untrusted(held.signer)
             return held
-        published = self._published[snapshot] = await self.repository.get(snapshot)
+        published = self._published[snapshot] = await self.remote.repository.get(snapshot)
         return self._as_snapshot(published)
 
     async def get_exactly(self, snapshot: str, manifest_digest: str) -> Snapshot:
@@ -134,11 +150,11 @@ class Snapshots:
                 held[found.manifest.id] = found
             else:
                 untrusted_here.append(RejectedSnapshot.because(found.manifest.id, untrusted(found.signer)))
-        if self.repository is None:
+        if self.remote is None:
             return sorted(held.values(), key=_id), untrusted_here
         try:
             async with asyncio.timeout(LIST_SECONDS):
-                published = {found.manifest.id: found for found in await self.repository.list()}
+                published = {found.manifest.id: found for found in await self.remote.repository.list()}
                 known = {*published, *held, *(one.snapshot for one in untrusted_here)}
                 rejected = [*untrusted_here, *await self._rejected(known)]
         except (DumontError, TimeoutError) as error:
@@ -149,14 +165,15 @@ class Snapshots:
         return sorted((there | here).values(), key=_id), rejected
 
     async def _rejected(self, known: set[str]) -> Sequence[RejectedSnapshot]:
-        assert self.repository is not None
+        assert self.remote is not None
+        repository = self.remote.repository
         rejected = []
-        async for item in self.repository.objects.list(SNAPSHOTS):
+        async for item in repository.objects.list(SNAPSHOTS):
             snapshot = snapshot_of(item.key)
             if snapshot is None or snapshot in known:
                 continue
             try:
-                await self.repository.get(snapshot)
+                await repository.get(snapshot)
             except (DataLoss, PermissionDenied) as error:
                 rejected.append(RejectedSnapshot.because(snapshot, error))
             except NotFound:
@@ -165,11 +182,12 @@ class Snapshots:
 
     async def usage(self, snapshot: str) -> tuple[PublishedSnapshot, Usage] | None:
         """What a snapshot takes in the object store; None when it is not there or cannot be read."""
-        if self.repository is None:
+        if self.remote is None:
             return None
+        repository = self.remote.repository
         try:
-            published = await self.repository.get(snapshot)
-            return published, await self.repository.usage(published)
+            published = await repository.get(snapshot)
+            return published, await repository.usage(published)
         except DumontError as error:
             log.info("published sizes unknown", snapshot=snapshot, reason=error.reason)
             return None
@@ -207,7 +225,8 @@ class Snapshots:
                 await asyncio.wait([fetching.task])
 
     async def _fetch(self, snapshot: Snapshot, progress: ByteProgress) -> None:
-        assert self.repository is not None
+        assert self.remote is not None
+        repository = self.remote.repository
         name = snapshot.manifest.id
         with contextlib.suppress(NotFound):
             # Another fetch has ended between the caller's look and now.
@@ -215,11 +234,11 @@ class Snapshots:
                 return
         published = self._published.get(name)
         if published is None or _digest(published) != snapshot.digest:
-            published = await self.repository.get(name)
+            published = await repository.get(name)
         await self._make_room(published.data_size)
         into = await self.store.stage(name)
         try:
-            await self.repository.fetch(published, into, progress)
+            await repository.fetch(published, into, progress)
             await self.store.commit(published.manifest, published.signer)
         except BaseException as error:
             await asyncio.shield(asyncio.ensure_future(self.store.discard(name)))
@@ -234,7 +253,7 @@ class Snapshots:
         Raises:
             FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, or SNAPSHOT_QUARANTINED.
         """
-        _, uploads = self._configured()
+        uploads = self._configured().uploads
         held = await self.store.get(snapshot)
         if held.quarantine_reason:
             raise FailedPrecondition(
@@ -267,11 +286,12 @@ class Snapshots:
                 await self.store.quarantine(snapshot, error.message)
                 raise
             here = found.size
-        if self.repository is None or not (found.published or not found.local):
+        if self.remote is None or (found.local and not found.published):
             return here, 0
-        published = await self.repository.get(snapshot)
+        repository = self.remote.repository
+        published = await repository.get(snapshot)
         try:
-            await self.repository.verify(published, progress)
+            await repository.verify(published, progress)
         except DataLoss as error:
             self._remember_damage(published, error)
             raise
@@ -286,22 +306,18 @@ class Snapshots:
             NotFound: there is none.
             Unavailable: it is published, and the object store cannot be reached.
         """
-        if self.pinned.get(snapshot) or snapshot in self._fetches:
+        if self.users.pinned.get(snapshot) or snapshot in self._fetches:
             raise FailedPrecondition(
                 "SNAPSHOT_IN_USE",
                 f"snapshots/{snapshot} is being restored or captured from; delete it when that is done",
                 metadata={"snapshot": snapshot},
             )
         found = False
-        if (
-            self.repository is not None
-            and self.uploads is not None
-            and await self._may_be_published(snapshot)
-        ):
+        if self.remote is not None and await self._may_be_published(snapshot):
             # First: a snapshot that is gone here would be published again by its upload.
-            await self.uploads.cancel(snapshot)
+            await self.remote.uploads.cancel(snapshot)
             with contextlib.suppress(NotFound):
-                await self.repository.delete(snapshot)
+                await self.remote.repository.delete(snapshot)
                 found = True
             for record in self.damaged.glob(f"{snapshot}.*"):
                 record.unlink(missing_ok=True)
@@ -319,15 +335,15 @@ class Snapshots:
             NotFound: SNAPSHOT_NOT_DELETED, nothing is left of it.
             DataLoss: part of it is gone.
         """
-        remote, _ = self._configured()
-        published = self._published[snapshot] = await remote.undelete(snapshot)
-        log.info("snapshot undeleted", snapshot=snapshot)
+        repository = self._configured().repository
+        published = self._published[snapshot] = await repository.undelete(snapshot)
+        log.info("snapshot_undeleted", snapshot=snapshot)
         return self._as_snapshot(published)
 
     async def _may_be_published(self, snapshot: str) -> bool:
-        assert self.uploads is not None
+        assert self.remote is not None
         try:
-            return (await self.store.get(snapshot)).published or self.uploads.pending(snapshot)
+            return (await self.store.get(snapshot)).published or self.remote.uploads.pending(snapshot)
         except DumontError:
             return True
 
@@ -337,20 +353,18 @@ class Snapshots:
         Raises:
             FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, or a published manifest cannot be read.
         """
-        repository, _ = self._configured()
-        return await repository.plan_prune()
+        return await self._configured().repository.plan_prune()
 
     async def prune(self, plan: PrunePlan) -> None:
         """Delete it, except what came into use since."""
-        repository, _ = self._configured()
-        await repository.prune(plan)
+        await self._configured().repository.prune(plan)
 
     async def enforce_budget(self) -> None:
         """Let published snapshots go that were used longest ago, until the rest is within the budget."""
         await self._make_room(0)
 
     def _used(self, snapshot: str) -> bool:
-        return bool(self.pinned.get(snapshot)) or snapshot in self.mapped()
+        return bool(self.users.pinned.get(snapshot)) or snapshot in self.users.mapped()
 
     async def _make_room(self, needed: int) -> None:
         held = [
@@ -387,14 +401,14 @@ class Snapshots:
 
     def _trusts(self, held: Snapshot) -> bool:
         """Without an object store there is no list, and what was fetched once is trusted no longer."""
-        return not held.signer or (self.repository is not None and held.signer in self.repository.trusted)
+        return not held.signer or (self.remote is not None and held.signer in self.remote.repository.trusted)
 
-    def _configured(self) -> tuple[Repository, Uploads]:
-        if self.repository is None or self.uploads is None:
+    def _configured(self) -> Remote:
+        if self.remote is None:
             raise FailedPrecondition(
                 "OBJECT_STORE_NOT_CONFIGURED", "this node has no object store; start it with --store-url"
             )
-        return self.repository, self.uploads
+        return self.remote
 
 
 def _digest(published: PublishedSnapshot) -> str:

@@ -39,7 +39,7 @@ class GpuNode(NodeUnderTest):
 
     @property
     def uuids(self) -> list[str]:
-        return [gpu.uuid for gpu in self.node.gpus]
+        return self.node.gpu_uuids()
 
     async def open_loader(self) -> None:
         """Start the loader of weights and have it open every GPU: what it takes of them is its own."""

@@ -91,11 +91,11 @@ async def test_a_move_to_a_full_gpu_is_refused_and_the_instance_serves_where_it_
     node: GpuNode, snapshot: Snapshot, memory: list[int]
 ) -> None:
     instance = await node.restore("settled", snapshot, gpu="0")
-    assert node.node.gpu_status is not None
-    assert node.node.gpu_status.used_by([instance.pid]), UNSEEN
+    assert node.node.gpus is not None
+    assert node.node.gpus.status.used_by([instance.pid]), UNSEEN
     with pytest.MonkeyPatch.context() as patch:
         # As if another process had taken it: two GPUs are too much to fill in a test.
-        patch.setattr(type(node.node.gpu_status), "free", lambda self, gpu: 64 * MIB)
+        patch.setattr(type(node.node.gpus.status), "free", lambda self, gpu: 64 * MIB)
         error = await refused(move(node.instances, "settled", "1"))
     assert error.reason == "GPU_MEMORY"
     assert node.instances.get("settled").state is State.SERVING

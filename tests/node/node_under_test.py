@@ -5,37 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import grpc
 
 from dumont.errors import DumontError
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
-from dumont.state_directory import locked
-from snapshotd.adapters.clock import SystemClock
 from snapshotd.adapters.criu_shim.host import ShimHost
-from snapshotd.adapters.criu_shim.pool import ShimPool
-from snapshotd.adapters.cuda import backend as cuda_backend
-from snapshotd.adapters.cuda.nvml import Nvml
-from snapshotd.adapters.facts import node_facts
-from snapshotd.adapters.models import NodeModels
-from snapshotd.adapters.snapshot_store.directory import DirectoryStore
+from snapshotd.assembly import assemble
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
-from snapshotd.images.format import ImageFormat
-from snapshotd.instances.journal import Journal
-from snapshotd.instances.manager import Instances
-from snapshotd.jobs.context import Deadlines, Node
-from snapshotd.jobs.observers import Observers
-from snapshotd.main import host_settings, open_loader, prepare_state
 from snapshotd.model import Instance, Json, Snapshot, State, Weights
 from snapshotd.preflight import find_criu
 from snapshotd.system.freezer import cgroup2_root
-from snapshotd.weights.cache import WeightCache
-from snapshotd.weights.files import NodeWeightFiles
 
 PROMPT = "The capital of France is"
 
@@ -50,8 +37,8 @@ class NodeUnderTest:
     weight_budget: int = 0
     failpoints: Failpoints = field(default_factory=Failpoints)
     # "auto" on a machine with a GPU.
-    device: str = "cpu"
-    cuda_backend: str = "auto"
+    device: Literal["auto", "cpu"] = "cpu"
+    cuda_backend: Literal["auto", "driver", "cli"] = "auto"
     # What the captured source answered, and the process that did.
     answer: list[int] = field(default_factory=list)
     source_pid: int = 0
@@ -59,46 +46,22 @@ class NodeUnderTest:
     shims: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        prepare_state(self.state_dir)
-        self.lock = contextlib.ExitStack()
-        self.lock.enter_context(locked(self.state_dir / "lock", "snapshotd", "nowhere"))
         criu, _ = find_criu()
         assert criu is not None
-        self.store = DirectoryStore(self.state_dir / "snapshots", threads=2)
-        self.store.open()
-        cache = None
-        if self.weight_budget:
-            cache = WeightCache(self.state_dir / "weights", self.weight_budget, threads=2)
-            cache.open()
-        self.weights = NodeWeightFiles(self.state_dir / "weights.json", cache)
-        self.hosts = ShimPool(
-            self.state_dir / "shims", criu.binary, criu.pycriu, cache.directory if cache else None
-        )
-        self._start_shim, self.hosts._start = self.hosts._start, self._recorded  # type: ignore[method-assign]
-        settings = Settings(state_dir=self.state_dir, device=self.device)
-        nvml = Nvml.open() if self.device != "cpu" else None
-        self.cuda = cuda_backend.choose(self.cuda_backend, settings.cuda_checkpoint) if nvml else None
-        self.loader = open_loader(cache, SystemClock()) if nvml and cache else None
-        self.node = Node(
-            hosts=self.hosts,
-            store=self.store,
-            models=NodeModels(self.model.parent),
-            weights=self.weights,
-            images=ImageFormat(criu.pycriu),
-            clock=SystemClock(),
-            settings=host_settings(settings),
-            facts=node_facts(criu.version),
-            directory=self.state_dir,
+        settings = Settings(
+            state_dir=self.state_dir,
+            models_dir=self.model.parent,
+            weight_cache_bytes=self.weight_budget,
             threads=2,
-            deadlines=Deadlines(),
-            cuda=self.cuda,
-            gpus=tuple(nvml.gpus()) if nvml else (),
-            gpu_facts=nvml.facts() if nvml else {},
-            gpu_status=nvml,
-            loader=self.loader,
+            device=self.device,
+            cuda_backend=self.cuda_backend,
         )
-        journal = Journal(self.state_dir / "journal")
-        self.instances = Instances(self.node, journal, Observers(), self.failpoints)
+        self._stack = AsyncExitStack()
+        parts = assemble(settings, criu, self.failpoints, self._stack)
+        self.node, self.instances = parts.node, parts.instances
+        self.store, self.hosts, self.weights = parts.node.store, parts.hosts, parts.weights
+        self.cuda, self.loader = parts.cuda, parts.loader
+        self._start_shim, self.hosts._start = self.hosts._start, self._recorded  # type: ignore[method-assign]
 
     async def _recorded(self) -> ShimHost:
         host = await self._start_shim()
@@ -146,13 +109,7 @@ class NodeUnderTest:
 
     async def close(self) -> None:
         await self.instances.stop_all()
-        await self.hosts.close()
-        if self.loader is not None:
-            await self.loader.close()
-        await self.weights.close()
-        if self.cuda is not None:
-            await self.cuda.close()
-        self.lock.close()
+        await self._stack.aclose()
 
     async def remains(self) -> dict[str, list[str]]:
         """What this node holds of the machine, by kind; the spare shim is waited for and left out."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snapshotd.instances.manager import Instances
+from snapshotd.jobs.context import Gpus
 from snapshotd.jobs.executor import Action
 from snapshotd.model import Canary, Gpu, Instance, Json, Manifest, Model, Phase, Sharing, Snapshot, State
 from tests.fakes.fake_cuda import FakeCuda
@@ -208,10 +209,7 @@ def a_world(tmp_path: Path) -> World:
         hosts,
         store=store,
         models=GpuModels(),
-        cuda=cuda,
-        gpus=(A, B),
-        gpu_facts=FACTS,
-        gpu_status=status,
+        gpus=Gpus((A, B), FACTS, status, cuda),
         process_tree=lambda pid: process_tree.get(pid, [pid]),
     )
     return World(instances_of(node), hosts, cuda, status, store, process_tree)

@@ -146,8 +146,8 @@ async def test_a_restore_that_the_driver_fails_leaves_no_process(world: World, k
     assert world.host.released
     assert world.instances.get("one").state is State.FAILED
     assert (
-        world.instances.node.reservations.reserved(A.uuid)
-        == world.instances.node.reservations.reserved(B.uuid)
+        world.instances.node.gpus.reservations.reserved(A.uuid)
+        == world.instances.node.gpus.reservations.reserved(B.uuid)
         == 0
     )
 

@@ -74,8 +74,8 @@ async def test_replicas_restored_at_once_spread_over_the_gpus(world: World) -> N
     swap = {A.uuid: B.uuid, B.uuid: A.uuid}
     assert [devices for devices in world.cuda.devices if devices] == [swap] * (2 if one.gpu == B.uuid else 1)
     assert (
-        world.instances.node.reservations.reserved(A.uuid)
-        == world.instances.node.reservations.reserved(B.uuid)
+        world.instances.node.gpus.reservations.reserved(A.uuid)
+        == world.instances.node.gpus.reservations.reserved(B.uuid)
         == 0
     )
 
@@ -141,7 +141,8 @@ async def test_a_live_instance_moves_to_another_gpu_and_is_known_to_be_there(wor
 
 
 async def test_weights_are_brought_to_the_gpu_that_the_process_comes_back_on(world: World) -> None:
-    world.instances.node = replace(world.instances.node, loader=ReadyLoader())
+    node = world.instances.node
+    world.instances.node = replace(node, gpus=replace(node.gpus, loader=ReadyLoader()))
     host = await world.serving(gpu="0")
     await move(world.instances, "one", "1")
     # Loaded on the one, brought back on the other.
@@ -196,7 +197,7 @@ async def test_a_move_that_cannot_be_leaves_the_instance_serving_untouched(
     assert host.asked == []
     assert world.cuda.calls == []
     assert world.instances.get("one").state is State.SERVING
-    assert world.instances.node.reservations.reserved(B.uuid) == 0
+    assert world.instances.node.gpus.reservations.reserved(B.uuid) == 0
 
 
 async def test_a_move_whose_room_is_taken_meanwhile_ends_where_it_began(world: World) -> None:

@@ -24,7 +24,7 @@ from snapshotd.model import Snapshot
 from snapshotd.repository.model import CHUNK
 from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import Signer
-from snapshotd.snapshots.catalog import Snapshots
+from snapshotd.snapshots.catalog import Remote, Snapshots
 from snapshotd.snapshots.upload_journal import UploadJournal
 from snapshotd.snapshots.uploads import Uploads
 from tests.unit.snapshotd.repository.world import CONTENT, MemoryObjects, a_node, a_signer
@@ -41,6 +41,9 @@ class World:
         self.pinned: Counter[str] = Counter()
         self.nodes: list[Snapshots] = []
 
+    def mapped(self) -> frozenset[str]:
+        return frozenset()
+
     def node(
         self, name: str, budget: int = 0, signer: Signer | None = None, trusts: tuple[Signer, ...] = ()
     ) -> Snapshots:
@@ -54,7 +57,7 @@ class World:
         uploads = Uploads(
             store, repository, UploadJournal(folder / "uploads"), lambda _: None, retry_seconds=0.001
         )
-        made = Snapshots(store, repository, uploads, folder / "damaged", budget, self.pinned)
+        made = Snapshots(store, Remote(repository, uploads), folder / "damaged", budget, self)
         self.nodes.append(made)
         return made
 
@@ -80,10 +83,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     made = World(tmp_path)
     yield made
     for node in made.nodes:
-        assert node.uploads is not None
-        await node.uploads.close()
-        assert node.repository is not None
-        node.repository.close()
+        assert node.remote is not None
+        await node.remote.uploads.close()
+        node.remote.repository.close()
 
 
 # Publishing
@@ -123,8 +125,8 @@ async def test_the_next_daemon_resumes_what_was_written_down(world: World) -> No
     world.objects.before = stop_here
     waiting = asyncio.create_task(node.publish("s1", silent))
     await reached.wait()
-    assert node.uploads is not None
-    await node.uploads.close()
+    assert node.remote is not None
+    await node.remote.uploads.close()
     with pytest.raises(Aborted) as failure:
         await waiting
     assert failure.value.reason == "UPLOAD_CANCELLED"
@@ -133,9 +135,9 @@ async def test_the_next_daemon_resumes_what_was_written_down(world: World) -> No
     # when
     world.objects.before = lambda method, key: None
     after = world.node("a")
-    assert after.uploads is not None
-    after.uploads.published = lambda snapshot: go_on.set()
-    after.uploads.resume()
+    assert after.remote is not None
+    after.remote.uploads.published = lambda snapshot: go_on.set()
+    after.remote.uploads.resume()
     await go_on.wait()
 
     # then: no chunk was sent again
@@ -271,7 +273,7 @@ async def test_without_an_object_store_what_was_fetched_is_refused_and_what_was_
     node = world.node("a")
     await node.fetch(await node.get("s1"), silent)
     await world.capture(node, "s2")
-    alone = Snapshots(node.store, None, None, node.damaged, 0, world.pinned)
+    alone = Snapshots(node.store, None, node.damaged, 0, world)
     with pytest.raises(PermissionDenied):
         await alone.get("s1")
     found, refused = await alone.list()
@@ -302,7 +304,8 @@ async def test_a_store_that_never_answers_keeps_nobody_waiting_for_a_list(
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
 
-    monkeypatch.setattr(node.repository, "list", silence)
+    assert node.remote is not None
+    monkeypatch.setattr(node.remote.repository, "list", silence)
     monkeypatch.setattr("snapshotd.snapshots.catalog.LIST_SECONDS", 0.01)
     found, _ = await node.list()
     assert [one.manifest.id for one in found] == ["s1"]
@@ -392,7 +395,7 @@ async def test_what_a_restore_reads_is_not_deleted(world: World) -> None:
 async def test_a_node_without_a_store_says_so(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "snapshots", threads=1)
     store.open()
-    node = Snapshots(store, None, None, tmp_path, 0, {})
+    node = Snapshots(store, None, tmp_path, 0, World(tmp_path))
     with pytest.raises(FailedPrecondition) as refusal:
         await node.publish("s1", silent)
     assert refusal.value.reason == "OBJECT_STORE_NOT_CONFIGURED"

@@ -9,10 +9,10 @@ import structlog
 
 from dumont.errors import FailedPrecondition
 from snapshotd.adapters.snapshot_store.directory import DirectoryStore
+from snapshotd.assembly import open_snapshot_store
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
 from snapshotd.instances.journal import Journal
-from snapshotd.local_store import open_store
 from snapshotd.ports import SnapshotStore
 from tests.unit.snapshotd.repository.world import a_key_file
 from tests.unit.snapshotd.test_manifest import a_manifest
@@ -20,7 +20,7 @@ from tests.unit.snapshotd.test_manifest import a_manifest
 
 def opened(state: Path, **settings: object) -> SnapshotStore:
     read = Settings.model_validate({"state_dir": state, **settings})
-    return open_store(read, Failpoints(), Journal(state / "journal"))
+    return open_snapshot_store(read, Failpoints(), Journal(state / "journal"))
 
 
 async def captured(store: SnapshotStore, snapshot: str) -> None:
@@ -84,7 +84,9 @@ async def test_encrypted_ones_are_named_and_kept_while_encryption_is_off(
     with structlog.testing.capture_logs() as logs:
         plain = opened(tmp_path)
 
-    assert [entry["snapshots"] for entry in logs if "--encrypt-local" in entry["event"]] == [[snapshot]]
+    assert [entry["snapshots"] for entry in logs if entry["event"] == "encrypted_snapshots_ignored"] == [
+        [snapshot]
+    ]
     assert await plain.list() == []
     # One of the same id can be made, and does not touch it.
     await captured(plain, snapshot)
