@@ -73,7 +73,7 @@ def add_services(
     deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server(
         DeploymentService(controller.core, controller.starts), server
     )
-    InferenceService(controller.serving, settings.max_new_tokens).register(server)
+    InferenceService(controller.serving, settings.max_new_tokens, LIMITS.write_seconds).register(server)
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
         InstanceService(controller.core, controller.instances, draining), server
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from controller.core import Core
 from controller.instances import Instances
 from controller.model import StartInfo
+from controller.ports import Frames
 from controller.queue import Ticket
 from controller.starts.starts import Lease, Starts
 from dumont.errors import (
@@ -52,6 +54,13 @@ class Answer(Protocol):
     async def start(self, info: StartInfo) -> None:
         """How the start went; called once, before the first frame."""
 
+    def hold(self, give_back: Callable[[], None]) -> None:
+        """Something is held for as long as it is read; called once before ``start``.
+
+        Args:
+            give_back: to be called when it is read no more.
+        """
+
     async def frame(self, frame: bytes, /) -> None:
         """A frame as the model host wrote it. Returns when there is room for the next."""
 
@@ -84,6 +93,7 @@ class Serving:
                     try:
                         frame = await frames.read()
                         began = True
+                        answer.hold(partial(_give_back, lease, frames))
                         await answer.start(lease.info)
                         while frame is not None:
                             await answer.frame(frame)
@@ -188,3 +198,8 @@ class _Attempts:
 def _dead(error: DumontError) -> bool:
     """Whether the instance, rather than the request, is at fault."""
     return isinstance(error, Unavailable | NotFound) or error.reason == "INSTANCE_NOT_SERVING"
+
+
+def _give_back(lease: Lease, frames: Frames) -> None:
+    frames.cancel()
+    lease.release()

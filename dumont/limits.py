@@ -18,6 +18,9 @@ DEFAULT_MAX_NEW_TOKENS: Final = 256
 
 STOP_LENGTH: Final = 256
 
+# Who may speak in a conversation; chat templates know no others.
+ROLES: Final = frozenset({"system", "user", "assistant"})
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -106,7 +109,7 @@ def check_generate(fields: Mapping[str, Any], max_new_tokens: int = INT32_MAX) -
 
     Raises:
         InvalidArgument: with the field named. Reasons: PROMPT_AND_MESSAGES, EMPTY_PROMPT, EMPTY_ROLE,
-            INVALID_<FIELD>, INVALID_TOKEN_ID, TOO_MANY_STOPS, TOO_MANY_BIASES.
+            INVALID_ROLE, INVALID_<FIELD>, INVALID_TOKEN_ID, TOO_MANY_STOPS, TOO_MANY_BIASES.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     _check_prompt(given)
@@ -154,6 +157,12 @@ def _check_prompt(given: Mapping[str, Any]) -> None:
     if not prompt and not messages:
         raise InvalidArgument("EMPTY_PROMPT", "give a prompt or messages", field="prompt")
     for number, message in enumerate(messages or ()):
-        if not message.role:
+        if message.role not in ROLES:
             field = f"messages[{number}].role"
-            raise InvalidArgument("EMPTY_ROLE", f"{field} must be system, user or assistant", field=field)
+            reason = "INVALID_ROLE" if message.role else "EMPTY_ROLE"
+            raise InvalidArgument(
+                reason,
+                f"{field} must be system, user or assistant; got {message.role[:40]!r}",
+                field=field,
+                metadata={"value": message.role[:40]},
+            )

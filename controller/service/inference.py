@@ -14,6 +14,7 @@ from controller.serving import Request, Serving
 from dumont import limits, names
 from dumont.controller.v1 import inference_service_pb2 as pb
 from dumont.errors import InvalidArgument
+from dumont.rpc.streams import WRITE_SECONDS, PatientWriter
 
 SERVICE = "dumont.controller.v1.InferenceService"
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -21,9 +22,15 @@ R = TypeVar("R", pb.GenerateRequest, pb.EmbedRequest)
 
 
 class InferenceService:
-    """Args: ``max_new_tokens``, the most that one answer may have."""
+    """
+    Args:
+        serving: answers.
+        max_new_tokens: the most that one answer may have.
+        write_seconds: how long a frame may wait for its reader, before its instance is released.
+    """
 
-    def __init__(self, serving: Serving, max_new_tokens: int) -> None:
+    def __init__(self, serving: Serving, max_new_tokens: int, write_seconds: float = WRITE_SECONDS) -> None:
+        self._write_seconds = write_seconds
         self._serving = serving
         self._max_new_tokens = max_new_tokens
 
@@ -42,7 +49,9 @@ class InferenceService:
         default = min(limits.DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
         request.max_new_tokens = request.max_new_tokens or default
         call = Request(deployment, CAUSAL_LM, _rewrite(request), context.time_remaining(), max(1, request.n))
-        await self._serving.generate(call, _Stream(context))
+        stream = _Stream(context, self._write_seconds)
+        with stream.writer:
+            await self._serving.generate(call, stream)
 
     async def Embed(self, data: bytes, context: Context) -> bytes:
         request = _parse(pb.EmbedRequest(), data)
@@ -57,8 +66,17 @@ class InferenceService:
 class _Stream:
     """The caller's stream; frames go through as they are."""
 
-    def __init__(self, context: Context) -> None:
-        self.frame = context.write
+    def __init__(self, context: Context, write_seconds: float) -> None:
+        self._held: list[Callable[[], None]] = []
+        self.writer = PatientWriter(context, write_seconds, self._give_back)
+        self.frame = self.writer.write
+
+    def hold(self, give_back: Callable[[], None]) -> None:
+        self._held.append(give_back)
+
+    def _give_back(self) -> None:
+        for give_back in self._held:
+            give_back()
 
     async def start(self, info: StartInfo) -> None:
         await self.frame(pb.GenerateResponse(start=convert.start_info_message(info)).SerializeToString())

@@ -202,7 +202,14 @@ class Starts:
             started.tier, waiting.reasons + started.reasons, started.phases, total, instance.id, instance.node
         )
 
+        released = False
+
         def release() -> None:
+            # An answer that is not read releases its instance before it ends.
+            nonlocal released
+            if released:
+                return
+            released = True
             inventory.release(instance.id, ticket.sequences)
             if instance.deployment in deployments.by_id:
                 deployments.used(instance.deployment)

@@ -13,8 +13,9 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from dumont.errors import Aborted, DumontError, Internal, InvalidArgument
+from dumont.errors import DumontError, Internal, InvalidArgument
 from dumont.rpc.status import to_status
+from dumont.rpc.streams import PatientWriter
 
 log = structlog.get_logger(__name__)
 
@@ -84,9 +85,20 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         async def generate(request: Any, context: Context) -> None:
             async with self._errors(method, context):
                 responses = behavior(_decoded(request, decode), context)
-                async with _Reader(responses, self._write_seconds) as reader:
-                    async for response in responses:
-                        await reader.write(context, response)
+                closing: list[asyncio.Task[None]] = []
+                writer = PatientWriter(
+                    context,
+                    self._write_seconds,
+                    lambda: closing.append(asyncio.ensure_future(_close(responses))),
+                )
+                try:
+                    with writer:
+                        async for response in responses:
+                            await writer.write(response)
+                finally:
+                    for task in closing:
+                        await task
+                    await responses.aclose()
 
         async def write(request: Any, context: Context) -> None:
             async with self._errors(method, context):
@@ -111,57 +123,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         await context.abort_with_status(rpc_status.to_status(to_status(error, self._domain)))
 
 
-class _Reader:
-    """The one that a handler's messages go to. The handler is closed when its call ends, or is not read.
-
-    gRPC takes no status while a message waits for its reader. So the handler is closed first, and the status
-    follows when that message has gone, or never, should the caller go on not to read.
-
-    Args:
-        responses: the handler.
-        patience: seconds that a message may wait.
-    """
-
-    def __init__(self, responses: AsyncGenerator[Any], patience: float) -> None:
-        self._responses = responses
-        self._patience = patience
-        self._loop = asyncio.get_running_loop()
-        self._since: float | None = None
-        self._closing: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> _Reader:
-        self._timer = self._loop.call_later(self._patience, self._look)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._timer.cancel()
-        if self._closing is not None:
-            await self._closing
-        await self._responses.aclose()
-
-    async def write(self, context: Context, response: Any) -> None:
-        """Raises: Aborted, STREAM_NOT_READ."""
-        self._since = self._loop.time()
-        await context.write(response)
-        self._since = None
-        if self._closing is not None:
-            raise Aborted(
-                "STREAM_NOT_READ",
-                f"nothing of the answer was read for {self._patience:g} s, so the call was ended; read an "
-                "answer as it comes, or cancel the call",
-                metadata={"seconds": f"{self._patience:g}"},
-            )
-
-    def _look(self) -> None:
-        # Looked at now and then instead of timing each message: there may be thousands in a second.
-        waited = 0.0 if self._since is None else self._loop.time() - self._since
-        if waited >= self._patience:
-            self._closing = self._loop.create_task(self._close())
-        else:
-            self._timer = self._loop.call_later(self._patience - waited, self._look)
-
-    async def _close(self) -> None:
-        await self._responses.aclose()
+async def _close(responses: AsyncGenerator[Any]) -> None:
+    await responses.aclose()
 
 
 def _as_it_is(request: bytes) -> bytes:

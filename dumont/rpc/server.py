@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from dumont.errors import FailedPrecondition, InvalidArgument
 from dumont.rpc.errors import ErrorInterceptor
+from dumont.rpc.streams import WRITE_SECONDS
 
 log = structlog.get_logger(__name__)
 
@@ -47,7 +48,7 @@ class ServerLimits:
     max_ping_strikes: int = 2
     keepalive_seconds: float = 60
     keepalive_timeout_seconds: float = 20
-    write_seconds: float = 60
+    write_seconds: float = WRITE_SECONDS
 
     def options(self) -> list[tuple[str, int]]:
         """As gRPC channel arguments."""

@@ -1,14 +1,19 @@
-"""Streams that would never end by themselves: watches, and logs that are followed."""
+"""Streams that would never end by themselves: watches, followed logs, and answers that nobody reads."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any, Final, TypeVar
 
-from dumont.errors import Unavailable
+import grpc
+
+from dumont.errors import Aborted, Unavailable
 
 Item = TypeVar("Item")
+
+# Seconds that a message of a stream may wait for its reader.
+WRITE_SECONDS: Final = 60.0
 
 
 async def until_draining(source: AsyncIterator[Item], draining: asyncio.Event) -> AsyncGenerator[Item]:
@@ -37,3 +42,58 @@ async def until_draining(source: AsyncIterator[Item], draining: asyncio.Event) -
 
 async def _next(source: AsyncIterator[Item]) -> Item:
     return await anext(source)
+
+
+class PatientWriter:
+    """Writes the messages of a call, and has what the call holds given back when nobody reads them.
+
+    gRPC takes no status while a message waits for its reader. So what is held is given back first, and the
+    status follows when that message has gone; never, should the caller go on not to read.
+
+    Args:
+        context: of the call.
+        patience: seconds that a message may wait.
+        give_back: called once if one has waited for so long.
+    """
+
+    def __init__(
+        self,
+        context: grpc.aio.ServicerContext[Any, Any],
+        patience: float,
+        give_back: Callable[[], object],
+    ) -> None:
+        self._write = context.write
+        self._patience = patience
+        self._give_back = give_back
+        self._loop = asyncio.get_running_loop()
+        self._since: float | None = None
+        self._stalled = False
+
+    def __enter__(self) -> PatientWriter:
+        self._timer = self._loop.call_later(self._patience, self._look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    async def write(self, message: Any) -> None:
+        """Raises: Aborted, STREAM_NOT_READ."""
+        self._since = self._loop.time()
+        await self._write(message)
+        self._since = None
+        if self._stalled:
+            raise Aborted(
+                "STREAM_NOT_READ",
+                f"nothing of the answer was read for {self._patience:g} s, so the call was ended; read an "
+                "answer as it comes, or cancel the call",
+                metadata={"seconds": f"{self._patience:g}"},
+            )
+
+    def _look(self) -> None:
+        # Looked at now and then instead of timing each message: there may be thousands in a second.
+        waited = 0.0 if self._since is None else self._loop.time() - self._since
+        if waited < self._patience:
+            self._timer = self._loop.call_later(self._patience - waited, self._look)
+        else:
+            self._stalled = True
+            self._give_back()

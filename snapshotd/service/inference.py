@@ -15,9 +15,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from dumont import names
-from dumont.errors import FailedPrecondition, InvalidArgument, Unavailable
+from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from dumont.rpc.server import remaining
 from dumont.rpc.status import from_rpc_error
+from dumont.rpc.streams import WRITE_SECONDS, PatientWriter
 from dumont.snapshotd.v1 import inference_service_pb2 as pb2
 from snapshotd.instances.manager import Instances
 from snapshotd.model import Instance, State
@@ -32,6 +33,8 @@ Request = TypeVar("Request", pb2.GenerateRequest, pb2.EmbedRequest)
 SERVICE = "dumont.snapshotd.v1.InferenceService"
 HOST_SERVICE = "dumont.model_host.v1.ModelHostService"
 SOCKET_NAME = "host.sock"
+# What gRPC itself answers, without a reason, when a model host has more calls than it has threads for.
+HOST_BUSY = "Concurrent RPC limit exceeded!"
 
 
 @dataclass
@@ -65,12 +68,14 @@ class Inference:
         channel = await self._channel(_parse(pb2.GenerateRequest(), request).name)
         method: BytesStream = channel.unary_stream(f"/{HOST_SERVICE}/Generate")
         call = method(request, timeout=remaining(context))
-        read, write = call.read, context.write
+        read, writer = call.read, PatientWriter(context, WRITE_SECONDS, call.cancel)
+        write = writer.write
         try:
-            while (frame := await read()) is not grpc.aio.EOF:
-                await write(frame)
+            with writer:
+                while (frame := await read()) is not grpc.aio.EOF:
+                    await write(frame)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise told(error) from error
         finally:
             # However the caller's stream ended: the model host must not compute for nobody.
             call.cancel()
@@ -81,7 +86,7 @@ class Inference:
             method: BytesUnary = channel.unary_unary(f"/{HOST_SERVICE}/Embed")
             return await method(request, timeout=remaining(context))
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise told(error) from error
 
     async def close(self) -> None:
         for instance in list(self._connections):
@@ -125,6 +130,15 @@ class Inference:
         raise FailedPrecondition(
             "INSTANCE_NOT_SERVING", f"instances/{instance.id} is {instance.state.name}", metadata=details
         )
+
+
+def told(error: grpc.aio.AioRpcError) -> DumontError:
+    """What a model host says, also where gRPC answers in its place."""
+    if error.details() == HOST_BUSY:
+        return ResourceExhausted(
+            "QUEUE_FULL", "the instance takes no more calls at present; try again", retry_after=0.2
+        )
+    return from_rpc_error(error)
 
 
 def _parse(message: Request, data: bytes) -> Request:

@@ -14,7 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from controller.main import SERVICES
+from controller.main import DOMAIN, LIMITS, SERVICES
+from controller.service.inference import SERVICE as INFERENCE_SERVICE
+from controller.service.inference import InferenceService
 from dumont.controller.v1 import deployment_service_pb2 as deployments
 from dumont.controller.v1 import (
     deployment_service_pb2_grpc,
@@ -29,6 +31,8 @@ from dumont.controller.v1 import node_service_pb2 as node_pb
 from dumont.controller.v1 import snapshot_service_pb2 as snapshots
 from dumont.errors import Internal, ResourceExhausted, Unavailable
 from dumont.inference.v1 import inference_pb2
+from dumont.rpc.server import bind, new_server
+from dumont.rpc.status import from_rpc_error
 from dumont.snapshotd.v1 import inference_service_pb2 as downstream
 
 
@@ -444,3 +448,38 @@ async def test_every_service_is_healthy_and_reflected(served) -> None:
     listed, described = [response async for response in stub.ServerReflectionInfo(asked())]
     assert set(SERVICES) <= {service.name for service in listed.list_services_response.service}
     assert described.file_descriptor_response.file_descriptor_proto
+
+
+async def test_an_answer_that_nobody_reads_releases_its_instance(served) -> None:
+    # given: an answer that does not fit what gRPC holds for a reader, and a caller without a deadline
+    await create(served)
+    served.nodes.frames = [b"x" * 100_000] * 100
+    server = new_server(DOMAIN, LIMITS)
+    InferenceService(served.controller.serving, 4096, write_seconds=0.3).register(server)
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        request = inference.GenerateRequest(deployment="deployments/qa", prompt="Hello")
+        call = channel.unary_stream(f"/{INFERENCE_SERVICE}/Generate")(request.SerializeToString())
+        await call.read()
+        (instance,) = served.controller.core.inventory.instances.values()
+        assert instance.in_flight == 1
+
+        # then: after a while the instance is as free as if the answer had ended
+        async with asyncio.timeout(5):
+            await served.controller.core.inventory.until(
+                lambda: served.controller.core.inventory.instance(instance.id).in_flight == 0
+            )
+        assert [method for method, *_ in served.nodes.cancelled] == ["generate"]
+
+        # and: whoever reads on is told
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await read_all(call)
+        assert from_rpc_error(raised.value).reason == "STREAM_NOT_READ"
+        assert served.controller.core.inventory.instance(instance.id).in_flight == 0
+    await server.stop(0)
+
+
+async def read_all(call) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass

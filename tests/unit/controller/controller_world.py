@@ -22,6 +22,9 @@ class Answered:
         self.starts: list[StartInfo] = []
         self.frames: list[bytes] = []
 
+    def hold(self, give_back: Callable[[], None]) -> None:
+        self.give_back = give_back
+
     async def start(self, info: StartInfo) -> None:
         self.starts.append(info)
 

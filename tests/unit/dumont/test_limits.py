@@ -31,6 +31,11 @@ def set_fields(fields: dict[str, object]) -> dict[str, object]:
             "prompt",
         ),
         ({"messages": [inference_pb2.ChatMessage(content="b")]}, "EMPTY_ROLE", "messages[0].role"),
+        (
+            {"messages": [inference_pb2.ChatMessage(role=role, content="b") for role in ("user", "admin")]},
+            "INVALID_ROLE",
+            "messages[1].role",
+        ),
         ({"prompt": "a", "max_new_tokens": LIMIT + 1}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": -1}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
         ({"prompt": "a", "temperature": 2.1}, "INVALID_TEMPERATURE", "temperature"),
