@@ -24,7 +24,8 @@ from snapshotd.adapters.cuda.nvml import Nvml
 from snapshotd.adapters.facts import node_facts
 from snapshotd.adapters.models import NodeModels
 from snapshotd.adapters.object_store.key_file import KeyFile
-from snapshotd.adapters.snapshot_store.directory import STAGED, DirectoryStore
+from snapshotd.adapters.snapshot_store.base import STAGED
+from snapshotd.adapters.snapshot_store.directory import DirectoryStore
 from snapshotd.adapters.snapshot_store.sealed import SealedStore
 from snapshotd.config import Settings
 from snapshotd.failpoints import Failpoints
