@@ -43,12 +43,12 @@ class Config(BaseSettings):
     controller_id: str = Field(
         default="",
         pattern=r"^([a-z0-9][a-z0-9-]{0,62})?$",
-        description="take the place of the controller of this id, which is lost; its nodes name it",
+        description="replace the lost controller of this id, which its nodes report",
     )
     accept_database: CliImplicitFlag[bool] = Field(
         default=False,
-        description="use the database though it is empty, or not the one of the last start; nothing that it "
-        "does not know is deleted",
+        description="use the database although it is empty or not that of the last start; "
+        "nothing that it does not know is deleted",
     )
     metrics_listen: str = Field(
         default="", pattern=r"^(.*:\d{1,5})?$", description="host:port of the Prometheus page; empty: none"
@@ -57,13 +57,17 @@ class Config(BaseSettings):
         default=5.0,
         gt=0,
         le=3600,
-        description="between the heartbeats of a node; three missing make it unreachable",
+        description="seconds between heartbeats of a node; after three missing ones it is unreachable",
     )
-    max_new_tokens: int = Field(default=4096, gt=0, le=1_000_000, description="the most tokens of one answer")
+    max_new_tokens: int = Field(
+        default=4096, gt=0, le=1_000_000, description="the most tokens that one answer may have"
+    )
     max_queue: int = Field(
         default=DEFAULT_LENGTH, gt=0, le=100_000, description="requests that may wait for one deployment"
     )
-    drain_seconds: float = Field(default=30.0, ge=0, le=3600, description="time for running calls at SIGTERM")
+    drain_seconds: float = Field(
+        default=30.0, ge=0, le=3600, description="seconds that running calls get at SIGTERM"
+    )
     log_format: Literal["json", "console"] = Field(default="json", description="how logs are written")
     log_level: str = Field(
         default="info", pattern="^(debug|info|warning|error)$", description="how much is logged"

@@ -1,4 +1,4 @@
-"""Protocol messages to facts and back. Bad input stops here, with the field named."""
+"""Converts protocol messages to facts and back. Bad input stops here, with the field named."""
 
 from __future__ import annotations
 
@@ -93,22 +93,26 @@ def last_segment(name: str) -> str:
 
 
 def full_name(collection: str, identifier: str) -> str:
+    """A resource's name; empty for an empty id."""
     return f"{collection}/{identifier}" if identifier else ""
 
 
 def timestamp(seconds: float) -> Timestamp:
+    """A wall time as a message."""
     made = Timestamp()
     made.FromMicroseconds(round(seconds * 1e6))
     return made
 
 
 def duration(seconds: float) -> Duration:
+    """Seconds as a message."""
     made = Duration()
     made.FromMicroseconds(round(seconds * 1e6))
     return made
 
 
 def seconds(message: Timestamp | Duration) -> float:
+    """Seconds of a duration, or a wall time."""
     return message.seconds + message.nanos / 1e9
 
 
@@ -161,7 +165,7 @@ def request_id(value: str) -> str:
 
 
 def paths(message: deployments_pb.UpdateDeploymentRequest) -> frozenset[str]:
-    """What an update changes: its mask, "*" as every field, no mask as every field that is set."""
+    """The paths that an update changes: its mask, every field for "*", and every field set for no mask."""
     if message.update_mask.paths:
         mask = frozenset(message.update_mask.paths)
         return EVERYTHING if mask == {"*"} else mask
@@ -245,6 +249,7 @@ def _duration(message: Message, name: str, field: str) -> float | None:
 def deployment_message(
     facts: Deployment, state: DeploymentState, state_message: str, last_use: float | None
 ) -> deployments_pb.Deployment:
+    """A deployment for callers."""
     message = deployments_pb.Deployment(
         name=f"deployments/{facts.id}",
         uid=facts.uid,
@@ -274,7 +279,7 @@ def deployment_message(
 
 
 def report(message: node_instances_pb.Instance) -> Report:
-    """What snapshotd says of an instance; a state this version does not know counts as starting."""
+    """What snapshotd reports of an instance. A state that this version does not know counts as starting."""
     return Report(
         id=last_segment(message.name),
         deployment=last_segment(message.deployment),
@@ -293,11 +298,12 @@ def report(message: node_instances_pb.Instance) -> Report:
 
 
 def node_weights(value: node_instances_pb.Weights.ValueType) -> Weights:
-    """Where a node says that weights are; detached is what one that says nothing does."""
+    """Where a node reports that weights are; a node that does not say has them detached."""
     return Weights.INCLUDED if value == node_instances_pb.WEIGHTS_INCLUDED else Weights.DETACHED
 
 
 def instance_message(facts: Instance, last_use: float | None, orphan: bool = False) -> instances_pb.Instance:
+    """An instance for callers."""
     told = facts.report
     message = instances_pb.Instance(
         name=f"instances/{facts.id}",
@@ -326,7 +332,7 @@ def instance_message(facts: Instance, last_use: float | None, orphan: bool = Fal
 
 
 def snapshot(node: str, message: node_snapshots_pb.Snapshot) -> Snapshot:
-    """A snapshot as its node describes it; one in a state this version does not know is not used."""
+    """A snapshot as its node reports it. One in a state that this version does not know is not used."""
     return Snapshot(
         id=last_segment(message.name),
         deployment=last_segment(message.deployment),
@@ -436,7 +442,8 @@ def node(identifier: str, message: nodes_pb.Node) -> Node:
 
 
 def node_message(facts: Node) -> nodes_pb.Node:
-    # A node that is being asked what it holds cannot be used yet either.
+    """A node for callers."""
+    # A node that is still being asked what it holds cannot be used either.
     ready = facts.state is NodeState.READY
     states = nodes_pb.Node.State
     return nodes_pb.Node(
@@ -461,6 +468,7 @@ def node_message(facts: Node) -> nodes_pb.Node:
 
 
 def start_info_message(info: StartInfo) -> inference_pb.StartInfo:
+    """How a start went, for callers."""
     return inference_pb.StartInfo(
         tier=TIERS[info.tier],
         reasons=info.reasons,

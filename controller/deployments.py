@@ -1,4 +1,4 @@
-"""Deployments: checked, stored, then known. Read from memory, so that no request waits for the database."""
+"""Deployments: checked, stored, then held in memory, so that no request waits for the database."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Draft:
     park_timeout: float | None = None
 
 
-# Paths of an update mask and the draft's fields they replace.
+# Paths of an update mask, and the fields of the draft that they replace.
 MUTABLE: Final[Mapping[str, tuple[str, ...]]] = {
     "start_mode": ("start_mode",),
     "checkpoint": ("checkpoint_enabled", "checkpoint_ttl", "checkpoint_storage", "checkpoint_weights"),
@@ -66,7 +66,7 @@ class Deployments:
         self.last_use: dict[str, float] = {}
 
     def load(self, deployments: tuple[Deployment, ...], last_use: Mapping[str, float]) -> None:
-        """Take in what the registry holds, at start-up."""
+        """At start-up: take in what the registry holds."""
         self.by_id = {deployment.id: deployment for deployment in deployments}
         self.last_use = dict(last_use)
 
@@ -86,7 +86,7 @@ class Deployments:
         return self.by_id[deployment]
 
     def get_active(self, deployment: str, field: str = "deployment") -> Deployment:
-        """One that is not being deleted.
+        """The deployment of this id, if it is not being deleted.
 
         Raises:
             NotFound: there is none.
@@ -102,12 +102,12 @@ class Deployments:
         return found
 
     async def create(self, identifier: str, draft: Draft, request_id: str) -> Deployment:
-        """Check, resolve the model on a node, store.
+        """Check a draft, resolve its model on a node, and store the deployment.
 
         Raises:
             AlreadyExists: the id is taken.
             InvalidArgument: the settings contradict each other, or the model cannot be served.
-            NotFound, FailedPrecondition: what a node says of the model; OBJECT_STORE_NOT_CONFIGURED.
+            NotFound, FailedPrecondition: the node cannot serve the model; OBJECT_STORE_NOT_CONFIGURED.
             Unavailable: NO_NODE, no node can check the model.
         """
         checkpoint = _checkpoint(draft)
@@ -162,7 +162,13 @@ class Deployments:
             )
 
     async def update(self, identifier: str, draft: Draft, paths: frozenset[str], etag: str) -> Deployment:
-        """Replace the fields that ``paths`` name; an empty ``etag`` means whichever there is.
+        """Replace the fields that ``paths`` name.
+
+        Args:
+            identifier: the deployment's id.
+            draft: has the new values.
+            paths: of the update mask.
+            etag: the deployment's, if nobody else may have changed it; or empty.
 
         Raises:
             NotFound: there is no such deployment.
@@ -210,7 +216,7 @@ class Deployments:
         return new
 
     async def begin_delete(self, identifier: str) -> None:
-        """Mark it; the reconciler ends what it has and forgets it. Repeating it is fine."""
+        """Mark a deployment for deletion; the reconciler ends what it has and then forgets it."""
         old = self.get(identifier)
         if old.deleting:
             return
@@ -219,7 +225,7 @@ class Deployments:
         self._keep(new)
 
     async def forget(self, identifier: str) -> None:
-        """Nothing is left of it."""
+        """Remove a deployment of which nothing is left."""
         await self._registry.delete_deployment(identifier)
         self.by_id.pop(identifier, None)
         self.last_use.pop(identifier, None)
@@ -227,7 +233,7 @@ class Deployments:
         self._inventory.touch(f"deployments/{identifier}")
 
     def used(self, identifier: str) -> None:
-        """It is in use now. Only memory is touched; ``save_last_use`` stores it soon."""
+        """Note that a deployment is in use now. Only memory is touched; ``save_last_use`` stores it later."""
         self.last_use[identifier] = self._clock.moment().wall
         self._unsaved.add(identifier)
 
@@ -279,7 +285,7 @@ def _changed_fields(old: Deployment, draft: Draft, paths: frozenset[str]) -> set
         if path not in MUTABLE:
             raise InvalidArgument(
                 "UNKNOWN_FIELD",
-                f"update_mask names {path[:80]!r}, which is no field of a deployment that can be set",
+                f"update_mask names {path[:80]!r}, which is not a field of a deployment that can be set",
                 field="update_mask",
                 metadata={"path": path[:80]},
             )

@@ -1,9 +1,9 @@
-"""What is to be parked, stopped, deleted or started now, and when to look again. Pure.
+"""What is to be parked, stopped, deleted or started now, and when to plan again. Pure.
 
-Each plan is of one deployment or one node, so that a change costs what depends on it and no more. Rules
-yield (monotonic time at which it is due, action). What is not due yet only says when to look again. Nothing
-that serves a request, starts or is being captured is ever touched, and nothing that this controller has
-not written down as its own.
+A plan concerns one deployment or one node, so that a change costs only what depends on it. Each rule yields
+an action and the monotonic time at which it is due; an action that is not due yet determines when to plan
+again. An instance that serves a request, starts or is being captured is never touched, and neither is
+anything that this controller has not recorded as its own.
 """
 
 from __future__ import annotations
@@ -42,11 +42,17 @@ STOPPABLE: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a deployment, and of what names it.
+    """What is known of a deployment, and of the instances and snapshots that name it.
 
-    ``deployment`` is None when there is none of that id. ``started`` holds the ids of instances that this
-    controller started; ``starting``: a start is running or a request waits; ``last_use`` a wall time;
-    ``retry_at`` monotonic times by resource name, before which no action on it is tried again.
+    Args:
+        deployment: None when there is none of that id.
+        instances: the ones that name the deployment.
+        snapshots: the ones that name the deployment, each once.
+        nodes: all nodes by id.
+        started: the ids of instances that this controller started.
+        last_use: wall time of the deployment's last use.
+        starting: whether a start runs or a request waits.
+        retry_at: monotonic times by target, before which no action on it is tried again.
     """
 
     deployment: Deployment | None = None
@@ -59,16 +65,18 @@ class Facts:
     retry_at: Mapping[str, float] = field(default_factory=dict)
 
     def within_reach(self, node: str) -> bool:
-        """Whether commands are sent to a node."""
+        """Whether commands can be sent to a node."""
         return node in self.nodes and self.nodes[node].state is NodeState.READY
 
     def owned(self, snapshot: Snapshot) -> bool:
-        """Whether it is this deployment's, and not an orphan or one of an earlier deployment of its name."""
+        """Whether a snapshot is this deployment's, rather than an orphan or an earlier deployment's."""
         return self.deployment is not None and snapshot.owner == self.deployment.uid
 
 
 @dataclass(frozen=True, slots=True)
 class OnInstance:
+    """An action on an instance; ``target`` is what the action is retried and delayed by."""
+
     instance: str
     reason: str
 
@@ -78,15 +86,21 @@ class OnInstance:
 
 
 class Park(OnInstance):
+    """Freeze an idle instance."""
+
     __slots__ = ()
 
 
 class Stop(OnInstance):
+    """End an instance."""
+
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteSnapshot:
+    """Delete a snapshot wherever it is."""
+
     snapshot: str
     reason: str
 
@@ -97,29 +111,33 @@ class DeleteSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
+    """Have a snapshot uploaded to the object store."""
+
     snapshot: str
     reason: str
 
     @property
     def target(self) -> str:
-        # Not the snapshot alone: an upload under way must not put off deleting it.
+        # Not the snapshot's own name: an upload under way must not delay deleting the snapshot.
         return f"snapshots/{self.snapshot}/upload"
 
 
 @dataclass(frozen=True, slots=True)
 class KeepWarm:
+    """Start an instance of a deployment that must always have one."""
+
     deployment: str
     reason: str
 
     @property
     def target(self) -> str:
-        # Not the deployment alone: waiting to restart it must not put off forgetting it.
+        # Not the deployment's own name: waiting to restart it must not delay forgetting it.
         return f"deployments/{self.deployment}/instances"
 
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Nothing is left of a deployment that was being deleted."""
+    """Remove a deployment that was being deleted and of which nothing is left."""
 
     deployment: str
     reason: str
@@ -131,7 +149,7 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """A node has been silent for too long."""
+    """Send nothing more to a node that has been silent for too long."""
 
     node: str
     reason: str
@@ -146,23 +164,23 @@ Action = Park | Stop | DeleteSnapshot | Publish | KeepWarm | Forget | GiveUp
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Actions due now, and the seconds until the next may be (None: nothing is foreseen)."""
+    """The actions due now, and the seconds until the next one may be; None: none is foreseen."""
 
     actions: tuple[Action, ...]
-    wake_in: float | None
+    again_in: float | None
 
 
 def plan(facts: Facts, now: Moment) -> Plan:
-    """Everything of a deployment that is due at ``now``."""
+    """The actions on a deployment that are due at ``now``."""
     return _due(_rules(facts, now), facts.retry_at, now)
 
 
 def plan_node(node: Node, silence: float, retry_at: Mapping[str, float], now: Moment) -> Plan:
-    """Whether a node is to be given up.
+    """Give up a node that has been silent for too long.
 
     Args:
         node: the node.
-        silence: seconds without a heartbeat that it may have.
+        silence: seconds without a heartbeat after which it is given up.
         retry_at: as in ``Facts``.
         now: the time.
     """
@@ -205,7 +223,7 @@ def _instance(facts: Facts, instance: Instance, now: Moment) -> Iterator[tuple[f
         return
     deployment = facts.deployment
     if deployment is None or not deployment.runs(instance.report):
-        # Only what is known to have been started from here: the rest is somebody's.
+        # Only an instance that this controller started; any other belongs to somebody else.
         if instance.state in STOPPABLE and instance.id in facts.started:
             yield now.monotonic, Stop(instance.id, "its deployment is gone")
     elif deployment.deleting:
@@ -258,7 +276,7 @@ def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[f
     if snapshot.quarantined:
         yield after(snapshot.create_time), DeleteSnapshot(snapshot.id, "ttl has passed since its quarantine")
         return
-    # Another kind of node cannot restore it, so a newer one of another kind does not replace it.
+    # A newer snapshot replaces this one only where the same nodes can restore it.
     newest = max(
         (
             s
@@ -272,10 +290,10 @@ def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[f
     if newest.id != snapshot.id:
         yield now.monotonic, DeleteSnapshot(snapshot.id, f"snapshots/{newest.id} has replaced it")
     elif snapshot.unusable_since is not None:
-        # Its deployment may be in use for ever without it.
+        # The deployment's use does not count: it goes on without this snapshot.
         yield (
             after(snapshot.unusable_since),
-            DeleteSnapshot(snapshot.id, "no node can restore it, for its ttl"),
+            DeleteSnapshot(snapshot.id, "no node has been able to restore it for its ttl"),
         )
     elif not any(i.in_flight for i in facts.instances):
         used = max(snapshot.create_time, snapshot.adopt_time, facts.last_use)

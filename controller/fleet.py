@@ -1,4 +1,4 @@
-"""Which nodes there are, and following each: connect, ask what it holds, watch what changes."""
+"""The nodes. Each is followed: connect to it, list what it holds, watch what changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RETRY_LIMIT = 5.0
 
 
 class Fleet:
-    """Keeps the inventory equal to the nodes. One task follows each node that may be alive."""
+    """Keeps the inventory in step with the nodes; a task of its own follows each node that may be alive."""
 
     def __init__(
         self,
@@ -42,29 +42,29 @@ class Fleet:
         self._followers: dict[str, asyncio.Task[None]] = {}
 
     def load(self, nodes: Iterable[Node]) -> None:
-        """Take in what the registry holds and ask each node, at start-up."""
+        """At start-up: take in the nodes that the registry holds, and begin to follow them."""
         for node in nodes:
             now = self._clock.moment().monotonic
             self._inventory.put_node(replace(node, state=NodeState.CONNECTING, since=now, heartbeat_at=now))
             self._follow(node.id)
 
     async def register(self, node: Node, owner: str = "") -> Node:
-        """A snapshotd has started, or was not known: store it and ask what it holds.
+        """Register a snapshotd that has started or was not known: store it, and list what it holds.
 
         Args:
-            node: what it says of itself.
-            owner: the controller that it belongs to; empty: to none.
+            node: what it reports of itself.
+            owner: the id of the controller that it belongs to; empty: none.
 
         Raises:
-            FailedPrecondition: WRONG_CONTROLLER, it belongs to another one.
+            FailedPrecondition: WRONG_CONTROLLER, the node belongs to another controller.
         """
         if owner and owner != self.controller:
             log.warning("node_refused", node=node.id, controller=owner)
             raise FailedPrecondition(
                 "WRONG_CONTROLLER",
                 f"nodes/{node.id} belongs to controller {owner}, and this is {self.controller}; check where "
-                "the node registers, restart its snapshotd with --accept-controller, or, if this one takes "
-                f"the place of a lost one, start it on an empty state directory with --controller-id {owner}",
+                "the node registers, restart its snapshotd with --accept-controller or, if this controller "
+                f"replaces a lost one, start it on an empty state directory with --controller-id {owner}",
                 metadata={"node": f"nodes/{node.id}", "controller": self.controller, "owner": owner},
             )
         now = self._clock.moment()
@@ -82,10 +82,10 @@ class Fleet:
         return self._inventory.node(node.id)
 
     def heartbeat(self, identifier: str, memory_available_bytes: int) -> None:
-        """A node is alive.
+        """Note that a node is alive.
 
         Raises:
-            NotFound: NODE_UNKNOWN; it has to register again.
+            NotFound: NODE_UNKNOWN, the node has to register again.
         """
         known = self._inventory.nodes.get(identifier)
         if known is None:
@@ -99,12 +99,12 @@ class Fleet:
         self._inventory.put_node(
             replace(known, heartbeat_time=now.wall, heartbeat_at=now.monotonic, memory_available_bytes=memory)
         )
-        # An unreachable node stays so until it has told what it holds: nobody waits for it meanwhile.
+        # It stays unreachable until it has listed what it holds, so that no request waits for it.
         if known.state is NodeState.UNREACHABLE and identifier not in self._followers:
             self._follow(identifier)
 
     def check_reachable(self, identifier: str) -> None:
-        """Raise unless the node takes commands at present.
+        """Raise unless commands can be sent to a node.
 
         Raises:
             NotFound: the controller knows no such node.
@@ -120,21 +120,21 @@ class Fleet:
             )
 
     def recheck(self, identifier: str) -> None:
-        """A call to the node got no answer: ask again what it holds before anything else is sent."""
+        """A call to a node got no answer: list again what it holds before anything else is sent."""
         if self._inventory.nodes[identifier].state is NodeState.READY:
-            self._inventory.move_node(identifier, NodeState.CONNECTING)
+            self._inventory.set_node_state(identifier, NodeState.CONNECTING)
             self._follow(identifier)
 
     async def give_up(self, identifier: str) -> None:
-        """Send nothing more to a silent node until it is heard again."""
-        self._inventory.move_node(identifier, NodeState.UNREACHABLE)
+        """Send nothing more to a silent node until its next heartbeat."""
+        self._inventory.set_node_state(identifier, NodeState.UNREACHABLE)
         if (follower := self._followers.pop(identifier, None)) is not None:
             follower.cancel()
         await self._nodes.disconnect(identifier)
         log.warning("node_unreachable", node=identifier)
 
     async def refresh_snapshots(self, identifier: str) -> None:
-        """Ask again which snapshots a node holds, for instance after one was quarantined."""
+        """List again which snapshots a node holds, for instance after one was quarantined."""
         snapshots = await self._nodes.list_snapshots(identifier)
         self._inventory.learn_snapshots(identifier, snapshots)
 
@@ -161,24 +161,24 @@ class Fleet:
                     del self._followers[identifier]
                 return
             if state is NodeState.READY:
-                self._inventory.move_node(identifier, NodeState.CONNECTING)
+                self._inventory.set_node_state(identifier, NodeState.CONNECTING)
                 delay = RETRY_FIRST
             await self._clock.sleep(delay)
             delay = min(RETRY_LIMIT, delay * 2)
 
     async def _synchronize(self, identifier: str) -> None:
         await self._nodes.connect(identifier, self._inventory.nodes[identifier].endpoint)
-        told: list[Report] = []
+        reports: list[Report] = []
         synchronized = False
         async with aclosing(self._nodes.watch(identifier)) as changes:
             async for change in changes:
                 if isinstance(change, Synchronized):
-                    self._inventory.learn(identifier, told, await self._nodes.list_snapshots(identifier))
+                    self._inventory.learn(identifier, reports, await self._nodes.list_snapshots(identifier))
                     synchronized = True
-                    log.info("node_ready", node=identifier, instances=len(told))
+                    log.info("node_ready", node=identifier, instances=len(reports))
                 elif isinstance(change, Removed):
                     self._inventory.removed(change.instance)
                 elif synchronized:
                     self._inventory.report(identifier, change)
                 else:
-                    told.append(change)
+                    reports.append(change)

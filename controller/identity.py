@@ -1,7 +1,7 @@
-"""Which controller this is. Decides from what the database and the state directory remember. Pure.
+"""Which controller this is, decided from the records in the database and the state directory. Pure.
 
-Nodes belong to one controller and take commands from no other. So the identity must survive whatever
-happens to the database, and a database that is not the one of last time must not be taken for it.
+A node belongs to one controller and takes commands from no other. Therefore the identity must survive
+whatever happens to the database, and a database other than the last one must not be mistaken for it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """Who this controller is from now on.
+    """The identity of this controller from now on.
 
-    ``outdated``: the database is older than the last start, so what it says of the time since is not known.
+    ``outdated``: the database is older than the last start, so it knows nothing of the time since.
     """
 
     identity: Identity
@@ -39,19 +39,20 @@ def establish(
     accept: bool,
     new_id: str,
 ) -> Established:
-    """Who this controller is, and whether it may use this database.
+    """Decide which controller this is, and whether it may use this database.
 
     Args:
-        stored: what the database says; None: nothing.
-        remembered: what the state directory says of the last start; None: there was none.
-        empty: the database holds no deployment.
-        wanted: the id that a person asks for, to take the place of a controller that was lost; or empty.
-        accept: a person says that the database is the right one.
-        new_id: for a controller that never was.
+        stored: the identity in the database; None: it has none.
+        remembered: the identity of the last start in the state directory; None: there was none.
+        empty: whether the database holds no deployment.
+        wanted: the id that a person asks for, to replace a controller that was lost; or empty.
+        accept: whether a person says that the database is the right one.
+        new_id: the id for a controller that is new.
 
     Raises:
-        FailedPrecondition: DATABASE_EMPTY, there was a database and this one is empty; DATABASE_FOREIGN, it
-            is another controller's; CONTROLLER_ID_TAKEN, this controller has another id than the wanted one.
+        FailedPrecondition: DATABASE_EMPTY, this database is empty and the last one was not;
+            DATABASE_FOREIGN, it is another controller's; CONTROLLER_ID_TAKEN, this controller has another id
+            than the wanted one.
     """
     known = stored or remembered
     if wanted and known is not None and known.id != wanted:

@@ -1,4 +1,4 @@
-"""Commands to instances: begin, call the node, finish; after a refusal, ask the node for the truth."""
+"""Commands to instances: mark one as under way, call the node, mark its outcome."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Created:
 
 
 class Instances:
-    """A command that was sent runs to its end, even when its caller leaves."""
+    """Commands to instances. One that was sent runs to its end, even when its caller leaves."""
 
     def __init__(self, core: Core) -> None:
         self._core = core

@@ -1,8 +1,8 @@
-"""What the nodes hold, mirrored in memory. Synchronous, so that a check and its move are one step.
+"""What the nodes hold, mirrored in memory. Synchronous, so that a check and its transition are one step.
 
-Nodes are the truth for instances and snapshots. Only this module stores states, and only
-``lifecycle.advance`` makes them. What belongs to a deployment is found by its id, and who waits or plans is
-told which deployment or node has changed: no step looks at everything there is.
+The nodes decide what is true of instances and snapshots. Only this module stores states, and only
+``lifecycle.advance`` computes them. Instances and snapshots are indexed by deployment, and whoever waits is
+notified by deployment or node, so that no step has to look at everything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Inventory:
     """Nodes, instances and snapshots by id.
 
     ``begin`` marks a command of ours as under way and ``finish`` its outcome; reports that arrive
-    in between may be older than the command and do not move the state, unless they tell the end.
+    in between may be older than the command and do not change the state, unless they say that the instance
+    has failed or is gone.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -36,38 +37,38 @@ class Inventory:
         self._watchers: list[_Watcher] = []
         self.nodes: dict[str, Node] = {}
         self.instances: dict[str, Instance] = {}
-        # By id and node: a snapshot may be on several nodes, and published besides.
+        # By id and node: a snapshot may be on several nodes, and in the object store as well.
         self._copies: dict[str, dict[str, Snapshot]] = {}
-        # Ids of instances and snapshots by deployment, in the order in which they came.
+        # Ids of instances and snapshots by deployment, in the order in which they appeared.
         self._instances_of: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._snapshots_of: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        # What this controller has written down: only such a snapshot or instance is its own.
+        # What this controller has recorded; only a snapshot or an instance that is recorded is its own.
         self.captured: dict[str, Captured] = {}
         self.intents: dict[str, Intent] = {}
         # The nodes of these by deployment and id.
         self._started_on: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self._captured_on: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self._departed: list[str] = []
-        # Wall times since when no known node could restore a snapshot.
+        # By snapshot: the wall time since which no known node can restore it.
         self._unusable_since: dict[str, float] = {}
 
     # Looking
 
     def node(self, node: str) -> Node:
-        """Raises: NotFound."""
+        """The node of this id. Raises: NotFound."""
         if node not in self.nodes:
             raise _not_found("node", node)
         return self.nodes[node]
 
     def instance(self, instance: str) -> Instance:
-        """Raises: NotFound."""
+        """The instance of this id. Raises: NotFound."""
         if instance not in self.instances:
             raise _not_found("instance", instance)
         return self.instances[instance]
 
     @property
     def snapshots(self) -> dict[str, Snapshot]:
-        """Every snapshot once, as the node sees it that can do most with it."""
+        """Every snapshot once, as the node that can do most with it sees it."""
         return {snapshot: self._best(snapshot) for snapshot in self._copies}
 
     def _best(self, snapshot: str) -> Snapshot:
@@ -81,7 +82,7 @@ class Inventory:
         return ready, not copy.quarantined, not copy.incompatibility, copy.local, copy.node
 
     def snapshot(self, snapshot: str) -> Snapshot:
-        """Raises: NotFound."""
+        """The snapshot of this id, as the most capable node sees it. Raises: NotFound."""
         if snapshot not in self._copies:
             raise _not_found("snapshot", snapshot)
         return self._best(snapshot)
@@ -91,15 +92,15 @@ class Inventory:
         return tuple(self._copies.get(snapshot, {}).values())
 
     def instances_of(self, deployment: str) -> tuple[Instance, ...]:
-        """Those that name a deployment, whoever started them; see ``Deployment.runs``."""
+        """The instances that name a deployment, whoever started them; see ``Deployment.runs``."""
         return tuple(self.instances[instance] for instance in self._instances_of.get(deployment, ()))
 
     def snapshots_of(self, deployment: str) -> tuple[Snapshot, ...]:
-        """Those that name a deployment, each once, as ``snapshots`` has them; orphans among them."""
+        """The snapshots that name a deployment, orphans included, each as ``snapshots`` has it."""
         return tuple(self._best(snapshot) for snapshot in self._snapshots_of.get(deployment, ()))
 
     def copies_of(self, deployment: str) -> tuple[Snapshot, ...]:
-        """The same, as each node sees them."""
+        """The snapshots that name a deployment, as each node sees them."""
         known = self._snapshots_of.get(deployment, ())
         return tuple(copy for snapshot in known for copy in self._copies[snapshot].values())
 
@@ -115,8 +116,9 @@ class Inventory:
         """Wait until ``predicate`` holds.
 
         Args:
-            subjects: names of the deployments and nodes whose changes may make it hold, such as
-                ``deployments/qa``; none: any change.
+            predicate: asked now and after every change.
+            subjects: names of the deployments and nodes whose changes may make it true, such as
+                ``deployments/qa``; none: any change may.
         """
         with self.watched(*subjects) as changed:
             while not predicate():
@@ -125,7 +127,7 @@ class Inventory:
 
     @contextmanager
     def watched(self, *subjects: str) -> Iterator[asyncio.Event]:
-        """An event that is set by every change of these deployments and nodes; see ``until``."""
+        """An event that every change of these deployments and nodes sets; see ``until``."""
         changed = asyncio.Event()
         for subject in subjects or ("",):
             self._waiters[subject].add(changed)
@@ -138,7 +140,7 @@ class Inventory:
                     del self._waiters[subject]
 
     def touch(self, subject: str) -> None:
-        """Facts about ``deployments/ID`` or ``nodes/ID`` have changed: tell who waits, and plan it anew."""
+        """Facts about ``deployments/ID`` or ``nodes/ID`` have changed: wake who waits, and plan it again."""
         self._changed[subject] = None
         self.on_change()
         for changed in (*self._waiters.get(subject, ()), *self._waiters.get("", ())):
@@ -150,12 +152,12 @@ class Inventory:
         return changed
 
     def take_departed(self) -> list[str]:
-        """The instances that went since the last call, and that had an intent."""
+        """The instances with an intent that have gone since the last call."""
         departed, self._departed = self._departed, []
         return departed
 
     async def watch(self) -> AsyncGenerator[Instance | Removed | Synchronized]:
-        """Every instance, ``Synchronized``, then each change; a slow reader gets the latest only."""
+        """Every instance, ``Synchronized``, then each change; a slow reader skips outdated states."""
         watcher = _Watcher()
         self._watchers.append(watcher)
         try:
@@ -177,16 +179,17 @@ class Inventory:
         self.nodes[node.id] = node
         self.touch(f"nodes/{node.id}")
         if known is not None and known.state is not node.state:
-            # What can be done with everything on it has changed.
+            # What can be done with everything on this node has changed.
             for deployment in self._on(node.id):
                 self.touch(f"deployments/{deployment}")
 
-    def move_node(self, node: str, state: NodeState) -> None:
+    def set_node_state(self, node: str, state: NodeState) -> None:
+        """Change a node's state; does nothing if it is in that state already."""
         if self.nodes[node].state is not state:
             self.put_node(replace(self.nodes[node], state=state, since=self._clock.moment().monotonic))
 
     def learn(self, node: str, reports: Iterable[Report], snapshots: Iterable[Snapshot]) -> None:
-        """Replace all that was known of a node by what it says now; it is ready then."""
+        """Replace all that was known of a node by what it reports now; the node is ready from then on."""
         told = {report.id: report for report in reports}
         for instance in list(self.instances.values()):
             if instance.node == node and instance.id not in told and not instance.busy:
@@ -195,10 +198,10 @@ class Inventory:
             self.report(node, report)
         for intent in [i for i in self.intents.values() if i.node == node]:
             if intent.instance not in self.instances:
-                # It never came to be.
+                # The node never started it.
                 self._depart(intent.instance)
         self.learn_snapshots(node, snapshots)
-        self.move_node(node, NodeState.READY)
+        self.set_node_state(node, NodeState.READY)
 
     def learn_snapshots(self, node: str, snapshots: Iterable[Snapshot]) -> None:
         """Replace what was known of the snapshots within a node's reach."""
@@ -210,10 +213,10 @@ class Inventory:
             self.put_snapshot(found)
 
     def put_snapshot(self, snapshot: Snapshot) -> None:
-        """Take in what a node says of one."""
+        """Take in what a node reports of a snapshot."""
         made = self.captured.get(snapshot.id)
         if made is not None and not made.manifest_digest and snapshot.local and not snapshot.quarantined:
-            # Whoever had it captured ended before it heard of it; the node that made it tells now.
+            # The controller that asked for this capture ended before the node answered; the node answers now.
             self.captured[snapshot.id] = replace(made, manifest_digest=snapshot.manifest_digest)
         judged = self._judge(snapshot)
         copies = self._copies.setdefault(snapshot.id, {})
@@ -224,7 +227,7 @@ class Inventory:
         self._index_snapshot(snapshot.id, judged.deployment)
 
     def put_captured(self, captured: Captured) -> None:
-        """This controller had it made, or adopted it: its manifest must never hash to anything else."""
+        """Record that this controller captured or adopted a snapshot: its manifest must never change."""
         self.drop_captured(captured.id)
         self.captured[captured.id] = captured
         self._captured_on[captured.deployment][captured.id] = captured.node
@@ -232,13 +235,13 @@ class Inventory:
             self.put_snapshot(copy)
 
     def drop_captured(self, snapshot: str) -> None:
-        """Nothing is left of it."""
+        """Remove the record of a snapshot of which nothing is left."""
         captured = self.captured.pop(snapshot, None)
         if captured is not None:
             _drop(self._captured_on, captured.deployment, snapshot)
 
     def drop_snapshot(self, snapshot: str, node: str) -> None:
-        """The node neither holds nor reaches it any more."""
+        """The node neither holds the snapshot nor finds it in the object store any more."""
         copies = self._copies.get(snapshot, {})
         dropped = copies.pop(node, None)
         if not copies:
@@ -261,12 +264,12 @@ class Inventory:
         self.touch(f"deployments/{deployment}")
 
     def _on(self, node: str) -> set[str]:
-        """The deployments that have something on a node, or within its reach."""
+        """The deployments with an instance or a snapshot that this node holds or can fetch."""
         held = {instance.deployment for instance in self.instances.values() if instance.node == node}
         return held | {copies[node].deployment for copies in self._copies.values() if node in copies}
 
     def _judge(self, snapshot: Snapshot) -> Snapshot:
-        """What a node says of a snapshot, against what is known of its making."""
+        """Compare what a node reports of a snapshot with the record of its capture."""
         made = self.captured.get(snapshot.id)
         if made is None or not (made.manifest_digest or snapshot.local):
             return replace(snapshot, owner=None)
@@ -285,10 +288,10 @@ class Inventory:
     # Reports
 
     def report(self, node: str, report: Report) -> None:
-        """Take in what a node says of an instance."""
+        """Take in what a node reports of an instance."""
         known = self.instances.get(report.id)
         if known is None:
-            # Whom a stranger has served is unknown; only one that still starts has surely served nobody.
+            # An instance not seen before may have served anyone, unless it is still starting.
             starting = report.state is InstanceState.STARTING
             known = replace(self._new(node, report), served=not starting)
         known = replace(known, report=report)
@@ -298,11 +301,12 @@ class Inventory:
             self._apply(known, lifecycle.SAW[report.state])
 
     def removed(self, instance: str) -> None:
+        """Take in that an instance is gone from its node."""
         if instance in self.instances:
             self._apply(self.instances[instance], Event.SAW_GONE)
 
     def lost(self, instance: str) -> None:
-        """Whether it exists is not known: its intent stays until the node has told."""
+        """Nobody knows whether this instance exists: keep its intent until its node has reported."""
         intent = self.intents.pop(instance, None)
         self.removed(instance)
         if intent is not None:
@@ -328,7 +332,12 @@ class Inventory:
         self._apply(replace(self._new(intent.node, report), busy=True), Event.START)
 
     def begin(self, instance: str, event: Event, force: bool = False) -> Instance:
-        """A command is about to be sent; ``force`` allows it while requests are in flight.
+        """Mark a command as under way, before it is sent.
+
+        Args:
+            instance: its id.
+            event: the command.
+            force: allow it while requests are in flight.
 
         Raises:
             NotFound: there is no such instance.
@@ -346,10 +355,10 @@ class Inventory:
                 metadata={"instance": f"instances/{instance}", "in_flight": str(known.in_flight)},
                 retry_after=1.0,
             )
-        return self._move(replace(known, busy=True), state)
+        return self._set_state(replace(known, busy=True), state)
 
     def finish(self, instance: str, event: Event, report: Report | None = None) -> None:
-        """A command has ended with ``event``; an instance that is gone by now is left alone."""
+        """Mark a command as ended with the outcome ``event``; does nothing if the instance is gone by now."""
         known = self.instances.get(instance)
         if known is None:
             return
@@ -358,7 +367,7 @@ class Inventory:
         self._apply(replace(known, busy=False), event)
 
     def refuse_parking(self, instance: str) -> None:
-        """It could not be parked: stop it next time instead."""
+        """Remember that an instance cannot be parked, so that it is stopped instead."""
         if instance in self.instances:
             self._store(replace(self.instances[instance], park_refused=True))
 
@@ -384,12 +393,12 @@ class Inventory:
         return Instance(node, InstanceState.UNKNOWN, report, since=now, idle_since=now)
 
     def _apply(self, instance: Instance, event: Event) -> None:
-        self._move(instance, lifecycle.advance(instance.id, instance.state, event))
+        self._set_state(instance, lifecycle.advance(instance.id, instance.state, event))
 
-    def _move(self, instance: Instance, state: InstanceState) -> Instance:
+    def _set_state(self, instance: Instance, state: InstanceState) -> Instance:
         if state is not instance.state:
             now = self._clock.moment().monotonic
-            # A park that did not happen leaves it as idle as it was.
+            # A park that failed leaves the instance as idle as it was.
             woke = state is InstanceState.SERVING and instance.state is not InstanceState.PARKING
             idle = now if woke else instance.idle_since
             instance = replace(instance, state=state, since=now, idle_since=idle)
@@ -419,7 +428,7 @@ class Inventory:
 
 
 class _Watcher:
-    """Ids that changed since the last look; bounded by the number of instances."""
+    """Ids that changed since they were last taken; bounded by the number of instances."""
 
     def __init__(self) -> None:
         self._changed: dict[str, None] = {}

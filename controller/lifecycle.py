@@ -1,8 +1,8 @@
-"""The moves of an instance as the controller sees it: one table, and nothing else assigns a state.
+"""The transitions of an instance as the controller sees it: one table, and nothing else assigns a state.
 
 Commands come from the controller and are refused where they make no sense. Reports come from the
-node, which is the truth, so they are accepted in every state but the last. Ordering between the
-two is settled by the inventory: while a command is under way its outcome decides.
+node, which knows the truth, so they are accepted in every state but the last. The inventory settles
+the order of the two: while a command is under way, its outcome decides.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from dumont.errors import FailedPrecondition
 
 
 class Event(Enum):
+    """What may change an instance's state."""
+
     # Commands, as they are sent.
     START = auto()
     CAPTURE = auto()
     PARK = auto()
     RESUME = auto()
     STOP = auto()
-    # Their outcomes that no report covers.
+    # Outcomes of commands that no report covers.
     CAPTURED = auto()
     REFUSED = auto()
-    # What the node says.
+    # Reports of the node.
     SAW_STARTING = auto()
     SAW_SERVING = auto()
     SAW_CAPTURING = auto()
@@ -69,7 +71,7 @@ OUTCOMES: Final = {
     (State.CAPTURING, Event.REFUSED): State.SERVING,
     (State.PARKING, Event.REFUSED): State.SERVING,
     (State.RESUMING, Event.REFUSED): State.PARKED,
-    # It must go whatever the first answer was, so it is tried again.
+    # The instance must go whatever the node answered, so it is stopped again.
     (State.STOPPING, Event.REFUSED): State.FAILED,
     (State.FAILED, Event.REFUSED): State.FAILED,
 }
@@ -96,7 +98,7 @@ def advance(instance: str, state: State, event: Event) -> State:
     """The state after ``event``; ``instance`` is an id, for the message.
 
     Raises:
-        IllegalTransition: the table has no such move.
+        IllegalTransition: the table has no such transition.
     """
     try:
         return TABLE[state, event]

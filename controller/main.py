@@ -69,7 +69,7 @@ def add_services(
     settings: Config,
     draining: asyncio.Event,
 ) -> None:
-    """Register every service of the API; streams without an end of their own end with ``draining``."""
+    """Register every service of the API. Streams without an end of their own end when ``draining`` is set."""
     deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server(
         DeploymentService(controller.core, controller.starts), server
     )
@@ -87,7 +87,7 @@ def add_services(
 
 
 async def serve(settings: Config) -> None:
-    """Run until a signal comes.
+    """Run until SIGTERM or SIGINT.
 
     Raises:
         DumontError: the address or the database cannot be used.
@@ -118,16 +118,16 @@ async def _serve_registry(
     address: str,
     registry: SqlRegistry,
 ) -> None:
-    who = await _establish(settings, state_dir, registry)
-    nodes = GrpcNodes(who.identity.id)
+    established = await _establish(settings, state_dir, registry)
+    nodes = GrpcNodes(established.identity.id)
     running = Operations(DOMAIN)
     controller = await assemble(
-        nodes, registry, SystemClock(), who, settings.heartbeat_seconds, settings.max_queue
+        nodes, registry, SystemClock(), established, settings.heartbeat_seconds, settings.max_queue
     )
     try:
         add_services(server, controller, running, settings, health.draining)
         if settings.metrics_listen:
-            _show_metrics(settings.metrics_listen, controller)
+            _serve_metrics(settings.metrics_listen, controller)
         await server.start()
         await health.set_all(True)
         log.info("serving", address=address)
@@ -140,9 +140,9 @@ async def _serve_registry(
 
 
 async def _establish(settings: Config, state_dir: Path, registry: SqlRegistry) -> Established:
-    """Find out who this controller is, and remember it in the database and apart from it."""
+    """Decide which controller this is, and record it in the database and in the state directory."""
     stored = await registry.load()
-    who = establish(
+    established = establish(
         await registry.identity(),
         identity_file.read(state_dir),
         empty=not (stored.deployments or stored.nodes),
@@ -150,15 +150,17 @@ async def _establish(settings: Config, state_dir: Path, registry: SqlRegistry) -
         accept=settings.accept_database,
         new_id=str(uuid.uuid4()),
     )
-    await registry.save_identity(who.identity)
-    identity_file.write(state_dir, who.identity)
-    if who.outdated:
-        log.warning("database_is_outdated", controller=who.identity.id, starts=who.identity.starts)
-    return who
+    await registry.save_identity(established.identity)
+    identity_file.write(state_dir, established.identity)
+    if established.outdated:
+        log.warning(
+            "database_outdated", controller=established.identity.id, starts=established.identity.starts
+        )
+    return established
 
 
 def _database_locked(settings: Config) -> AbstractContextManager[None]:
-    """A SQLite file outside of the state directory is locked as well."""
+    """Lock a SQLite file that lies outside the state directory as well."""
     path = settings.database_file
     if path is None:
         return nullcontext()
@@ -175,14 +177,14 @@ def main() -> None:
         sys.exit(f"dumont-controller: {error.message}")
 
 
-def _show_metrics(address: str, controller: Controller) -> None:
+def _serve_metrics(address: str, controller: Controller) -> None:
     host, _, port = address.rpartition(":")
     try:
         start_http_server(int(port), host or "127.0.0.1", controller.core.metrics.registry)
     except (OSError, OverflowError) as error:
         raise FailedPrecondition(
             "ADDRESS_UNUSABLE",
-            f"metrics cannot be shown on {address}: {error}",
+            f"metrics cannot be served on {address}: {error}; choose another --metrics-listen",
             metadata={"address": address},
         ) from error
 

@@ -1,4 +1,4 @@
-"""What Prometheus sees of the controller."""
+"""The controller's Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Metrics:
         )
         self.fallbacks = Counter(
             "dumont_controller_fallbacks",
-            "Tiers that failed, by reason; the next one was tried.",
+            "Attempts of a tier that failed, by reason; the next tier was attempted.",
             ["tier", "reason"],
             registry=self.registry,
         )
@@ -35,12 +35,12 @@ class Metrics:
         )
         self.reconciler_errors = Counter(
             "dumont_controller_reconciler_errors",
-            "Steps of the reconciler that raised because of a defect; each is repeated after a wait.",
+            "Plans of the reconciler that failed because of a defect; each is repeated after a wait.",
             registry=self.registry,
         )
         self.phases = Histogram(
             "dumont_controller_phase_seconds",
-            "Time of each named step of a start.",
+            "Seconds of each named step of a start.",
             ["phase"],
             buckets=BUCKETS,
             registry=self.registry,

@@ -1,4 +1,4 @@
-"""Frozen facts the controller decides on.
+"""The facts that the controller decides on, all frozen.
 
 Wall-clock times (``*_time``) are seconds since the epoch and may be stored. Monotonic times
 (``since``, ``idle_since``) count from an arbitrary start, never jump, and are never stored.
@@ -53,6 +53,8 @@ class Weights(Enum):
 
 
 class DeploymentState(Enum):
+    """Whether a deployment can answer; see the proto."""
+
     CREATING = auto()
     ACTIVE = auto()
     DEGRADED = auto()
@@ -60,7 +62,7 @@ class DeploymentState(Enum):
 
 
 class InstanceState(Enum):
-    """An instance as the controller sees it; ``lifecycle.py`` holds the transitions."""
+    """The state of an instance as the controller sees it; ``lifecycle.py`` has the transitions."""
 
     UNKNOWN = auto()
     STARTING = auto()
@@ -75,7 +77,9 @@ class InstanceState(Enum):
 
 
 class NodeState(Enum):
-    # Known, and being asked what it holds; nothing new is started meanwhile.
+    """Whether commands can be sent to a node."""
+
+    # Being asked what it holds; nothing is started on it in the meantime.
     CONNECTING = auto()
     READY = auto()
     UNREACHABLE = auto()
@@ -83,7 +87,7 @@ class NodeState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """One instant on both clocks, in seconds."""
+    """The same instant on both clocks, in seconds."""
 
     wall: float
     monotonic: float
@@ -115,25 +119,28 @@ class Deployment:
     update_time: float
     etag: str
     deleting: bool = False
-    # Of the call that created it; empty when the caller gave none.
+    # Of the call that created the deployment; empty when the caller gave none.
     request_id: str = ""
 
     @property
     def idle_seconds(self) -> float:
+        """Seconds without a request after which an instance parks or stops."""
         if self.idle_timeout is not None:
             return self.idle_timeout
         return 0.0 if self.start_mode is StartMode.COLD else DEFAULT_IDLE
 
     @property
     def park_seconds(self) -> float:
+        """Seconds that an instance stays parked before its process ends."""
         return DEFAULT_PARK if self.park_timeout is None else self.park_timeout
 
     @property
     def ttl_seconds(self) -> float:
+        """Seconds after its last use for which a snapshot is kept."""
         return DEFAULT_TTL if self.checkpoint.ttl is None else self.checkpoint.ttl
 
     def runs(self, report: Report) -> bool:
-        """Whether an instance is this deployment's: one of that name may have had another model before."""
+        """Whether an instance is this deployment's; an earlier one of its id may have had another model."""
         return report.deployment == self.id and report.model in ("", self.model)
 
 
@@ -152,7 +159,7 @@ def total_seconds(phases: Iterable[Phase]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What an instance takes at once. ``kv_tokens`` is None where the engine has no KV cache."""
+    """How much an instance computes at once. ``kv_tokens`` is None where the engine has no KV cache."""
 
     sequences: int
     kv_tokens: int | None = None
@@ -160,7 +167,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What an instance was at when its node asked it last."""
+    """What an instance was computing when its node last asked it."""
 
     running: int = 0
     waiting: int = 0
@@ -169,7 +176,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a node says of an instance. ``capacity`` is None while it has not told."""
+    """What a node reports of an instance. ``capacity`` is None until the node knows it."""
 
     id: str
     deployment: str
@@ -192,8 +199,8 @@ class Report:
 class Instance:
     """A report, and what only the controller knows of that instance.
 
-    ``in_flight`` counts the sequences of requests that were sent to it and are not answered yet.
-    ``busy`` is set while a command of ours is under way: its outcome decides the state then.
+    ``in_flight`` counts the sequences of requests that were sent to the instance and are not answered yet.
+    ``busy`` is set while a command is under way, whose outcome then decides the state.
     ``served`` is set once a prompt may have entered it, after which it is never captured.
     """
 
@@ -209,15 +216,19 @@ class Instance:
 
     @property
     def id(self) -> str:
+        """The instance's id."""
         return self.report.id
 
     @property
     def deployment(self) -> str:
+        """The id of the deployment that the instance names."""
         return self.report.deployment
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotFile:
+    """A file of a snapshot's image."""
+
     name: str
     size_bytes: int
     digest: str
@@ -225,7 +236,7 @@ class SnapshotFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredSnapshot:
-    """What a snapshot takes in the object store; ``unique_bytes`` is what no other snapshot uses."""
+    """The space of a snapshot in the object store; ``unique_bytes`` is what no other snapshot uses."""
 
     image_bytes: int
     data_bytes: int
@@ -238,10 +249,10 @@ class StoredSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A snapshot that this controller had made or adopted; what is not written down so is an orphan.
+    """The record of a snapshot that this controller captured or adopted; without one it is an orphan.
 
     ``manifest_digest`` is empty until the capture has ended. ``deployment_uid`` is empty once the snapshot
-    is to be deleted wherever it still turns up. ``adopt_time`` is 0 for one that was not adopted.
+    is to be deleted wherever it turns up. ``adopt_time`` is 0 for a snapshot that was not adopted.
     """
 
     id: str
@@ -277,33 +288,33 @@ class Snapshot:
     published: bool = False
     incompatibility: str = ""
     engine: str = ""
-    # The uid of the deployment that it was made for or adopted into. None: an orphan, which is neither
-    # restored nor deleted until a person says so.
+    # The uid of the deployment that it was captured for or adopted into. None: it is an orphan, which is
+    # neither restored nor deleted until a person asks for it.
     owner: str | None = None
     adopt_time: float = 0.0
-    # Wall time since when no known node could restore it; None: one can.
+    # Wall time since which no known node can restore it; None: one can.
     unusable_since: float | None = None
     stored: StoredSnapshot | None = None
 
     @property
     def orphan(self) -> bool:
-        """This controller did not have it made and was not told to adopt it."""
+        """Whether this controller neither captured nor adopted the snapshot."""
         return self.owner is None
 
     @property
     def kind(self) -> frozenset[tuple[str, str]]:
-        """What a node must be like to restore it. Weights are compared too, but are no fact of a node."""
+        """What a node must be like to restore it. Weights are left out: they are not a fact of a node."""
         return frozenset(fact for fact in self.compatibility.items() if fact[0] != "weights")
 
     @property
     def age_key(self) -> tuple[float, str]:
-        """Orders snapshots of a deployment: the newest replaces the others, and adopting makes one new."""
+        """Orders the snapshots of a deployment by age; adoption makes one new."""
         return max(self.create_time, self.adopt_time), self.id
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Bytes of a snapshot that were read and found right."""
+    """How much of a snapshot was read and found intact."""
 
     local_bytes: int
     published_bytes: int
@@ -321,6 +332,8 @@ class Pruned:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
+    """The result of a check that a node made of itself."""
+
     check: str
     passed: bool
     message: str
@@ -349,15 +362,17 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
+    """A model as a node found it, and the engine that serves it."""
+
     model: str
     engine: str
 
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """A start or restore that was decided, kept until its instance is gone; ``snapshot``: empty for a start.
+    """The record of an instance that is to be started or restored, kept until the instance is gone.
 
-    An instance without one was not started by this controller.
+    ``snapshot`` is empty for a cold start. An instance without an intent was not started by this controller.
     """
 
     instance: str
@@ -369,7 +384,7 @@ class Intent:
 
 @dataclass(frozen=True, slots=True)
 class StartInfo:
-    """How a request got its instance; ``total_seconds`` from its arrival to an instance that serves."""
+    """How a request got its instance; ``total_seconds`` count from its arrival to an instance that serves."""
 
     tier: Tier
     reasons: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Which start a deployment gets: facts in, a decision with its reasons out. Nothing here waits or acts."""
+"""How a deployment is started: facts in, a decision and its reason out. Nothing here waits or acts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ from dumont.errors import Unavailable
 class Facts:
     """What is known when a start is decided.
 
-    ``failed`` holds resource names that this start tried in vain; ``capture_at`` is the monotonic
-    time before which no capture is tried, because one failed. ``started_on`` and ``captured_on`` name
-    the nodes on which this controller has started an instance of the deployment, or made a snapshot of it,
-    also before it was started itself.
+    Args:
+        deployment: the one to start.
+        instances: its instances.
+        snapshots: its snapshots, as each node sees them.
+        nodes: all nodes by id.
+        failed: names of resources with which this start has failed.
+        capture_at: monotonic time before which no capture is attempted, because an earlier one failed.
+        started_on: ids of the nodes on which the records show an instance of the deployment.
+        captured_on: ids of the nodes on which the records show a snapshot of the deployment.
     """
 
     deployment: Deployment
@@ -75,7 +80,7 @@ class Full:
 
 # Seconds that a start waits for a node that may hold a snapshot and is being connected to.
 CONNECT_PATIENCE = 2.0
-# States that end by themselves, with the tier that a request joining them gets.
+# States that end by themselves, and the tier of a request that waits for their end.
 JOINABLE = {
     InstanceState.STARTING: Tier.COLD,
     InstanceState.RESUMING: Tier.PARKED,
@@ -85,7 +90,7 @@ JOINABLE = {
 
 
 def decide(facts: Facts, now: float) -> Attempt | Wait:
-    """Choose the fastest tier there is.
+    """Choose the fastest tier that is available.
 
     Args:
         facts: what is known.
@@ -108,12 +113,12 @@ def decide(facts: Facts, now: float) -> Attempt | Wait:
 
 
 def admit(facts: Facts, now: float, sequences: int) -> Attempt | Full | None:
-    """The instance that a request may enter now; None where one must be started or captured first.
+    """The instance that a request may enter now; None: one must be started or captured first.
 
     Args:
         facts: what is known.
         now: monotonic time in seconds.
-        sequences: what the request takes of an instance.
+        sequences: how many the request takes.
     """
     resident = _resident(facts, _reachable(facts), now, sequences)
     if resident is None or resident.capture:
@@ -138,7 +143,7 @@ def _ready(facts: Facts, node: str) -> bool:
 
 def _resident(facts: Facts, instances: list[Instance], now: float, sequences: int = 1) -> Attempt | None:
     serving = [i for i in instances if i.state is InstanceState.SERVING and not i.busy]
-    # A prompt that enters an instance spoils it for capture, so a served one is taken first.
+    # An instance that a prompt has entered is not captured any more, so one that has served is preferred.
     clean = _wants_capture(facts, now) and not any(i.served for i in serving)
     chosen = routing.choose(serving, sequences)
     if chosen is None:
@@ -174,7 +179,7 @@ def _join(instances: list[Instance], states: tuple[InstanceState, ...]) -> Wait 
 
 
 def _unsure(facts: Facts, now: float) -> Wait | None:
-    """Wait for nodes that are asked what they hold, if that may be something of this deployment."""
+    """Wait for nodes that are being asked what they hold, if they may hold something of this deployment."""
     asked = {
         node.id: node
         for node in facts.nodes.values()
@@ -186,13 +191,13 @@ def _unsure(facts: Facts, now: float) -> Wait | None:
         return Wait(
             f"{_names(asked)} was asked what it holds, and no other node is ready", nodes=tuple(asked)
         )
-    # An instance of it may be there: starting now could start it twice.
+    # One of them may hold an instance: a start now could be the deployment's second one.
     started = (facts.started_on | {i.node for i in facts.instances}) & asked.keys()
     if started:
         return Wait(f"{_names(started)} was asked which instances it holds", nodes=tuple(sorted(started)))
     if facts.deployment.start_mode is not StartMode.CHECKPOINT or _usable(facts):
         return None
-    # A snapshot is worth a moment, and not the time that a dead node takes to be given up.
+    # A snapshot is worth a short wait, but not the time until a dead node is given up.
     captured = (facts.captured_on | {s.node for s in facts.snapshots if s.local}) & asked.keys()
     until = max((asked[node].since + CONNECT_PATIENCE for node in captured), default=now)
     if until <= now:
@@ -206,7 +211,7 @@ def _names(nodes: Iterable[str]) -> str:
 
 
 def usable(snapshot: Snapshot, nodes: Mapping[str, Node]) -> bool:
-    """Whether its node may restore it now, fetched first if need be."""
+    """Whether the snapshot's node may restore it now, fetching it first if need be."""
     node = nodes.get(snapshot.node)
     return (
         (snapshot.local or snapshot.published)
@@ -254,7 +259,12 @@ def _remote(facts: Facts) -> Attempt | None:
 
 
 def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset(), publishing: bool = False) -> Node:
-    """The ready node with the most free memory; with ``publishing``, one with an object store before others.
+    """The ready node with the most free memory.
+
+    Args:
+        nodes: by id.
+        failed: names of resources with which this start has failed.
+        publishing: prefer nodes with an object store.
 
     Raises:
         Unavailable: NO_NODE, there is none.

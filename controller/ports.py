@@ -4,9 +4,9 @@ The life of an instance, seen from here: the controller chooses an id, writes an
 to the registry, and only then asks a node to start or restore under that id. The node answers
 once the instance serves, or says why not. Between those two moments the controller may die: the
 next one reads the intent, asks the node what it holds, and finds the instance starting, serving
-or absent; it never sends a second start. A parked instance is resumed, a serving one parked,
-captured or stopped; a stopped one leaves nothing on its node, and its intent is dropped. What a node
-holds without an intent, or without a record that it was captured, is a stranger's and is left alone.
+or absent; it never sends a second start. A parked instance is resumed; a serving one is parked,
+captured or stopped; a stopped one leaves nothing on its node, and its intent is dropped. An instance
+without an intent and a snapshot without a record of its capture belong to somebody else and are left alone.
 
 Example: deployment ``qa`` has no instance and one snapshot. ``save_intent(qa-1)``,
 ``restore(node, qa-1, ...)``, a report SERVING; five idle minutes later ``park(node, qa-1)``, ten more
@@ -41,9 +41,11 @@ NODE_UNAVAILABLE: Final = "NODE_UNAVAILABLE"
 class Clock(Protocol):
     """Time. Wall time may jump and is stored; monotonic time never jumps and is not."""
 
-    def moment(self) -> Moment: ...
+    def moment(self) -> Moment:
+        """The time now."""
 
-    async def sleep(self, seconds: float) -> None: ...
+    async def sleep(self, seconds: float) -> None:
+        """Return after so many seconds of monotonic time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Synchronized:
-    """Every instance that existed when the watch began has been told."""
+    """Every instance that existed when the watch began has been reported."""
 
 
 Change = Report | Removed | Synchronized
@@ -64,14 +66,14 @@ Change = Report | Removed | Synchronized
 class Frames(Protocol):
     """An answer as the model host wrote it, frame by frame.
 
-    It is no generator, because each of those on a token's way costs time for every token.
+    Not a generator: every generator on the way costs time for every token.
     """
 
     async def read(self) -> bytes | None:
         """The next frame; None after the last."""
 
     def cancel(self) -> None:
-        """End the call on the node, if it still runs."""
+        """End the call on the node if it still runs."""
 
 
 class Nodes(Protocol):
@@ -82,24 +84,27 @@ class Nodes(Protocol):
     """
 
     async def connect(self, node: str, endpoint: str) -> None:
-        """Remember where the node is; a later call replaces it."""
+        """Remember where the node is; a later call replaces the endpoint."""
 
     async def disconnect(self, node: str) -> None:
         """Drop the connection; calls under way fail."""
 
-    async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel: ...
+    async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel:
+        """Find a model on the node, and the engine for it if ``engine`` is empty."""
 
     def watch(self, node: str) -> AsyncGenerator[Change]:
-        """Every instance, then ``Synchronized``, then each change. Ends only by an error."""
+        """Every instance, then ``Synchronized``, then each change. Ends only with an error."""
 
-    async def get_instance(self, node: str, instance: str) -> Report: ...
+    async def get_instance(self, node: str, instance: str) -> Report:
+        """An instance as it is now. Raises: NotFound."""
 
-    async def list_snapshots(self, node: str) -> list[Snapshot]: ...
+    async def list_snapshots(self, node: str) -> list[Snapshot]:
+        """The snapshots that the node holds or finds in its object store."""
 
     async def start(
         self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
     ) -> Report:
-        """Load a model in a new instance and wait until it serves. Repeating it joins the first."""
+        """Load a model in a new instance and wait until it serves. A repeated call joins the first."""
 
     async def restore(
         self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
@@ -107,22 +112,30 @@ class Nodes(Protocol):
         """Make an instance from a snapshot and wait until it serves.
 
         Args:
-            manifest_digest: what the snapshot's manifest must hash to; empty: not checked.
+            node: the node's id.
+            instance: the new instance's id.
+            deployment: the deployment that the instance is for.
+            snapshot: the snapshot's id.
+            manifest_digest: the digest that the manifest must have; empty: it is not checked.
         """
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
-        """Make a snapshot under the given id; the instance serves again when this returns."""
+        """Make a snapshot of the given id; the instance serves again when this returns."""
 
-    async def park(self, node: str, instance: str) -> Report: ...
+    async def park(self, node: str, instance: str) -> Report:
+        """Freeze an instance; its process stays."""
 
-    async def resume(self, node: str, instance: str) -> Report: ...
+    async def resume(self, node: str, instance: str) -> Report:
+        """Let a parked instance go on."""
 
-    async def stop(self, node: str, instance: str) -> None: ...
+    async def stop(self, node: str, instance: str) -> None:
+        """End an instance and remove what it has on the node. Raises: NotFound."""
 
-    async def get_snapshot(self, node: str, snapshot: str) -> Snapshot: ...
+    async def get_snapshot(self, node: str, snapshot: str) -> Snapshot:
+        """A snapshot as it is now, with its size in the object store. Raises: NotFound."""
 
     async def delete_snapshot(self, node: str, snapshot: str) -> None:
-        """On this node and in its object store."""
+        """Delete a snapshot on the node and in its object store. Raises: NotFound."""
 
     async def undelete_snapshot(self, node: str, snapshot: str) -> Snapshot:
         """Publish a deleted snapshot again, while the node's object store still has what it needs."""
@@ -131,24 +144,25 @@ class Nodes(Protocol):
         """Upload a snapshot of the node and wait until it is published. Repeating it joins the first."""
 
     async def prefetch(self, node: str, snapshot: str, manifest_digest: str) -> Snapshot:
-        """Bring a published snapshot to the node and wait until it is there; see ``restore``."""
+        """Fetch a published snapshot to the node and wait until it is there; see ``restore``."""
 
     async def verify(self, node: str, snapshot: str) -> Verified:
-        """Read all of it. Raises: DataLoss, it is damaged and now quarantined."""
+        """Read all of a snapshot. Raises: DataLoss, it is damaged and now quarantined."""
 
     async def prune(self, node: str, dry_run: bool) -> Pruned:
         """Delete from the node's object store what no published snapshot needs."""
 
-    def stream_logs(
-        self, node: str, instance: str, tail_lines: int, follow: bool
-    ) -> AsyncGenerator[bytes]: ...
+    def stream_logs(self, node: str, instance: str, tail_lines: int, follow: bool) -> AsyncGenerator[bytes]:
+        """What an instance's model host has printed; with ``follow``, what it prints from now on as well."""
 
     def generate(self, node: str, request: bytes, timeout: float | None) -> Frames:
-        """Send a request; its frames are read one by one, and must be cancelled in the end."""
+        """Send a request for text. The caller must cancel the frames in the end, however far it has read."""
 
-    async def embed(self, node: str, request: bytes, timeout: float | None) -> bytes: ...
+    async def embed(self, node: str, request: bytes, timeout: float | None) -> bytes:
+        """Send a request for embeddings; returns the encoded response."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Drop every connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +183,13 @@ class Registry(Protocol):
     """
 
     async def identity(self) -> Identity | None:
-        """Whose database it is; None: nobody's yet."""
+        """The controller that the database belongs to; None: no controller has used it yet."""
 
     async def save_identity(self, identity: Identity) -> None:
-        """It is this controller's from now on."""
+        """Record the controller that the database belongs to from now on."""
 
-    async def load(self) -> Stored: ...
+    async def load(self) -> Stored:
+        """Everything that is stored."""
 
     async def create_deployment(self, deployment: Deployment) -> Deployment:
         """Store it, or return the one stored before with the same non-empty ``request_id``.
@@ -191,22 +206,25 @@ class Registry(Protocol):
         """
 
     async def delete_deployment(self, deployment: str) -> None:
-        """Remove it with its last use; absent is fine."""
+        """Remove a deployment and its last use; does nothing if it is absent."""
 
     async def save_last_use(self, times: Mapping[str, float]) -> None:
         """Store wall times by deployment id; ids without a deployment are ignored."""
 
-    async def save_node(self, node: Node) -> None: ...
+    async def save_node(self, node: Node) -> None:
+        """Store a node, replacing an earlier one of its id."""
 
-    async def save_intent(self, intent: Intent) -> None: ...
+    async def save_intent(self, intent: Intent) -> None:
+        """Store an intent."""
 
     async def drop_intents(self, instances: Iterable[str]) -> None:
-        """Absent is fine."""
+        """Remove the intents of these instances; absent ones are ignored."""
 
     async def save_captured(self, captured: Captured) -> None:
-        """Store it, in place of an earlier one with its id."""
+        """Store the record of a capture, replacing an earlier one of its id."""
 
     async def drop_captured(self, snapshot: str) -> None:
-        """Absent is fine."""
+        """Remove the record of a capture; does nothing if it is absent."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Disconnect."""

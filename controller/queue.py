@@ -1,4 +1,4 @@
-"""Requests that nobody can answer yet, in order of arrival, bounded by number and deadlines. Pure."""
+"""Requests that cannot be answered yet, in order of arrival, bounded by number and deadlines. Pure."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Ticket:
 
     Args:
         arrived: monotonic time.
-        deadline: monotonic time after which nobody waits for the answer, None for no end.
-        sequences: answers that it asks for: it takes so much of an instance.
+        deadline: monotonic time after which the caller no longer waits; None: it waits for ever.
+        sequences: answers that it asks for, each of which takes one sequence of an instance.
     """
 
     arrived: float
     deadline: float | None = field(default=None, compare=False)
     sequences: int = field(default=1, compare=False)
-    # Of those who arrive together, the first to say so is the first.
+    # Decides between tickets of the same instant.
     serial: int = field(default_factory=_serials.__next__, init=False)
 
 
@@ -51,23 +51,24 @@ class Queue:
 
     @property
     def tickets(self) -> tuple[Ticket, ...]:
-        """All of them, the next one first."""
+        """All tickets, the next one first."""
         return tuple(self._tickets)
 
     @property
     def head(self) -> Ticket | None:
-        """The next one."""
+        """The next ticket; None: the queue is empty."""
         return self._tickets[0] if self._tickets else None
 
     def enter(self, ticket: Ticket) -> None:
-        """
+        """Add a ticket at its place.
+
         Raises:
             ResourceExhausted: QUEUE_FULL.
         """
         if len(self._tickets) >= self._length:
             raise ResourceExhausted(
                 "QUEUE_FULL",
-                f"{len(self._tickets)} requests wait for deployments/{self._deployment} already; call again "
+                f"{len(self._tickets)} requests already wait for deployments/{self._deployment}; call again "
                 "later, or raise the controller's --max-queue",
                 metadata={
                     "deployment": f"deployments/{self._deployment}",
@@ -78,15 +79,15 @@ class Queue:
         insort(self._tickets, ticket)
 
     def leave(self, ticket: Ticket) -> None:
-        """It is admitted, or nobody waits for it any more. One that has left before is left alone."""
+        """Remove a ticket that is admitted or no longer waited for; does nothing if it has left before."""
         if ticket in self._tickets:
             self._tickets.remove(ticket)
 
     def expired(self, now: float) -> list[Ticket]:
-        """Those whose deadline has passed."""
+        """The tickets whose deadline has passed."""
         return [t for t in self._tickets if t.deadline is not None and t.deadline <= now]
 
     @property
     def next_deadline(self) -> float | None:
-        """The monotonic time at which the next of them expires."""
+        """The monotonic time at which the next ticket expires; None: none does."""
         return min((t.deadline for t in self._tickets if t.deadline is not None), default=None)

@@ -1,6 +1,6 @@
-"""The only loop: whenever facts change or something falls due, plan and carry the plan out.
+"""The only loop: whenever facts change or something falls due, make a plan and carry it out.
 
-A step plans the deployments and nodes that changed, and those whose time has come; the others cost nothing.
+A step plans only the deployments and nodes that have changed or whose time has come.
 """
 
 from __future__ import annotations
@@ -26,40 +26,44 @@ from dumont.errors import DumontError
 
 log = structlog.get_logger()
 
+# An instance that served for so many seconds was stable: its next restart waits as briefly as the first.
 STABLE_SECONDS = 60.0
-# Planned in one step; requests are served between two steps.
+# How many deployments and nodes one step plans; requests are served between two steps.
 BATCH = 200
-# A deployment is looked at again after so many seconds, since the wall clock may have jumped.
+# Seconds after which a deployment is planned again in any case: the wall clock may have jumped.
 LOOK_AGAIN = 3600.0
-# A park that failed with these says nothing about whether the instance can be parked.
+# A park that fails for one of these reasons says nothing about whether the instance can be parked.
 TRANSIENT = frozenset({"INSTANCE_BUSY", "ILLEGAL_TRANSITION", "INSTANCE_NOT_FOUND", NODE_UNAVAILABLE})
 
 
 class Agenda:
-    """When to look at which subject again; a later entry for a subject replaces an earlier one."""
+    """When to plan which subject next. A later entry for a subject replaces an earlier one.
+
+    A subject is ``deployments/ID`` or ``nodes/ID``.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, str]] = []
         self._at: dict[str, float] = {}
 
     def put(self, subject: str, at: float) -> None:
-        """Look at it at monotonic time ``at``."""
+        """Plan ``subject`` at monotonic time ``at``."""
         if self._at.get(subject) != at:
             self._at[subject] = at
             heapq.heappush(self._heap, (at, subject))
 
     def drop(self, subject: str) -> None:
-        """Do not look at it again."""
+        """Remove the subject's entry, if it has one."""
         self._at.pop(subject, None)
 
     def next_at(self) -> float | None:
-        """When the first is due; None: there is none."""
+        """The monotonic time at which the first subject is due; None if there is none."""
         while self._heap and self._at.get(self._heap[0][1]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
     def take(self, now: float, limit: int) -> list[str]:
-        """At most ``limit`` subjects that are due at ``now``."""
+        """Remove and return at most ``limit`` subjects that are due at ``now``."""
         due: list[str] = []
         while len(due) < limit and (at := self.next_at()) is not None and at <= now:
             subject = heapq.heappop(self._heap)[1]
@@ -69,11 +73,15 @@ class Agenda:
 
 
 class Reconciler:
-    """Makes what is true into what should be.
+    """Brings instances, snapshots and nodes to the state that their deployments ask for.
 
     Args:
+        core: the ports and the facts.
+        starts: where a deployment that must stay warm is started.
+        instances: the commands to instances.
+        snapshots: the commands to snapshots.
         silence: seconds without a heartbeat after which a node is given up.
-        save_every: seconds between two savings of last-use times; a crash loses at most these.
+        save_every: seconds between two saves of last-use times; a crash loses at most that much.
     """
 
     def __init__(
@@ -91,7 +99,7 @@ class Reconciler:
         self._snapshots = snapshots
         self._silence = silence
         self._save_every = save_every
-        # Targets of actions under way: they are not acted on again until those have ended.
+        # Targets of the actions under way; no target is acted on twice at the same time.
         self._under_way: dict[str, float] = {}
         self._agenda = Agenda()
         self._wake = asyncio.Event()
@@ -101,7 +109,7 @@ class Reconciler:
         self._warmed: dict[str, float] = {}
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Reconcile until cancelled."""
         self._core.tasks.spawn(self._save_last_use(), "save last use")
         self._core.inventory.on_change = self._wake.set
         for deployment in self._core.deployments.by_id:
@@ -111,7 +119,11 @@ class Reconciler:
             await self._sleep(self.step())
 
     def step(self) -> float | None:
-        """Plan what is due, begin it, and return the seconds until more may be."""
+        """Plan what is due and begin it.
+
+        Returns:
+            Seconds until more may be due; None: only a change of facts can make it so.
+        """
         now = self._core.clock.moment()
         for subject in self._core.inventory.take_changed():
             self._agenda.put(subject, max(now.monotonic, self._defects.at.get(subject, 0.0)))
@@ -119,7 +131,7 @@ class Reconciler:
             try:
                 plan = self._plan(subject, now)
             except Exception:
-                # One defect must not end the timers of all the others: try again, later each time.
+                # A defect in one plan must not stop all the others. It is tried again, later each time.
                 log.exception("reconcile_failed", subject=subject)
                 self._core.metrics.reconciler_errors.inc()
                 self._defects.failed(subject, now.monotonic)
@@ -129,8 +141,8 @@ class Reconciler:
             if plan is None:
                 continue
             self._begin(subject, plan.actions)
-            wake_in = LOOK_AGAIN if plan.wake_in is None else min(plan.wake_in, LOOK_AGAIN)
-            self._agenda.put(subject, now.monotonic + wake_in)
+            again_in = LOOK_AGAIN if plan.again_in is None else min(plan.again_in, LOOK_AGAIN)
+            self._agenda.put(subject, now.monotonic + again_in)
         if departed := self._core.inventory.take_departed():
             self._core.tasks.spawn(self._core.registry.drop_intents(departed), "drop intents")
         next_at = self._agenda.next_at()
@@ -148,7 +160,12 @@ class Reconciler:
         return expiry.plan(facts, now)
 
     def facts(self, deployment: str, retry_at: Mapping[str, float]) -> expiry.Facts:
-        """Everything that the plan of a deployment is made from."""
+        """The facts that a deployment is planned from.
+
+        Args:
+            deployment: its id.
+            retry_at: monotonic times by target, before which no action on it begins.
+        """
         core = self._core
         return expiry.Facts(
             deployment=core.deployments.by_id.get(deployment),
@@ -168,14 +185,14 @@ class Reconciler:
                 self._carry_out(subject, action), f"{type(action).__name__} {action.target}"
             )
 
-    async def _sleep(self, wake_in: float | None) -> None:
-        if wake_in == 0.0:
-            # More is due, and requests come first.
+    async def _sleep(self, again_in: float | None) -> None:
+        if again_in == 0.0:
+            # More is due already, but requests come first.
             await asyncio.sleep(0)
             return
         waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._wake.wait())]
-        if wake_in is not None:
-            waits.append(asyncio.ensure_future(self._core.clock.sleep(wake_in)))
+        if again_in is not None:
+            waits.append(asyncio.ensure_future(self._core.clock.sleep(again_in)))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -225,7 +242,7 @@ class Reconciler:
                 assert_never(action)
 
     async def _keep_warm(self, deployment: str) -> None:
-        # One that ends soon after each start must wait longer each time, though every start succeeds.
+        # An instance that ends soon after each start waits longer each time, although every start succeeds.
         key = KeepWarm(deployment, "").target
         now = self._core.now()
         if now - self._warmed.get(deployment, now) > STABLE_SECONDS:

@@ -1,4 +1,4 @@
-"""Which of several serving instances answers a request: the one that has most of itself to spare."""
+"""Which of several serving instances answers a request: the one with the largest share of free capacity."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Final
 
 from controller.model import Instance
 
-# Of an instance that does not tell how many sequences it takes at once.
+# Assumed of an instance that does not report how many sequences it takes at once.
 ASSUMED_SEQUENCES: Final = 64
 
 
 def has_room(instance: Instance, sequences: int = 1) -> bool:
-    """Whether it takes so many sequences more. One without any takes every request, however large."""
+    """Whether an instance takes so many more sequences. An idle instance takes any request."""
     return not instance.in_flight or instance.in_flight + sequences <= _capacity(instance)
 
 
 def choose(instances: Iterable[Instance], sequences: int = 1) -> Instance | None:
-    """The instance of whose capacity the smallest part is taken, the oldest among equals.
+    """The instance with the smallest share of its capacity taken; the oldest among equals.
 
     Args:
-        instances: those that serve.
-        sequences: what the request takes; instances without room for it come last.
+        instances: the ones that serve.
+        sequences: how many the request takes; an instance without room for it comes last.
     """
     return min(
         instances,
@@ -36,5 +36,5 @@ def choose(instances: Iterable[Instance], sequences: int = 1) -> Instance | None
 
 
 def _capacity(instance: Instance) -> int:
-    told = instance.report.capacity
-    return told.sequences if told is not None else ASSUMED_SEQUENCES
+    capacity = instance.report.capacity
+    return capacity.sequences if capacity is not None else ASSUMED_SEQUENCES

@@ -1,4 +1,4 @@
-"""A request's life: get an instance, pass its bytes on, and try again if the instance was dead or full."""
+"""The life of a request: get an instance, pass the bytes on, and retry if the instance was dead or full."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dumont.errors import (
 
 # Kept back from a caller's deadline, so that the answer still reaches it in time.
 MARGIN: Final = 0.05
-# A model host may find that it has less room than it told; the request then waits here and tries again.
+# A model host may have less room than it reported; the request then waits here and tries again.
 FULL_TRIES: Final = 30
 FULL_PAUSE: Final = 0.2
 
@@ -35,9 +35,9 @@ class Request:
 
     Args:
         deployment: its id.
-        engine: the kind of model that it is for.
+        engine: the kind of model that it needs.
         build: makes the node's request for an instance id.
-        timeout: seconds the caller will still wait, None for no end.
+        timeout: seconds that the caller will still wait; None: for ever.
         sequences: answers that it asks for.
     """
 
@@ -52,7 +52,7 @@ class Answer(Protocol):
     """Where an answer goes."""
 
     async def start(self, info: StartInfo) -> None:
-        """How the start went; called once, before the first frame."""
+        """Send how the start went; called once, before the first frame."""
 
     def hold(self, give_back: Callable[[], None]) -> None:
         """Something is held for as long as it is read; called once before ``start``.
@@ -62,7 +62,7 @@ class Answer(Protocol):
         """
 
     async def frame(self, frame: bytes, /) -> None:
-        """A frame as the model host wrote it. Returns when there is room for the next."""
+        """Send a frame as the model host wrote it; returns when there is room for the next."""
 
 
 class Serving:
@@ -74,11 +74,11 @@ class Serving:
         self._instances = instances
 
     async def generate(self, request: Request, answer: Answer) -> None:
-        """Pass the whole answer on. Nothing is told before the first frame is there.
+        """Pass the whole answer on. Nothing is sent before the first frame has arrived.
 
         Raises:
             FailedPrecondition: WRONG_ENGINE.
-            ResourceExhausted: QUEUE_FULL, too many wait for the deployment.
+            ResourceExhausted: QUEUE_FULL, too many requests wait for the deployment.
             DumontError: no instance could be started, or the answer broke off.
         """
         attempts = self._attempts(request)
@@ -99,7 +99,7 @@ class Serving:
                             await answer.frame(frame)
                             frame = await frames.read()
                     finally:
-                        # However the caller's stream ended: nobody computes for nobody.
+                        # However the caller's stream ended, the node stops computing.
                         frames.cancel()
                     outcome = "ok"
                     return
@@ -113,7 +113,7 @@ class Serving:
             await attempts.again(lease.info.instance, refused)
 
     async def embed(self, request: Request) -> tuple[StartInfo, bytes]:
-        """The whole answer at once; otherwise like ``generate``."""
+        """The start and the whole answer; otherwise like ``generate``."""
         attempts = self._attempts(request)
         while True:
             with await self._starts.acquire(request.deployment, attempts.reasons, attempts.ticket) as lease:
@@ -151,7 +151,7 @@ class Serving:
 
 
 class _Attempts:
-    """The tries of one request, which keeps its place in the order of arrival."""
+    """The attempts to answer one request, which keeps its place in the queue."""
 
     def __init__(self, core: Core, instances: Instances, ticket: Ticket) -> None:
         self.ticket = ticket
@@ -162,24 +162,29 @@ class _Attempts:
         self._full = 0
 
     def left(self) -> float | None:
-        """Seconds until the caller's deadline.
+        """Seconds until the caller's deadline; None: it has none.
 
         Raises:
-            DeadlineExceeded: none.
+            DeadlineExceeded: it has passed.
         """
         if self.ticket.deadline is None:
             return None
         left = self.ticket.deadline - self._core.now()
         if left <= 0:
-            raise DeadlineExceeded("DEADLINE_EXCEEDED", "the caller's time was up when the model was ready")
+            raise DeadlineExceeded(
+                "DEADLINE_EXCEEDED", "the caller's deadline passed before the model was ready"
+            )
         return left
 
     async def again(self, instance: str, error: DumontError) -> None:
-        """Return when the request may be tried again; raise ``error`` where that makes no sense.
+        """Return when the request may be tried again.
 
         Args:
-            instance: the id of the one that did not answer.
-            error: what it said.
+            instance: the id of the instance that did not answer.
+            error: what it answered instead.
+
+        Raises:
+            DumontError: ``error`` itself, where trying again would not help.
         """
         if isinstance(error, ResourceExhausted) and error.reason == "QUEUE_FULL":
             self._full += 1

@@ -59,10 +59,10 @@ class Snapshots:
         for copy in copies:
             self._inventory.drop_snapshot(snapshot, copy.node)
         if left:
-            # On nodes that do not answer now: nobody's from here on, so that it goes when they do.
-            nobodys = Captured(snapshot, left[0].deployment, "", left[0].manifest_digest, left[0].node)
-            await self._core.registry.save_captured(nobodys)
-            self._inventory.put_captured(nobodys)
+            # Some nodes do not answer now. A record without a deployment has it deleted when they do.
+            abandoned = Captured(snapshot, left[0].deployment, "", left[0].manifest_digest, left[0].node)
+            await self._core.registry.save_captured(abandoned)
+            self._inventory.put_captured(abandoned)
             for copy in left:
                 self._inventory.put_snapshot(replace(copy, published=False))
         else:
@@ -74,13 +74,13 @@ class Snapshots:
 
         Args:
             snapshot: its id.
-            deployment: the deployment's id; empty: the one that the snapshot names. It is created from what
-                the snapshot says if there is none.
+            deployment: the deployment's id; empty: the one that the snapshot names. A deployment that does
+                not exist is created from what the snapshot records.
 
         Raises:
             NotFound: the controller knows no such snapshot.
             FailedPrecondition: SNAPSHOT_NOT_ORPHAN, SNAPSHOT_QUARANTINED, or MODEL_DIFFERS.
-            DumontError: the deployment could not be created, or the record not be stored.
+            DumontError: the deployment could not be created, or the record could not be stored.
         """
         known = self._inventory.snapshot(snapshot)
         name = f"snapshots/{snapshot}"

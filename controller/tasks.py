@@ -1,4 +1,4 @@
-"""The owner of background tasks: none outlives it, and none fails unseen."""
+"""The owner of background tasks: none outlives it, and none fails unnoticed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Tasks:
         """Run ``work`` in a task of this owner; ``name`` is for the log.
 
         Raises:
-            Unavailable: SERVICE_STOPPING, nothing is begun any more.
+            Unavailable: SERVICE_STOPPING, nothing new is begun.
         """
         if self._closed:
             work.close()

@@ -1,4 +1,4 @@
-"""What the state directory remembers of the controller's last start, apart from its database."""
+"""The identity of the controller's last start, kept in the state directory apart from the database."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "controller.json"
 
 
 def read(state_dir: Path) -> Identity | None:
-    """Who was started here last; None: nobody.
+    """The controller that was started here last; None: there was none.
 
     Raises:
         FailedPrecondition: STATE_UNUSABLE, the file is there and cannot be read.
@@ -34,7 +34,7 @@ def read(state_dir: Path) -> Identity | None:
 
 
 def write(state_dir: Path, identity: Identity) -> None:
-    """Replace it in one step, and be sure that it is on the disk.
+    """Replace the identity in one step; it is on the disk when this returns.
 
     Raises:
         FailedPrecondition: STATE_UNUSABLE.

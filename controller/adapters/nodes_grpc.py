@@ -32,7 +32,7 @@ from dumont.snapshotd.v1 import (
     snapshot_service_pb2 as snapshots,
 )
 
-# Seconds. Short calls answer from the node's memory; the others freeze, thaw or end processes.
+# Seconds. Short calls answer from the node's memory; long ones freeze, resume or end processes.
 SHORT = 10.0
 LONG = 120.0
 POLL = 30.0
@@ -43,7 +43,7 @@ OPTIONS = (
     # A node that restarts is found again within a second, not after gRPC's usual two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A node that vanished without closing its connection is noticed.
+    # Notices a node that vanished without closing its connection.
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 10000),
 )
@@ -77,10 +77,10 @@ class _Link:
 
 
 class GrpcNodes:
-    """One channel for each node, kept while its endpoint stays the same.
+    """A channel to each node, kept while the node's endpoint stays the same.
 
     Args:
-        controller: this controller's id, which nodes that belong to another one refuse.
+        controller: this controller's id; a node of another controller refuses its calls.
     """
 
     def __init__(self, controller: str) -> None:
@@ -260,17 +260,17 @@ class GrpcNodes:
 
     @asynccontextmanager
     async def _errors(self, node: str, callers_deadline: bool = False) -> AsyncIterator[_Link]:
-        """Foreign errors stop here. One without details never came from snapshotd itself.
+        """Turn gRPC's errors into ours. An error without details does not come from snapshotd itself.
 
         Args:
             node: its id.
-            callers_deadline: the deadline was the caller's, not one of ours that a node failed to meet.
+            callers_deadline: whether the deadline is the caller's, rather than ours for the node to meet.
         """
         link = self._link(node)
         try:
             yield link
         except (grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-            raise _told(node, link, error, callers_deadline) from error
+            raise _translate(node, link, error, callers_deadline) from error
 
     def _link(self, node: str) -> _Link:
         link = self._links.get(node)
@@ -279,7 +279,7 @@ class GrpcNodes:
         return link
 
     async def _outcome(self, link: _Link, begun: Awaitable[operations_pb2.Operation], response: M) -> M:
-        """The operation's response, waited for by long polls; a cancelled wait cancels it on the node."""
+        """Wait for an operation's response by long polls; cancelling the wait cancels it on the node."""
         beginning = asyncio.ensure_future(begun)
         try:
             operation = await asyncio.shield(beginning)
@@ -294,17 +294,18 @@ class GrpcNodes:
             raise from_status(operation.error)
         if not operation.response.Unpack(response):
             raise Internal(
-                "UNEXPECTED_RESPONSE", f"{operation.name} answered with {operation.response.type_url}"
+                "UNEXPECTED_RESPONSE",
+                f"{operation.name} answered with {operation.response.type_url}, which is not its type",
             )
         return response
 
     async def _cancel(self, link: _Link, beginning: asyncio.Future[operations_pb2.Operation]) -> None:
-        # The name is needed to cancel it, so an answer that is still on its way is waited for.
+        # Cancelling needs the operation's name, so an answer that is still on its way is waited for.
         try:
             request = operations_pb2.CancelOperationRequest(name=(await beginning).name)
             await link.operations.CancelOperation(request, timeout=SHORT)
         except (grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
-            log.info("cancel_failed", error=repr(error))
+            log.info("cancel_operation_failed", error=repr(error))
 
 
 class _Frames:
@@ -319,29 +320,29 @@ class _Frames:
         try:
             frame: Any = await self._call.read()
         except (grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-            raise _told(self._node, self._link, error, callers_deadline=True) from error
+            raise _translate(self._node, self._link, error, callers_deadline=True) from error
         return None if frame is grpc.aio.EOF else frame
 
     def cancel(self) -> None:
         self._call.cancel()
 
 
-def _told(node: str, link: _Link, error: BaseException, callers_deadline: bool) -> BaseException:
-    """What a caller is told of a failed call, in place of gRPC's own error.
+def _translate(node: str, link: _Link, error: BaseException, callers_deadline: bool) -> BaseException:
+    """The error of a failed call, in place of gRPC's own.
 
     Args:
         node: its id.
-        link: the link that it went over.
+        link: the link that the call went over.
         error: what gRPC raised.
-        callers_deadline: the deadline was the caller's, not one of ours that a node failed to meet.
+        callers_deadline: whether the deadline is the caller's, rather than ours for the node to meet.
     """
     if isinstance(error, grpc.aio.AioRpcError):
-        told = from_rpc_error(error)
+        translated = from_rpc_error(error)
         silence = Unavailable if callers_deadline else (Unavailable, DeadlineExceeded)
-        if isinstance(told, silence) and not _from_service(error):
-            return _silent(node, told.message)
-        return told
-    # Closing a channel looks to its calls as if they had been cancelled themselves.
+        if isinstance(translated, silence) and not _from_service(error):
+            return _silent(node, translated.message)
+        return translated
+    # Closing a channel cancels its calls, which looks like a cancellation of their own.
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and not (link.closed and not (task and task.cancelling())):
         return asyncio.CancelledError()

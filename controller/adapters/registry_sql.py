@@ -1,4 +1,4 @@
-"""The ``Registry`` port on SQL: SQLite by default, PostgreSQL by its URL."""
+"""The ``Registry`` port on SQL: SQLite by default, or PostgreSQL if the URL names it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ CONTROLLER = sa.Table(
 
 
 class SqlRegistry:
-    """One transaction for each call. Made by ``open_registry``."""
+    """A registry that runs each call in a transaction of its own. ``open_registry`` makes it."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -211,12 +211,12 @@ class SqlRegistry:
         await self._engine.dispose()
 
     async def _checkpoint(self) -> None:
-        """Move what was written from SQLite's log to its file, so that nothing is lost with the log."""
+        """Move what was written from SQLite's log into its file, so that losing the log loses nothing."""
         if self._engine.dialect.name == "sqlite":
             async with _errors(), self._engine.connect() as connection:
                 raw = await connection.get_raw_connection()
                 assert raw.driver_connection is not None
-                # Outside of any transaction, and without waiting for readers: the next one does the rest.
+                # Outside any transaction, and without waiting for readers; the next checkpoint does the rest.
                 await raw.driver_connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     @asynccontextmanager
@@ -258,7 +258,7 @@ def migrate(connection: sa.Connection) -> None:
 def _tune_sqlite(engine: AsyncEngine) -> None:
     @sa.event.listens_for(engine.sync_engine, "connect")
     def connected(raw: Any, _: object) -> None:
-        # The driver's own BEGIN comes too late and only for writes, so transactions are ours to begin.
+        # The driver's own BEGIN comes too late and only for writes, so we begin transactions ourselves.
         raw.isolation_level = None
         cursor = raw.cursor()
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
@@ -267,7 +267,7 @@ def _tune_sqlite(engine: AsyncEngine) -> None:
 
     @sa.event.listens_for(engine.sync_engine, "begin")
     def begun(connection: sa.Connection) -> None:
-        # A transaction that reads first and writes later would fail at once when another one writes.
+        # A transaction that reads first and writes later fails at once if another one is writing.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
@@ -278,7 +278,7 @@ async def _errors() -> AsyncIterator[None]:
     except (OperationalError, InterfaceError, OSError) as error:
         raise _unavailable(error) from error
     except DBAPIError as error:
-        # The bare class is what SQLite calls a file that is damaged or no database at all.
+        # SQLite raises the bare class for a file that is damaged or is not a database.
         if error.connection_invalidated or type(error) is DatabaseError:
             raise _unavailable(error) from error
         raise

@@ -15,6 +15,8 @@ from dumont.rpc.pages import page
 
 
 class DeploymentService(pb_grpc.DeploymentServiceServicer):
+    """``dumont.controller.v1.DeploymentService``; the proto documents its methods."""
+
     def __init__(self, core: Core, starts: Starts) -> None:
         self._deployments = core.deployments
         self._inventory = core.inventory

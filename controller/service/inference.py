@@ -1,4 +1,4 @@
-"""``InferenceService``: token streams pass through as bytes, the request is read once."""
+"""``InferenceService``: requests are read once, and token streams pass through as bytes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ R = TypeVar("R", pb.GenerateRequest, pb.EmbedRequest)
 
 
 class InferenceService:
-    """
+    """``dumont.controller.v1.InferenceService``; the proto documents its methods.
+
     Args:
-        serving: answers.
-        max_new_tokens: the most that one answer may have.
-        write_seconds: how long a frame may wait for its reader, before its instance is released.
+        serving: what answers.
+        max_new_tokens: the most tokens that one answer may have.
+        write_seconds: how long a frame may wait for its reader before the instance is released.
     """
 
     def __init__(self, serving: Serving, max_new_tokens: int, write_seconds: float = WRITE_SECONDS) -> None:
@@ -35,7 +36,7 @@ class InferenceService:
         self._max_new_tokens = max_new_tokens
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Serve it with no serializers, so that gRPC hands over and takes bytes."""
+        """Add the service to a server without serializers, so that gRPC takes and returns bytes."""
         handlers: dict[str, Any] = {
             "Generate": grpc.unary_stream_rpc_method_handler(self.Generate),
             "Embed": grpc.unary_unary_rpc_method_handler(self.Embed),
@@ -59,12 +60,12 @@ class InferenceService:
         limits.check_embed(request.inputs)
         call = Request(deployment, EMBEDDING, _rewrite(request), context.time_remaining())
         info, answer = await self._serving.embed(call)
-        # Encoded messages joined are their merge, and the node's answer has no start.
+        # Concatenated encodings merge, and the node's answer has no start.
         return pb.EmbedResponse(start=convert.start_info_message(info)).SerializeToString() + answer
 
 
 class _Stream:
-    """The caller's stream; frames go through as they are."""
+    """The caller's stream, to which frames are passed as they are."""
 
     def __init__(self, context: Context, write_seconds: float) -> None:
         self._held: list[Callable[[], None]] = []

@@ -22,6 +22,14 @@ from dumont.rpc.streams import until_draining
 
 
 class InstanceService(pb_grpc.InstanceServiceServicer):
+    """``dumont.controller.v1.InstanceService``; the proto documents its methods.
+
+    Args:
+        core: the ports and the facts.
+        instances: the commands to instances.
+        draining: set when streams without an end of their own must end.
+    """
+
     def __init__(self, core: Core, instances: Instances, draining: asyncio.Event) -> None:
         self._core = core
         self._inventory = core.inventory
@@ -62,7 +70,7 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
         return self._message(await self._instances.resume(names.parse(request.name, "instances", "name")))
 
     async def StopInstance(self, request: pb.StopInstanceRequest, context: object) -> Empty:
-        # A person may end an instance that hangs in a request; only the timers wait for requests.
+        # A person may end an instance that hangs in a request; only the timers wait for requests to end.
         await self._instances.stop(names.parse(request.name, "instances", "name"), force=True)
         return Empty()
 

@@ -1,4 +1,4 @@
-"""``NodeService``: nodes report themselves here."""
+"""``NodeService``: where nodes register and report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from dumont.rpc.pages import page
 
 
 class NodeService(pb_grpc.NodeServiceServicer):
-    """Args: ``interval``, seconds that nodes are told to leave between heartbeats."""
+    """``dumont.controller.v1.NodeService``; the proto documents its methods.
+
+    Args:
+        core: the ports and the facts.
+        interval: seconds that nodes should leave between heartbeats.
+    """
 
     def __init__(self, core: Core, interval: float) -> None:
         self._fleet = core.fleet

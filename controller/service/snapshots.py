@@ -22,6 +22,8 @@ from dumont.rpc.pages import page
 
 
 class SnapshotService(pb_grpc.SnapshotServiceServicer):
+    """``dumont.controller.v1.SnapshotService``; the proto documents its methods."""
+
     def __init__(self, core: Core, snapshots: Snapshots, starts: Starts, operations: Operations) -> None:
         self._core = core
         self._inventory = core.inventory

@@ -1,1 +1,1 @@
-"""From a request to an instance that serves: `start` is one deployment's way there, `starts` shares them."""
+"""From a request to an instance that serves. ``start`` is one start, ``starts`` shares it among requests."""

@@ -47,7 +47,7 @@ class Started:
 class Start:
     """Attempts tier after tier, and records what was attempted, why, and how long each step took.
 
-    It does not know who waits for it. ``Starts`` sees to it that a deployment has one at a time.
+    A start does not know who waits for it. ``Starts`` makes sure that a deployment has one at a time.
 
     Args:
         deployment: the id of the deployment to start.
@@ -68,7 +68,7 @@ class Start:
         self._rechecked = False
 
     def resident(self) -> policy.Attempt | None:
-        """The instance that can answer now, unless it should be captured first.
+        """The instance that can answer now; None if there is none, or if it should be captured first.
 
         Raises:
             NotFound, FailedPrecondition: there is no such deployment, or it is being deleted.
@@ -93,7 +93,7 @@ class Start:
         """Decide and act until an instance serves.
 
         Raises:
-            DumontError: the last tier failed; the message tells of the others.
+            DumontError: the last tier failed; the message lists the other failures.
         """
         while True:
             began = self._core.now()
@@ -218,7 +218,7 @@ class Start:
         return instance
 
     async def _capture_first(self, instance: str) -> None:
-        """Capture before any prompt. A failure is recorded and backed off from; the start goes on."""
+        """Capture before any prompt enters. A failure delays the next capture, and the start goes on."""
         began = self._core.now()
         try:
             snapshot = names.new_id(self.deployment[:48].rstrip("-"))
@@ -256,7 +256,7 @@ class Start:
         return Started(tier, tuple(self._reasons), tuple(self._phases))
 
     def _fall_back(self, attempt: policy.Attempt, error: DumontError) -> None:
-        """Rule out what failed and return, or raise when nothing is left to attempt."""
+        """Rule out what failed, or raise when nothing is left to attempt."""
         what = {
             Tier.RESIDENT: f"capture of instances/{attempt.instance}",
             Tier.PARKED: f"resume of instances/{attempt.instance}",
@@ -268,7 +268,7 @@ class Start:
         self._core.metrics.starts.labels(attempt.tier.value, "failed").inc()
         log.warning("attempt_failed", deployment=self.deployment, tier=attempt.tier.value, reason=reason)
         if error.reason == NODE_UNAVAILABLE and not self._rechecked:
-            # Nothing is known about the call: the node is asked, and what it did is joined.
+            # Nobody knows what became of the call. The node is asked, and what it has begun is joined.
             self._rechecked = True
             self._core.fleet.recheck(attempt.node)
         elif attempt.tier is Tier.COLD:

@@ -1,5 +1,7 @@
-"""From a request to an instance. Who cannot be answered yet waits in order of arrival; starts are shared: a
-deployment has one at a time, and every request for it waits for that one.
+"""From a request to an instance that serves.
+
+Requests that cannot be answered yet wait in order of arrival. A deployment has one start at a time, and all
+requests for it share that start.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from dumont.errors import DeadlineExceeded, DumontError, FailedPrecondition, Int
 
 log = structlog.get_logger()
 
-# How many starts a request waits for whose instance is gone again before the request can enter it.
+# A request gives up after so many starts whose instance was gone before the request could enter it.
 ATTEMPTS = 3
 FAST = frozenset({InstanceState.SERVING, InstanceState.PARKED})
 
@@ -53,7 +55,7 @@ class _Run:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A request in the queue, and what it will be told of the start that it waited for."""
+    """A request in the queue, and what is known of the start that it waited for."""
 
     admitted: asyncio.Future[Lease]
     reasons: tuple[str, ...]
@@ -62,10 +64,10 @@ class _Waiting:
     full: str = ""
 
 
-class _Line:
-    """Those who wait for one deployment. The queue knows their order.
+class _Waiters:
+    """The requests that wait for one deployment. ``queue`` has their order.
 
-    ``run`` is the start that they wait for, and ``beginner`` the one it was begun for.
+    ``run`` is the start that they wait for, and ``beginner`` the request that it was begun for.
     """
 
     def __init__(self, deployment: str, length: int) -> None:
@@ -88,7 +90,7 @@ class _Line:
             self.fail(ticket, error)
 
     def settle(self) -> None:
-        """The start has ended: tell those who waited for it how."""
+        """The start has ended: pass its outcome to the requests that waited for it."""
         assert self.run is not None
         run, beginner = self.run, self.beginner
         self.run = self.beginner = None
@@ -107,7 +109,7 @@ class _Line:
 
 
 class Starts:
-    """Whoever asks while a start runs waits for it, and whoever leaves does not end it.
+    """Requests that arrive while a start runs wait for it; a request that leaves does not end it.
 
     Args:
         core: the ports and the facts.
@@ -121,17 +123,17 @@ class Starts:
         self._max_waiting = max_waiting
         self._captures = Backoff(first=30.0, limit=3600.0)
         self._runs: dict[str, _Run] = {}
-        self._lines: dict[str, _Line] = {}
+        self._waiters: dict[str, _Waiters] = {}
         # The error of the last start by deployment, if it failed.
         self.failures: dict[str, str] = {}
 
     def starting(self, deployment: str) -> bool:
         """Whether a start runs for a deployment, or a request waits for it."""
-        return deployment in self._runs or deployment in self._lines
+        return deployment in self._runs or deployment in self._waiters
 
     def waiting(self, deployment: str) -> int:
         """How many requests wait for an instance of a deployment."""
-        return len(line.queue) if (line := self._lines.get(deployment)) else 0
+        return len(waiters.queue) if (waiters := self._waiters.get(deployment)) else 0
 
     def condition(self, deployment: Deployment) -> tuple[DeploymentState, str]:
         """A deployment's state, and the reason when it is not ACTIVE."""
@@ -149,7 +151,12 @@ class Starts:
     # Requests
 
     def ticket(self, deadline: float | None = None, sequences: int = 1) -> Ticket:
-        """The place of a request that arrives now; see ``Ticket``."""
+        """A ticket for a request that arrives now.
+
+        Args:
+            deadline: monotonic time after which the caller no longer waits; None: it waits for ever.
+            sequences: answers that it asks for.
+        """
         return Ticket(self._core.now(), deadline, sequences)
 
     async def acquire(
@@ -160,28 +167,28 @@ class Starts:
         Args:
             deployment: its id.
             reasons: reported ahead of the start's own.
-            ticket: the request's place; None: it arrives now and takes one sequence.
+            ticket: the request's place in the queue; None: it arrives now and takes one sequence.
 
         Raises:
             NotFound, FailedPrecondition: there is no such deployment, or it is being deleted.
             ResourceExhausted: QUEUE_FULL.
             DeadlineExceeded: the ticket's deadline passed.
-            DumontError: the start failed in its last tier; the message tells of the others.
+            DumontError: the start failed in its last tier; the message lists the other failures.
         """
         ticket = ticket or self.ticket()
-        if deployment not in self._lines:
+        if deployment not in self._waiters:
             ready = self._new(deployment).admit(ticket.sequences)
             if isinstance(ready, policy.Attempt):
                 return self._lease(ready, ticket, _Waiting(_future(), reasons))
-        line = self._line(deployment)
-        line.queue.enter(ticket)
-        waiting = line.waiting[ticket] = _Waiting(_future(), reasons)
+        waiters = self._waiters_of(deployment)
+        waiters.queue.enter(ticket)
+        waiting = waiters.waiting[ticket] = _Waiting(_future(), reasons)
         try:
             return await _taken(waiting.admitted)
         finally:
-            line.leave(ticket)
-            if not line.queue:
-                # The attendant sees that nobody is left.
+            waiters.leave(ticket)
+            if not waiters.queue:
+                # The task that admits requests ends when none is left.
                 self._core.inventory.touch(f"deployments/{deployment}")
 
     def _lease(self, ready: policy.Attempt, ticket: Ticket, waiting: _Waiting) -> Lease:
@@ -196,7 +203,7 @@ class Starts:
             reasons = tuple(filter(None, (waiting.full, ready.reason)))
             started = Started(Tier.RESIDENT, reasons, (Phase(name, total),))
         elif not started.phases:
-            # It joined a start: the steps of that would add up to more than it waited.
+            # The request joined a start, whose steps would add up to more than the request waited.
             started = replace(started, phases=(Phase("queue", total),))
         info = StartInfo(
             started.tier, waiting.reasons + started.reasons, started.phases, total, instance.id, instance.node
@@ -213,37 +220,37 @@ class Starts:
             inventory.release(instance.id, ticket.sequences)
             if instance.deployment in deployments.by_id:
                 deployments.used(instance.deployment)
-            if (line := self._lines.get(instance.deployment)) is not None:
-                self._admit(instance.deployment, line)
+            if (waiters := self._waiters.get(instance.deployment)) is not None:
+                self._admit(instance.deployment, waiters)
 
         return Lease(info, release)
 
     # The queue
 
-    def _line(self, deployment: str) -> _Line:
-        if (line := self._lines.get(deployment)) is None:
-            line = _Line(deployment, self._max_waiting)
-            self._core.tasks.spawn(self._attend(deployment, line), f"admit to {deployment}")
-            self._lines[deployment] = line
-        return line
+    def _waiters_of(self, deployment: str) -> _Waiters:
+        if (waiters := self._waiters.get(deployment)) is None:
+            waiters = _Waiters(deployment, self._max_waiting)
+            self._core.tasks.spawn(self._attend(deployment, waiters), f"admit to {deployment}")
+            self._waiters[deployment] = waiters
+        return waiters
 
-    async def _attend(self, deployment: str, line: _Line) -> None:
-        """While anyone waits: admit them in order, and start an instance where there is none."""
+    async def _attend(self, deployment: str, waiters: _Waiters) -> None:
+        """While requests wait: admit them in order, and start an instance if there is none."""
         try:
             with self._core.inventory.watched(f"deployments/{deployment}") as changed:
-                while line.queue:
+                while waiters.queue:
                     changed.clear()
-                    if line.run is not None and line.run.task.done():
-                        line.settle()
-                    self._expire(deployment, line)
-                    if self._admit(deployment, line):
-                        self._wait_for_start(deployment, line)
-                    if line.queue:
-                        await self._next(changed, line)
+                    if waiters.run is not None and waiters.run.task.done():
+                        waiters.settle()
+                    self._expire(deployment, waiters)
+                    if self._admit(deployment, waiters):
+                        self._wait_for_start(deployment, waiters)
+                    if waiters.queue:
+                        await self._next(changed, waiters)
         except DumontError as error:
-            line.fail_all(error)
+            waiters.fail_all(error)
         except asyncio.CancelledError:
-            line.fail_all(
+            waiters.fail_all(
                 Unavailable(
                     "SERVICE_STOPPING", "the service is stopping; try again in a moment", retry_after=1.0
                 )
@@ -251,19 +258,21 @@ class Starts:
             raise
         except Exception:
             log.exception("queue_failed", deployment=deployment)
-            line.fail_all(Internal("INTERNAL", "the request was lost by a defect; see the controller's log"))
+            waiters.fail_all(
+                Internal("INTERNAL", "the request failed because of a defect; see the controller's log")
+            )
         finally:
-            del self._lines[deployment]
-            # Whoever looks after idle instances looks again.
+            del self._waiters[deployment]
+            # No request waits any more, so an idle instance may be due.
             self._core.inventory.touch(f"deployments/{deployment}")
 
-    def _admit(self, deployment: str, line: _Line) -> bool:
-        """Let in whoever fits, the first first. Whether an instance must be started for the next one."""
-        # Its instance may serve before the start has ended, which then tells how it went.
-        while line.run is None and (ticket := line.queue.head) is not None:
-            waiting = line.waiting[ticket]
+    def _admit(self, deployment: str, waiters: _Waiters) -> bool:
+        """Admit requests in order while there is room. True: the next one needs another instance."""
+        # An instance may serve before its start ends. Requests are admitted then, with the start's outcome.
+        while waiters.run is None and (ticket := waiters.queue.head) is not None:
+            waiting = waiters.waiting[ticket]
             if waiting.admitted.done():
-                line.leave(ticket)
+                waiters.leave(ticket)
                 continue
             ready = self._new(deployment).admit(ticket.sequences)
             if ready is None:
@@ -271,16 +280,16 @@ class Starts:
             if isinstance(ready, policy.Full):
                 waiting.full = ready.reason
                 return False
-            line.leave(ticket)
+            waiters.leave(ticket)
             waiting.admitted.set_result(self._lease(ready, ticket, waiting))
         return False
 
-    def _wait_for_start(self, deployment: str, line: _Line) -> None:
-        """Join the start under way, or begin one; those who have waited for several in vain are given up."""
-        line.run = self._runs.get(deployment)
-        if line.run is not None:
+    def _wait_for_start(self, deployment: str, waiters: _Waiters) -> None:
+        """Join the start under way or begin one. Refuse requests that have waited for several in vain."""
+        waiters.run = self._runs.get(deployment)
+        if waiters.run is not None:
             return
-        for ticket, waiting in list(line.waiting.items()):
+        for ticket, waiting in list(waiters.waiting.items()):
             if waiting.starts >= ATTEMPTS:
                 lost = Unavailable(
                     "INSTANCE_LOST",
@@ -288,25 +297,27 @@ class Starts:
                     metadata={"deployment": f"deployments/{deployment}"},
                     retry_after=1.0,
                 )
-                line.fail(ticket, lost)
-        line.beginner = line.queue.head
-        if line.beginner is not None:
+                waiters.fail(ticket, lost)
+        waiters.beginner = waiters.queue.head
+        if waiters.beginner is not None:
             start = self._new(deployment)
-            line.run = self._begin(start, partial(self._run, start))
+            waiters.run = self._begin(start, partial(self._run, start))
 
-    def _expire(self, deployment: str, line: _Line) -> None:
-        for ticket in line.queue.expired(self._core.now()):
-            message = f"the caller's time was up while it waited for an instance of deployments/{deployment}"
-            line.fail(ticket, DeadlineExceeded("DEADLINE_EXCEEDED", message))
+    def _expire(self, deployment: str, waiters: _Waiters) -> None:
+        for ticket in waiters.queue.expired(self._core.now()):
+            message = (
+                f"the caller's deadline passed while it waited for an instance of deployments/{deployment}"
+            )
+            waiters.fail(ticket, DeadlineExceeded("DEADLINE_EXCEEDED", message))
 
-    async def _next(self, changed: asyncio.Event, line: _Line) -> None:
+    async def _next(self, changed: asyncio.Event, waiters: _Waiters) -> None:
         """Wait until facts change, the start ends or the next deadline passes."""
         waits: set[asyncio.Future[Any]] = {asyncio.ensure_future(changed.wait())}
-        if (deadline := line.queue.next_deadline) is not None:
+        if (deadline := waiters.queue.next_deadline) is not None:
             sleep = self._core.clock.sleep(max(0.0, deadline - self._core.now()))
             waits.add(asyncio.ensure_future(sleep))
         try:
-            run = {line.run.task} if line.run else set()
+            run = {waiters.run.task} if waiters.run else set()
             await asyncio.wait(waits | run, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
@@ -318,16 +329,16 @@ class Starts:
         return Start(deployment, self._core, self._instances, self._captures)
 
     async def start(self, deployment: str) -> None:
-        """Bring an instance up without a request for it; joins a start under way.
+        """Start an instance without a request for it; joins a start under way.
 
         Raises:
-            DumontError: it failed.
+            DumontError: the start failed.
         """
         start = self._new(deployment)
         if start.resident() is not None:
             return
         run = self._runs.get(deployment) or self._begin(start, lambda: self._run(start))
-        # Shielded: a caller who leaves does not take the start away from the others.
+        # Shielded: the start goes on for the others when its caller leaves.
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(run.task)
             return
@@ -418,7 +429,7 @@ def _future() -> asyncio.Future[Lease]:
 
 
 async def _taken(admitted: asyncio.Future[Lease]) -> Lease:
-    """The lease once it is given; a caller who leaves at that very moment leaves no lease behind."""
+    """Wait for the lease; a caller that is cancelled as it is granted gives it back."""
     try:
         return await admitted
     except asyncio.CancelledError:

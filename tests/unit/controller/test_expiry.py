@@ -81,7 +81,7 @@ def test_an_unused_instance_falls_due_at_its_time_and_not_before(
     known = facts(mode, instances=(instance(state),))
     if due:
         early = plan(known, at(due - 1))
-        assert (early.actions, early.wake_in) == ((), pytest.approx(1.0))
+        assert (early.actions, early.again_in) == ((), pytest.approx(1.0))
     assert actions(known, at(due)) == [action]
 
 
@@ -117,7 +117,7 @@ def test_a_start_or_a_waiting_request_keeps_everything_of_its_deployment() -> No
 
 def test_an_explicit_idle_timeout_replaces_the_default() -> None:
     known = facts(instances=(instance(),), deployment=deployment(idle_timeout=7.0, park_timeout=1.0))
-    assert plan(known, at(0)).wake_in == pytest.approx(7.0)
+    assert plan(known, at(0)).again_in == pytest.approx(7.0)
     assert actions(known, at(7)) == [Park]
     parked = replace(known, instances=(instance(InstanceState.PARKED),))
     assert actions(parked, at(1)) == [Stop]
@@ -139,7 +139,7 @@ def test_a_warm_deployment_without_an_instance_is_started_after_its_back_off() -
     gone = facts(StartMode.WARM, instances=(instance(InstanceState.FAILED),))
     assert actions(gone, at(0)) == [KeepWarm]
     waiting = facts(StartMode.WARM, retry_at={"deployments/qa/instances": STEADY + 4})
-    assert plan(waiting, at(0)).wake_in == pytest.approx(4.0)
+    assert plan(waiting, at(0)).again_in == pytest.approx(4.0)
 
 
 def test_a_snapshot_goes_its_ttl_after_its_last_use() -> None:
@@ -225,7 +225,7 @@ def test_a_snapshot_that_no_node_can_restore_goes_after_its_ttl_however_busy_its
 
 def test_a_node_is_given_up_after_three_missing_heartbeats() -> None:
     quiet = Node("n1", "x:1", state=NodeState.READY, heartbeat_at=STEADY)
-    assert plan_node(quiet, 15.0, {}, at(14)).wake_in == pytest.approx(1.0)
+    assert plan_node(quiet, 15.0, {}, at(14)).again_in == pytest.approx(1.0)
     (given_up,) = plan_node(quiet, 15.0, {}, at(15)).actions
     assert isinstance(given_up, GiveUp)
     mute = replace(quiet, state=NodeState.CONNECTING, since=STEADY, heartbeat_at=STEADY + 14)
@@ -236,7 +236,7 @@ def test_a_node_is_given_up_after_three_missing_heartbeats() -> None:
 
 def test_a_failed_action_is_put_off() -> None:
     known = facts(instances=(instance(),), retry_at={"instances/i1": STEADY + 310})
-    assert plan(known, at(305)).wake_in == pytest.approx(5.0)
+    assert plan(known, at(305)).again_in == pytest.approx(5.0)
     assert actions(known, at(310)) == [Park]
 
 

@@ -236,7 +236,7 @@ async def test_beyond_the_queues_length_callers_are_refused_and_the_others_answe
 
     refused = [task for task in tasks if task.done()]
     assert tasks.index(refused[0]) == 4
-    with pytest.raises(ResourceExhausted, match="3 requests wait"):
+    with pytest.raises(ResourceExhausted, match="3 requests already wait"):
         refused[0].result()
     held.set()
     await asyncio.gather(*tasks[:4])
