@@ -1,4 +1,4 @@
-"""What gRPC itself answers for a model host that has no thread left reaches a caller with reason and advice."""
+"""What gRPC itself answers for a model host without a free thread reaches callers with reason and advice."""
 
 from __future__ import annotations
 
