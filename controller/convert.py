@@ -12,11 +12,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from controller.deployments import Draft
 from controller.model import (
+    Capacity,
     Deployment,
     DeploymentState,
     Finding,
     Instance,
     InstanceState,
+    Load,
     Node,
     NodeState,
     Phase,
@@ -36,6 +38,7 @@ from dumont.controller.v1 import instance_service_pb2 as instances_pb
 from dumont.controller.v1 import node_service_pb2 as nodes_pb
 from dumont.controller.v1 import snapshot_service_pb2 as snapshots_pb
 from dumont.errors import InvalidArgument
+from dumont.inference.v1 import inference_pb2 as inference_words
 from dumont.snapshotd.v1 import instance_service_pb2 as node_instances_pb
 from dumont.snapshotd.v1 import snapshot_service_pb2 as node_snapshots_pb
 
@@ -294,7 +297,15 @@ def report(message: node_instances_pb.Instance) -> Report:
         failure_message=message.failure_message,
         weights=node_weights(message.weights),
         model=message.model,
+        capacity=_capacity(message.capacity) if message.HasField("capacity") else None,
+        load=Load(message.load.running, message.load.waiting, message.load.kv_tokens_used),
     )
+
+
+def _capacity(message: inference_words.Capacity) -> Capacity | None:
+    """None where it makes no sense, like that of one that takes nothing."""
+    kv_tokens = message.kv_tokens if message.HasField("kv_tokens") else None
+    return Capacity(message.sequences, kv_tokens) if message.sequences > 0 else None
 
 
 def node_weights(value: node_instances_pb.Weights.ValueType) -> Weights:
@@ -322,7 +333,17 @@ def instance_message(facts: Instance, last_use: float | None, orphan: bool = Fal
         failure_reason=told.failure_reason,
         failure_message=told.failure_message,
         orphan=orphan,
+        load=inference_words.Load(
+            running=told.load.running,
+            waiting=told.load.waiting,
+            kv_tokens_used=told.load.kv_tokens_used,
+        ),
+        in_flight=facts.in_flight,
     )
+    if told.capacity is not None:
+        message.capacity.sequences = told.capacity.sequences
+        if told.capacity.kv_tokens is not None:
+            message.capacity.kv_tokens = told.capacity.kv_tokens
     if last_use is not None:
         message.last_use_time.CopyFrom(timestamp(last_use))
     return message

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from dumont.stream import AsyncTextStream
     from dumont.sync import Client, Deployment, TextStream, deploy
     from dumont.types import (
+        Capacity,
         CheckpointSettings,
         DeploymentInfo,
         Finding,
         Generation,
         Instance,
+        Load,
         Node,
         Phase,
         Pruned,
@@ -57,6 +59,7 @@ __all__ = [
     "AsyncDeployment",
     "AsyncTextStream",
     "Cancelled",
+    "Capacity",
     "CheckpointSettings",
     "Client",
     "DataLoss",
@@ -70,6 +73,7 @@ __all__ = [
     "Instance",
     "Internal",
     "InvalidArgument",
+    "Load",
     "Node",
     "NotFound",
     "PermissionDenied",

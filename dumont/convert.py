@@ -115,7 +115,14 @@ def instance(message: instance_service_pb2.Instance) -> types.Instance:
         failure_reason=message.failure_reason,
         failure_message=message.failure_message,
         orphan=message.orphan,
+        capacity=capacity(message.capacity) if message.HasField("capacity") else None,
+        load=types.Load(message.load.running, message.load.waiting, message.load.kv_tokens_used),
+        in_flight=message.in_flight,
     )
+
+
+def capacity(message: inference_pb2.Capacity) -> types.Capacity:
+    return types.Capacity(message.sequences, message.kv_tokens if message.HasField("kv_tokens") else None)
 
 
 def snapshot(message: snapshot_service_pb2.Snapshot) -> types.Snapshot:

@@ -91,10 +91,28 @@ class DeploymentInfo:
 
 
 @dataclass(frozen=True)
+class Capacity:
+    """What an instance takes at once: answers, and tokens of them in its KV cache (None: it has none)."""
+
+    sequences: int
+    kv_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an instance was at a moment ago: answers it computed, requests that waited in it, tokens kept."""
+
+    running: int
+    waiting: int
+    kv_tokens_used: int
+
+
+@dataclass(frozen=True)
 class Instance:
     """One model host. ``pid`` is its process on its node, 0 when there is none.
 
     ``orphan``: it names no deployment that the controller knows, and is kept until it is stopped.
+    ``capacity`` is None while it has not told. ``in_flight`` are the answers that the controller waits for.
     """
 
     name: str
@@ -110,6 +128,9 @@ class Instance:
     phases: tuple[Phase, ...]
     failure_reason: str
     failure_message: str
+    capacity: Capacity | None
+    load: Load
+    in_flight: int
     orphan: bool = False
 
 

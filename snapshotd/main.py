@@ -6,6 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import structlog
+import uvloop
 from prometheus_client import start_http_server
 from pydantic import ValidationError
 from pydantic_settings import CliApp
@@ -20,6 +21,7 @@ from snapshotd.adapters.registration import keep_registered
 from snapshotd.assembly import assemble, check_repository
 from snapshotd.config import Settings, node_id
 from snapshotd.failpoints import Failpoints
+from snapshotd.instances.load import follow_load
 from snapshotd.service.inference import Inference
 from snapshotd.service.instances import InstanceServicer
 from snapshotd.service.node import NodeServicer
@@ -73,9 +75,8 @@ async def run(settings: Settings) -> None:
         if settings.stop_instances_on_exit:
             stack.push_async_callback(instances.stop_all)
         stack.push_async_callback(instances.detach)
-        if remote is not None:
-            stack.push_async_callback(remote.uploads.close)
-        await parts.start()
+        load = asyncio.create_task(follow_load(instances), name="follow load")
+        stack.callback(load.cancel)
         stack.push_async_callback(inference.close)
         stack.push_async_callback(operations.close)
         await server.start()
@@ -122,7 +123,7 @@ def main() -> None:
         settings = CliApp.run(Settings)
         configure_logs(settings.log_format)
         malloc.give_back_large_blocks()
-        asyncio.run(run(settings))
+        uvloop.run(run(settings))
     except ValidationError as error:
         raise SystemExit(f"dumont-snapshotd: {error}") from None
     except DumontError as error:

@@ -64,8 +64,25 @@ class Canary:
 
 
 @dataclass(frozen=True)
+class Capacity:
+    """What a model host takes at once. ``kv_tokens`` is None where its engine has no KV cache."""
+
+    sequences: int
+    kv_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a model host was at when it was asked last."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_tokens_used: int = 0
+
+
+@dataclass(frozen=True)
 class Instance:
-    """One model host."""
+    """One model host. ``capacity`` is None while it has not told."""
 
     id: str
     deployment: str
@@ -89,6 +106,8 @@ class Instance:
     # Bytes it held there when it last gave it up.
     gpu_bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    capacity: Capacity | None = None
+    load: Load = Load()
 
 
 @dataclass(frozen=True)

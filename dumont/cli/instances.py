@@ -122,7 +122,20 @@ def _show_changes(changes: Iterable[Sequence[Instance]], *, as_json: bool) -> No
 
 def _table(instances: Iterable[Instance]) -> Table:
     return table(
-        ("INSTANCE", "DEPLOYMENT", "STATE", "FROM", "NODE", "DEVICE", "PID", "MEMORY", "AGE", ""),
+        (
+            "INSTANCE",
+            "DEPLOYMENT",
+            "STATE",
+            "FROM",
+            "NODE",
+            "DEVICE",
+            "PID",
+            "MEMORY",
+            "BUSY",
+            "KV CACHE",
+            "AGE",
+            "",
+        ),
         (
             (
                 short(instance.name),
@@ -133,9 +146,26 @@ def _table(instances: Iterable[Instance]) -> Table:
                 instance.device,
                 str(instance.pid or ""),
                 size(instance.memory_bytes),
+                busy(instance),
+                kv_cache(instance),
                 age(instance.create_time),
                 instance.failure_message or ("orphan: no such deployment" if instance.orphan else ""),
             )
             for instance in instances
         ),
     )
+
+
+def busy(instance: Instance) -> str:
+    """Answers under way against those that it takes at once, such as ``12/128``."""
+    if instance.state != "serving" or instance.capacity is None:
+        return ""
+    return f"{instance.in_flight}/{instance.capacity.sequences}"
+
+
+def kv_cache(instance: Instance) -> str:
+    """How much of its KV cache is taken, such as ``12% of 183,296``."""
+    if instance.state != "serving" or instance.capacity is None or not instance.capacity.kv_tokens:
+        return ""
+    whole = instance.capacity.kv_tokens
+    return f"{instance.load.kv_tokens_used / whole:.0%} of {whole:,}"

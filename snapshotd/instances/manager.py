@@ -165,6 +165,24 @@ class Instances:
             with contextlib.suppress(DumontError):
                 await self.stop(instance.id)
 
+    async def measure(self, instance: str) -> None:
+        """Ask one that serves what it takes and what it is at, and tell those who listen what has changed.
+
+        One that is busy with something else, or does not answer, is left as it was known.
+        """
+        record = self._records.get(instance)
+        if record is None or record.host is None or not _idle(record):
+            return
+        try:
+            answer = await record.host.call("status", self.node.deadlines.serve)
+        except DumontError as error:
+            log.info("load not measured", instance=instance, reason=error.reason)
+            return
+        measured = actions.with_load(record.instance, answer)
+        if _idle(record) and measured != record.instance:
+            record.instance = measured
+            self._publish(record)
+
     # Taking over from an earlier daemon.
 
     async def take_over(self) -> None:
@@ -388,3 +406,7 @@ class Instances:
             self.pinned[snapshot] -= 1
             if not self.pinned[snapshot]:
                 del self.pinned[snapshot]
+
+
+def _idle(record: Record) -> bool:
+    return record.instance.state is State.SERVING and record.job is None

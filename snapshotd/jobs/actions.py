@@ -16,7 +16,7 @@ from snapshotd.cuda import suspension
 from snapshotd.gpu import placement
 from snapshotd.jobs.context import Gpus, Node, Subject, uses_cuda
 from snapshotd.jobs.executor import Action, Step
-from snapshotd.model import Canary, Gpu, Instance, Json, State
+from snapshotd.model import Canary, Capacity, Gpu, Instance, Json, Load, State
 from snapshotd.ports import Host
 from snapshotd.system.mounts import WEIGHTS_MOUNT
 
@@ -296,3 +296,22 @@ async def remove_directory(node: Node, instance: Instance) -> None:
 
 def canary_of(answer: Json) -> Canary:
     return Canary(tuple(answer["tokens"]), float(answer["logprob"]))
+
+
+def with_load(instance: Instance, answer: Json) -> Instance:
+    """The instance with what its model host answered to ``load`` or ``status``.
+
+    A host may be older than this daemon, or come from an older snapshot: what it does not tell stays unknown.
+    """
+    told = answer.get("capacity")
+    capacity = instance.capacity
+    if isinstance(told, Mapping) and _count(told.get("sequences")):
+        capacity = Capacity(_count(told["sequences"]), _count(told.get("kv_tokens")) or None)
+    load = Load(
+        _count(answer.get("running")), _count(answer.get("waiting")), _count(answer.get("kv_tokens_used"))
+    )
+    return replace(instance, capacity=capacity, load=load)
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

@@ -84,7 +84,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
             digest.cancel()
             raise
         subject.instance = replace(
-            subject.instance,
+            actions.with_load(subject.instance, loaded),
             engine=loaded["engine"],
             device=loaded["device"],
             gpu=subject.instance.gpu if uses_cuda(loaded["device"]) else "",

@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from dumont import names
 from dumont.errors import InvalidArgument
+from dumont.inference.v1 import inference_pb2
 from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
 from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
@@ -55,6 +56,14 @@ def instance(fact: Instance) -> instances_pb2.Instance:
         device=fact.device,
         gpu=fact.gpu,
         weights=WEIGHTS[fact.weights],
+        capacity=None
+        if fact.capacity is None
+        else inference_pb2.Capacity(sequences=fact.capacity.sequences, kv_tokens=fact.capacity.kv_tokens),
+        load=inference_pb2.Load(
+            running=fact.load.running,
+            waiting=fact.load.waiting,
+            kv_tokens_used=fact.load.kv_tokens_used,
+        ),
     )
 
 

@@ -124,10 +124,27 @@ def test_embed_prints_one_vector_for_each_text(cli: Cli) -> None:
 def test_ps_lists_instances(cli: Cli) -> None:
     header, *rows = cli("ps").stdout.splitlines()
     assert header.split() == [
-        "INSTANCE", "DEPLOYMENT", "STATE", "FROM", "NODE", "DEVICE", "PID", "MEMORY", "AGE",
+        "INSTANCE", "DEPLOYMENT", "STATE", "FROM", "NODE", "DEVICE", "PID", "MEMORY", "BUSY",
+        "KV", "CACHE", "AGE",
     ]  # fmt: skip
     assert [row.split()[:3] for row in rows] == [[name, "qa", "serving"] for name in "abc"]
     assert [instance["pid"] for instance in cli.document("ps", "--deployment", "qa")] == [1, 2, 3]
+
+
+def test_ps_shows_what_instances_take_and_are_at(cli: Cli) -> None:
+    told = cli.served.controller.instances["instances/a"]
+    told.in_flight, told.capacity.sequences, told.capacity.kv_tokens = 3, 128, 200_000
+    told.load.running, told.load.waiting, told.load.kv_tokens_used = 3, 1, 50_000
+
+    first, second, _ = cli("ps").stdout.splitlines()[1:]
+
+    assert "3/128" in first
+    assert "25% of 200,000" in first
+    assert "/" not in second
+    described = cli.document("ps")[0]
+    assert described["capacity"] == {"sequences": 128, "kv_tokens": 200_000}
+    assert described["load"] == {"running": 3, "waiting": 1, "kv_tokens_used": 50_000}
+    assert cli.document("ps")[1]["capacity"] is None
 
 
 def test_ps_watch_shows_each_change(cli: Cli) -> None:

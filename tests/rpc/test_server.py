@@ -74,8 +74,17 @@ class Handlers:
             self.released.set()
 
     async def written(self, request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        await context.write(b"first")
-        raise FULL
+        try:
+            await context.write(b"first")
+            if request == b"flood":
+                self.entered.set()
+                while True:
+                    await context.write(b"x" * 100_000)
+            if request == b"wait":
+                await self._wait()
+            raise FULL
+        finally:
+            self.released.set()
 
     async def gather(self, requests: AsyncIterator[bytes], context: object) -> bytes:
         raise FULL
@@ -114,8 +123,8 @@ class Service:
     def unary(self, request: bytes, timeout: float = 10) -> Any:
         return self.channel.unary_unary("/test.Raw/Unary")(request, timeout=timeout)
 
-    def stream(self, request: bytes) -> Any:
-        return self.channel.unary_stream("/test.Raw/Stream")(request, timeout=10)
+    def stream(self, request: bytes, method: str = "Stream") -> Any:
+        return self.channel.unary_stream(f"/test.Raw/{method}")(request, timeout=10)
 
 
 @pytest.fixture
@@ -237,11 +246,12 @@ async def test_cancelling_a_call_reaches_the_handler(service: Service) -> None:
     assert service.handlers.released.is_set()
 
 
+@pytest.mark.parametrize("method", ["Stream", "Written"])
 @pytest.mark.parametrize("at", ["wait", "flood"])
 async def test_cancelling_a_stream_releases_the_handler_at_await_and_at_yield(
-    service: Service, at: str
+    service: Service, at: str, method: str
 ) -> None:
-    call = service.stream(at.encode())
+    call = service.stream(at.encode(), method)
     assert await call.read() == b"first"
     await service.handlers.entered.wait()
     call.cancel()

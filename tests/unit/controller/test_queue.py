@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from controller import routing
-from controller.model import Capacity, Instance, InstanceState, Report, StartMode, Tier
+from controller import convert, routing
+from controller.model import Capacity, Instance, InstanceState, Load, Report, StartMode, Tier
 from controller.queue import Queue, Ticket
 from dumont.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from dumont.snapshotd.v1 import instance_service_pb2 as node_pb
 from tests.unit.controller.controller_world import Answered, World
 
 # The queue by itself
@@ -83,6 +84,27 @@ def test_an_instance_without_room_comes_last_and_an_empty_one_takes_anything() -
 def test_of_an_instance_that_tells_nothing_a_usual_capacity_is_assumed() -> None:
     assert routing.has_room(instance("silent", routing.ASSUMED_SEQUENCES - 1))
     assert not routing.has_room(instance("silent", routing.ASSUMED_SEQUENCES))
+
+
+def test_what_a_node_tells_of_capacity_and_load_is_told_on() -> None:
+    message = node_pb.Instance(name="instances/qa-1", state=node_pb.Instance.STATE_SERVING)
+    message.capacity.sequences, message.capacity.kv_tokens = 128, 4096
+    message.load.running, message.load.kv_tokens_used = 3, 512
+
+    report = convert.report(message)
+    told = convert.instance_message(replace(instance("qa-1", in_flight=5), report=report), None)
+
+    assert (report.capacity, report.load) == (Capacity(128, 4096), Load(3, 0, 512))
+    assert (told.capacity.sequences, told.capacity.kv_tokens, told.in_flight) == (128, 4096, 5)
+    assert (told.load.running, told.load.kv_tokens_used) == (3, 512)
+
+
+def test_a_capacity_of_nothing_is_none() -> None:
+    message = node_pb.Instance(name="instances/qa-1", state=node_pb.Instance.STATE_SERVING)
+    assert convert.report(message).capacity is None
+    message.capacity.sequences = 0
+    assert convert.report(message).capacity is None
+    assert not convert.instance_message(instance("qa-1", 0), None).HasField("capacity")
 
 
 # Both in a controller

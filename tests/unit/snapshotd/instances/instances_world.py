@@ -44,6 +44,9 @@ class FakeHost:
         self.gates: dict[str, asyncio.Event] = {}
         self.failing: set[str] = set()
         self.reached = asyncio.Event()
+        # What it answers to ``status`` beside its state.
+        self.load: Json = {}
+        self.asked = 0
 
     async def _do(self, command: str) -> None:
         if (gate := self.gates.get(command)) is not None:
@@ -74,7 +77,8 @@ class FakeHost:
 
     async def call(self, command: str, timeout: float, **arguments: object) -> Json:
         await self._do(command)
-        return {"load": LOADED, "status": {"state": self.state}}.get(command, {})
+        self.asked += command == "status"
+        return {"load": LOADED | self.load, "status": {"state": self.state} | self.load}.get(command, {})
 
     async def freeze(self) -> None:
         await self._do("freeze")
