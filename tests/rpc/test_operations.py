@@ -8,10 +8,10 @@ from typing import Any
 
 import grpc
 import pytest
-from dumont.controller.v1.snapshot_service_pb2 import CreateSnapshotMetadata, Snapshot
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.duration_pb2 import Duration
 
+from dumont.controller.v1.snapshot_service_pb2 import CreateSnapshotMetadata, Snapshot
 from dumont.errors import (
     Cancelled,
     FailedPrecondition,

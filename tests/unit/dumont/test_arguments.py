@@ -7,16 +7,16 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dumont import arguments
 from dumont.controller.v1.deployment_service_pb2 import (
     START_MODE_COLD,
     START_MODE_WARM,
     STORAGE_S3,
     WEIGHTS_INCLUDED,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from dumont import arguments
 from dumont.errors import InvalidArgument
 from dumont.names import LABEL
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from dumont.controller.v1.instance_service_pb2 import Instance
 
 import dumont
 from dumont import convert, errors
 from dumont.connection import resolve_endpoint
+from dumont.controller.v1.instance_service_pb2 import Instance
 from dumont.rpc.channel import is_local
 from dumont.types import Generation, StartInfo, Usage
 
