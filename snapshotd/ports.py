@@ -101,6 +101,14 @@ class Hosts(Protocol):
         """The hosts that an earlier daemon left running, the empty ones released."""
         ...
 
+    async def end_orphans(self, instances: Path) -> None:
+        """End the model hosts that no shim holds any more: a frozen one would stay for ever.
+
+        Args:
+            instances: the directory that holds a directory for each instance.
+        """
+        ...
+
     def mounts(self) -> set[str]:
         """The mount points that a host has on this node, its own among them."""
         ...

@@ -188,6 +188,7 @@ class Instances:
     async def take_over(self) -> None:
         """Adopt the living instances of an earlier daemon and clean up after the others."""
         hosts = {host.instance: host for host in await self.node.hosts.find()}
+        await self.node.hosts.end_orphans(self.node.instance_directory(""))
         for instance in self.journal.read():
             host = hosts.pop(instance.id, None)
             record = Record(instance, host)

@@ -29,14 +29,6 @@ class OriginGone(CommandRefused):
     """What most of the model host's memory is mapped from is not there any more."""
 
 
-def _identity(directory: Path) -> tuple[int, int]:
-    try:
-        status = directory.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return status.st_dev, status.st_ino
-
-
 class Shim:
     """One model host and the way to it."""
 
@@ -141,7 +133,7 @@ class Shim:
             # Nobody is left to end the half of the tree that it had made.
             linux.kill_children()
             raise
-        self.origin, self.origin_identity = origin, _identity(origin)
+        self.origin, self.origin_identity = origin, mounts.identity(origin)
         self.mounts = sorted(message["mounts"])
         self._adopt(message["instance"], directory)
         return {"pid": self.pid}
@@ -162,7 +154,7 @@ class Shim:
     def dump(self, message: Message) -> Message:
         """Write the model host into ``images``; it runs on. Answers what a restore must be told."""
         self._must_run()
-        if self.origin is not None and _identity(self.origin) != self.origin_identity:
+        if self.origin is not None and mounts.identity(self.origin) != self.origin_identity:
             raise OriginGone(
                 f"the snapshot that {self.instance} was restored from is deleted, and most of its memory is "
                 "mapped from there; capture an instance that was started, or restored from a snapshot in use"

@@ -72,6 +72,15 @@ def node_mounts() -> list[str]:
         return external_mounts(lines)
 
 
+def identity(directory: Path) -> tuple[int, int]:
+    """What tells this directory from any other, under whatever name; zeros where it cannot be reached."""
+    try:
+        status = directory.stat()
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
+
+
 def make_private() -> None:
     """A mount namespace of our own: what we mount goes with us and is never seen on the node.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from dumont.rpc.status import from_rpc_error
 from dumont.snapshotd.v1 import instance_service_pb2 as pb2
 from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
+from snapshotd.system.freezer import cgroup2_root
 from tests.node.daemon import Daemon
 
 pytestmark = pytest.mark.node
@@ -76,6 +78,51 @@ def test_a_parked_instance_is_still_parked_after_a_crash(daemon: Daemon, instanc
     resumed = daemon.instances.ResumeInstance(pb2.ResumeInstanceRequest(name=f"instances/{instance}"))
     assert resumed.state == pb2.Instance.STATE_SERVING
     assert daemon.generate(instance)
+
+
+def test_a_parked_instance_ends_whose_shim_was_killed_together_with_the_daemon(
+    daemon: Daemon, instance: str
+) -> None:
+    # given: a frozen process, which cannot notice that nobody holds it any more
+    restored = pb2.Instance()
+    restore = pb2.RestoreInstanceRequest(instance_id="orphan", snapshot="snapshots/one")
+    daemon.wait(daemon.instances.RestoreInstance(restore), restored)
+    daemon.instances.ParkInstance(pb2.ParkInstanceRequest(name="instances/orphan"))
+    process = os.pidfd_open(restored.pid)
+
+    # when
+    daemon.kill()
+    os.kill(shim_of(restored.pid), signal.SIGKILL)
+    daemon.start()
+
+    # then
+    assert select.select([process], [], [], 0)[0], f"process {restored.pid} is still there"
+    os.close(process)
+    assert isinstance(refusal(lambda: daemon.get("orphan")), NotFound)
+    assert daemon.generate(instance)
+
+
+def test_a_killed_shim_leaves_neither_file_nor_cgroup(daemon: Daemon, instance: str) -> None:
+    # given
+    restored = pb2.Instance()
+    restore = pb2.RestoreInstanceRequest(instance_id="shimless", snapshot="snapshots/one")
+    daemon.wait(daemon.instances.RestoreInstance(restore), restored)
+    shim = shim_of(restored.pid)
+    name = Path(f"/proc/{shim}/cmdline").read_text().partition(".sock")[0].rpartition("/")[2]
+
+    # when
+    os.kill(shim, signal.SIGKILL)
+    for change in daemon.instances.WatchInstances(pb2.WatchInstancesRequest()):
+        if change.instance.name == "instances/shimless" and (
+            change.instance.state == pb2.Instance.STATE_FAILED
+        ):
+            break
+    daemon.stop_instance("shimless")
+
+    # then
+    assert [path.name for path in (daemon.state_dir / "shims").iterdir() if name in path.name] == []
+    groups = cgroup2_root()
+    assert groups is None or not (groups / "dumont" / name).exists()
 
 
 @pytest.mark.parametrize("step", ["prepare", "drain", "quiesce", "dump", "wake", "commit"])
@@ -292,6 +339,11 @@ def _shims_of(state_dir: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def shim_of(pid: int) -> int:
+    """The pid of a model host's parent."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def refusal(call: Callable[[], object]) -> DumontError:

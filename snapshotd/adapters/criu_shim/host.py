@@ -33,8 +33,9 @@ LINE_LIMIT = 1 << 20
 class ShimHost:
     """The Host port over one connection to a shim."""
 
-    def __init__(self, shim: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.shim = shim
+    def __init__(self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.shim = path.stem
+        self._path = path
         self.instance = ""
         self.pid = 0
         self.lost = asyncio.Event()
@@ -44,7 +45,7 @@ class ShimHost:
         self._waiting: dict[int, asyncio.Future[Json]] = {}
         self._of_host: set[int] = set()
         self._ids = itertools.count(1)
-        self._reading = asyncio.create_task(self._read(reader), name=f"shim-{shim}")
+        self._reading = asyncio.create_task(self._read(reader), name=f"shim-{self.shim}")
         # The model host's process, held so that it can be ended without its shim.
         self._process = -1
 
@@ -58,7 +59,7 @@ class ShimHost:
             )
         finally:
             os.close(folder)
-        return cls(path.stem, reader, writer)
+        return cls(path, reader, writer)
 
     async def launch(
         self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
@@ -142,6 +143,7 @@ class ShimHost:
         except Unavailable:
             log.warning("shim was gone before its release", shim=self.shim)
             await self._end_orphan()
+            forget(self._path)
         # The shim closes the connection when it has removed its mounts and ends.
         await self._reading
         await self.disconnect()
@@ -181,7 +183,6 @@ class ShimHost:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
         await until_ended(self._process)
-        remove_group(self.shim)
 
     async def _ask(self, message: Json, timeout: float) -> Json:
         number = next(self._ids)
@@ -239,6 +240,22 @@ class ShimHost:
             f"the model host ended before it answered {command}{self.end and f': {self.end}'}",
             metadata={"shim": self.shim},
         )
+
+
+def forget(path: Path, keep_log: bool = False) -> None:
+    """Remove the files and the cgroup of a shim that is gone.
+
+    Args:
+        path: of its socket.
+        keep_log: leave what it said at its end.
+    """
+    path.unlink(missing_ok=True)
+    path.with_name(f".{path.name}").unlink(missing_ok=True)
+    if not keep_log:
+        path.with_suffix(".log").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.with_name(f"{path.name}.root").rmdir()
+    remove_group(path.stem)
 
 
 def _described(status: int, said: str) -> str:

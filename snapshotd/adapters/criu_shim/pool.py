@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ import structlog
 
 from dumont.errors import DumontError, Internal
 from dumont.names import new_id
-from snapshotd.adapters.criu_shim.host import ShimHost, until_ended
+from snapshotd.adapters.criu_shim.host import ShimHost, forget, until_ended
 from snapshotd.system import mounts
+from snapshotd.system.freezer import remove_group
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +50,12 @@ class ShimPool:
         if spare is not None:
             with contextlib.suppress(DumontError):
                 host = await spare
-        if host is None or host.lost.is_set():
+        if host is not None and host.lost.is_set():
+            # It was killed while it waited: what it had is removed.
+            with contextlib.suppress(DumontError):
+                await host.release()
+            host = None
+        if host is None:
             host = await self._start()
         self.prepare()
         self._hosts = {known for known in self._hosts if known.connected} | {host}
@@ -71,14 +78,14 @@ class ShimPool:
         for path in list(self.directory.iterdir()):
             shim = path.name.removeprefix(".").partition(".")[0]
             if shim not in living:
-                _forget(self.directory / f"{shim}.sock")
+                forget(self.directory / f"{shim}.sock")
 
     async def _find(self, path: Path) -> ShimHost | None:
         try:
             host = await ShimHost.connect(path)
         except OSError:
             # No shim listens any more; its mounts went with it.
-            _forget(path)
+            forget(path)
             return None
         try:
             if await host.adopt():
@@ -88,8 +95,14 @@ class ShimPool:
             log.error("shim did not answer and is ended", shim=host.shim, reason=error.reason)
             host.kill()
             await host.disconnect()
-            _forget(path)
+            forget(path)
         return None
+
+    async def end_orphans(self, instances: Path) -> None:
+        held = {host.instance for host in self._hosts}
+        homes = {mounts.identity(path) for path in instances.iterdir() if path.name not in held}
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        await asyncio.gather(*(_end_orphan(pid, homes) for pid in pids if _home(pid) in homes))
 
     def mounts(self) -> set[str]:
         own = {mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT}
@@ -140,7 +153,7 @@ class ShimPool:
         except BaseException as error:
             # Also when whoever waits for it is cancelled: nobody would know of it.
             process.kill()
-            _forget(path, keep_log=isinstance(error, DumontError))
+            forget(path, keep_log=isinstance(error, DumontError))
             if isinstance(error, TimeoutError):
                 raise Internal(
                     "SHIM_FAILED", f"the shim was not ready within {SHIM_READY_TIMEOUT:g} s"
@@ -161,14 +174,31 @@ def _last_words(log: Path) -> str:
     return next((line[:500] for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def _forget(path: Path, keep_log: bool = False) -> None:
-    """Remove the files of a shim that is gone; ``keep_log``: but for what it said at its end."""
-    path.unlink(missing_ok=True)
-    path.with_name(f".{path.name}").unlink(missing_ok=True)
-    if not keep_log:
-        path.with_suffix(".log").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        path.with_name(f"{path.name}.root").rmdir()
+def _home(pid: int) -> tuple[int, int]:
+    """What a process has mounted where a model host has its instance's directory."""
+    return mounts.identity(Path(f"/proc/{pid}/root{mounts.INSTANCE_MOUNT}"))
+
+
+async def _end_orphan(pid: int, homes: AbstractSet[tuple[int, int]]) -> None:
+    """End a model host of one of these directories, and remove the cgroup that its shim made."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        # Again, now that the number cannot become another's.
+        if _home(pid) in homes:
+            shim = Path(f"/proc/{pid}/cgroup").read_text().rpartition("/")[2].strip()
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            await until_ended(descriptor)
+            log.warning("model host without a shim was ended", pid=pid, shim=shim)
+            if shim.startswith("shim-"):
+                remove_group(shim)
+    except (ProcessLookupError, FileNotFoundError):
+        # It has ended by itself.
+        pass
+    finally:
+        os.close(descriptor)
 
 
 async def _wait(process: subprocess.Popen[bytes]) -> None:

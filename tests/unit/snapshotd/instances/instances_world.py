@@ -107,6 +107,9 @@ class FakeHosts:
     async def find(self) -> list[FakeHost]:
         return self.found
 
+    async def end_orphans(self, instances: Path) -> None:
+        return
+
     def mounts(self) -> set[str]:
         return set()
 
