@@ -42,6 +42,7 @@ from snapshotd.repository.signing import Signer
 from snapshotd.snapshots.catalog import Remote, Snapshots
 from snapshotd.snapshots.upload_journal import UploadJournal
 from snapshotd.snapshots.uploads import Uploads
+from snapshotd.system.disk import DiskReservations
 from snapshotd.system.mounts import UNSEALED_SOURCE
 from snapshotd.system.tmpfs import Tmpfs
 from snapshotd.weights import mount
@@ -141,7 +142,12 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
         facts=node_facts(criu.version),
         directory=settings.state_dir,
         threads=settings.threads,
-        deadlines=Deadlines(drain=settings.drain_seconds),
+        deadlines=Deadlines(
+            start=settings.start_timeout_seconds,
+            load=settings.start_timeout_seconds,
+            drain=settings.drain_seconds,
+        ),
+        disk=DiskReservations(settings.disk_reserve_bytes),
         gpus=Gpus(tuple(nvml.gpus()), nvml.facts(), nvml, cuda, loader) if nvml and cuda else None,
     )
     observers = Observers()
@@ -316,7 +322,14 @@ def open_snapshots(
     if repository is not None:
         journal = UploadJournal(settings.state_dir / "uploads")
         remote = Remote(repository, Uploads(store, repository, journal, published))
-    snapshots = Snapshots(store, remote, settings.state_dir / "damaged", settings.cache_bytes, instances)
+    snapshots = Snapshots(
+        store,
+        remote,
+        settings.state_dir / "damaged",
+        settings.cache_bytes,
+        instances,
+        instances.node.disk,
+    )
     return snapshots
 
 

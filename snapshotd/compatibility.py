@@ -29,3 +29,23 @@ def check(snapshot: str, captured: Mapping[str, str], here: Mapping[str, str]) -
                 f"and is {here.get(fact, 'unknown')} on this node",
                 metadata={"fact": fact, "captured": captured[fact], "here": here.get(fact, "")},
             )
+
+
+def check_model(snapshot: str, model: str, captured: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Compare the files of a model besides its weights: what a process has read of them is in its memory.
+
+    Args:
+        captured: the digest of each at capture, by name.
+        here: of each that is there now.
+
+    Raises:
+        FailedPrecondition: MODEL_CHANGED; the files that differ are named.
+    """
+    changed = sorted(name for name in captured.keys() | here.keys() if captured.get(name) != here.get(name))
+    if changed:
+        raise FailedPrecondition(
+            "MODEL_CHANGED",
+            f"snapshots/{snapshot} is of {model} before {', '.join(changed[:5])} changed; start it cold, and "
+            "capture it again",
+            metadata={"snapshot": snapshot, "files": ",".join(changed[:20])},
+        )

@@ -53,6 +53,12 @@ class Settings(BaseSettings):
         ge=0,
         description="bytes they may take; beyond it published ones leave, oldest use first; 0: no limit",
     )
+    disk_reserve_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="bytes of a disk that captures and fetches leave free for all else that is written; "
+        "unset: a fiftieth of it, at most 1 GiB",
+    )
     weight_cache_bytes: int | None = Field(
         None,
         ge=0,
@@ -115,9 +121,17 @@ class Settings(BaseSettings):
     host_threads: int = Field(0, ge=0, description="compute threads of a model host; 0: one for each core")
     max_queue: int = Field(64, ge=1, description="requests that one model host holds before it refuses more")
     max_new_tokens: int = Field(4096, ge=1, description="largest max_new_tokens of a request")
+    start_timeout_seconds: float = Field(
+        1800.0,
+        gt=0,
+        description="time for a start or restore, with all that it downloads, loads and warms up",
+    )
     heartbeat_seconds: float = Field(5.0, gt=0)
     drain_seconds: float = Field(
-        30.0, ge=0, description="time for running calls at SIGTERM, and before a park"
+        30.0,
+        ge=0,
+        description="time for running calls at SIGTERM, and before a park; ten seconds after it the daemon "
+        "ends, whatever hangs",
     )
     metrics_listen: str = Field("", description="host:port of the Prometheus page; empty: none")
     log_format: Literal["json", "console"] = "json"

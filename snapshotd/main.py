@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from contextlib import AsyncExitStack
 
 import structlog
@@ -36,6 +38,14 @@ SERVICES = tuple(
     f"dumont.snapshotd.v1.{name}"
     for name in ("InferenceService", "InstanceService", "SnapshotService", "NodeService")
 )
+
+
+# After the time for running calls: what is not finished then is left to the next daemon.
+CLEAN_UP_SECONDS = 10.0
+# The same where all instances are to be stopped as well.
+STOP_SECONDS = 60.0
+# EX_TEMPFAIL of sysexits.h.
+EXIT_HUNG = 75
 
 
 async def run(settings: Settings) -> None:
@@ -97,7 +107,25 @@ async def run(settings: Settings) -> None:
                 )
             )
             stack.callback(registration.cancel)
+        watch = asyncio.create_task(instances.watch_weights(), name="watch weights")
+        stack.callback(watch.cancel)
         await run_until_signalled(server, health, settings.drain_seconds)
+        end_within(STOP_SECONDS if settings.stop_instances_on_exit else CLEAN_UP_SECONDS)
+
+
+def end_within(seconds: float) -> None:
+    """End this process by then, whatever it still waits for; instances live on for the next daemon.
+
+    A thread that reads from a mount that hangs cannot be ended, and the interpreter would wait for it.
+    """
+
+    def end() -> None:
+        log.error("clean_up_hangs", seconds=seconds, remedy="see what its threads wait for")
+        os._exit(EXIT_HUNG)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def serve_metrics(address: str) -> None:

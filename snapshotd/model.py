@@ -81,6 +81,17 @@ class Load:
 
 
 @dataclass(frozen=True)
+class MappedFile:
+    """A file that a process maps, as the file system knew it before."""
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
 class Instance:
     """One model host. ``capacity`` is None while it has not told."""
 
@@ -100,6 +111,10 @@ class Instance:
     weights_digest: str = ""
     # The digest of each weight file that it maps from the node's weight cache; empty: from the model's own.
     weight_files: Mapping[str, str] = field(default_factory=dict)
+    # The model's own weight files that it maps: whoever writes to them changes what it answers.
+    mapped_files: tuple[MappedFile, ...] = ()
+    # The digest of each other file of the model that it has read.
+    model_files: Mapping[str, str] = field(default_factory=dict)
     canary: Canary | None = None
     # UUID of the GPU it is on, or was on when it gave it up; inside it is always the same CUDA device.
     gpu: str = ""
@@ -193,6 +208,8 @@ class Manifest:
     weights: Weights = Weights.DETACHED
     # As its source had them: its process maps these very files again.
     weight_files: Mapping[str, str] = field(default_factory=dict)
+    # The digest of each other file of the model: what its source has read of them is in its memory.
+    model_files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

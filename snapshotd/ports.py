@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from snapshotd.model import CacheEntry, ImageFile, Json, Manifest, Model, Sharing, Snapshot
+from snapshotd.model import CacheEntry, ImageFile, Json, Manifest, MappedFile, Model, Sharing, Snapshot
 
 
 class Clock(Protocol):
@@ -254,6 +254,14 @@ class Models(Protocol):
         """Find a model and check that it can be loaded; ``directory`` is None if it must be fetched."""
         ...
 
+    async def find(self, name: str, engine: str = "") -> Model | None:
+        """The model as it is on this node, checked likewise; None: it is not here."""
+        ...
+
+    async def digests(self, model: Model) -> Mapping[str, str]:
+        """BLAKE3 of each file that a model host reads besides weights, by its path in the directory."""
+        ...
+
     async def fetch(self, model: Model) -> Model:
         """Download what is missing; the result has a directory."""
         ...
@@ -267,6 +275,16 @@ class WeightFiles(Protocol):
 
     async def digest(self, model: Model) -> str:
         """BLAKE3 over the names and bytes of the weight files; read again only when a file changed."""
+        ...
+
+    async def mapped(self, model: Model) -> tuple[MappedFile, ...]:
+        """The weight files as the file system knows them now, for whoever is about to map them."""
+        ...
+
+    async def overwritten(self, files: Sequence[MappedFile]) -> str:
+        """The path of one that was written to since: whoever maps it sees other weights now. Empty: none was;
+        one that was replaced by another file is mapped as it was.
+        """
         ...
 
     async def pin(self, instance: str, model: Model) -> Mapping[str, str]:

@@ -28,6 +28,9 @@ log = structlog.get_logger(__name__)
 SERVICE_NAME: Final = "google.longrunning.Operations"
 
 
+DEFECT: Final = Internal("INTERNAL", "the operation failed by a defect; the reason is in the service's log")
+
+
 class Progress:
     """What an operation tells about itself while it runs."""
 
@@ -159,9 +162,7 @@ class Operations:
             return error
         except Exception:
             log.exception("operation_failed", operation=name, reason="INTERNAL")
-            return Internal(
-                "INTERNAL", "the operation failed by a defect; the reason is in the service's log"
-            )
+            return DEFECT
 
     def _find(self, name: str) -> _Record:
         names.parse(name, "operations", "name")
@@ -179,11 +180,7 @@ class Operations:
         operation.metadata.Pack(record.metadata)
         if not operation.done:
             return operation
-        result = (
-            Cancelled("OPERATION_CANCELLED", f"{record.name} was cancelled")
-            if record.task.cancelled()
-            else record.task.result()
-        )
+        result = _outcome(record)
         if isinstance(result, DumontError):
             operation.error.CopyFrom(to_status(result, self._domain))
         else:
@@ -194,3 +191,10 @@ class Operations:
         finished = [record.name for record in self._records.values() if record.task.done()]
         for name in finished[: max(0, len(finished) - self._keep + 1)]:
             del self._records[name]
+
+
+def _outcome(record: _Record) -> Message | DumontError:
+    if record.task.cancelled():
+        return Cancelled("OPERATION_CANCELLED", f"{record.name} was cancelled")
+    # Not even its own failure to conclude may hide the other operations from who lists them.
+    return DEFECT if record.task.exception() is not None else record.task.result()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import structlog
+from blake3 import blake3
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -17,8 +19,11 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from dumont import model_directory
 from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from dumont.model_directory import Unusable
 from snapshotd.model import Json, Model
+from snapshotd.system.threads import PatientThreads
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +31,9 @@ ENGINES = ("causal_lm", "embedding")
 # What a model host reads; everything else on the hub (other formats, pictures) stays there.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 HUB_TIMEOUT = 5.0
+# Downloads at once, and how long one may take; whoever waits for it usually gives up before.
+FETCHES = 4
+FETCH_SECONDS = 6 * 3600.0
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -35,6 +43,11 @@ class NodeModels:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.hub_cache = directory / "hub"
+        self._reading = PatientThreads("reading the model's files")
+        self._asking = PatientThreads("the hub")
+        self._fetching = PatientThreads("the download of the model", FETCHES)
+        # Digests of files that were read before, by what the file system says of them.
+        self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}
 
     async def resolve(self, name: str, engine: str = "") -> Model:
         if engine and engine not in ENGINES:
@@ -48,22 +61,57 @@ class NodeModels:
             raise InvalidArgument(
                 "MODEL_REQUIRED", "model must name a Hugging Face id or a directory", field="model"
             )
-        found = await asyncio.to_thread(self._find, name)
-        if found is not None:
-            return await asyncio.to_thread(_describe, name, found, engine)
-        return await asyncio.to_thread(self._ask_hub, name, engine)
+        found = await self.find(name, engine)
+        if found is None:
+            found = await self._asking.run(partial(self._ask_hub, name, engine))
+        return found
+
+    async def find(self, name: str, engine: str = "") -> Model | None:
+        return await self._reading.run(partial(self._look, name, engine))
+
+    def _look(self, name: str, engine: str) -> Model | None:
+        found = self._find(name)
+        return None if found is None else _describe(name, found, engine)
+
+    async def digests(self, model: Model) -> Mapping[str, str]:
+        return await self._reading.run(partial(self._digest_all, model))
+
+    def _digest_all(self, model: Model) -> Mapping[str, str]:
+        folder = model.directory
+        if folder is None:
+            return {}
+        try:
+            files = model_directory.files(folder)
+            return {path.relative_to(folder).as_posix(): self._digest(folder, path) for path in files}
+        except Unusable as error:
+            raise _invalid(model.name, f"{error.file.name} {error}") from None
+        except OSError as error:
+            raise _invalid(model.name, f"its files cannot be read: {error.strerror}") from None
+
+    def _digest(self, folder: Path, path: Path) -> str:
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # a link that leads nowhere
+            return ""
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        known = self._digests.get(path)
+        if known is None or known[0] != identity:
+            digest = blake3(model_directory.read(folder, path)).hexdigest()
+            known = self._digests[path] = (identity, digest)
+        return known[1]
 
     async def fetch(self, model: Model) -> Model:
         if model.directory is not None:
             return model
         log.info("fetching model", model=model.name, bytes=model.weights_bytes)
         try:
-            folder = await asyncio.to_thread(
+            download = partial(
                 snapshot_download, model.name, cache_dir=self.hub_cache, allow_patterns=list(WANTED)
             )
+            folder = await self._fetching.run(download, FETCH_SECONDS)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise Unavailable("MODEL_FETCH_FAILED", f"{model.name} could not be fetched: {error}") from error
-        return await asyncio.to_thread(_describe, model.name, Path(folder), model.engine)
+        return await self._reading.run(partial(_describe, model.name, Path(folder), model.engine))
 
     def _find(self, name: str) -> Path | None:
         if name.startswith("/"):
@@ -110,8 +158,8 @@ def _weight_files(name: str, directory: Path) -> list[str]:
     if not index.exists():
         return ["model.safetensors"]
     try:
-        files = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
-    except (ValueError, LookupError, TypeError, AttributeError):
+        files = sorted(set(map(str, json.loads(_read(name, directory, index))["weight_map"].values())))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _invalid(name, f"{index.name} has no weight_map") from None
     for file in files:
         if not file or Path(file).name != file:
@@ -121,13 +169,9 @@ def _weight_files(name: str, directory: Path) -> list[str]:
 
 def _describe(name: str, directory: Path, engine: str) -> Model:
     try:
-        config = json.loads((directory / "config.json").read_text())
-    except FileNotFoundError:
-        raise _invalid(name, "config.json is missing") from None
-    except ValueError as error:
+        config = json.loads(_read(name, directory, directory / "config.json"))
+    except (ValueError, RecursionError) as error:
         raise _invalid(name, f"config.json is not JSON: {error}") from None
-    except OSError as error:
-        raise _invalid(name, f"config.json cannot be read: {error.strerror}") from None
     if not isinstance(config, dict):
         raise _invalid(name, "config.json is no JSON object")
     weights = tuple(directory / file for file in _weight_files(name, directory))
@@ -143,13 +187,27 @@ def _describe(name: str, directory: Path, engine: str) -> Model:
     )
 
 
+def _read(name: str, directory: Path, path: Path) -> bytes:
+    try:
+        return model_directory.read(directory, path)
+    except FileNotFoundError:
+        raise _invalid(name, f"{path.name} is missing") from None
+    except Unusable as error:
+        raise _invalid(name, f"{path.name} {error}") from None
+    except OSError as error:
+        raise _invalid(name, f"{path.name} cannot be read: {error.strerror}") from None
+
+
 def _check_weights(name: str, path: Path) -> None:
     """Refuse a file that is missing, cut short or no safetensors file, from its header and length."""
     try:
+        model_directory.check_weights(path)
         with safe_open(path, framework="np"):
             pass
     except FileNotFoundError:
         raise _invalid(name, f"{path.name} is missing") from None
+    except Unusable as error:
+        raise _invalid(name, f"{path.name} {error}") from None
     except SafetensorError as error:
         raise _invalid(name, f"{path.name} is damaged or cut short: {error}") from None
     except OSError as error:

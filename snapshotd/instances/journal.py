@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import structlog
@@ -30,9 +31,15 @@ class Journal:
         except OSError as error:
             # A full disk must not keep an instance from moving on; the next daemon asks its host anyway.
             log.error("journal entry cannot be written", path=path.name, error=str(error))
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
 
     def forget(self, instance: str) -> None:
-        self._path(instance).unlink(missing_ok=True)
+        try:
+            self._path(instance).unlink(missing_ok=True)
+        except OSError as error:
+            # The next daemon finds no process for it.
+            log.error("journal_entry_not_removed", instance=instance, error=str(error))
 
     def read(self) -> list[Instance]:
         """Every instance that was not forgotten; a file that cannot be read is removed."""

@@ -15,7 +15,15 @@ from dataclasses import replace
 
 import structlog
 
-from dumont.errors import Aborted, AlreadyExists, DumontError, NotFound
+from dumont.errors import (
+    Aborted,
+    AlreadyExists,
+    DeadlineExceeded,
+    DumontError,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+)
 from snapshotd import jobs
 from snapshotd.failpoints import Failpoints
 from snapshotd.instances.journal import Journal
@@ -32,6 +40,9 @@ log = structlog.get_logger(__name__)
 
 # How many failed instances are remembered for their reason.
 FAILED_KEPT = 64
+# What may be ended because its weights changed; everything else is on its way there.
+RESTING = (State.SERVING, State.PARKED)
+WEIGHTS_SECONDS = 5.0
 # They end as begun, whoever still waits: half a stop or half a resume is no state to be in, and a model
 # host that drains for a park hears of nothing else meanwhile, not even that it need not.
 RUN_TO_THE_END = ("stop", "park", "resume")
@@ -120,6 +131,7 @@ class Instances:
     async def capture(self, instance: str, snapshot: str) -> Snapshot:
         record = self._record(instance)
         self._check_unshared(record, Event.CAPTURE)
+        await self._check_weights(record)
         self._advance(record, Event.CAPTURE)
         capture = jobs.Capture(self.node, record, snapshot)
         # One that was restored maps the snapshot that it came from, and the new one takes that over.
@@ -150,6 +162,7 @@ class Instances:
         record = self._record(instance)
         # Before anything moves: without room it stays parked.
         self._check_unshared(record, Event.RESUME)
+        await self._check_weights(record)
         target = actions.reserve_gpu_to_resume(self.node, record.instance, gpu)
         self._advance(record, Event.RESUME)
         return await self._settle(record, "resume", jobs.resume(self.node, record, target))
@@ -278,8 +291,17 @@ class Instances:
             previous.cancel()
             await asyncio.wait([previous])
         observer = self.observer(record.instance.id)
-        async with record.ending if job == "stop" else contextlib.nullcontext():
-            await run_job(job, steps, self.node.clock, observer, self.failpoints, done)
+        limit = self.node.deadlines.start if job in ("start", "restore") else None
+        try:
+            async with asyncio.timeout(limit), record.ending if job == "stop" else contextlib.nullcontext():
+                await run_job(job, steps, self.node.clock, observer, self.failpoints, done)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "START_TIMEOUT",
+                f"the {job} of instances/{record.instance.id} did not end within {limit:g} s; see the "
+                "instance's log, or raise --start-timeout-seconds",
+                metadata={"instance": record.instance.id},
+            ) from None
 
     async def _conclude(
         self, record: Record, job: str, task: asyncio.Task[None], done: list[Phase], host: Host | None
@@ -287,20 +309,25 @@ class Instances:
         try:
             await task
         except asyncio.CancelledError:
-            error = Aborted("CANCELLED", f"the {job} of instances/{record.instance.id} was cancelled")
-            await self._fail(record, error)
-            raise error from None
-        except DumontError as error:
+            cancelled = Aborted("CANCELLED", f"the {job} of instances/{record.instance.id} was cancelled")
+            await self._fail(record, cancelled)
+            raise cancelled from None
+        except Exception as failure:
+            # Whatever it is: an instance whose job has ended must not seem to be in it for ever.
+            error = failure if isinstance(failure, DumontError) else Internal("JOB_FAILED", str(failure))
             if job == "stop":
                 # Kept, so that the next stop has something to end.
                 record.host = record.host or host
                 self._advance(record, Event.FAILED, error.reason, error.message)
             else:
                 await self._fail(record, error)
-            raise
+            if error is failure:
+                raise
+            raise error from failure
         finally:
             if self.node.gpus is not None:
                 self.node.gpus.reservations.release(record.instance.id)
+            self.node.disk.release(record.instance.id)
             if record.job is task:
                 record.job = None
         if record.instance.state is State.STOPPING and job != "stop":
@@ -329,6 +356,39 @@ class Instances:
         observer = self.observer(record.instance.id)
         async with record.ending:
             await run_job("clean_up", steps, self.node.clock, observer, self.failpoints, [])
+
+    async def watch_weights(self) -> None:
+        """Look again and again whether somebody overwrote weights that an instance maps; for ever."""
+        while True:
+            await asyncio.sleep(WEIGHTS_SECONDS)
+            await self.check_weights()
+
+    async def check_weights(self) -> None:
+        """End every instance whose mapped weights were overwritten: what it answers is no model's now."""
+        for record in list(self._records.values()):
+            with contextlib.suppress(DumontError):
+                await self._check_weights(record)
+
+    async def _check_weights(self, record: Record) -> None:
+        """
+        Raises:
+            FailedPrecondition: WEIGHTS_OVERWRITTEN; the instance is ended.
+            Unavailable: its files cannot be asked.
+        """
+        if not record.instance.mapped_files or record.instance.state not in RESTING:
+            return
+        path = await self.node.weights.overwritten(record.instance.mapped_files)
+        # A job that began meanwhile is not disturbed: it is looked at again.
+        if not path or record.job is not None or record.instance.state not in RESTING:
+            return
+        message = f"{path} was written to while it was mapped: replace weights by another file, not in place"
+        log.error("weights_overwritten", instance=record.instance.id, path=path)
+        await self._end(record, Event.LOST, "WEIGHTS_OVERWRITTEN", message)
+        raise FailedPrecondition(
+            "WEIGHTS_OVERWRITTEN",
+            f"instances/{record.instance.id} is ended: {message}",
+            metadata={"instance": record.instance.id, "file": path},
+        )
 
     def _check_unshared(self, record: Record, event: Event) -> None:
         """Refuse before the machine's step, and after an illegal one was refused."""

@@ -19,6 +19,8 @@ from snapshotd.model import Json, Manifest, Phase, Snapshot
 
 # Bytes free of a disk on which nothing more can be written.
 FULL = 1 << 20
+# What a CUDA context holds besides weights, which leave the GPU before.
+CUDA_CONTEXT = 512 << 20
 
 
 @dataclass
@@ -60,6 +62,9 @@ class Capture:
     async def stage(self) -> None:
         await self._refuse_damaged_origin()
         self.staged = await self.node.store.stage(self.snapshot)
+        # Before anything stands still: a disk that fills up halfway would take the rest of the node along.
+        needed = await self._estimate()
+        self.node.disk.reserve(self.subject.instance.id, self.staged, needed)
 
     async def discard(self) -> None:
         # What another capture of the same id staged is not ours to remove.
@@ -91,6 +96,21 @@ class Capture:
         await actions.quiesce(self.node, self.subject)
         # Its socket is closed now: a prompt that came, and was refused, while it drained is in its memory.
         await self._refuse_served()
+
+    async def _estimate(self) -> int:
+        """Bytes that the image may take: what the process has written, on a GPU too, and what it maps."""
+        instance = self.subject.instance
+        processes = self.node.process_tree(actions.host_of(self.subject).pid)
+        written = sum(map(self.node.anonymous_memory, processes))
+        if uses_cuda(instance.device):
+            written += CUDA_CONTEXT
+        if not instance.snapshot:
+            return written
+        # A restored one maps most of its memory from there, and the new image takes that over.
+        with contextlib.suppress(NotFound):
+            origin = await self.node.store.get(instance.snapshot)
+            written += sum(file.size for file in origin.manifest.files)
+        return written
 
     async def _refuse_damaged_origin(self) -> None:
         """What it was restored from becomes part of the new snapshot."""
@@ -177,6 +197,7 @@ class Capture:
                 gpu_bytes=instance.gpu_bytes,
                 weights=instance.weights,
                 weight_files=instance.weight_files,
+                model_files=instance.model_files,
                 gpus=tuple(self.node.gpu_uuids()) if uses_cuda(instance.device) else (),
                 gpu=instance.gpu,
             )

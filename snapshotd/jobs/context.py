@@ -21,6 +21,8 @@ from snapshotd.ports import (
     WeightFiles,
     WeightLoader,
 )
+from snapshotd.system import linux
+from snapshotd.system.disk import DiskReservations
 from snapshotd.system.process_tree import process_tree
 
 
@@ -28,6 +30,8 @@ from snapshotd.system.process_tree import process_tree
 class Deadlines:
     """Seconds after which a step counts as failed."""
 
+    # All of a start or restore together, the model's download too.
+    start: float = 1800.0
     load: float = 1800.0
     drain: float = 30.0
     quiesce: float = 30.0
@@ -90,6 +94,9 @@ class Node:
     deadlines: Deadlines = field(default_factory=Deadlines)
     # None on a node that uses no GPU.
     gpus: Gpus | None = None
+    disk: DiskReservations = field(default_factory=DiskReservations)
+    # Bytes that a process has written to and that belong to no file.
+    anonymous_memory: Callable[[int], int] = linux.anonymous_memory
     # The pids of a process and its descendants.
     process_tree: Callable[[int], Sequence[int]] = process_tree
 

@@ -71,7 +71,7 @@ async def run_job(
         asyncio.CancelledError: the job was cancelled; everything has been undone.
     """
     for position, step in enumerate(steps):
-        observer.step_started(step.name)
+        _tell(observer.step_started, step.name)
         start = clock.monotonic()
         failure: BaseException | None = None
         try:
@@ -81,12 +81,20 @@ async def run_job(
         except BaseException as error:
             failure = error
         phases.append(Phase(step.name, clock.monotonic() - start))
-        observer.step_ended(job, phases[-1], failure)
+        _tell(observer.step_ended, job, phases[-1], failure)
         if failure is not None:
             # Whoever learns of the failure must find nothing left behind, even if cancelled meanwhile.
             with contextlib.suppress(asyncio.CancelledError):
                 await to_completion(_undo(job, steps[: position + 1]))
             raise _as_reported(job, step, failure) from failure
+
+
+def _tell(hear: Callable[..., None], *what: object) -> None:
+    """Whoever watches a job decides nothing in it, not even that it fails."""
+    try:
+        hear(*what)
+    except Exception:
+        log.exception("observer_failed")
 
 
 async def _undo(job: str, steps: Sequence[Step]) -> None:

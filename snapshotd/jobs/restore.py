@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dumont.errors import DataLoss, FailedPrecondition, ResourceExhausted
@@ -14,10 +14,22 @@ from snapshotd.images.missing_mounts import without_mounts
 from snapshotd.jobs import actions
 from snapshotd.jobs.context import Node, Subject, uses_cuda
 from snapshotd.jobs.executor import Action, Step
-from snapshotd.model import Snapshot, Weights
+from snapshotd.model import MappedFile, Model, Snapshot, Weights
 
-# The weight files that the node's cache holds, by name, and the digest of all of them.
-Brought = tuple[Mapping[str, str], str]
+
+@dataclass(frozen=True)
+class Brought:
+    """What a restored process needs of its model here.
+
+    Attributes:
+        cached: the weight files that the node's cache holds, by name.
+        mapped: the model's own, where they are mapped from there.
+        digest: of all weight files.
+    """
+
+    cached: Mapping[str, str]
+    mapped: tuple[MappedFile, ...]
+    digest: str
 
 
 def restore(
@@ -54,6 +66,9 @@ def restore(
         if detached:
             # While the image is fetched and verified.
             bringing = asyncio.create_task(cache_weights(), name=f"weights of {instance.id}")
+        elif (model := await node.models.find(manifest.model, manifest.engine)) is not None:
+            # It needs no file of the model, but where there are other ones now, they are what is wanted.
+            await check_files(model)
 
     def place() -> str:
         places = placement.arrange(manifest.gpus, uuids)
@@ -62,8 +77,16 @@ def restore(
 
     async def cache_weights() -> Brought:
         model = await node.models.resolve(manifest.model, manifest.engine)
-        files = await node.weights.pin(instance.id, model) if manifest.weight_files else {}
-        return files, await node.weights.digest(model)
+        await check_files(model)
+        cached = await node.weights.pin(instance.id, model) if manifest.weight_files else {}
+        mapped = () if manifest.weight_files else await node.weights.mapped(model)
+        return Brought(cached, mapped, await node.weights.digest(model))
+
+    async def check_files(model: Model) -> None:
+        # Snapshots that were made before these were recorded have none.
+        if manifest.model_files:
+            here = await node.models.digests(model)
+            compatibility.check_model(manifest.id, manifest.model, manifest.model_files, here)
 
     async def let_go() -> None:
         if bringing is not None:
@@ -74,17 +97,17 @@ def restore(
 
     async def check_weights() -> None:
         assert bringing is not None
-        files, digest = await bringing
+        brought = await bringing
         captured = {"weights": manifest.compatibility["weights"]}
-        compatibility.check(manifest.id, captured, {"weights": digest})
-        if files != manifest.weight_files:
+        compatibility.check(manifest.id, captured, {"weights": brought.digest})
+        if brought.cached != manifest.weight_files:
             raise ResourceExhausted(
                 "WEIGHTS_NOT_CACHED",
                 f"snapshots/{manifest.id} maps its weights from the node's weight cache, and this node has "
                 "none or no room in it; raise --weight-cache-bytes, or stop instances of other models",
                 metadata={"snapshot": manifest.id},
             )
-        subject.instance = replace(subject.instance, weight_files=files)
+        subject.instance = replace(subject.instance, weight_files=brought.cached, mapped_files=brought.mapped)
 
     async def verify() -> None:
         nonlocal origin
@@ -119,6 +142,7 @@ def restore(
             versions=manifest.compatibility,
             weights=manifest.weights,
             weights_digest=manifest.compatibility["weights"],
+            model_files=manifest.model_files,
         )
 
     async def resume_cuda() -> None:

@@ -28,12 +28,15 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
     async def fetch() -> None:
         nonlocal found
         found = await node.models.fetch(model)
+        # Before anything is read of it: what changes from now on is not what the process has.
+        subject.instance = replace(subject.instance, model_files=await node.models.digests(found))
 
     async def cache_weights() -> None:
         # Those that the process is to carry itself, it copies once from their own files.
         if instance.weights is Weights.DETACHED:
             files = await node.weights.pin(instance.id, found)
-            subject.instance = replace(subject.instance, weight_files=files)
+            mapped = () if files else await node.weights.mapped(found)
+            subject.instance = replace(subject.instance, weight_files=files, mapped_files=mapped)
 
     async def unpin_weights() -> None:
         node.weights.unpin(instance.id)

@@ -28,6 +28,7 @@ from snapshotd.repository.ports import ByteProgress
 from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import untrusted
 from snapshotd.snapshots.uploads import Uploads
+from snapshotd.system.disk import DiskReservations
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +83,7 @@ class Snapshots:
         damaged: directory of records of published snapshots that were found damaged.
         budget: bytes that the node's own snapshots may take; 0 for no limit.
         users: the instances of this node.
+        disk: what jobs under way will write; a fetch for which it has no room is refused.
     """
 
     def __init__(
@@ -91,12 +93,14 @@ class Snapshots:
         damaged: Path,
         budget: int,
         users: SnapshotUsers,
+        disk: DiskReservations | None = None,
     ) -> None:
         self.store = store
         self.remote = remote
         self.damaged = damaged
         self.budget = budget
         self.users = users
+        self.disk = disk or DiskReservations()
         self._fetches: dict[str, _Fetching] = {}
         self._published: dict[str, PublishedSnapshot] = {}
 
@@ -245,6 +249,8 @@ class Snapshots:
             if isinstance(error, DataLoss):
                 self._remember_damage(published, error)
             raise
+        finally:
+            self.disk.release(f"fetch {name}")
         log.info("snapshot fetched", snapshot=name, bytes=published.data_size)
 
     async def publish(self, snapshot: str, progress: ByteProgress) -> Snapshot:
@@ -391,7 +397,11 @@ class Snapshots:
 
     def _remember_damage(self, published: PublishedSnapshot, error: DataLoss) -> None:
         log.error("published snapshot is damaged", snapshot=published.manifest.id, reason=error.reason)
-        self._damage(published).write_text(f"{error.reason}: {error.message}")
+        try:
+            self._damage(published).write_text(f"{error.reason}: {error.message}")
+        except OSError as failure:
+            # It is found damaged again when it is read again.
+            log.error("damage_not_remembered", snapshot=published.manifest.id, error=str(failure))
 
     def _as_snapshot(self, published: PublishedSnapshot) -> Snapshot:
         reason = ""

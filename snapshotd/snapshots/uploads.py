@@ -139,13 +139,14 @@ class Uploads:
 
     async def _upload(self, pending: PendingUpload, upload: Upload) -> None:
         snapshot = pending.snapshot
-        await asyncio.to_thread(self.journal.add, pending)
         pause = self.retry_seconds
         while True:
             try:
+                await asyncio.to_thread(self.journal.add, pending)
                 held = await self.store.get(snapshot)
                 await self._check_store()
                 await self._publish(held, pending, upload)
+                await self.store.note_published(snapshot)
                 break
             except PASSING as error:
                 log.warning(
@@ -155,13 +156,15 @@ class Uploads:
                     error=error.message,
                     pause=pause,
                 )
+            except OSError as error:
+                # This node's own disk, full perhaps; what was published is found published then.
+                log.warning("upload interrupted", snapshot=snapshot, error=str(error), pause=pause)
             except DumontError:
                 self.journal.remove(snapshot)
                 raise
             # Jitter, so that nodes do not come back to a struggling store all at once.
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(LONGEST_PAUSE, 2 * pause)
-        await self.store.note_published(snapshot)
         self.journal.remove(snapshot)
         log.info("snapshot published", snapshot=snapshot)
         self.published(snapshot)

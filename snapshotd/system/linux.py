@@ -72,8 +72,12 @@ def kill_children() -> None:
 
 
 def anonymous_memory(pid: int) -> int:
-    """Bytes of memory that a process has written to and that belong to no file."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    """Bytes of memory that a process has written to and that belong to no file; 0: it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    for line in status.splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0

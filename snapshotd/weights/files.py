@@ -6,14 +6,16 @@ import asyncio
 import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
 from blake3 import blake3
 from prometheus_client import Counter
 
-from snapshotd.model import Model
+from snapshotd.model import MappedFile, Model
 from snapshotd.system.hashing import update_from
+from snapshotd.system.threads import PatientThreads
 from snapshotd.weights.cache import WeightCache, occupied
 from snapshotd.weights.known import KnownDigests, identify
 
@@ -24,6 +26,10 @@ USES = Counter(
     "Instances that asked for weights in memory: they were there, were filled, or did not fit.",
     ("outcome",),
 )
+
+
+# A file of 100 GB at the speed of a slow disk.
+HASH_SECONDS = 3600.0
 
 
 @dataclass
@@ -45,9 +51,16 @@ class NodeWeightFiles:
     def __init__(self, digests: Path, cache: WeightCache | None) -> None:
         self.cache = cache
         self._known = KnownDigests(digests)
+        self._threads = PatientThreads("reading the model's weights")
         # By what is read. They run to their end, whoever still waits: a thread cannot be stopped.
         self._fills: dict[str, _Fill] = {}
         self._hashes: dict[str, asyncio.Task[str]] = {}
+
+    async def mapped(self, model: Model) -> tuple[MappedFile, ...]:
+        return await self._threads.run(lambda: tuple(map(_mapped, model.weights)))
+
+    async def overwritten(self, files: Sequence[MappedFile]) -> str:
+        return await self._threads.run(lambda: next((file.path for file in files if _overwritten(file)), ""))
 
     async def digest(self, model: Model) -> str:
         hasher = blake3()
@@ -58,6 +71,8 @@ class NodeWeightFiles:
     async def pin(self, instance: str, model: Model) -> Mapping[str, str]:
         if self.cache is None:
             return {}
+        # A mount that hangs is noticed here, where a thread waits for it, before this one asks.
+        await self._threads.run(partial(_identify_all, model.weights))
         try:
             pinned = {path: self._pin(self.cache, instance, path) for path in model.weights}
             missing = [path for path, digest in pinned.items() if digest is None]
@@ -150,7 +165,7 @@ class NodeWeightFiles:
         self._fills[identity] = _Fill(task, owners)
 
     async def _digest(self, path: Path) -> str:
-        identity = identify(path)
+        identity = await self._threads.run(partial(identify, path))
         if (known := self._known.get(identity)) is not None:
             return known
         if (fill := self._fills.get(identity)) is not None:
@@ -163,11 +178,30 @@ class NodeWeightFiles:
     async def _hash(self, path: Path, identity: str) -> str:
         try:
             hasher = blake3(max_threads=blake3.AUTO)
-            await asyncio.to_thread(update_from, hasher, path)
+            await self._threads.run(partial(update_from, hasher, path), HASH_SECONDS)
             self._known.remember(identity, hasher.hexdigest())
             return str(hasher.hexdigest())
         finally:
             del self._hashes[identity]
+
+
+def _mapped(path: Path) -> MappedFile:
+    status = path.stat()
+    return MappedFile(str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _overwritten(file: MappedFile) -> bool:
+    try:
+        now = _mapped(Path(file.path))
+    except FileNotFoundError:  # what is mapped of it stays
+        return False
+    same = (now.device, now.inode) == (file.device, file.inode)
+    return same and (now.size, now.modified_ns) != (file.size, file.modified_ns)
+
+
+def _identify_all(paths: Sequence[Path]) -> None:
+    for path in paths:
+        identify(path)
 
 
 def _hear(task: asyncio.Task[str]) -> None:

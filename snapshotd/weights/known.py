@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -28,10 +29,16 @@ class KnownDigests:
         return self._read().get(identity)
 
     def remember(self, identity: str, digest: str) -> None:
+        """Keep a digest; where it cannot be kept, the file is read again next time."""
         known = self._read() | {identity: digest}
         scratch = self.path.with_suffix(".new")
-        scratch.write_text(json.dumps(known))
-        scratch.replace(self.path)
+        try:
+            scratch.write_text(json.dumps(known))
+            scratch.replace(self.path)
+        except OSError as error:
+            log.warning("digest_not_remembered", path=self.path.name, error=str(error))
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, str]:
         try:

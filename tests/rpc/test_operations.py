@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -132,6 +133,31 @@ async def test_a_defect_of_the_work_is_told_without_its_details(operations: Oper
     operation = await operations.wait(operations.start("capture", work, METADATA).name)
     assert isinstance(from_status(operation.error), Internal)
     assert "secret" not in str(operation)
+
+
+async def test_an_operation_that_cannot_even_be_concluded_hides_no_other(
+    operations: Operations, stub: Any
+) -> None:
+    class Log:
+        """On a full disk."""
+
+        def exception(self, *args: object, **fields: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def broken(progress: Progress) -> Snapshot:
+        raise ZeroDivisionError
+
+    async def sound(progress: Progress) -> Snapshot:
+        return Snapshot(name="snapshots/one")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dumont.rpc.operations.log", Log())
+        await operations.wait(operations.start("capture", broken, METADATA).name)
+    await operations.wait(operations.start("capture", sound, METADATA).name)
+
+    listed = await stub.ListOperations(operations_pb2.ListOperationsRequest(), timeout=10)
+
+    assert [operation.WhichOneof("result") for operation in listed.operations] == ["error", "response"]
 
 
 async def test_cancelling_an_operation_unwinds_its_work(operations: Operations, stub: Any) -> None:

@@ -72,9 +72,14 @@ class StoreBase(ABC):
 
     async def quarantine(self, snapshot: str, reason: str) -> None:
         """See :meth:`SnapshotStore.quarantine`."""
-        # A snapshot that was deleted meanwhile cannot be restored anyway.
-        with contextlib.suppress(FileNotFoundError):
+        try:
             (self.root / snapshot / QUARANTINE).write_text(reason)
+        except FileNotFoundError:
+            # A snapshot that was deleted meanwhile cannot be restored anyway.
+            return
+        except OSError as error:
+            # The next restore finds again what is wrong with it.
+            log.error("snapshot_not_quarantined", snapshot=snapshot, reason=reason, error=str(error))
 
     async def note_published(self, snapshot: str) -> None:
         """See :meth:`SnapshotStore.note_published`."""

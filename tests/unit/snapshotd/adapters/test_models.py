@@ -116,3 +116,49 @@ async def test_a_damaged_model_is_refused_before_anything_is_started(models: Nod
         await models.resolve("org/name")
     assert refusal.value.reason == "MODEL_INVALID"
     assert refusal.value.field == "model"
+
+
+async def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(models: NodeModels) -> None:
+    for name in ("config.json", "model.safetensors"):
+        directory = write_model(models, f"org/{name}")
+        (directory / name).unlink()
+        os.mkfifo(directory / name)
+
+        with pytest.raises(FailedPrecondition, match=f"{name} is not a regular file") as refused:
+            await models.resolve(f"org/{name}")
+        assert refused.value.reason == "MODEL_INVALID"
+
+
+async def test_a_link_out_of_the_model_is_refused(models: NodeModels, tmp_path: Path) -> None:
+    directory = write_model(models, "org/name")
+    (tmp_path / "secret").write_text("{}")
+    (directory / "chat_template.jinja").symlink_to(tmp_path / "secret")
+
+    with pytest.raises(FailedPrecondition, match="leads out"):
+        await models.digests(await models.resolve("org/name"))
+
+
+async def test_the_digests_are_of_what_a_model_host_reads_besides_weights(models: NodeModels) -> None:
+    # Given a model with more than that
+    directory = write_model(models, "org/name")
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text("{}")
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "README.md").write_text("read me")
+    (directory / ".cache").mkdir()
+    (directory / ".cache" / "state.json").write_text("{}")
+    model = await models.resolve("org/name")
+
+    before = await models.digests(model)
+    assert sorted(before) == ["1_Pooling/config.json", "config.json", "tokenizer.json"]
+
+    # When one of them changes, and another one comes
+    (directory / "tokenizer.json").write_text("[]")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    after = await models.digests(model)
+
+    # Then that shows
+    assert {name for name in after if after.get(name) != before.get(name)} == {
+        "tokenizer.json",
+        "chat_template.jinja",
+    }

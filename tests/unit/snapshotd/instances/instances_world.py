@@ -15,10 +15,12 @@ from snapshotd.instances.journal import Journal
 from snapshotd.instances.manager import Instances
 from snapshotd.jobs.context import HostSettings, Node
 from snapshotd.jobs.observers import JobObserver
-from snapshotd.model import Instance, Json, Model, State
+from snapshotd.model import Instance, Json, MappedFile, Model, State
+from snapshotd.system.disk import DiskReservations, FileSystem
 
 MODEL = Model("org/name", "causal_lm", Path("/model"), (), 0, 512)
 FILES = {"model.safetensors": "abc"}
+MAPPED = MappedFile("/model/model.safetensors", 1, 2, 3, 4)
 LOADED: Json = {
     "engine": "causal_lm",
     "device": "cpu",
@@ -121,6 +123,12 @@ class FakeModels:
     async def resolve(self, name: str, engine: str = "") -> Model:
         return MODEL
 
+    async def find(self, name: str, engine: str = "") -> Model:
+        return await self.resolve(name, engine)
+
+    async def digests(self, model: Model) -> Mapping[str, str]:
+        return {}
+
     async def fetch(self, model: Model) -> Model:
         return model
 
@@ -128,9 +136,17 @@ class FakeModels:
 @dataclass
 class FakeWeights:
     held: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    # What somebody wrote to.
+    written: str = ""
 
     async def digest(self, model: Model) -> str:
         return "digest"
+
+    async def mapped(self, model: Model) -> tuple[MappedFile, ...]:
+        return ()
+
+    async def overwritten(self, files: Sequence[MappedFile]) -> str:
+        return self.written if files else ""
 
     async def pin(self, instance: str, model: Model) -> Mapping[str, str]:
         self.held[instance] = FILES
@@ -199,6 +215,8 @@ def a_node(directory: Path, hosts: FakeHosts, **parts: Any) -> Node:
         facts={},
         directory=directory,
         threads=1,
+        disk=DiskReservations(0, lambda folder: FileSystem(1, 1 << 40, 1 << 40)),
+        anonymous_memory=lambda pid: 0,
     )
     return replace(node, **parts)
 

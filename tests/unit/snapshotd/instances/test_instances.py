@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dumont.errors import Aborted, AlreadyExists, NotFound
+from dumont.errors import (
+    Aborted,
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+)
+from snapshotd.jobs.context import Deadlines
 from snapshotd.model import State, Weights
 from tests.unit.snapshotd.instances.instances_world import (
     FILES,
+    MAPPED,
     MODEL,
     FakeHost,
     FakeHosts,
@@ -253,3 +263,73 @@ async def test_an_instance_moves_on_when_the_journal_cannot_be_written(world: Wo
     world.instances.journal.directory = world.directory / "gone"
 
     assert (await world.instances.park("one")).state is State.PARKED
+
+
+async def test_a_start_that_takes_too_long_is_undone_and_says_so(world: World) -> None:
+    # Given a model host that never answers its load, as one whose model lies on a mount that hangs
+    instances = instances_of(replace(world.instances.node, deadlines=Deadlines(start=0.05)))
+    world.hosts.host.gates["load"] = asyncio.Event()
+    instances.admit(an_instance(State.STARTING))
+
+    with pytest.raises(DeadlineExceeded) as refused:
+        await instances.start("one", MODEL)
+
+    assert refused.value.reason == "START_TIMEOUT"
+    assert instances.get("one").state is State.FAILED
+    assert instances.get("one").failure_reason == "START_TIMEOUT"
+    assert world.hosts.host.released
+    assert world.left() == []
+
+
+async def test_a_job_that_ends_by_a_defect_does_not_seem_to_go_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.started()
+
+    async def defect(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("snapshotd.instances.manager.run_job", defect)
+    with pytest.raises(Internal):
+        await world.instances.park("one")
+
+    assert world.instances.get("one").state is State.SERVING
+
+
+@pytest.mark.parametrize("parked", [False, True])
+async def test_an_instance_whose_mapped_weights_are_overwritten_is_ended(world: World, parked: bool) -> None:
+    # Given one that maps a file of its model
+    host = await world.started()
+    if parked:
+        await world.instances.park("one")
+    record = world.instances._record("one")
+    record.instance = replace(record.instance, mapped_files=(MAPPED,))
+
+    # When nobody wrote to it, nothing happens
+    await world.instances.check_weights()
+    assert not host.released
+
+    # When somebody did
+    world.weights.written = MAPPED.path
+    await world.instances.check_weights()
+
+    # Then it ends, and says of which file
+    assert host.released
+    failed = world.instances.get("one")
+    assert (failed.state, failed.failure_reason) == (State.FAILED, "WEIGHTS_OVERWRITTEN")
+    assert MAPPED.path in failed.failure_message
+    assert world.left() == []
+
+
+async def test_overwritten_weights_are_neither_resumed_nor_captured(world: World) -> None:
+    await world.started()
+    await world.instances.park("one")
+    record = world.instances._record("one")
+    record.instance = replace(record.instance, mapped_files=(MAPPED,))
+    world.weights.written = MAPPED.path
+
+    with pytest.raises(FailedPrecondition) as refused:
+        await world.instances.resume("one")
+
+    assert refused.value.reason == "WEIGHTS_OVERWRITTEN"
+    assert world.instances.get("one").state is State.FAILED

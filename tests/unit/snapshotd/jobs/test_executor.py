@@ -159,6 +159,28 @@ async def test_a_job_cancelled_again_while_it_unwinds_still_ends_with_nothing_le
     assert recorder.events[-3:] == ["undo three", "undo two", "undo one"]
 
 
+class Failing(Recorder):
+    """An observer whose log is on a full disk."""
+
+    def step_started(self, name: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def step_ended(self, job: str, phase: Phase, error: BaseException | None) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+async def test_an_observer_that_fails_decides_nothing() -> None:
+    # A job that succeeds is done
+    recorder = Failing()
+    assert len(await run(recorder, recorder.steps())) == len(NAMES)
+
+    # One that fails is undone, and told as what it failed of
+    recorder = Failing()
+    with pytest.raises(Aborted):
+        await run(recorder, recorder.steps("two", Aborted("BUSY", "busy")))
+    assert recorder.events == ["one", "two", "undo two", "undo one"]
+
+
 async def test_a_full_disk_is_told_as_such() -> None:
     recorder = Recorder()
 

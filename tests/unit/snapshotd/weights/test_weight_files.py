@@ -369,3 +369,27 @@ async def turns() -> None:
     """Let everything run that can."""
     for _ in range(20):
         await asyncio.sleep(0)
+
+
+async def test_a_file_written_to_in_place_is_told_from_one_that_was_replaced(
+    files: NodeWeightFiles, tmp_path: Path
+) -> None:
+    # Given two files that are mapped
+    paths = tuple(tmp_path / name for name in ("one.safetensors", "two.safetensors"))
+    for path in paths:
+        path.write_bytes(b"weights")
+    mapped = await files.mapped(Model("m", "causal_lm", tmp_path, paths, 14, 0))
+    assert await files.overwritten(mapped) == ""
+
+    # When one gets another file in its place, what is mapped stays
+    (tmp_path / "new").write_bytes(b"others!")
+    (tmp_path / "new").replace(paths[0])
+    assert await files.overwritten(mapped) == ""
+    paths[0].unlink()
+    assert await files.overwritten(mapped) == ""
+
+    # When the other one is written to, it does not
+    with paths[1].open("r+b") as file:
+        file.write(b"W")
+    os.utime(paths[1], ns=(0, mapped[1].modified_ns + 1))
+    assert await files.overwritten(mapped) == str(paths[1])
