@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dumont.stream import AsyncTextStream
     from dumont.sync import Client, Deployment, TextStream, deploy
     from dumont.types import (
+        Answer,
         Capacity,
         CheckpointSettings,
         DeploymentInfo,
@@ -43,18 +44,22 @@ if TYPE_CHECKING:
         Load,
         Node,
         Phase,
+        Piece,
         Pruned,
         Snapshot,
         SnapshotFile,
         SnapshotProgress,
         StartInfo,
         StoredSnapshot,
+        TokenLogprob,
+        TopLogprob,
         Usage,
     )
 
 __all__ = [
     "Aborted",
     "AlreadyExists",
+    "Answer",
     "AsyncClient",
     "AsyncDeployment",
     "AsyncTextStream",
@@ -78,6 +83,7 @@ __all__ = [
     "NotFound",
     "PermissionDenied",
     "Phase",
+    "Piece",
     "Pruned",
     "ResourceExhausted",
     "Snapshot",
@@ -86,6 +92,8 @@ __all__ = [
     "StartInfo",
     "StoredSnapshot",
     "TextStream",
+    "TokenLogprob",
+    "TopLogprob",
     "Unauthenticated",
     "Unavailable",
     "Usage",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, Unpack
 
 from dumont import limits, names
 from dumont.controller.v1 import deployment_service_pb2, inference_service_pb2
@@ -69,12 +69,26 @@ class DeploySettings(TypedDict, total=False):
 class GenerateOptions(TypedDict, total=False):
     """The keyword arguments of ``generate`` and ``stream``.
 
+    ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty`` that are left out are what the model's
+    ``generation_config.json`` says; where it says nothing, they change nothing.
+
     messages: a conversation instead of a prompt: ``[{"role": "user", "content": "Hello"}]``.
     max_new_tokens: 256 when left out.
     temperature: 0 or left out: always the likeliest token.
     top_p: draw only from the likeliest tokens that together reach this probability.
-    seed: makes drawing repeatable.
+    seed: makes drawing repeatable; answer ``i`` of ``n`` is drawn as with ``seed + i``.
     stop: the answer ends before the first of these strings.
+    top_k: draw only from this many of the likeliest tokens; 0: from all.
+    min_p: draw only from tokens at least this fraction as likely as the likeliest.
+    repetition_penalty: above 1 makes tokens of the prompt and the answer less likely.
+    presence_penalty: subtracted from the logits of tokens that are in the answer already.
+    frequency_penalty: the same, once for each time.
+    logit_bias: added to logits, by token id; -100 rules a token out.
+    stop_token_ids: the answer ends before the first of these tokens.
+    ignore_eos: write on to ``max_new_tokens`` where the model would end.
+    min_new_tokens: the answer has at least this many.
+    logprobs: say how likely each token was, and this many of the likeliest at its place.
+    n: how many answers; they are in ``Generation.answers``.
     timeout: seconds for the whole answer, a start included.
     """
 
@@ -84,6 +98,17 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float | None
     seed: int | None
     stop: str | Sequence[str] | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    min_new_tokens: int | None
+    logprobs: int | None
+    n: int | None
     timeout: float | None
 
 
@@ -152,30 +177,26 @@ def deployment_message(
 
 
 def generate_request(
-    deployment: str,
-    prompt: str | None = None,
-    *,
-    messages: Sequence[Mapping[str, str]] | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    stop: str | Sequence[str] | None = None,
+    deployment: str, prompt: str | None = None, **options: Unpack[GenerateOptions]
 ) -> inference_service_pb2.GenerateRequest:
     """The request for an answer.
+
+    Args:
+        deployment: its full name.
+        prompt: text to continue, as it is.
+        options: see ``GenerateOptions``; ``timeout`` is no part of a request.
 
     Raises:
         InvalidArgument: an argument is wrong; its field is named.
     """
     fields: dict[str, Any] = {
+        **options,
         "prompt": prompt,
-        "messages": [_message(message, index) for index, message in enumerate(messages or ())],
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "stop": [stop] if isinstance(stop, str) else stop,
+        "messages": [_message(message, index) for index, message in enumerate(options.get("messages") or ())],
     }
+    fields.pop("timeout", None)
+    if isinstance(stop := fields.get("stop"), str):
+        fields["stop"] = [stop]
     try:
         limits.check_generate(fields)
         return inference_service_pb2.GenerateRequest(deployment=deployment, **fields)

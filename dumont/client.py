@@ -87,9 +87,8 @@ class AsyncDeployment:
 
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncTextStream:
         """The answer piece by piece, as it is written. Takes what ``generate`` takes."""
-        timeout = options.pop("timeout", None)
-        request = arguments.generate_request(self.name, prompt, **options)  # type: ignore[misc]
-        return AsyncTextStream(self._connection, request, timeout)
+        request = arguments.generate_request(self.name, prompt, **options)
+        return AsyncTextStream(self._connection, request, options.get("timeout"))
 
     async def embed(self, inputs: str | Sequence[str], *, timeout: float | None = None) -> list[list[float]]:
         """One vector for each text, in order; a single string gives a list of one.

@@ -68,7 +68,24 @@ def start_info(message: inference_service_pb2.StartInfo) -> types.StartInfo:
 
 
 def usage(message: inference_pb2.Usage) -> types.Usage:
-    return types.Usage(message.prompt_tokens, message.output_tokens)
+    return types.Usage(message.prompt_tokens, message.output_tokens, message.cached_prompt_tokens)
+
+
+def piece(message: inference_pb2.TextChunk) -> types.Piece:
+    return types.Piece(
+        text=message.text,
+        index=message.index,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(
+            types.TokenLogprob(
+                token.token_id,
+                token.text,
+                token.logprob,
+                tuple(types.TopLogprob(top.token_id, top.text, top.logprob) for top in token.top),
+            )
+            for token in message.logprobs
+        ),
+    )
 
 
 def finish_reason(message: inference_pb2.Finish) -> str:

@@ -11,12 +11,12 @@ import grpc
 from dumont import convert
 from dumont.connection import Connection
 from dumont.controller.v1 import inference_service_pb2
-from dumont.errors import Internal
-from dumont.types import Generation, StartInfo, Usage
+from dumont.errors import Internal, InvalidArgument
+from dumont.types import Answer, Generation, Piece, StartInfo, Usage
 
 
 class AsyncTextStream:
-    """Pieces of text, in order: ``async for piece in stream``.
+    """Pieces of text, in order: ``async for text in stream``; ``pieces()`` tells more of each.
 
     Leaving the loop early cancels the call, and so the computing. Iterate once. ``start`` is known as soon
     as the model is awake, the whole ``generation`` at the end.
@@ -31,11 +31,11 @@ class AsyncTextStream:
         self._connection = connection
         self._called = time.monotonic()
         self._call: Any = connection.inference.Generate(request, timeout=timeout)
-        self._pieces: list[str] = []
+        self._wanted = max(1, request.n)
+        self._pieces: dict[int, list[Piece]] = {}
+        self._ends: dict[int, tuple[str, Usage]] = {}
         self._first_token_seconds: float | None = None
         self._start: StartInfo | None = None
-        self._usage: Usage | None = None
-        self._finish_reason = ""
 
     async def started(self) -> StartInfo:
         """Where the answer comes from; waits until the model is awake.
@@ -56,19 +56,37 @@ class AsyncTextStream:
     @property
     def generation(self) -> Generation | None:
         """The whole answer; None until the stream has ended."""
-        if self._start is None or self._usage is None:
+        if self._start is None or len(self._ends) < self._wanted:
             return None
+        answers = tuple(self._answer(index) for index in sorted(self._ends))
+        first = answers[0]
         return Generation(
-            text="".join(self._pieces),
+            text=first.text,
             start=self._start,
-            usage=self._usage,
-            finish_reason=self._finish_reason,
+            usage=Usage(
+                first.usage.prompt_tokens,
+                sum(answer.usage.output_tokens for answer in answers),
+                first.usage.cached_prompt_tokens,
+            ),
+            finish_reason=first.finish_reason,
             first_token_seconds=self._first_token_seconds or 0.0,
+            answers=answers,
+        )
+
+    def _answer(self, index: int) -> Answer:
+        pieces = self._pieces.get(index, [])
+        finish_reason, usage = self._ends[index]
+        return Answer(
+            text="".join(piece.text for piece in pieces),
+            finish_reason=finish_reason,
+            usage=usage,
+            token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+            logprobs=tuple(token for piece in pieces for token in piece.logprobs),
         )
 
     async def collect(self) -> Generation:
         """Read to the end."""
-        async for _ in self:
+        async for _ in self.pieces():
             pass
         generation = self.generation
         if generation is None:
@@ -79,16 +97,33 @@ class AsyncTextStream:
         """End the call, if it still runs."""
         self._call.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Each piece with its tokens, which answer it belongs to and how likely it was."""
         try:
             while (piece := await self._next()) is not None:
-                if piece:
+                if piece.text or piece.token_ids:
                     yield piece
         finally:
             self.cancel()
 
-    async def _next(self) -> str | None:
-        """The text of the next message, empty where it has none; None at the end."""
+    async def __aiter__(self) -> AsyncIterator[str]:
+        if self._wanted > 1:
+            self.cancel()
+            raise InvalidArgument(
+                "SEVERAL_ANSWERS",
+                "the pieces of several answers come mixed; iterate over pieces(), which say whose they are, "
+                "or take generate()",
+                field="n",
+            )
+        try:
+            while (piece := await self._next()) is not None:
+                if piece.text:
+                    yield piece.text
+        finally:
+            self.cancel()
+
+    async def _next(self) -> Piece | None:
+        """The next message's piece, empty where it has none; None at the end."""
         with self._connection.errors():
             response = await self._call.read()
         if response is grpc.aio.EOF:
@@ -99,13 +134,13 @@ class AsyncTextStream:
         elif event == "chunk":
             if self._first_token_seconds is None:
                 self._first_token_seconds = time.monotonic() - self._called
-            self._pieces.append(response.chunk.text)
-            text: str = response.chunk.text
-            return text
+            piece = convert.piece(response.chunk)
+            self._pieces.setdefault(piece.index, []).append(piece)
+            return piece
         elif event == "finish":
-            self._usage = convert.usage(response.finish.usage)
-            self._finish_reason = convert.finish_reason(response.finish)
-        return ""
+            finish = response.finish
+            self._ends[finish.index] = (convert.finish_reason(finish), convert.usage(finish.usage))
+        return Piece("")
 
 
 def _incomplete() -> Internal:

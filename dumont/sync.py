@@ -20,6 +20,7 @@ from dumont.types import (
     Generation,
     Instance,
     Node,
+    Piece,
     Pruned,
     Snapshot,
     SnapshotProgress,
@@ -230,7 +231,7 @@ class Deployment:
 
 
 class TextStream:
-    """Pieces of text, in order: ``for piece in stream``. Leaving the loop early cancels the call."""
+    """Pieces of text, in order: ``for text in stream``. Leaving the loop early cancels the call."""
 
     def __init__(self, loop: LoopThread, stream: AsyncTextStream) -> None:
         self._loop = loop
@@ -238,6 +239,10 @@ class TextStream:
 
     def __iter__(self) -> Iterator[str]:
         return self._loop.iterate(aiter(self._stream))
+
+    def pieces(self) -> Iterator[Piece]:
+        """Each piece with its tokens, which answer it belongs to and how likely it was."""
+        return self._loop.iterate(self._stream.pieces())
 
     @property
     def start(self) -> StartInfo:

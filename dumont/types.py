@@ -33,10 +33,60 @@ class StartInfo:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written."""
+    """Tokens read and written.
+
+    ``cached_prompt_tokens`` are those of ``prompt_tokens`` that another request had computed already.
+    """
 
     prompt_tokens: int
     output_tokens: int
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TopLogprob:
+    """One of the likeliest tokens at a place of an answer; ``text`` is the token by itself."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token: the natural logarithm of its probability, before sampling.
+
+    ``top`` has the likeliest tokens at its place, as many as were asked for, the likeliest first.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of answer ``index``, as it came. ``logprobs`` has one entry for each token, if asked for."""
+
+    text: str
+    index: int = 0
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished answer of several; ``finish_reason`` as in ``Generation``."""
+
+    text: str
+    finish_reason: str
+    usage: Usage
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -44,7 +94,8 @@ class Generation:
     """A finished answer; ``str()`` of it, and so ``print``, gives the text.
 
     ``finish_reason`` is ``end``, ``length`` or ``stop``. ``first_token_seconds`` run from the call to the
-    first token, as this client saw it, the start of a sleeping model included.
+    first token, as this client saw it, the start of a sleeping model included. ``answers`` are all that were
+    asked for: ``text`` and ``finish_reason`` are those of the first, and ``usage`` counts the tokens of all.
     """
 
     text: str
@@ -52,6 +103,7 @@ class Generation:
     usage: Usage
     finish_reason: str
     first_token_seconds: float
+    answers: tuple[Answer, ...] = ()
 
     def __str__(self) -> str:
         return self.text

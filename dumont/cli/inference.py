@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +11,7 @@ from dumont import sync
 from dumont.arguments import GenerateOptions
 from dumont.cli.durations import parse_duration
 from dumont.cli.output import Endpoint, Json, command, print_json, span
-from dumont.types import StartInfo
+from dumont.types import Piece, StartInfo
 
 Timeout = Annotated[
     float | None,
@@ -36,6 +36,36 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens only.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from this many of the likeliest tokens; 0: from all.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens this fraction as likely as the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens of the prompt and the answer come less.")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: tokens of the answer come less.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: tokens come less the more often they came.")
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOKEN=BIAS", help="Make a token likelier or, to -100, rule it out."),
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="End before this token; may be repeated.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Write on where the model would end.")
+    ] = False,
+    min_new_tokens: Annotated[int | None, typer.Option(help="The fewest tokens to write.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: how likely each token was, and so many others.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="How many answers.")] = None,
     timeout: Timeout = None,
     json: Json = False,
     endpoint: Endpoint = None,
@@ -49,6 +79,17 @@ def generate(
         "top_p": top_p,
         "seed": seed,
         "stop": stop,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": dict(map(bias, logit_bias or ())),
+        "stop_token_ids": stop_token_id,
+        "ignore_eos": ignore_eos,
+        "min_new_tokens": min_new_tokens,
+        "logprobs": logprobs,
+        "n": n,
         "timeout": timeout,
     }
     if system is not None or message:
@@ -60,23 +101,60 @@ def generate(
             print_json({"start": stream.start})
         else:
             sys.stderr.write(f"{describe_start(stream.start)}\n")
-        for piece in stream:
-            if json:
-                print_json({"text": piece})
-            else:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        generation = stream.generation
-    if json and generation:
-        print_json(
-            {
-                "finish_reason": generation.finish_reason,
-                "usage": generation.usage,
-                "first_token_seconds": generation.first_token_seconds,
-            }
-        )
-    elif not json:
+        _write(stream, as_json=json, several=(n or 1) > 1)
+
+
+def _write(stream: sync.TextStream, *, as_json: bool, several: bool) -> None:
+    """The answer as it comes, or several of them when they are complete."""
+    for piece in stream.pieces():
+        if as_json:
+            print_json(_described(piece))
+        elif not several:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+    generation = stream.generation
+    if as_json and generation:
+        for index, answer in enumerate(generation.answers):
+            print_json(
+                {
+                    **({"index": index} if several else {}),
+                    "finish_reason": answer.finish_reason,
+                    "usage": answer.usage,
+                    "first_token_seconds": generation.first_token_seconds,
+                }
+            )
+    elif several and generation:
+        for index, answer in enumerate(generation.answers, start=1):
+            sys.stdout.write(f"--- {index} ---\n{answer.text}\n")
+    else:
         sys.stdout.write("\n")
+
+
+def _described(piece: Piece) -> dict[str, Any]:
+    """A piece as JSON; its tokens only where their probabilities were asked for."""
+    described: dict[str, Any] = {"text": piece.text}
+    if piece.index:
+        described["index"] = piece.index
+    if piece.logprobs:
+        described["logprobs"] = piece.logprobs
+    return described
+
+
+def bias(text: str) -> tuple[int, float]:
+    """``50256=-100`` as a token and what is added to its logit.
+
+    Raises:
+        typer.BadParameter: it is something else.
+    """
+    token, equals, value = text.partition("=")
+    try:
+        if not equals:
+            raise ValueError
+        return int(token), float(value)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--logit-bias takes a token id and a number, like 50256=-100; got {text!r}"
+        ) from None
 
 
 @command

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -117,8 +117,16 @@ class FakeController(
         try:
             if request.prompt != "no start":
                 yield inference.GenerateResponse(start=start)
+            if request.n > 1:
+                for message in several(request.n):
+                    yield message
+                return
             for text in ("one", " two", " three"):
-                yield inference.GenerateResponse(chunk=inference_pb2.TextChunk(text=text, token_ids=[1]))
+                chunk = inference_pb2.TextChunk(text=text, token_ids=[1])
+                if request.HasField("logprobs"):
+                    token = chunk.logprobs.add(token_id=1, text=text, logprob=-0.5)
+                    token.top.add(token_id=2, text="other", logprob=-0.25)
+                yield inference.GenerateResponse(chunk=chunk)
             if request.prompt == "endless":
                 self.endless.set()
                 await asyncio.Event().wait()
@@ -268,6 +276,19 @@ class FakeController(
             return self.instances[name]
         except KeyError:
             raise NotFound("INSTANCE_NOT_FOUND", f"no {name}", field="name") from None
+
+
+def several(count: int) -> Iterator[inference.GenerateResponse]:
+    """Answers whose pieces come mixed; the last begun is the first that ends."""
+    for text in ("a", "b"):
+        for index in range(count):
+            chunk = inference_pb2.TextChunk(text=f"{text}{index}", token_ids=[index], index=index)
+            yield inference.GenerateResponse(chunk=chunk)
+    for index in reversed(range(count)):
+        usage = inference_pb2.Usage(prompt_tokens=4, output_tokens=2, cached_prompt_tokens=1)
+        reason = inference_pb2.FINISH_REASON_STOP if index else inference_pb2.FINISH_REASON_LENGTH
+        finish = inference_pb2.Finish(reason=reason, usage=usage, index=index)
+        yield inference.GenerateResponse(finish=finish)
 
 
 def start_info(tier: inference.Tier) -> inference.StartInfo:

@@ -113,6 +113,34 @@ async def test_a_stream_gives_pieces_and_tells_its_start_first(client: dumont.As
     assert stream.generation.text == "one two three"
 
 
+async def test_several_answers_are_told_apart(client: dumont.AsyncClient) -> None:
+    answer = await (await client.deploy("org/model")).generate("Count", n=2)
+
+    assert [(one.text, one.finish_reason, one.token_ids) for one in answer.answers] == [
+        ("a0b0", "length", (0, 0)),
+        ("a1b1", "stop", (1, 1)),
+    ]
+    assert (str(answer), answer.finish_reason) == ("a0b0", "length")
+    assert answer.usage == dumont.Usage(prompt_tokens=4, output_tokens=4, cached_prompt_tokens=1)
+
+
+async def test_pieces_of_several_answers_say_whose_they_are(client: dumont.AsyncClient) -> None:
+    deployment = await client.deploy("org/model")
+    pieces = [(piece.index, piece.text) async for piece in deployment.stream("Count", n=2).pieces()]
+    assert pieces == [(0, "a0"), (1, "a1"), (0, "b0"), (1, "b1")]
+
+    with pytest.raises(dumont.InvalidArgument) as refused:
+        [text async for text in deployment.stream("Count", n=2)]
+    assert (refused.value.reason, refused.value.field) == ("SEVERAL_ANSWERS", "n")
+
+
+async def test_tokens_come_with_how_likely_they_were(client: dumont.AsyncClient) -> None:
+    (answer,) = (await (await client.deploy("org/model")).generate("Count", logprobs=1)).answers
+
+    assert [token.text for token in answer.logprobs] == ["one", " two", " three"]
+    assert answer.logprobs[0] == dumont.TokenLogprob(1, "one", -0.5, (dumont.TopLogprob(2, "other", -0.25),))
+
+
 async def test_leaving_a_stream_early_cancels_the_call(
     client: dumont.AsyncClient, controller: FakeController
 ) -> None:

@@ -100,7 +100,8 @@ def test_generate_in_json_is_one_object_a_line(cli: Cli) -> None:
         [{"name": "restore", "seconds": 0.2}],
     )
     assert pieces == [{"text": "one"}, {"text": " two"}, {"text": " three"}]
-    assert (end["finish_reason"], end["usage"]) == ("end", {"prompt_tokens": 4, "output_tokens": 3})
+    usage = {"prompt_tokens": 4, "output_tokens": 3, "cached_prompt_tokens": 0}
+    assert (end["finish_reason"], end["usage"]) == ("end", usage)
 
 
 def test_generate_makes_a_conversation_of_system_messages_and_prompt(cli: Cli) -> None:
@@ -114,6 +115,38 @@ def test_generate_makes_a_conversation_of_system_messages_and_prompt(cli: Cli) -
 def test_generate_reads_its_prompt_from_standard_input(cli: Cli) -> None:
     assert cli("generate", "qa", "-", input="Count").stdout == "one two three\n"
     assert cli.served.controller.requests[-1].prompt == "Count"
+
+
+def test_generate_sends_every_sampling_option(cli: Cli) -> None:
+    cli(
+        "generate", "qa", "Count", "--top-k", "40", "--min-p", "0.125", "--repetition-penalty", "1.5",
+        "--presence-penalty", "0.5", "--frequency-penalty", "-0.5", "--logit-bias", "7=-100",
+        "--logit-bias", "8=0.5", "--stop-token-id", "3", "--ignore-eos", "--min-new-tokens", "2",
+    )  # fmt: skip
+    request = cli.served.controller.requests[-1]
+    assert (request.top_k, request.min_p, request.repetition_penalty) == (40, 0.125, 1.5)
+    assert (request.presence_penalty, request.frequency_penalty) == (0.5, -0.5)
+    assert dict(request.logit_bias) == {7: -100.0, 8: 0.5}
+    assert (list(request.stop_token_ids), request.ignore_eos, request.min_new_tokens) == ([3], True, 2)
+    assert cli("generate", "qa", "Count", "--logit-bias", "x").exit_code == 2
+
+
+def test_generate_in_json_tells_how_likely_each_token_was(cli: Cli) -> None:
+    _, first, *_ = cli.lines("generate", "qa", "Count", "--logprobs", "1")
+    assert first["logprobs"] == [
+        {
+            "token_id": 1,
+            "text": "one",
+            "logprob": -0.5,
+            "top": [{"token_id": 2, "text": "other", "logprob": -0.25}],
+        }
+    ]
+
+
+def test_generate_writes_several_answers_one_after_the_other(cli: Cli) -> None:
+    assert cli("generate", "qa", "Count", "-n", "2").stdout == "--- 1 ---\na0b0\n--- 2 ---\na1b1\n"
+    *_, first, second = cli.lines("generate", "qa", "Count", "-n", "2")
+    assert [(end["index"], end["finish_reason"]) for end in (first, second)] == [(0, "length"), (1, "stop")]
 
 
 def test_embed_prints_one_vector_for_each_text(cli: Cli) -> None:

@@ -122,6 +122,27 @@ def test_a_request_carries_only_what_was_given() -> None:
     assert request.HasField("temperature")
     assert request.HasField("seed")
     assert list(request.stop) == ["a", "b"]
+    assert not request.HasField("top_k")
+
+
+def test_every_option_is_carried() -> None:
+    options: dict[str, Any] = {
+        "top_k": 0,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {7: -100.0},
+        "stop_token_ids": [3],
+        "ignore_eos": True,
+        "min_new_tokens": 2,
+        "logprobs": 0,
+        "n": 2,
+    }
+    request = arguments.generate_request("deployments/qa", "Hi", **options, timeout=5.0)
+
+    carried = {field.name: value for field, value in request.ListFields()}
+    assert {name: carried[name] for name in options} == options
 
 
 @pytest.mark.parametrize(
