@@ -19,6 +19,9 @@ log = structlog.get_logger()
 
 RETRY_FIRST = 0.2
 RETRY_LIMIT = 5.0
+# Seconds until a node whose object store is silent is asked again.
+LIST_AGAIN_FIRST = 2.0
+LIST_AGAIN_LIMIT = 60.0
 
 
 class Fleet:
@@ -40,6 +43,7 @@ class Fleet:
         self._clock = clock
         self._tasks = tasks
         self._followers: dict[str, asyncio.Task[None]] = {}
+        self._listing: dict[str, asyncio.Task[None]] = {}
 
     def load(self, nodes: Iterable[Node]) -> None:
         """At start-up: take in the nodes that the registry holds, and begin to follow them."""
@@ -135,8 +139,34 @@ class Fleet:
 
     async def refresh_snapshots(self, identifier: str) -> None:
         """List again which snapshots a node holds, for instance after one was quarantined."""
-        snapshots = await self._nodes.list_snapshots(identifier)
-        self._inventory.learn_snapshots(identifier, snapshots)
+        listed = await self._nodes.list_snapshots(identifier)
+        self._inventory.learn_snapshots(identifier, listed)
+        if listed.store_silence:
+            self._ask_again(identifier, listed.store_silence)
+
+    def _ask_again(self, identifier: str, silence: str) -> None:
+        """The node could not list its object store: until it can, published snapshots are as they were."""
+        log.warning("object_store_silent", node=identifier, why=silence)
+        if identifier not in self._listing:
+            self._listing[identifier] = self._tasks.spawn(
+                self._list_again(identifier), f"list snapshots of {identifier} again"
+            )
+
+    async def _list_again(self, identifier: str) -> None:
+        delay = LIST_AGAIN_FIRST
+        try:
+            while True:
+                await self._clock.sleep(delay)
+                delay = min(LIST_AGAIN_LIMIT, delay * 2)
+                if self._inventory.nodes[identifier].state is not NodeState.READY:
+                    # It is asked when it is ready again.
+                    return
+                listed = await self._nodes.list_snapshots(identifier)
+                self._inventory.learn_snapshots(identifier, listed)
+                if not listed.store_silence:
+                    return
+        finally:
+            del self._listing[identifier]
 
     def _follow(self, identifier: str) -> None:
         if (follower := self._followers.pop(identifier, None)) is not None:
@@ -173,7 +203,10 @@ class Fleet:
         async with aclosing(self._nodes.watch(identifier)) as changes:
             async for change in changes:
                 if isinstance(change, Synchronized):
-                    self._inventory.learn(identifier, reports, await self._nodes.list_snapshots(identifier))
+                    listed = await self._nodes.list_snapshots(identifier)
+                    self._inventory.learn(identifier, reports, listed)
+                    if listed.store_silence:
+                        self._ask_again(identifier, listed.store_silence)
                     synchronized = True
                     log.info("node_ready", node=identifier, instances=len(reports))
                 elif isinstance(change, Removed):

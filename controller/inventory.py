@@ -16,7 +16,7 @@ from dataclasses import replace
 from controller import lifecycle
 from controller.lifecycle import Event
 from controller.model import Captured, Instance, InstanceState, Intent, Node, NodeState, Report, Snapshot
-from controller.ports import Clock, Removed, Synchronized
+from controller.ports import Clock, ListedSnapshots, Removed, Synchronized
 from dumont.errors import FailedPrecondition, NotFound
 
 
@@ -188,7 +188,7 @@ class Inventory:
         if self.nodes[node].state is not state:
             self.put_node(replace(self.nodes[node], state=state, since=self._clock.moment().monotonic))
 
-    def learn(self, node: str, reports: Iterable[Report], snapshots: Iterable[Snapshot]) -> None:
+    def learn(self, node: str, reports: Iterable[Report], snapshots: ListedSnapshots) -> None:
         """Replace all that was known of a node by what it reports now; the node is ready from then on."""
         told = {report.id: report for report in reports}
         for instance in list(self.instances.values()):
@@ -203,12 +203,18 @@ class Inventory:
         self.learn_snapshots(node, snapshots)
         self.set_node_state(node, NodeState.READY)
 
-    def learn_snapshots(self, node: str, snapshots: Iterable[Snapshot]) -> None:
-        """Replace what was known of the snapshots within a node's reach."""
-        told = {snapshot.id: snapshot for snapshot in snapshots}
+    def learn_snapshots(self, node: str, listed: ListedSnapshots) -> None:
+        """Replace what was known of the snapshots within a node's reach, as far as the node can tell."""
+        told = {snapshot.id: snapshot for snapshot in listed.snapshots}
         for snapshot, copies in list(self._copies.items()):
-            if node in copies and snapshot not in told:
+            if node not in copies or snapshot in told:
+                continue
+            known = copies[node]
+            if not (listed.store_silence and known.published):
                 self.drop_snapshot(snapshot, node)
+            elif known.local:
+                # It has left the node; what the store has of it cannot be told at present.
+                self.put_snapshot(replace(known, local=False))
         for found in told.values():
             self.put_snapshot(found)
 

@@ -231,6 +231,7 @@ def _usable(facts: Facts) -> list[Snapshot]:
         if usable(snapshot, facts.nodes)
         and snapshot.weights is facts.deployment.checkpoint.weights
         and f"snapshots/{snapshot.id}" not in facts.failed
+        and not (snapshot.local and f"snapshots/{snapshot.id} on nodes/{snapshot.node}" in facts.failed)
     ]
 
 

@@ -63,6 +63,17 @@ class Synchronized:
 Change = Report | Removed | Synchronized
 
 
+@dataclass(frozen=True, slots=True)
+class ListedSnapshots:
+    """The snapshots within a node's reach.
+
+    ``store_silence`` says why published ones may be missing or out of date; empty: they are not.
+    """
+
+    snapshots: tuple[Snapshot, ...]
+    store_silence: str = ""
+
+
 class Frames(Protocol):
     """An answer as the model host wrote it, frame by frame.
 
@@ -98,7 +109,7 @@ class Nodes(Protocol):
     async def get_instance(self, node: str, instance: str) -> Report:
         """An instance as it is now. Raises: NotFound."""
 
-    async def list_snapshots(self, node: str) -> list[Snapshot]:
+    async def list_snapshots(self, node: str) -> ListedSnapshots:
         """The snapshots that the node holds or finds in its object store."""
 
     async def start(

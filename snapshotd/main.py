@@ -85,6 +85,10 @@ async def run(settings: Settings) -> None:
         if settings.stop_instances_on_exit:
             stack.push_async_callback(instances.stop_all)
         stack.push_async_callback(instances.detach)
+        if remote is not None:
+            stack.push_async_callback(remote.uploads.close)
+            stack.push_async_callback(parts.snapshots.close)
+        await parts.start()
         load = asyncio.create_task(follow_load(instances), name="follow load")
         stack.callback(load.cancel)
         stack.push_async_callback(inference.close)

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from controller import convert
 from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
-from controller.ports import NODE_UNAVAILABLE, Change, Removed, Synchronized
+from controller.ports import NODE_UNAVAILABLE, Change, ListedSnapshots, Removed, Synchronized
 from dumont.errors import DeadlineExceeded, DumontError, Internal, Unavailable
 from dumont.rpc.status import from_rpc_error, from_status
 from dumont.snapshotd.v1 import (
@@ -131,7 +131,7 @@ class GrpcNodes:
         async with self._errors(node) as link:
             return convert.report(await link.instances.GetInstance(request, timeout=SHORT))
 
-    async def list_snapshots(self, node: str) -> list[Snapshot]:
+    async def list_snapshots(self, node: str) -> ListedSnapshots:
         found: list[Snapshot] = []
         token = ""
         while True:
@@ -141,7 +141,7 @@ class GrpcNodes:
             found += [convert.snapshot(node, snapshot) for snapshot in page.snapshots]
             token = page.next_page_token
             if not token:
-                return found
+                return ListedSnapshots(tuple(found), page.store_silence)
 
     async def start(
         self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights

@@ -28,6 +28,8 @@ from dumont.errors import ERRORS, DumontError, InvalidArgument
 
 log = structlog.get_logger()
 
+# Reasons of a restore whose node holds something else than was captured.
+DAMAGED_COPY = frozenset({"IMAGE_DAMAGED", "MANIFEST_DAMAGED"})
 # Nodes on which one start loads a model before it gives up.
 COLD_ATTEMPTS = 3
 
@@ -275,6 +277,9 @@ class Start:
             self._failed.add(f"nodes/{attempt.node}")
             if isinstance(error, InvalidArgument) or not self._another_node():
                 raise _with_history(error, self._reasons[:-1])
+        elif attempt.tier is Tier.LOCAL and error.reason in DAMAGED_COPY:
+            # Another copy of it need not be.
+            self._failed.add(f"snapshots/{attempt.snapshot} on nodes/{attempt.node}")
         elif attempt.snapshot:
             self._failed.add(f"snapshots/{attempt.snapshot}")
         else:

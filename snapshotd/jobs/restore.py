@@ -115,7 +115,7 @@ def restore(
             origin = await node.store.images(snapshot)
             await node.store.verify(snapshot)
         except DataLoss as error:
-            await node.store.quarantine(manifest.id, error.message)
+            await node.store.quarantine(manifest.id, f"{error.reason}: {error.message}")
             raise
 
     async def restore_process() -> None:

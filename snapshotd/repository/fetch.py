@@ -127,7 +127,7 @@ class Fetch:
                     raise
                 raise damaged(piece.chunk, error.message) from None
         except DataLoss as error:
-            if error.reason == "CHUNK_DAMAGED":
+            if error.reason in ("CHUNK_DAMAGED", "CHUNK_MISSING"):
                 # So that no upload counts on it. What is wrong with it is told, whatever becomes of this.
                 with contextlib.suppress(DumontError):
                     await self._objects.put(damage_key(piece.chunk), b"")

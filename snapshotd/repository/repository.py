@@ -111,22 +111,25 @@ class Repository:
         images: Path,
         progress: ByteProgress = no_progress,
         key: SealedKey | None = None,
+        again: bool = False,
     ) -> PublishedSnapshot:
         """Send the chunks that are missing, then publish the manifest. Repeating it is no error.
 
         Args:
             images: the directory with the manifest's files.
             key: from :meth:`new_key`; without one the snapshot is encrypted if this store encrypts.
+            again: send missing and damaged chunks also of one that is published.
 
         Raises:
             AlreadyExists: another snapshot of that id is published.
             DataLoss: the files are not those of the manifest.
         """
         published = await self._published_by_us(manifest)
-        if published is not None:
+        if published is not None and not again:
             progress(published.size, published.size)
             return published
-        key = key or self.new_key(manifest.id)
+        # Under another key its chunks would be others.
+        key = published.key if published is not None else key or self.new_key(manifest.id)
         upload = Upload(
             manifest,
             images,
@@ -136,7 +139,7 @@ class Repository:
             self._failpoints,
             self._now,
             self.grace,
-            frozenset([chunk_of(item.key) async for item in self.objects.list(DAMAGED)]),
+            await self.damaged_chunks(),
             lambda: prune.Marks(self.objects).named(None),
         )
         files = await upload.run(progress)
@@ -250,6 +253,10 @@ class Repository:
         self._failpoints.hit("delete.manifest")
         await self.objects.delete(key)
         self._failpoints.hit("delete.manifest.after")
+
+    async def damaged_chunks(self) -> frozenset[str]:
+        """The chunks that somebody found damaged or missing, and that nobody has sent again."""
+        return frozenset([chunk_of(item.key) async for item in self.objects.list(DAMAGED)])
 
     async def undelete(self, snapshot: str) -> PublishedSnapshot:
         """Publish a deleted snapshot again, while its tombstone still keeps what it needs.

@@ -45,7 +45,9 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
         messages = [self._message(one) for one in found] + [convert.rejected(one) for one in rejected]
         by_name = {message.name: message for message in messages}
         shown, token = page(by_name, request.page_size, request.page_token)
-        return pb2.ListSnapshotsResponse(snapshots=shown, next_page_token=token)
+        return pb2.ListSnapshotsResponse(
+            snapshots=shown, next_page_token=token, store_silence=self.snapshots.store_silence
+        )
 
     async def DeleteSnapshot(self, request: pb2.DeleteSnapshotRequest, context: Context) -> Empty:
         await self.snapshots.delete(names.parse(request.name, "snapshots", "name"))

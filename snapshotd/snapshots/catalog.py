@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -32,8 +32,10 @@ from snapshotd.system.disk import DiskReservations
 
 log = structlog.get_logger(__name__)
 
-# A store that is silent for longer is left out of a list: who asks may not wait for ever.
+# A list waits for the store for so long: who asks may not wait for ever.
 LIST_SECONDS = 5.0
+# Why a copy is not what was captured: the same snapshot may be whole elsewhere.
+DAMAGE = frozenset({"IMAGE_DAMAGED", "MANIFEST_DAMAGED"})
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ class _Fetching:
     waiting: int = 0
 
 
+@dataclass(frozen=True)
+class _Published:
+    """What the object store told when it was listed last."""
+
+    found: Mapping[str, PublishedSnapshot] = field(default_factory=dict)
+    rejected: Sequence[RejectedSnapshot] = ()
+    # Why some of them are not whole, as the nodes that read them have written down in the store.
+    damaged: Mapping[str, str] = field(default_factory=dict)
+
+
 class Snapshots:
     """The snapshots of this node and of its object store.
 
@@ -103,29 +115,47 @@ class Snapshots:
         self.disk = disk or DiskReservations()
         self._fetches: dict[str, _Fetching] = {}
         self._published: dict[str, PublishedSnapshot] = {}
+        self._listing: asyncio.Task[_Published] | None = None
+        self._listed = _Published()
+        # Why the last list may lack what is published, or show it as it was; empty: it does not.
+        self.store_silence = ""
 
     # Looking
 
     async def get(self, snapshot: str) -> Snapshot:
-        """A snapshot of this node or, when it holds none of that id, a published one, read anew.
+        """A snapshot of this node or, when it holds no whole one of that id, a published one, read anew.
 
         Raises:
             NotFound: there is neither.
             DataLoss, PermissionDenied: its manifest is damaged, or signed by nobody whom this node trusts.
             Unavailable: this node does not hold it, and the object store cannot be reached.
         """
+        held: Snapshot | None = None
+        damage: DataLoss | None = None
         try:
             held = await self.store.get(snapshot)
         except NotFound:
             if self.remote is None:
                 raise
-        else:
+        except DataLoss as error:
+            if self.remote is None:
+                raise
+            damage = error
+        if held is not None:
             # It was trusted when it was fetched; the list may have changed since.
             if not self._trusts(held):
                 raise untrusted(held.signer)
-            return held
-        published = self._published[snapshot] = await self.remote.repository.get(snapshot)
-        return self._as_snapshot(published)
+            if self.remote is None or not _damaged(held):
+                return held
+        assert self.remote is not None
+        try:
+            published = self._published[snapshot] = await self.remote.repository.get(snapshot)
+        except DumontError as error:
+            if held is not None:
+                return held
+            raise (damage if damage is not None and isinstance(error, NotFound) else error) from None
+        there = self._as_snapshot(published)
+        return held if held is not None and there.quarantine_reason else there
 
     async def get_exactly(self, snapshot: str, manifest_digest: str) -> Snapshot:
         """Like ``get``, and it must be the one whose manifest hashes to ``manifest_digest``, unless that is
@@ -156,17 +186,69 @@ class Snapshots:
                 untrusted_here.append(RejectedSnapshot.because(found.manifest.id, untrusted(found.signer)))
         if self.remote is None:
             return sorted(held.values(), key=_id), untrusted_here
-        try:
-            async with asyncio.timeout(LIST_SECONDS):
-                published = {found.manifest.id: found for found in await self.remote.repository.list()}
-                known = {*published, *held, *(one.snapshot for one in untrusted_here)}
-                rejected = [*untrusted_here, *await self._rejected(known)]
-        except (DumontError, TimeoutError) as error:
-            log.warning("published snapshots cannot be listed", error=str(error) or "the store is silent")
-            return sorted(held.values(), key=_id), untrusted_here
-        there = {name: self._as_snapshot(found) for name, found in published.items()}
-        here = {name: replace(found, published=name in published) for name, found in held.items()}
-        return sorted((there | here).values(), key=_id), rejected
+        published = await self._list_published()
+        there = {name: self._as_snapshot(found) for name, found in published.found.items()}
+        for name, reason in published.damaged.items():
+            there[name] = replace(there[name], quarantine_reason=there[name].quarantine_reason or reason)
+        found_here = {}
+        for name, found in held.items():
+            other = there.get(name)
+            whole = other is not None and not other.quarantine_reason
+            if not (_damaged(found) and whole):
+                # Damaged in the store, it is as good as not published, and is published again.
+                found_here[name] = replace(found, published=whole or (found.published and self._silent(name)))
+        known = {*held, *(one.snapshot for one in untrusted_here)}
+        rejected = [*untrusted_here, *(one for one in published.rejected if one.snapshot not in known)]
+        return sorted((there | found_here).values(), key=_id), rejected
+
+    def _silent(self, snapshot: str) -> bool:
+        """Whether the store has not been heard of a snapshot, so that what the node noted of it counts."""
+        return bool(self.store_silence) and snapshot not in self._listed.found
+
+    async def _list_published(self) -> _Published:
+        """What is published; as it was when the store last told, if it does not within LIST_SECONDS.
+
+        The listing goes on meanwhile, and whoever asks next finds it further, or done.
+        """
+        if self._listing is None:
+            self._listing = asyncio.create_task(self._ask_published(), name="list what is published")
+        listing = self._listing
+        done, _ = await asyncio.wait([listing], timeout=LIST_SECONDS)
+        if not done:
+            self.store_silence = f"the object store has not told all within {LIST_SECONDS:g} s"
+        else:
+            if self._listing is listing:
+                self._listing = None
+            error = listing.exception()
+            if error is None:
+                self._listed, self.store_silence = listing.result(), ""
+            elif isinstance(error, DumontError):
+                self.store_silence = f"{error.reason}: {error.message}"
+            else:
+                raise error
+        if self.store_silence:
+            log.warning("published snapshots cannot be listed", error=self.store_silence)
+        return self._listed
+
+    async def _ask_published(self) -> _Published:
+        assert self.remote is not None
+        repository = self.remote.repository
+        found = {one.manifest.id: one for one in await repository.list()}
+        marked = await repository.damaged_chunks()
+        damaged = {}
+        for name, one in found.items():
+            if hurt := one.chunks() & marked:
+                damaged[name] = f"CHUNK_DAMAGED: {len(hurt)} of its chunks in the object store are damaged"
+            elif (record := self._damage(one)).exists() and record.read_text().startswith("CHUNK_"):
+                # A node that has it whole has sent those chunks again.
+                record.unlink(missing_ok=True)
+        return _Published(found, tuple(await self._rejected(set(found))), damaged)
+
+    async def close(self) -> None:
+        """End a listing under way."""
+        if self._listing is not None:
+            self._listing.cancel()
+            await asyncio.wait([self._listing])
 
     async def _rejected(self, known: set[str]) -> Sequence[RejectedSnapshot]:
         assert self.remote is not None
@@ -234,12 +316,14 @@ class Snapshots:
         name = snapshot.manifest.id
         with contextlib.suppress(NotFound):
             # Another fetch has ended between the caller's look and now.
-            if (await self.store.get(name)).digest == snapshot.digest:
+            held = await self._held(name)
+            if held is not None and held.digest == snapshot.digest and not _damaged(held):
                 return
         published = self._published.get(name)
         if published is None or _digest(published) != snapshot.digest:
             published = await repository.get(name)
         await self._make_room(published.data_size)
+        await self._make_way(name)
         into = await self.store.stage(name)
         try:
             await repository.fetch(published, into, progress)
@@ -252,6 +336,23 @@ class Snapshots:
         finally:
             self.disk.release(f"fetch {name}")
         log.info("snapshot fetched", snapshot=name, bytes=published.data_size)
+
+    async def _held(self, snapshot: str) -> Snapshot | None:
+        """What the node holds under an id; None: something that cannot be read."""
+        try:
+            return await self.store.get(snapshot)
+        except DataLoss:
+            return None
+
+    async def _make_way(self, snapshot: str) -> None:
+        """Delete a damaged copy: the good one comes in its place."""
+        with contextlib.suppress(NotFound):
+            held = await self._held(snapshot)
+            if held is not None and not _damaged(held):
+                return
+            # What an instance has mapped from it stays mapped.
+            log.warning("damaged copy is replaced", snapshot=snapshot)
+            await self.store.delete(snapshot)
 
     async def publish(self, snapshot: str, progress: ByteProgress) -> Snapshot:
         """Upload a snapshot that this node holds; see :meth:`Uploads.publish`.
@@ -267,8 +368,16 @@ class Snapshots:
                 f"snapshots/{snapshot} is quarantined and is not published: {held.quarantine_reason}",
                 metadata={"snapshot": snapshot},
             )
-        if not held.published:
-            await uploads.publish(held, progress)
+        records = list(self.damaged.glob(f"{snapshot}.*"))
+        again = bool(records) or snapshot in self._listed.damaged
+        if not held.published or again:
+            await uploads.publish(held, progress, again)
+            for record in records:
+                record.unlink(missing_ok=True)
+            self._listed = replace(
+                self._listed,
+                damaged={name: why for name, why in self._listed.damaged.items() if name != snapshot},
+            )
         return await self.store.get(snapshot)
 
     # Keeping
@@ -289,7 +398,7 @@ class Snapshots:
             try:
                 await self.store.verify(found, again=True)
             except DataLoss as error:
-                await self.store.quarantine(snapshot, error.message)
+                await self.store.quarantine(snapshot, f"{error.reason}: {error.message}")
                 raise
             here = found.size
         if self.remote is None or (found.local and not found.published):
@@ -313,11 +422,7 @@ class Snapshots:
             Unavailable: it is published, and the object store cannot be reached.
         """
         if self.users.pinned.get(snapshot) or snapshot in self._fetches:
-            raise FailedPrecondition(
-                "SNAPSHOT_IN_USE",
-                f"snapshots/{snapshot} is being restored or captured from; delete it when that is done",
-                metadata={"snapshot": snapshot},
-            )
+            raise _in_use(snapshot)
         found = False
         if self.remote is not None and await self._may_be_published(snapshot):
             # First: a snapshot that is gone here would be published again by its upload.
@@ -428,3 +533,19 @@ def _digest(published: PublishedSnapshot) -> str:
 
 def _id(snapshot: Snapshot) -> str:
     return snapshot.manifest.id
+
+
+def _damaged(held: Snapshot) -> bool:
+    """Whether its bytes are not those that were captured: the same snapshot may be whole elsewhere.
+
+    One that came back answering wrongly was read whole, and is the same everywhere.
+    """
+    return held.quarantine_reason.partition(":")[0] in DAMAGE
+
+
+def _in_use(snapshot: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        "SNAPSHOT_IN_USE",
+        f"snapshots/{snapshot} is being restored or captured from; try again when that is done",
+        metadata={"snapshot": snapshot},
+    )

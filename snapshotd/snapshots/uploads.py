@@ -27,8 +27,9 @@ LONGEST_PAUSE = 60.0
 
 @dataclass
 class Upload:
-    """One under way, and who wants to hear of its bytes."""
+    """One under way, and who wants to hear of its bytes. ``again``: what is published already is damaged."""
 
+    again: bool = False
     task: asyncio.Task[None] | None = None
     listeners: list[ByteProgress] = field(default_factory=list)
 
@@ -68,8 +69,13 @@ class Uploads:
             log.info("upload resumed", snapshot=pending.snapshot)
             self._begin(pending)
 
-    async def publish(self, snapshot: Snapshot, progress: ByteProgress) -> None:
+    async def publish(self, snapshot: Snapshot, progress: ByteProgress, again: bool = False) -> None:
         """Upload a snapshot of this node and wait until it is published. Leaving does not end the upload.
+
+        Args:
+            snapshot: held by this node.
+            progress: told of the bytes.
+            again: send missing and damaged chunks also if it is published.
 
         Raises:
             AlreadyExists: another snapshot of that id is published.
@@ -79,7 +85,7 @@ class Uploads:
         name = snapshot.manifest.id
         upload = self._running.get(name)
         if upload is None:
-            upload = self._begin(PendingUpload.of(name, self.repository.new_key(name)))
+            upload = self._begin(PendingUpload.of(name, self.repository.new_key(name)), again)
         upload.listeners.append(progress)
         assert upload.task is not None
         try:
@@ -116,8 +122,8 @@ class Uploads:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _begin(self, pending: PendingUpload) -> Upload:
-        upload = self._running[pending.snapshot] = Upload()
+    def _begin(self, pending: PendingUpload, again: bool = False) -> Upload:
+        upload = self._running[pending.snapshot] = Upload(again)
         upload.task = asyncio.create_task(self._upload(pending, upload), name=f"upload {pending.snapshot}")
         upload.task.add_done_callback(lambda task: self._ended(pending.snapshot, task))
         return upload
@@ -179,6 +185,6 @@ class Uploads:
             self.store.pin(reader, pending.snapshot)
             try:
                 images = await self.store.images(held)
-                await self.repository.publish(held.manifest, images, upload.tell, pending.key)
+                await self.repository.publish(held.manifest, images, upload.tell, pending.key, upload.again)
             finally:
                 await self.store.unpin(reader)

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
 from controller.model import InstanceState, Phase, Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
-from controller.ports import Change, Clock, Removed, Synchronized
+from controller.ports import Change, Clock, ListedSnapshots, Removed, Synchronized
 from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, Unavailable
 
 
@@ -36,6 +36,8 @@ class MemoryNodes:
         self.world: dict[str, MemoryNode] = {}
         self.bucket: dict[str, Snapshot] = {}
         self.deleted: dict[str, Snapshot] = {}
+        # Why nodes cannot list the bucket.
+        self.store_silence = ""
         self.calls: list[tuple[str, str, str]] = []
         self.cancelled: list[tuple[str, str, str]] = []
         self.timeouts: list[float | None] = []
@@ -143,10 +145,13 @@ class MemoryNodes:
         await self._call("get_instance", node, instance)
         return self._find(node, instance)
 
-    async def list_snapshots(self, node: str) -> list[Snapshot]:
+    async def list_snapshots(self, node: str) -> ListedSnapshots:
         await self._call("list_snapshots", node, "")
         self._reach(node)
-        return self._snapshots(node)
+        found = self._snapshots(node)
+        if self.store_silence:
+            found = [snapshot for snapshot in found if snapshot.local]
+        return ListedSnapshots(tuple(found), self.store_silence)
 
     async def start(
         self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights

@@ -241,8 +241,11 @@ async def test_a_watch_tells_everything_then_changes_then_that_it_ended(node) ->
 
 async def test_snapshots_of_all_pages_are_listed(node) -> None:
     nodes, _, _ = node
-    found = await nodes.list_snapshots("n1")
-    assert [(snapshot.id, snapshot.quarantined) for snapshot in found] == [("s1", False), ("s2", True)]
+    found = (await nodes.list_snapshots("n1")).snapshots
+    assert [(snapshot.id, snapshot.quarantined) for snapshot in found] == [
+        ("s1", False),
+        ("s2", True),
+    ]
 
 
 async def test_short_calls_return_what_the_node_says(node) -> None:

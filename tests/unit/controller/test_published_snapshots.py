@@ -235,3 +235,37 @@ async def test_a_prune_needs_a_node_with_a_store(world) -> None:
     with pytest.raises(FailedPrecondition) as refusal:
         world.controller.snapshots.store_node()
     assert refusal.value.reason == "OBJECT_STORE_NOT_CONFIGURED"
+
+
+# A store or a copy that is not as it was
+
+
+async def test_a_silent_store_hides_nothing_and_its_node_is_asked_again(two_nodes) -> None:
+    snapshot = await published(two_nodes)
+    (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
+    other = "n2" if holder == "n1" else "n1"
+    # given: a node that cannot list its store any more, and is asked what it holds
+    two_nodes.nodes.store_silence = "the object store has not told all within 5 s"
+    await two_nodes.controller.core.fleet.refresh_snapshots(other)
+    assert [copy.node for copy in two_nodes.inventory.copies(snapshot) if not copy.local] == [other]
+    # when: what the store has changes, and the store speaks again
+    del two_nodes.nodes.bucket[snapshot]
+    two_nodes.nodes.store_silence = ""
+    await two_nodes.advance(10)
+    # then: the controller knows without being told to ask
+    assert [copy.node for copy in two_nodes.inventory.copies(snapshot)] == [holder]
+
+
+async def test_a_damaged_copy_is_restored_from_the_store_in_the_same_start(two_nodes) -> None:
+    snapshot = await published(two_nodes)
+    (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
+    for instance in list(two_nodes.nodes.world[holder].instances):
+        two_nodes.nodes.lose(holder, instance)
+    await two_nodes.settle()
+    # given: a copy whose node finds it damaged when it restores it, and offers that of the store from then on
+    two_nodes.nodes.fail("restore", DataLoss("IMAGE_DAMAGED", "pages-1.img is not what it was"))
+    del two_nodes.nodes.world[holder].snapshots[snapshot]
+    info, _ = await two_nodes.ask()
+    assert info.tier is Tier.REMOTE
+    assert len(two_nodes.nodes.named("restore")) == 2
+    assert two_nodes.nodes.named("start") == two_nodes.nodes.named("start")[:1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -309,6 +309,108 @@ async def test_a_store_that_never_answers_keeps_nobody_waiting_for_a_list(
     monkeypatch.setattr("snapshotd.snapshots.catalog.LIST_SECONDS", 0.01)
     found, _ = await node.list()
     assert [one.manifest.id for one in found] == ["s1"]
+
+
+async def test_a_slow_store_keeps_its_place_in_the_list(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given: a node that has listed its store, and one that has not yet
+    await world.published()
+    known, fresh = world.node("a"), world.node("b")
+    assert [one.published for one in (await known.list())[0]] == [True]
+
+    # when: listing it takes longer than a list may wait
+    told = asyncio.Event()
+    for node in (known, fresh):
+        assert node.remote is not None
+        monkeypatch.setattr(node.remote.repository, "list", slow(node.remote.repository.list, told))
+    monkeypatch.setattr("snapshotd.snapshots.catalog.LIST_SECONDS", 0.01)
+
+    # then: what was known is not forgotten, and both say that there may be more
+    assert [one.manifest.id for one in (await known.list())[0]] == ["s1"]
+    assert (await fresh.list())[0] == []
+    assert "0.01 s" in known.store_silence
+    assert fresh.store_silence
+
+    # and: the listing has gone on, so that the next one has it
+    told.set()
+    monkeypatch.setattr("snapshotd.snapshots.catalog.LIST_SECONDS", 10.0)
+    assert [one.manifest.id for one in (await fresh.list())[0]] == ["s1"]
+    assert fresh.store_silence == ""
+
+
+def slow(listing: Callable[[], Awaitable[object]], told: asyncio.Event) -> Callable[[], Awaitable[object]]:
+    async def wait() -> object:
+        await told.wait()
+        return await listing()
+
+    return wait
+
+
+@pytest.mark.parametrize("part", ["image", "manifest"])
+async def test_a_damaged_copy_on_the_node_does_not_hide_the_good_one_in_the_store(
+    world: World, part: str
+) -> None:
+    # given: a node whose own copy is damaged
+    await world.published()
+    node = world.node("a")
+    await node.fetch(await node.get("s1"), silent)
+    if part == "image":
+        await node.store.quarantine("s1", "IMAGE_DAMAGED: pages-1.img is not what it was")
+    else:
+        (world.root / "a" / "snapshots" / "s1" / "manifest.json").write_bytes(b"{")
+        node = world.node("a")
+
+    # then: it offers the one in the store
+    (listed,) = (await node.list())[0]
+    found = await node.get("s1")
+    for one in (listed, found):
+        assert (one.local, one.published, one.quarantine_reason) == (False, True, "")
+
+    # and: that one takes the place of the damaged one
+    await node.fetch(found, silent)
+    again = await node.get("s1")
+    assert (again.local, again.quarantine_reason) == (True, "")
+    await node.store.verify(again, again=True)
+
+
+async def test_one_that_answered_wrongly_is_not_fetched_again_and_again(world: World) -> None:
+    await world.published()
+    node = world.node("a")
+    await node.fetch(await node.get("s1"), silent)
+    await node.store.quarantine("s1", "its canary answered [1], not [2]")
+    (listed,) = (await node.list())[0]
+    assert listed.quarantine_reason
+    assert (await node.get("s1")).local
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+async def test_damage_in_the_store_does_not_hide_the_good_copy_on_a_node_and_is_mended_from_it(
+    world: World, damage: str
+) -> None:
+    # given: a node that holds the snapshot, and another one that finds it damaged in the store
+    holder, other = world.node("a"), world.node("b")
+    await world.capture(holder)
+    await holder.publish("s1", silent)
+    chunk = next(key for key in world.objects.objects if key.startswith("chunks/"))
+    data, when = world.objects.objects.pop(chunk)
+    if damage == "flipped":
+        world.objects.objects[chunk] = (data[:-1] + bytes([data[-1] ^ 1]), when)
+    with pytest.raises(DataLoss):
+        await other.fetch(await other.get("s1"), silent)
+    assert (await other.list())[0][0].quarantine_reason
+
+    # then: the holder has it as good as before, and as one to be published
+    (listed,) = (await holder.list())[0]
+    assert (listed.local, listed.published, listed.quarantine_reason) == (True, False, "")
+
+    # and: once it has published it, the other one can fetch it
+    assert (await holder.publish("s1", silent)).published
+    assert [one.published for one in (await holder.list())[0]] == [True]
+    (mended,) = (await other.list())[0]
+    assert mended.quarantine_reason == ""
+    await other.fetch(await other.get("s1"), silent)
+    assert (await other.get("s1")).local
 
 
 async def test_another_manifest_than_the_one_wanted_is_refused(world: World) -> None:
