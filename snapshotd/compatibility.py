@@ -1,8 +1,8 @@
-"""What must be equal where a snapshot is restored. Pure: facts in, differences out.
+"""The facts that must be the same where a snapshot is restored. Pure: facts in, differences out.
 
-A process image holds code pointers, CPU feature decisions and library states of the place where it was
-captured; a restore elsewhere may crash at once or, worse, later. So the comparison is exact, and the
-refusal names the fact.
+A process image contains code pointers, choices made for the CPU's features, and the state of libraries, all
+of the node where it was captured. Restored on another kind of node, it may crash at once or, worse, later.
+So the comparison is exact, and the refusal names the fact.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from dumont.errors import FailedPrecondition
 
-# Raised when our own files change such that older snapshots cannot be restored any more.
+# Increase this number when our own files change such that older snapshots can no longer be restored.
 LAYOUT_VERSION = "2"
 
 

@@ -1,7 +1,7 @@
 """Named places where a test, or an operator rehearsing a fault, makes the daemon fail.
 
-The names are those of the steps: ``capture.dump`` fails before the step runs, ``capture.dump.after``
-once it has run. ``DUMONT_FAILPOINTS="capture.dump=error,restore.wake.after=exit"`` sets them.
+Failpoints are named after the steps of jobs: ``capture.dump`` fails before the step runs and
+``capture.dump.after`` once it has run. ``--failpoints capture.dump=error,restore.wake.after=exit`` sets two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CRASHED = 70
 
 
 class Failpoints:
-    """What to do at which name: ``error`` raises, ``exit`` ends the daemon at once, as a crash would."""
+    """The action of each failpoint: ``error`` raises, ``exit`` ends the daemon at once, as a crash would."""
 
     def __init__(self, actions: Mapping[str, str] | None = None) -> None:
         self.actions = dict(actions or {})
@@ -38,6 +38,11 @@ class Failpoints:
         return cls(actions)
 
     def hit(self, name: str) -> None:
+        """Do what was set for the failpoint ``name``, if anything was.
+
+        Raises:
+            Internal: FAILPOINT, the action is ``error``.
+        """
         action = self.actions.get(name)
         if action == "exit":
             os._exit(CRASHED)

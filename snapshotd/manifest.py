@@ -1,4 +1,4 @@
-"""The manifest: bytes to facts and back, and what may stand in it."""
+"""The manifest as bytes: how it is written and read, and what it may contain."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ MOST_FILES = 10_000
 LARGEST_FILE = 1 << 44
 
 _ADAPTER = TypeAdapter(Manifest)
-# Flat names of the letters that CRIU's files use: nothing that could leave the directory.
+# The characters that CRIU's file names consist of. A name cannot lead out of the directory.
 _FILE_NAME = re.compile(r"[a-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def encode(manifest: Manifest) -> bytes:
+    """The manifest as the bytes of its file."""
     document = {"version": VERSION, "manifest": _ADAPTER.dump_python(manifest, mode="json")}
     return json.dumps(document, sort_keys=True, indent=1, allow_nan=False).encode()
 
 
 def digest(data: bytes) -> str:
-    """BLAKE3 of the encoded manifest, in hex: the identity of the snapshot's content."""
+    """BLAKE3 of the encoded manifest, in hex. It identifies the snapshot's content."""
     return blake3(data).hexdigest()
 
 
@@ -36,10 +37,10 @@ def decode(data: bytes) -> Manifest:
     """Read what :func:`encode` wrote.
 
     Raises:
-        DataLoss: it is no manifest, of another version, or says something that cannot be true.
+        DataLoss: MANIFEST_DAMAGED, it is no manifest, has another version, or contains impossible values.
     """
     if len(data) > LARGEST:
-        raise _damaged(f"it has {len(data)} bytes, and {LARGEST} are allowed")
+        raise _damaged(f"it has {len(data)} bytes, more than the {LARGEST} allowed")
     try:
         document = json.loads(data, parse_constant=_refuse_constant)
         if not isinstance(document, dict) or document.get("version") != VERSION:
@@ -59,9 +60,9 @@ def _check(manifest: Manifest) -> None:
         if not _FILE_NAME.fullmatch(file.name) or file.name == NAME:
             raise _damaged(f"the file name {file.name[:80]!r} is not allowed")
         if file.name.lower() in seen:
-            raise _damaged(f"the file name {file.name!r} stands twice")
+            raise _damaged(f"the file name {file.name!r} occurs twice")
         if not 0 <= file.size <= LARGEST_FILE or not re.fullmatch(r"[0-9a-f]{64}", file.digest):
-            raise _damaged(f"size or digest of {file.name} is impossible")
+            raise _damaged(f"the size or the digest of {file.name} is impossible")
         seen.add(file.name.lower())
     for name, digest in manifest.weight_files.items():
         if not re.fullmatch(r"[0-9a-f]{64}", digest):

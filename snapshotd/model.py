@@ -1,4 +1,4 @@
-"""The facts of a node: instances, snapshots and models. Frozen; nothing here does anything."""
+"""The facts of a node: its instances, snapshots, models and GPUs. All are frozen values without behaviour."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class State(Enum):
 class Weights(Enum):
     """Where the weights of a process are when it is captured.
 
-    ``DETACHED``: in the files that it maps, and left out of its snapshots. ``INCLUDED``: in its own memory,
-    and so in its snapshots.
+    ``DETACHED``: in files that the process maps, and left out of its snapshots. ``INCLUDED``: in its own
+    memory, and therefore in its snapshots.
     """
 
     DETACHED = "detached"
@@ -46,26 +46,32 @@ class Phase:
 
 @dataclass(frozen=True)
 class Canary:
-    """What a model host must answer again after a restore.
+    """The answer to a fixed synthetic prompt, which a model host must give again after a restore.
 
     Attributes:
-        tokens: likeliest token at every position of one synthetic prompt.
-        logprob: log-probability of the last of them.
+        tokens: the likeliest token at every position of the prompt.
+        logprob: the log-probability of the last of them.
     """
 
     tokens: tuple[int, ...]
     logprob: float
 
-    # Another GPU of the same model may round the last bits differently; a wrong weight moves it far more.
+    # Another GPU of the same model may round the last bits differently. A wrong weight differs far more.
     TOLERANCE = 0.05
 
     def agrees(self, other: Canary) -> bool:
+        """Whether the tokens are the same and the probability is within the tolerance."""
         return self.tokens == other.tokens and abs(self.logprob - other.logprob) <= self.TOLERANCE
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a model host takes at once. ``kv_tokens`` is None where its engine has no KV cache."""
+    """What a model host can take at once.
+
+    Attributes:
+        sequences: sequences that it computes at the same time.
+        kv_tokens: tokens that its KV cache holds; None if its engine has no KV cache.
+    """
 
     sequences: int
     kv_tokens: int | None = None
@@ -73,7 +79,13 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Load:
-    """What a model host was at when it was asked last."""
+    """The load of a model host when it was last asked.
+
+    Attributes:
+        running: sequences that it computes.
+        waiting: requests in its queue.
+        kv_tokens_used: tokens in its KV cache.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -82,7 +94,7 @@ class Load:
 
 @dataclass(frozen=True)
 class MappedFile:
-    """A file that a process maps, as the file system knew it before."""
+    """A file that a process maps, as it was when it was first mapped."""
 
     path: str
     device: int
@@ -93,7 +105,19 @@ class MappedFile:
 
 @dataclass(frozen=True)
 class Instance:
-    """One model host. ``capacity`` is None while it has not told."""
+    """One model host.
+
+    Attributes:
+        snapshot: the snapshot it was restored from; empty if it was started.
+        weight_files: the digest of each weight file that it maps from the node's weight cache; empty if it
+            maps the model's own files.
+        mapped_files: the model's own weight files that it maps. Whoever writes to them changes its answers.
+        model_files: the digest of each other file of the model that it has read.
+        gpu: UUID of the GPU it is on, or was on when it gave it up. Inside the process the CUDA device is
+            always number 0.
+        gpu_bytes: the GPU memory that it held when it last gave its GPU up.
+        capacity: None until the model host has reported it.
+    """
 
     id: str
     deployment: str
@@ -109,16 +133,11 @@ class Instance:
     failure_message: str = ""
     weights: Weights = Weights.DETACHED
     weights_digest: str = ""
-    # The digest of each weight file that it maps from the node's weight cache; empty: from the model's own.
     weight_files: Mapping[str, str] = field(default_factory=dict)
-    # The model's own weight files that it maps: whoever writes to them changes what it answers.
     mapped_files: tuple[MappedFile, ...] = ()
-    # The digest of each other file of the model that it has read.
     model_files: Mapping[str, str] = field(default_factory=dict)
     canary: Canary | None = None
-    # UUID of the GPU it is on, or was on when it gave it up; inside it is always the same CUDA device.
     gpu: str = ""
-    # Bytes it held there when it last gave it up.
     gpu_bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     capacity: Capacity | None = None
@@ -130,9 +149,9 @@ class Model:
     """A model that this node can load.
 
     Attributes:
-        directory: where its files are; None while it must still be downloaded.
+        directory: where its files are; None if it must still be downloaded.
         weights: its weight files.
-        context_length: tokens of prompt and answer together.
+        context_length: the most tokens that a prompt and its answer may have together.
     """
 
     name: str
@@ -154,11 +173,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Sharing:
-    """A way of sharing GPUs in which the driver cannot suspend a process.
+    """A way of sharing GPUs that keeps the driver from suspending processes.
 
     Attributes:
         kind: "MIG" or "MPS".
-        gpu: UUID of the GPU; empty: all of the node's.
+        gpu: UUID of the GPU; empty for all GPUs of the node.
         message: what was found and how to end it.
     """
 
@@ -178,12 +197,17 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a snapshot is: it exists when this is published.
+    """The description of a snapshot, which exists once its manifest is published.
 
     Attributes:
-        compatibility: facts that must be equal where it is restored.
+        compatibility: facts that must be the same where it is restored.
         mounts: names of the external mounts that the image refers to.
-        pipes: inode of each pipe at capture, by role.
+        pipes: the inode of each pipe at capture, by role.
+        gpus: UUIDs of the node's GPUs at capture, in the driver's order; empty for a process without CUDA.
+        gpu: the GPU that its source was on; empty in older manifests, which mean the first one.
+        gpu_bytes: GPU memory that its source held while it served.
+        weight_files: as in :class:`Instance`; a restored process maps these very files again.
+        model_files: the digest of each other file of the model. Their contents are in its memory.
     """
 
     id: str
@@ -199,25 +223,23 @@ class Manifest:
     mounts: tuple[str, ...]
     pipes: Mapping[str, int]
     files: tuple[ImageFile, ...]
-    # UUIDs of the node's GPUs at capture, in the driver's order; empty for a process without CUDA.
     gpus: tuple[str, ...] = ()
-    # The one of them that it was on; empty in older manifests: the first.
     gpu: str = ""
-    # Bytes that its source held there while it served.
     gpu_bytes: int = 0
     weights: Weights = Weights.DETACHED
-    # As its source had them: its process maps these very files again.
     weight_files: Mapping[str, str] = field(default_factory=dict)
-    # The digest of each other file of the model: what its source has read of them is in its memory.
     model_files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A manifest, whether it may be restored, and where its files are: on this node, in the object store.
+    """A manifest, whether it may be restored, and where its files are.
 
     Attributes:
-        signer: the key that signed what this node fetched; empty: captured here, or not here.
+        quarantine_reason: why it must not be restored; empty if it may.
+        local: this node has its files.
+        published: the object store has its files.
+        signer: the key that signed it, if this node fetched it; empty otherwise.
     """
 
     manifest: Manifest
@@ -229,12 +251,19 @@ class Snapshot:
 
     @property
     def size(self) -> int:
+        """Bytes of all image files."""
         return sum(file.size for file in self.manifest.files)
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What a snapshot takes on this node, in bytes, and when it was last used, in seconds since the epoch."""
+    """A snapshot on this node.
+
+    Attributes:
+        size: bytes that it takes on this node.
+        last_use: in seconds since the epoch.
+        published: the object store has it too, so it may be evicted.
+    """
 
     snapshot: str
     size: int
@@ -244,10 +273,10 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class Finding:
-    """One check of the machine and what came of it.
+    """The result of one check of the machine.
 
     Attributes:
-        needed: whether nothing works without; else models still run, and start cold.
+        needed: nothing works unless the check passes. If False, models run all the same, but start cold.
     """
 
     check: str

@@ -1,4 +1,4 @@
-"""What the jobs need of the world."""
+"""The ports of snapshotd: what its core requires of the world. The adapters implement them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ from snapshotd.model import CacheEntry, ImageFile, Json, Manifest, MappedFile, M
 
 
 class Clock(Protocol):
-    """Time, so that tests can move it."""
+    """The time, which tests can set."""
 
     def now(self) -> datetime:
         """The time of day, in UTC."""
         ...
 
     def monotonic(self) -> float:
-        """Seconds that only ever go forward."""
+        """Seconds of a clock that never goes back."""
         ...
 
 
 class Host(Protocol):
     """A model host and the shim that holds it.
 
-    It begins empty. ``launch`` or ``restore`` gives it a process; ``release`` ends both and leaves
-    nothing. Between them ``call`` reaches the model host's life cycle (load, serve, drain, quiesce,
-    wake, canary), ``dump``, once prepared, writes its image while it waits in quiescence, and
-    ``freeze`` stops it from running. Every method raises ``DumontError``: the model host's own refusal
-    with its reason, ``HOST_TIMEOUT`` when it gives no answer, ``HOST_LOST`` when its process or shim is
-    gone. ``end`` is how the process ended by itself, in words; empty while it runs or where nobody saw it.
+    A host is empty at first. ``launch`` or ``restore`` gives it a process, and ``release`` ends process and
+    shim. In between, ``call`` sends commands to the model host (load, serve, drain, quiesce, wake, canary),
+    ``dump`` writes the image of a quiescent process, and ``freeze`` stops the process from running.
+
+    Every method raises ``DumontError``: the model host's own refusal with its reason, ``HOST_TIMEOUT`` if it
+    gives no answer, or ``HOST_LOST`` if its process or its shim has ended.
+
+    Attributes:
+        instance: the instance that it holds; empty for an empty host.
+        pid: of the process, as the node sees it; 0 for an empty host.
+        lost: set when the process or the shim ends.
+        end: how the process ended by itself, in words; empty while it runs or if that is not known.
     """
 
     instance: str
@@ -41,7 +47,15 @@ class Host(Protocol):
 
     async def launch(
         self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
-    ) -> None: ...
+    ) -> None:
+        """Start the model host.
+
+        Args:
+            directory: the instance's directory.
+            command: program and arguments.
+            environment: all of its variables.
+        """
+        ...
 
     async def restore(
         self,
@@ -53,52 +67,74 @@ class Host(Protocol):
         pipes: Mapping[str, int],
         timeout: float,
     ) -> None:
-        """
+        """Restore the process from an image.
+
         Args:
-            images: what CRIU reads.
-            origin: the snapshot's own directory, where memory is mapped from.
-            mounts: external mounts, by mount point; this node must have each.
+            directory: the instance's directory.
+            images: the directory that CRIU reads.
+            origin: the snapshot's own directory, from which memory is mapped.
+            mounts: mount points of the external mounts; this node must have each of them.
+            pipes: the inode of each pipe at capture, by role.
+            timeout: seconds that CRIU may take.
         """
         ...
 
     async def prepare(self, images: Path, timeout: float) -> None:
-        """Make ready for one dump into the directory ``images``, which the model host need not wait for."""
-        ...
+        """Prepare a dump into the directory ``images`` while the model host still serves.
 
-    async def abandon(self) -> None:
-        """Undo ``prepare``, if there was no dump since."""
-        ...
-
-    async def dump(self, images: Path, timeout: float) -> Json:
-        """Write the image.
-
-        Answers the ``mounts`` and ``pipes`` that a restore must be told, and the ``origin``: the directory
-        of the images that it was restored from itself, empty if it was started.
+        Args:
+            timeout: seconds that this may take.
         """
         ...
 
-    async def call(self, command: str, timeout: float, **arguments: object) -> Json: ...
-
-    async def freeze(self) -> None: ...
-
-    async def thaw(self) -> None: ...
-
-    async def status(self) -> Json:
-        """The shim's own view: instance, pid, frozen, exit_status."""
+    async def abandon(self) -> None:
+        """Undo ``prepare``, unless a dump has followed it."""
         ...
 
-    async def release(self) -> None: ...
+    async def dump(self, images: Path, timeout: float) -> Json:
+        """Write the image of the process, which goes on.
+
+        Returns:
+            ``mounts`` and ``pipes`` as :meth:`restore` takes them, and ``origin``, the directory of the
+            images from which the process itself was restored; empty if it was started.
+        """
+        ...
+
+    async def call(self, command: str, timeout: float, **arguments: object) -> Json:
+        """Send a command to the model host.
+
+        Args:
+            timeout: seconds to wait for the answer.
+            arguments: fields of the command.
+        """
+        ...
+
+    async def freeze(self) -> None:
+        """Stop the process from running."""
+        ...
+
+    async def thaw(self) -> None:
+        """Let a frozen process run again."""
+        ...
+
+    async def status(self) -> Json:
+        """The state of the process as the shim sees it: instance, pid, frozen, exit_status."""
+        ...
+
+    async def release(self) -> None:
+        """End the process and the shim. Nothing of them is left."""
+        ...
 
 
 class Hosts(Protocol):
-    """The node's shims. One spare is kept started, because starting one takes longer than a restore may."""
+    """The node's shims. A spare one is kept running, because starting one takes longer than a restore may."""
 
     async def take(self) -> Host:
-        """An empty host, ready at once if the spare is."""
+        """An empty host: the spare one, if it is ready."""
         ...
 
     async def find(self) -> Sequence[Host]:
-        """The hosts that an earlier daemon left running, the empty ones released."""
+        """The hosts that an earlier daemon left running. Empty ones are released."""
         ...
 
     async def end_orphans(self, instances: Path) -> None:
@@ -110,148 +146,192 @@ class Hosts(Protocol):
         ...
 
     def mounts(self) -> set[str]:
-        """The mount points that a host has on this node, its own among them."""
+        """The mount points that a model host has on this node, including those that its shim makes."""
         ...
 
     async def close(self) -> None:
-        """Let go of all hosts without ending them; the spare ends."""
+        """Disconnect from all hosts, which go on; end the spare."""
         ...
 
 
 class Cuda(Protocol):
     """The CUDA state of processes, driven from outside them.
 
-    A process is ``running``, ``locked`` (its CUDA calls wait), ``checkpointed`` (its GPU memory is in host
-    memory and the GPU is free) or ``failed``. Lock, checkpoint, restore, unlock go through them in that
-    order. Every method raises ``DumontError``: ``CUDA_FAILED`` when the driver refuses, ``GPU_MEMORY`` when
-    a GPU is too full, ``CUDA_TIMEOUT`` for what does not end, ``CUDA_AGENT_LOST`` when whoever performs the
-    operation ends in the middle of it. After the last two only ``state`` says what became of the process.
+    A process is ``running``, ``locked`` (its CUDA calls block), ``checkpointed`` (its GPU memory is in host
+    memory and the GPU is free) or ``failed``. ``lock``, ``checkpoint``, ``restore`` and ``unlock`` lead
+    through the first three and back.
+
+    Every method raises ``DumontError``: ``CUDA_FAILED`` if the driver refuses, ``GPU_MEMORY`` if a GPU has
+    too little memory, ``CUDA_TIMEOUT`` if the operation does not end, and ``CUDA_AGENT_LOST`` if the process
+    that performs it ends meanwhile. After the last two, only ``state`` tells what became of the process.
     """
 
     async def state(self, pid: int) -> str:
-        """``CUDA_FAILED`` also when the process does not use CUDA."""
+        """The state of a process; raises ``CUDA_FAILED`` if the process does not use CUDA."""
         ...
 
     async def lock(self, pid: int, timeout: float) -> None:
-        """``timeout`` in seconds: work that is still on the GPU after that is ``CUDA_LOCK_TIMEOUT``."""
+        """Wait until the GPU is idle, and make further CUDA calls of the process block.
+
+        Args:
+            timeout: seconds after which work that is still on the GPU raises ``CUDA_LOCK_TIMEOUT``.
+        """
         ...
 
-    async def checkpoint(self, pid: int) -> None: ...
+    async def checkpoint(self, pid: int) -> None:
+        """Copy the GPU memory of a locked process to host memory, and free the GPU."""
+        ...
 
     async def restore(self, pid: int, devices: Mapping[str, str]) -> None:
-        """``devices``: UUIDs, old to new, of every GPU of the node; empty: the same GPUs."""
+        """Copy the GPU memory of a checkpointed process back; the process is locked afterwards.
+
+        Args:
+            devices: old UUIDs to new ones, for every GPU of the node; empty for the same GPUs.
+        """
         ...
 
-    async def unlock(self, pid: int) -> None: ...
+    async def unlock(self, pid: int) -> None:
+        """Let the CUDA calls of a locked process go on."""
+        ...
 
 
 class WeightLoader(Protocol):
-    """Brings weights from the node's cache to a GPU, beside whatever the model host does meanwhile."""
+    """Copies weights from the node's cache to a GPU while the model host does something else."""
 
     async def ready(self) -> bool:
-        """Whether it can be asked; one that died is started again, for the next."""
+        """Whether the loader takes orders. If it has died, this starts it again."""
         ...
 
 
 class GpuStatus(Protocol):
-    """This node's GPUs as they are now; memory in bytes, GPUs by UUID."""
+    """The current state of this node's GPUs, with memory in bytes and GPUs by UUID."""
 
     def used_by(self, pids: Collection[int]) -> Mapping[str, int]:
-        """What processes hold, of each GPU that they are on."""
+        """The memory that the processes hold on each GPU that they use."""
         ...
 
     def free(self, gpu: str) -> int:
-        """What nobody holds of one GPU."""
+        """The memory of a GPU that nobody holds."""
         ...
 
     def sharing(self) -> Sequence[Sharing]:
-        """How GPUs are shared in ways that CUDA processes cannot be suspended in; empty: they can."""
+        """The ways of sharing that keep CUDA processes from being suspended; empty if there are none."""
         ...
 
 
 class SnapshotStore(Protocol):
-    """Snapshots of this node.
+    """The snapshots of this node.
 
-    ``stage`` gives a directory that no list shows. ``commit`` makes its files durable, then the
-    manifest, and only with that does the snapshot exist. A snapshot is never changed afterwards,
-    only quarantined or deleted.
+    ``stage`` makes a directory that no list shows. ``commit`` makes its files durable and then writes the
+    manifest, with which the snapshot exists. After that a snapshot is never changed, only quarantined or
+    deleted.
     """
 
-    async def stage(self, snapshot: str) -> Path: ...
+    async def stage(self, snapshot: str) -> Path:
+        """Make the directory for a snapshot in the making.
 
-    async def discard(self, snapshot: str) -> None:
-        """Remove a staged directory, if there is one."""
-        ...
-
-    async def digest(self, snapshot: str) -> list[ImageFile]:
-        """Name, size and digest of every image file that is staged."""
-        ...
-
-    async def commit(self, manifest: Manifest, fetched_from: str = "") -> Snapshot:
-        """Make what is staged a snapshot.
-
-        Args:
-            fetched_from: the key that signed it in the object store: it was verified on its way here and can
-                be fetched again, so it need not survive the machine. Empty: it was captured here.
+        Raises:
+            AlreadyExists: there is a snapshot of that id, complete or in the making.
         """
         ...
 
-    async def get(self, snapshot: str) -> Snapshot: ...
+    async def discard(self, snapshot: str) -> None:
+        """Remove the staged directory of a snapshot, if there is one."""
+        ...
 
-    async def verify(self, snapshot: Snapshot, again: bool = False) -> None:
-        """Compare every file; raises ``DataLoss`` naming the file that differs.
+    async def digest(self, snapshot: str) -> list[ImageFile]:
+        """The name, size and digest of every staged image file."""
+        ...
+
+    async def commit(self, manifest: Manifest, fetched_from: str = "") -> Snapshot:
+        """Make the staged files a snapshot.
 
         Args:
-            again: read also what nobody has written to since it was last read and found right.
+            fetched_from: the key that signed the snapshot in the object store; empty if it was captured here.
+                A fetched snapshot has been verified and can be fetched again, so it need not be durable.
+
+        Raises:
+            AlreadyExists: there is a snapshot of that id.
+        """
+        ...
+
+    async def get(self, snapshot: str) -> Snapshot:
+        """A snapshot by its id.
+
+        Raises:
+            NotFound: there is none.
+            DataLoss: its manifest is damaged.
+        """
+        ...
+
+    async def verify(self, snapshot: Snapshot, again: bool = False) -> None:
+        """Compare every image file with the manifest.
+
+        Args:
+            again: also read files that were verified before and that nobody has written to since.
+
+        Raises:
+            DataLoss: a file differs, which is named.
         """
         ...
 
     def pin(self, owner: str, snapshot: str) -> None:
-        """From now on the image files of a snapshot, once they are there, stay for ``owner``.
+        """Keep the image files of a snapshot, once they are there, until ``owner`` unpins it.
 
         Args:
-            owner: an instance that restores or maps them, or whoever else reads them; it keeps one at a time.
+            owner: the instance that restores from the files or maps them, or another reader. It pins one
+                snapshot at a time.
         """
         ...
 
     async def images(self, snapshot: Snapshot) -> Path:
-        """The directory with its image files, for as long as somebody keeps it; brought there if need be.
+        """The directory with the image files of a pinned snapshot. They are decrypted into it if need be.
 
         Raises:
-            DataLoss: they cannot be brought there, because what is stored of them is damaged.
-            FailedPrecondition: KEY_MISSING, they are encrypted with another key than this node's.
-            ResourceExhausted: there is no room for them.
+            DataLoss: the stored snapshot is damaged and cannot be decrypted.
+            FailedPrecondition: KEY_MISSING, it is encrypted with another key than this node's.
+            ResourceExhausted: there is no room for the files.
         """
         ...
 
     async def unpin(self, owner: str) -> None:
-        """``owner`` reads and maps nothing any more; nothing happens if it kept nothing."""
+        """Note that ``owner`` no longer uses image files. It need not have pinned any."""
         ...
 
-    async def quarantine(self, snapshot: str, reason: str) -> None: ...
+    async def quarantine(self, snapshot: str, reason: str) -> None:
+        """Remember why a snapshot must not be restored."""
+        ...
 
     async def note_published(self, snapshot: str) -> None:
-        """Remember that it is in the object store."""
+        """Remember that a snapshot is in the object store."""
         ...
 
     async def touch(self, snapshot: str) -> None:
-        """It is in use now."""
+        """Remember that a snapshot is used now."""
         ...
 
     async def entries(self) -> Sequence[CacheEntry]:
-        """What each snapshot takes."""
+        """The size and last use of every snapshot."""
         ...
 
-    async def delete(self, snapshot: str) -> None: ...
+    async def delete(self, snapshot: str) -> None:
+        """Remove a snapshot.
 
-    async def list(self) -> list[Snapshot]: ...
+        Raises:
+            NotFound: there is none.
+        """
+        ...
+
+    async def list(self) -> list[Snapshot]:
+        """Every snapshot whose manifest can be read, by id."""
+        ...
 
 
 class Models(Protocol):
     """Models that this node can load."""
 
     async def resolve(self, name: str, engine: str = "") -> Model:
-        """Find a model and check that it can be loaded; ``directory`` is None if it must be fetched."""
+        """Find a model and check that it can be loaded. Its ``directory`` is None if it must be fetched."""
         ...
 
     async def find(self, name: str, engine: str = "") -> Model | None:
@@ -263,18 +343,18 @@ class Models(Protocol):
         ...
 
     async def fetch(self, model: Model) -> Model:
-        """Download what is missing; the result has a directory."""
+        """Download what is missing of a model. The result has a directory."""
         ...
 
 
 class WeightFiles(Protocol):
-    """The weight files of models on this node, and the memory that it keeps them in for its instances.
+    """The weight files of the models on this node, and their copies in memory for the instances.
 
-    What an instance holds stays there until it is released, whatever else comes.
+    Files that an instance has pinned stay in memory until it unpins them.
     """
 
     async def digest(self, model: Model) -> str:
-        """BLAKE3 over the names and bytes of the weight files; read again only when a file changed."""
+        """BLAKE3 of the names and bytes of the weight files. Unchanged files are not read again."""
         ...
 
     async def mapped(self, model: Model) -> tuple[MappedFile, ...]:
@@ -288,17 +368,17 @@ class WeightFiles(Protocol):
         ...
 
     async def pin(self, instance: str, model: Model) -> Mapping[str, str]:
-        """Bring all of them into memory, unless they are there, and keep them there for ``instance``.
+        """Copy the weight files of a model into memory, unless they are there, and pin them for ``instance``.
 
         Returns:
-            The digest of each file by its name; empty: they do not fit, or this node keeps none in memory.
+            The digest of each file by its name; empty if they do not fit or this node has no weight cache.
         """
         ...
 
     def repin(self, instance: str, files: Mapping[str, str]) -> None:
-        """Hold again what ``instance`` held when an earlier daemon ran."""
+        """Pin again the files that ``instance`` had pinned with an earlier daemon."""
         ...
 
     def unpin(self, instance: str) -> None:
-        """``instance`` uses nothing any more, or does not exist."""
+        """Note that ``instance`` no longer uses weight files. It need not exist."""
         ...

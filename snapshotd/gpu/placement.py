@@ -11,26 +11,28 @@ from snapshotd.model import Gpu
 
 @dataclass
 class Reservations:
-    """GPU memory promised to jobs under way, which the driver does not count as taken yet."""
+    """GPU memory set aside for jobs under way, which the driver does not count as used yet."""
 
-    _promised: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _reserved: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def reserve(self, instance: str, gpu: str, needed: int) -> None:
-        self._promised[instance] = (gpu, needed)
+        """Set aside ``needed`` bytes of a GPU, by its UUID, in place of what the instance had reserved."""
+        self._reserved[instance] = (gpu, needed)
 
     def release(self, instance: str) -> None:
-        self._promised.pop(instance, None)
+        """Give back what an instance had reserved, if anything."""
+        self._reserved.pop(instance, None)
 
     def reserved(self, gpu: str) -> int:
-        """Bytes of one GPU, by its UUID."""
-        return sum(needed for where, needed in self._promised.values() if where == gpu)
+        """Bytes that are reserved on one GPU, by its UUID."""
+        return sum(needed for where, needed in self._reserved.values() if where == gpu)
 
 
 def named(gpus: Sequence[Gpu], wanted: str) -> Gpu:
-    """The GPU that a caller named, by its UUID or its index among the node's.
+    """The GPU that a caller named by its UUID or by its index among the node's GPUs.
 
     Raises:
-        InvalidArgument: the node has no such GPU.
+        InvalidArgument: GPU_UNKNOWN, the node has no such GPU.
     """
     for index, gpu in enumerate(gpus):
         if wanted in (gpu.uuid, str(index)):
@@ -42,22 +44,22 @@ def named(gpus: Sequence[Gpu], wanted: str) -> Gpu:
 
 
 def alike(one: Gpu, other: Gpu) -> bool:
-    """Whether a process of one can be brought back on the other."""
+    """Whether a process that was suspended on one GPU can resume on the other."""
     return (one.model, one.memory_total) == (other.model, other.memory_total)
 
 
 def choose(gpus: Sequence[Gpu], free: Mapping[str, int], home: Gpu | None, wanted: str = "") -> Gpu:
-    """The GPU for an instance: the one that is wanted, else the one with the most room.
+    """The GPU for an instance: the wanted one, or else the one with the most free memory.
 
     Args:
-        gpus: the node's; at least one.
-        free: bytes that nobody holds or was promised, by UUID.
-        home: where its state comes from, preferred among equals; None: it has none yet.
-        wanted: UUID or index; empty: any.
+        gpus: the node's GPUs; at least one.
+        free: bytes that are neither in use nor reserved, by UUID.
+        home: where the state of the process comes from, preferred among equals; None for a new process.
+        wanted: UUID or index; empty for any.
 
     Raises:
-        InvalidArgument: the node has no such GPU.
-        FailedPrecondition: it is of another kind than ``home``.
+        InvalidArgument: GPU_UNKNOWN, the node has no such GPU.
+        FailedPrecondition: GPU_MODEL, the wanted GPU is of another model than ``home``.
     """
     if wanted:
         gpu = named(gpus, wanted)
@@ -74,10 +76,12 @@ def choose(gpus: Sequence[Gpu], free: Mapping[str, int], home: Gpu | None, wante
 
 
 def check_free_memory(gpu: Gpu, free: int, needed: int) -> None:
-    """Refuse before the driver begins: a CUDA restore that runs out of memory strands its process.
+    """Refuse a job for which a GPU has too little memory, before the driver begins.
+
+    A CUDA restore that runs out of memory leaves its process unusable.
 
     Raises:
-        ResourceExhausted: the GPU has less free than ``needed`` bytes.
+        ResourceExhausted: GPU_MEMORY, the GPU has fewer than ``needed`` bytes free.
     """
     if free < needed:
         raise ResourceExhausted(
@@ -89,10 +93,10 @@ def check_free_memory(gpu: Gpu, free: int, needed: int) -> None:
 
 
 def arrange(captured: Sequence[str], here: Sequence[str]) -> dict[str, str]:
-    """Captured UUIDs to UUIDs here: each to itself where it still exists, the others in order.
+    """Map UUIDs at capture to UUIDs here: each to itself if it still exists, the others in order.
 
     Raises:
-        FailedPrecondition: their numbers differ, or one is named twice.
+        FailedPrecondition: GPU_MAP, the numbers of GPUs differ, or one is named twice.
     """
     if len(captured) != len(here) or len(set(captured)) != len(captured) or len(set(here)) != len(here):
         raise FailedPrecondition(
@@ -105,19 +109,23 @@ def arrange(captured: Sequence[str], here: Sequence[str]) -> dict[str, str]:
 
 
 def device_map(captured: Sequence[str], here: Sequence[str], source: str, target: str) -> dict[str, str]:
-    """The map that brings what was on ``source`` to ``target``; empty when nothing changes place.
+    """The device map for a CUDA restore that brings the state on ``source`` to ``target``.
 
-    The driver wants every GPU of the node in it, also those that the process does not use or see, and
-    each of them once: what would have come to ``target`` goes where ``source`` would have gone.
+    The driver requires every GPU of the node in the map, even those that the process does not use or see,
+    and each of them once. So the state that would have come to ``target`` goes where that of ``source``
+    would have gone.
 
     Args:
         captured: UUIDs of the node's GPUs at capture.
-        here: those of this node.
+        here: UUIDs of this node's GPUs.
         source: one of ``captured``.
         target: one of ``here``.
 
+    Returns:
+        Old UUIDs to new ones; empty if no state changes place.
+
     Raises:
-        FailedPrecondition: there is no such map.
+        FailedPrecondition: GPU_MAP, there is no such map.
     """
     places = arrange(captured, here)
     displaced = next((gpu for gpu, place in places.items() if place == target), "")

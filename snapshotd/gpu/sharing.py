@@ -1,4 +1,4 @@
-"""MIG and MPS: ways of sharing a GPU that the driver's checkpoint does not support."""
+"""MIG and MPS: ways of sharing a GPU with which the driver cannot checkpoint processes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MPS_DIRECTORY: Final = "/tmp/nvidia-mps"
 
 
 def found(library: Any, environment: Mapping[str, str] = os.environ) -> list[Sharing]:
-    """What NVML and the file system say.
+    """The ways in which the node's GPUs are shared, as NVML and the file system show them.
 
     Args:
         library: an initialised ``pynvml``.
-        environment: where ``CUDA_MPS_PIPE_DIRECTORY`` may stand.
+        environment: may contain ``CUDA_MPS_PIPE_DIRECTORY``.
     """
     return [*_mig(library), *_mps(library, environment)]
 
@@ -29,7 +29,7 @@ def _mig(library: Any) -> Iterator[Sharing]:
         try:
             current, _ = library.nvmlDeviceGetMigMode(handle)
         except library.NVMLError:
-            # This kind of GPU has none.
+            # This model of GPU does not support MIG.
             continue
         if current:
             gpu = text(library.nvmlDeviceGetUUID(handle))
@@ -85,4 +85,5 @@ def _handles(library: Any) -> Iterator[Any]:
 
 
 def text(value: str | bytes) -> str:
+    """A string of NVML as text; older versions of the package return bytes."""
     return value.decode() if isinstance(value, bytes) else value

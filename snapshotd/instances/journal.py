@@ -1,4 +1,4 @@
-"""The living instances on disk, one file each, so that the next daemon knows what it takes over."""
+"""A file for each living instance, from which the next daemon learns what to take over."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ _ADAPTER = TypeAdapter(Instance)
 
 
 class Journal:
-    """Files ``<id>.json`` in one directory, each replaced as a whole."""
+    """Files ``<id>.json`` in one directory. Each is replaced as a whole."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def write(self, instance: Instance) -> None:
+        """Record an instance as it is now."""
         path = self._path(instance.id)
         scratch = path.with_suffix(".new")
         try:
             scratch.write_bytes(_ADAPTER.dump_json(instance))
-            # Not synced: it must survive this daemon, and with the machine the instances end too.
+            # Not synced: the file must outlive the daemon, but not the machine, with which instances end too.
             scratch.replace(path)
         except OSError as error:
-            # A full disk must not keep an instance from moving on; the next daemon asks its host anyway.
-            log.error("journal entry cannot be written", path=path.name, error=str(error))
+            # A full disk must not stop an instance from changing its state. The next daemon asks its host.
+            log.error("journal_entry_not_written", path=path.name, error=str(error))
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
 
     def forget(self, instance: str) -> None:
+        """Remove the record of an instance, if there is one."""
         try:
             self._path(instance).unlink(missing_ok=True)
         except OSError as error:
@@ -42,13 +44,13 @@ class Journal:
             log.error("journal_entry_not_removed", instance=instance, error=str(error))
 
     def read(self) -> list[Instance]:
-        """Every instance that was not forgotten; a file that cannot be read is removed."""
+        """Every instance in the journal. A file that cannot be read is removed."""
         instances = []
         for path in sorted(self.directory.glob("*.json")):
             try:
                 instances.append(_ADAPTER.validate_json(path.read_bytes()))
             except ValidationError:
-                log.warning("journal entry cannot be read", path=path.name)
+                log.warning("journal_entry_unreadable", path=path.name)
                 path.unlink()
         return instances
 

@@ -1,8 +1,8 @@
-"""The instances of this node: their records, their jobs, and who hears of changes.
+"""The instances of this node: their records, their jobs, and the watchers of their changes.
 
-Requests come in here; the machine says whether they are legal and which job they begin; the executor
-runs the job; its end goes back into the machine. The record of every living instance is journaled in
-its directory, so that the next daemon takes the living ones over.
+A request arrives here. The table of transitions in ``lifecycle`` decides whether it is legal, the executor
+runs its job, and the end of the job is the next event for the table. Every living instance is in the journal,
+so that the next daemon can take it over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dumont.errors import (
     DeadlineExceeded,
     DumontError,
     FailedPrecondition,
-    Internal,
     NotFound,
 )
 from snapshotd import jobs
@@ -32,20 +31,21 @@ from snapshotd.instances.record import Change, Record
 from snapshotd.instances.recovery import recover, sweep
 from snapshotd.jobs import actions
 from snapshotd.jobs.context import Node
-from snapshotd.jobs.executor import Action, Observer, Step, run_job
+from snapshotd.jobs.executor import Action, Observer, Step, as_defect, run_job
 from snapshotd.model import Instance, Model, Phase, Snapshot, State
 from snapshotd.ports import Host
 
 log = structlog.get_logger(__name__)
 
-# How many failed instances are remembered for their reason.
+# Failed instances that are remembered, so that callers can ask for the reason.
 FAILED_KEPT = 64
-# What may be ended because its weights changed; everything else is on its way there.
+# States in which an instance may be ended because its weights have changed; all others lead to these.
 RESTING = (State.SERVING, State.PARKED)
+# Between two looks at the weight files that instances map.
 WEIGHTS_SECONDS = 5.0
-# They end as begun, whoever still waits: half a stop or half a resume is no state to be in, and a model
-# host that drains for a park hears of nothing else meanwhile, not even that it need not.
-RUN_TO_THE_END = ("stop", "park", "resume")
+# Jobs that go on when their caller leaves. An instance that is half stopped or half resumed is of no use,
+# and a model host that drains for a park reads no other command meanwhile, not even one that cancels it.
+UNCANCELLED_JOBS = ("stop", "park", "resume")
 
 
 class Instances:
@@ -56,7 +56,7 @@ class Instances:
     ) -> None:
         """
         Args:
-            observer: makes the observer of a job from the instance's id.
+            observer: makes the observer of a job from the id of its instance.
         """
         self.node = node
         self.journal = journal
@@ -65,15 +65,21 @@ class Instances:
         self.pinned: dict[str, int] = {}
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._listeners: set[asyncio.Queue[Change]] = set()
-        # Held here: the caller of a job may leave before its end.
+        # References that keep the tasks alive: the caller of a job may leave before it ends.
         self._settling: set[asyncio.Task[Instance]] = set()
 
-    # What there is.
+    # Queries
 
     def get(self, instance: str) -> Instance:
+        """An instance by its id.
+
+        Raises:
+            NotFound: INSTANCE_NOT_FOUND.
+        """
         return self._record(instance).instance
 
     def all(self) -> list[Instance]:
+        """Every instance, including the failed ones that are remembered."""
         return [record.instance for record in self._records.values()]
 
     @contextlib.asynccontextmanager
@@ -88,13 +94,13 @@ class Instances:
         finally:
             self._listeners.discard(queue)
 
-    # Requests. ``admit`` refuses or registers at once; the job then runs until the instance serves.
+    # Requests. ``admit`` registers or refuses an instance at once; its job then runs until it serves.
 
     def admit(self, instance: Instance) -> None:
         """Register a new instance.
 
         Raises:
-            AlreadyExists: its id is in use; nothing changed.
+            AlreadyExists: INSTANCE_EXISTS, its id is in use; nothing has changed.
         """
         existing = self._records.get(instance.id)
         if existing is not None and (existing.instance.state is not State.FAILED or existing.ending.locked()):
@@ -108,9 +114,10 @@ class Instances:
         self._publish(self._records[instance.id])
 
     async def start(self, instance: str, model: Model, gpu: str = "") -> Instance:
-        """
+        """Load a model into an admitted instance.
+
         Args:
-            gpu: UUID or index of the GPU to load it on; empty: where there is most room.
+            gpu: UUID or index of the GPU to load it on; empty for the one with the most free memory.
         """
         record = self._record(instance)
         return await self._settle(record, "start", jobs.start(self.node, record, model, gpu))
@@ -118,10 +125,11 @@ class Instances:
     async def restore(
         self, instance: str, snapshot: Snapshot, fetch: Action | None = None, gpu: str = ""
     ) -> Instance:
-        """
+        """Restore an admitted instance from a snapshot.
+
         Args:
-            fetch: brings the snapshot to this node; None: it is here.
-            gpu: UUID or index of the GPU to restore it on; empty: where there is most room.
+            fetch: fetches the snapshot to this node; None if it is here.
+            gpu: UUID or index of the GPU to restore it on; empty for the one with the most free memory.
         """
         record = self._record(instance)
         with self._pin(snapshot.manifest.id):
@@ -129,12 +137,13 @@ class Instances:
             return await self._settle(record, "restore", steps)
 
     async def capture(self, instance: str, snapshot: str) -> Snapshot:
+        """Capture a serving instance as a new snapshot; it serves on."""
         record = self._record(instance)
         self._check_unshared(record, Event.CAPTURE)
         await self._check_weights(record)
         self._advance(record, Event.CAPTURE)
         capture = jobs.Capture(self.node, record, snapshot)
-        # One that was restored maps the snapshot that it came from, and the new one takes that over.
+        # A restored instance maps the snapshot that it came from, and the new snapshot copies from there.
         with self._pin(record.instance.snapshot):
             await self._settle(record, "capture", capture.steps(), capture.phases)
         if capture.result is None:
@@ -144,23 +153,25 @@ class Instances:
         return capture.result
 
     async def park(self, instance: str) -> Instance:
+        """Give up the GPU of a serving instance or, without one, stop its process."""
         record = self._record(instance)
         self._check_unshared(record, Event.PARK)
         self._advance(record, Event.PARK)
         return await self._settle(record, "park", jobs.park(self.node, record))
 
     async def resume(self, instance: str, gpu: str = "") -> Instance:
-        """
+        """Let a parked instance serve again.
+
         Args:
-            gpu: UUID or index of the GPU to come back on; empty: where it was or, if there is no room, on
-                another one that it can go to.
+            gpu: UUID or index of the GPU to resume on; empty for the one it was on or, if that has too little
+                memory, another one that it can go to.
 
         Raises:
-            InvalidArgument, FailedPrecondition: it cannot go there; it stays parked.
-            ResourceExhausted: there is no room for it now; it stays parked.
+            InvalidArgument, FailedPrecondition: it cannot go to that GPU; it stays parked.
+            ResourceExhausted: there is too little GPU memory for it now; it stays parked.
         """
         record = self._record(instance)
-        # Before anything moves: without room it stays parked.
+        # Checked before its state changes: without GPU memory it stays parked.
         self._check_unshared(record, Event.RESUME)
         await self._check_weights(record)
         target = actions.reserve_gpu_to_resume(self.node, record.instance, gpu)
@@ -168,20 +179,21 @@ class Instances:
         return await self._settle(record, "resume", jobs.resume(self.node, record, target))
 
     async def stop(self, instance: str) -> None:
-        """End an instance in whatever state; a job under way is cancelled and unwinds first."""
+        """End an instance in any state. A job under way is cancelled and undone first."""
         record = self._record(instance)
         self._advance(record, Event.STOP)
         await self._settle(record, "stop", jobs.stop(self.node, record))
 
     async def stop_all(self) -> None:
+        """End every instance, as far as that succeeds."""
         for instance in self.all():
             with contextlib.suppress(DumontError):
                 await self.stop(instance.id)
 
     async def measure(self, instance: str) -> None:
-        """Ask one that serves what it takes and what it is at, and tell those who listen what has changed.
+        """Ask an instance for its capacity and load, and report them to the watchers if they have changed.
 
-        One that is busy with something else, or does not answer, is left as it was known.
+        Nothing changes if a job is under way or the model host does not answer.
         """
         record = self._records.get(instance)
         if record is None or record.host is None or not _idle(record):
@@ -189,17 +201,17 @@ class Instances:
         try:
             answer = await record.host.call("status", self.node.deadlines.serve)
         except DumontError as error:
-            log.info("load not measured", instance=instance, reason=error.reason)
+            log.info("load_not_measured", instance=instance, reason=error.reason)
             return
         measured = actions.with_load(record.instance, answer)
         if _idle(record) and measured != record.instance:
             record.instance = measured
             self._publish(record)
 
-    # Taking over from an earlier daemon.
+    # Taking over from an earlier daemon
 
     async def take_over(self) -> None:
-        """Adopt the living instances of an earlier daemon and clean up after the others."""
+        """Adopt the instances of an earlier daemon that still live, and clean up after the others."""
         hosts = {host.instance: host for host in await self.node.hosts.find()}
         await self.node.hosts.end_orphans(self.node.instance_directory(""))
         for instance in self.journal.read():
@@ -211,49 +223,49 @@ class Instances:
                     raise Aborted("HOST_LOST", "its process ended while no snapshotd ran")
                 record.instance = await recover(self.node, instance, host)
             except DumontError as error:
-                log.warning("instance not taken over", instance=instance.id, reason=error.reason)
+                log.warning("instance_not_taken_over", instance=instance.id, reason=error.reason)
                 await self._forget(record)
                 continue
             self._records[instance.id] = record
             self._watch(record, host)
             self._publish(record)
             log.info(
-                "instance taken over", instance=instance.id, pid=host.pid, state=record.instance.state.name
+                "instance_taken_over", instance=instance.id, pid=host.pid, state=record.instance.state.name
             )
         for host in hosts.values():
-            # Its journal entry was removed: it was being stopped.
+            # A host whose journal entry is gone was being stopped.
             try:
                 await host.release()
             except DumontError as error:
-                log.error("model host not ended", instance=host.instance, reason=error.reason)
+                log.error("model_host_not_ended", instance=host.instance, reason=error.reason)
         await asyncio.to_thread(sweep, self.node, frozenset(self._records))
 
     async def _forget(self, record: Record) -> None:
-        """End what is left of an instance that is not taken over; the daemon starts in any case."""
+        """End what is left of an instance that is not taken over. The daemon starts even if that fails."""
         instance = record.instance.id
         try:
             await self._clean_up(record)
         except DumontError as error:
-            log.error("instance not cleaned up", instance=instance, reason=error.reason)
+            log.error("instance_not_cleaned_up", instance=instance, reason=error.reason)
         self.journal.forget(instance)
 
     async def detach(self) -> None:
-        """Let go of every instance, once what was begun has ended; they run on for the next daemon."""
+        """Stop watching the instances once the jobs under way have ended. They run on for the next daemon."""
         if self._settling:
             await asyncio.wait(self._settling)
         for record in self._records.values():
             if record.watch is not None:
                 record.watch.cancel()
 
-    # How a job runs.
+    # Running jobs
 
     async def _settle(
         self, record: Record, job: str, steps: Sequence[Step], phases: list[Phase] | None = None
     ) -> Instance:
-        """Run a job, after the one it takes the place of has unwound, and put its end into the machine.
+        """Run a job once the one it replaces has been undone, and advance the instance by its outcome.
 
-        A caller who leaves takes the job along, unless it must run to its end. Either way the machine
-        hears how it ended.
+        If the caller is cancelled, so is the job, unless it is one of ``UNCANCELLED_JOBS``. Either way its
+        outcome advances the instance.
         """
         done: list[Phase] = [] if phases is None else phases
         task = asyncio.create_task(
@@ -268,7 +280,7 @@ class Instances:
         try:
             return await asyncio.shield(settling)
         except asyncio.CancelledError:
-            if job not in RUN_TO_THE_END:
+            if job not in UNCANCELLED_JOBS:
                 task.cancel()
             await asyncio.wait([settling])
             raise
@@ -277,7 +289,7 @@ class Instances:
         self._settling.discard(settling)
         error = None if settling.cancelled() else settling.exception()
         if error is not None and not isinstance(error, DumontError):
-            log.error("job could not be concluded", task=settling.get_name(), exc_info=error)
+            log.error("job_not_concluded", task=settling.get_name(), exc_info=error)
 
     async def _run(
         self,
@@ -313,10 +325,10 @@ class Instances:
             await self._fail(record, cancelled)
             raise cancelled from None
         except Exception as failure:
-            # Whatever it is: an instance whose job has ended must not seem to be in it for ever.
-            error = failure if isinstance(failure, DumontError) else Internal("JOB_FAILED", str(failure))
+            # Whatever the failure is, the job has ended, and the state of the instance must say so.
+            error = failure if isinstance(failure, DumontError) else as_defect(job, "", failure)
             if job == "stop":
-                # Kept, so that the next stop has something to end.
+                # Kept, so that the next stop can end it.
                 record.host = record.host or host
                 self._advance(record, Event.FAILED, error.reason, error.message)
             else:
@@ -341,7 +353,7 @@ class Instances:
 
     async def _fail(self, record: Record, error: DumontError) -> None:
         if record.instance.state in (State.STOPPING, State.FAILED, State.GONE):
-            # A stop has taken over, or the process was lost: that event was the last word.
+            # A stop has replaced the job, or the loss of the process was noticed first. That decided it.
             return
         lost = record.host is None or record.host.lost.is_set()
         await self._end(record, Event.LOST if lost else Event.FAILED, error.reason, error.message)
@@ -358,27 +370,28 @@ class Instances:
             await run_job("clean_up", steps, self.node.clock, observer, self.failpoints, [])
 
     async def watch_weights(self) -> None:
-        """Look again and again whether somebody overwrote weights that an instance maps; for ever."""
+        """Check, until cancelled, whether somebody overwrites weights that an instance maps."""
         while True:
             await asyncio.sleep(WEIGHTS_SECONDS)
             await self.check_weights()
 
     async def check_weights(self) -> None:
-        """End every instance whose mapped weights were overwritten: what it answers is no model's now."""
+        """End every instance whose mapped weights have been overwritten: its answers would be wrong."""
         for record in list(self._records.values()):
             with contextlib.suppress(DumontError):
                 await self._check_weights(record)
 
     async def _check_weights(self, record: Record) -> None:
-        """
+        """End an instance if its mapped weights have been overwritten.
+
         Raises:
-            FailedPrecondition: WEIGHTS_OVERWRITTEN; the instance is ended.
-            Unavailable: its files cannot be asked.
+            FailedPrecondition: WEIGHTS_OVERWRITTEN; the instance has been ended.
+            Unavailable: its files cannot be checked now.
         """
         if not record.instance.mapped_files or record.instance.state not in RESTING:
             return
         path = await self.node.weights.overwritten(record.instance.mapped_files)
-        # A job that began meanwhile is not disturbed: it is looked at again.
+        # A job that has begun meanwhile goes on; the weights are checked again after it.
         if not path or record.job is not None or record.instance.state not in RESTING:
             return
         message = f"{path} was written to while it was mapped: replace weights by another file, not in place"
@@ -386,12 +399,12 @@ class Instances:
         await self._end(record, Event.LOST, "WEIGHTS_OVERWRITTEN", message)
         raise FailedPrecondition(
             "WEIGHTS_OVERWRITTEN",
-            f"instances/{record.instance.id} is ended: {message}",
+            f"instances/{record.instance.id} has been ended: {message}",
             metadata={"instance": record.instance.id, "file": path},
         )
 
     def _check_unshared(self, record: Record, event: Event) -> None:
-        """Refuse before the machine's step, and after an illegal one was refused."""
+        """Refuse a job that GPU sharing rules out, unless the event is illegal; nothing has changed."""
         advance(record.instance.state, event)
         actions.check_not_shared(self.node, record.instance.device)
 
@@ -415,7 +428,7 @@ class Instances:
     async def _notice_loss(self, record: Record, host: Host) -> None:
         await host.lost.wait()
         if record.job is not None or record.instance.state in (State.STOPPING, State.FAILED, State.GONE):
-            # The job under way fails by itself and says more about why.
+            # The job under way fails by itself, with a better reason.
             return
         how = f": {host.end}" if host.end else ""
         await self._end(record, Event.LOST, "HOST_LOST", f"its process ended by itself{how}")
@@ -455,7 +468,7 @@ class Instances:
             ) from None
 
     def mapped(self) -> set[str]:
-        """The snapshots that living instances map their memory from."""
+        """The snapshots from which living instances map their memory."""
         return {record.instance.snapshot for record in self._records.values() if record.host is not None}
 
     @contextlib.contextmanager

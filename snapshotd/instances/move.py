@@ -1,4 +1,4 @@
-"""Bring a live instance to another GPU of its node: parked on the one, resumed on the other."""
+"""Move a living instance to another GPU of its node: park it on the one and resume it on the other."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from snapshotd.model import Instance, State
 
 
 async def move(instances: Instances, instance: str, gpu: str) -> Instance:
-    """
+    """Move an instance, which is serving or parked, to another GPU.
+
     Args:
-        gpu: UUID or index.
+        gpu: UUID or index of the GPU.
 
     Raises:
-        InvalidArgument, FailedPrecondition, ResourceExhausted: it cannot go there; nothing changed.
-        DumontError: its park failed and it serves where it was, or its resume did and it is ended.
+        InvalidArgument, FailedPrecondition, ResourceExhausted: it cannot go there; nothing has changed.
+        DumontError: its park failed and it serves where it was, or its resume failed and it has been ended.
     """
-    # To its end, like the park and the resume that it is made of.
+    # Uninterrupted, like the park and the resume that the move consists of.
     return await to_completion(_move(instances, instance, gpu))
 
 
@@ -35,7 +36,7 @@ async def _move(instances: Instances, instance: str, gpu: str) -> Instance:
         known = actions.with_gpu_usage(node, known, node.process_tree(known.pid))
     if uses_cuda(known.device):
         placement.named(actions.gpus_of(node).devices, gpu)
-    # Before anything is touched. The park gives the promise back, and the resume finds its place anew.
+    # Checked before anything changes. The park cancels this reservation, and the resume makes its own.
     target = actions.reserve_gpu_to_resume(node, known, gpu)
     if node.gpus is not None:
         node.gpus.reservations.release(instance)
@@ -47,7 +48,7 @@ async def _move(instances: Instances, instance: str, gpu: str) -> Instance:
         return await instances.resume(instance, target)
     except DumontError:
         if serving and instances.get(instance).state is State.PARKED:
-            # The room was taken meanwhile: back to where it was.
+            # Something else has taken the memory meanwhile, so the instance resumes where it was.
             with contextlib.suppress(DumontError):
                 await instances.resume(instance)
         raise

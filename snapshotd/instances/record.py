@@ -1,4 +1,4 @@
-"""What is kept of an instance while this daemon runs, and what is told of its changes."""
+"""What the daemon knows of an instance beyond its facts, and the changes that it reports."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from snapshotd.ports import Host
 
 @dataclass
 class Record:
-    """An instance and what is alive of it."""
+    """An instance, and its process and tasks.
+
+    Attributes:
+        job: the job under way, which a stop cancels.
+        watch: waits for the loss of the process.
+        load_parts: the phases that the model host reported for its load.
+        ending: held while the process is being ended, so that a stop does not answer before it has ended.
+    """
 
     instance: Instance
     host: Host | None = None
-    # The job under way; a stop cancels it.
     job: asyncio.Task[None] | None = None
     watch: asyncio.Task[None] | None = None
-    # What the model host says its load was made of.
     load_parts: tuple[Phase, ...] = ()
-    # Held by what ends its process: a stop must not answer while that still goes on.
     ending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def with_parts(self, phases: Sequence[Phase]) -> tuple[Phase, ...]:
-        """The phases of a job, with the model host's own parts of its load after the load."""
+        """The phases of a job, with the model host's own phases of its load inserted after the load."""
         shown: list[Phase] = []
         for phase in phases:
             shown.append(phase)
@@ -36,7 +40,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Change:
-    """An instance as it is now, or the id of one that is gone."""
+    """A change to an instance: its new facts, or the id of one that is gone."""
 
     instance: Instance | None
     removed: str = ""

@@ -1,4 +1,4 @@
-"""What an earlier daemon left: model hosts brought to a state that the table knows, directories of none."""
+"""Recover what an earlier daemon left behind: its model hosts and its directories."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from snapshotd.ports import Host
 
 log = structlog.get_logger(__name__)
 
-# What a daemon that ended in them left behind was never checked, or not wanted any more.
+# A daemon that ended in one of these states left an instance that was never checked, or no longer wanted.
 UNFINISHED = (State.STARTING, State.RESTORING, State.STOPPING)
 
 
 async def recover(node: Node, instance: Instance, host: Host) -> Instance:
-    """Bring a found model host to a state that the table knows, or raise."""
+    """Bring a model host that was found to SERVING or PARKED.
+
+    Raises:
+        DumontError: it can be neither, and must be ended.
+    """
     if instance.state in UNFINISHED:
-        raise Aborted("INTERRUPTED", f"it was {instance.state.name} when its snapshotd ended")
+        raise Aborted("INTERRUPTED", f"the instance was {instance.state.name} when its snapshotd ended")
     if (await host.status())["frozen"]:
         return replace(instance, pid=host.pid, state=State.PARKED)
     if uses_cuda(instance.device):
@@ -34,8 +38,8 @@ async def recover(node: Node, instance: Instance, host: Host) -> Instance:
 
 
 def sweep(node: Node, known: frozenset[str]) -> None:
-    """Remove the directories of instances that an earlier daemon had given up."""
+    """Remove the directories of instances that are not ``known``."""
     for path in node.instance_directory("").iterdir():
         if path.name not in known:
-            log.warning("directory of no instance removed", instance=path.name)
+            log.warning("orphaned_directory_removed", instance=path.name)
             shutil.rmtree(path, ignore_errors=True)

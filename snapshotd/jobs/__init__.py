@@ -1,7 +1,7 @@
 """The jobs of a node, each an ordered list of named steps: start, capture, restore, park, resume, stop.
 
-Read a list from top to bottom and you have read the job. What a step leaves behind, its ``undo`` takes
-away; the executor runs them. Nothing here knows about gRPC, requests or other instances.
+The list of steps, read from top to bottom, is the job. The executor runs the steps; a step's ``undo`` removes
+what the step leaves behind. Nothing here knows of gRPC, requests or other instances.
 """
 
 from snapshotd.jobs.capture import Capture

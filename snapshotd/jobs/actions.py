@@ -1,4 +1,4 @@
-"""The single moves that jobs are made of, on the instance that a job works on."""
+"""The actions that steps of several jobs share."""
 
 from __future__ import annotations
 
@@ -27,18 +27,27 @@ LOADER_SOCKET = f"{WEIGHTS_MOUNT}/loader.sock"
 
 
 def host_of(subject: Subject) -> Host:
+    """The host of an instance.
+
+    Raises:
+        Internal: NO_HOST, it has none.
+    """
     if subject.host is None:
         raise Internal("NO_HOST", f"instances/{subject.instance.id} has no process")
     return subject.host
 
 
 async def serve_host(node: Node, instance: str, host: Host) -> None:
-    """Open its socket."""
+    """Have a model host open its socket."""
     await host.call("serve", node.deadlines.serve, socket=SOCKET, instance=instance)
 
 
 async def wake_host(node: Node, instance: str, host: Host) -> None:
-    """End its quiescence; it has a new identity then and draws other random numbers than its twins."""
+    """End the quiescence of a model host.
+
+    It takes a new identity and reseeds its random generators, so that it differs from other copies of its
+    snapshot.
+    """
     await host.call("wake", node.deadlines.wake, instance=instance, entropy=secrets.token_hex(32))
 
 
@@ -54,70 +63,70 @@ def gpus_of(node: Node) -> Gpus:
 
 
 async def drain(node: Node, subject: Subject) -> None:
-    """Refuse new requests and answer the running ones."""
+    """Have the model host refuse new requests and answer the running ones."""
     seconds = node.deadlines.drain
     await host_of(subject).call("drain", seconds + node.deadlines.serve, deadline_seconds=seconds)
 
 
 async def quiesce(node: Node, subject: Subject) -> None:
-    """Close everything that a snapshot could not hold; weights leave the GPU."""
+    """Have the model host close everything that an image cannot contain, and detach its weights."""
     await host_of(subject).call("quiesce", node.deadlines.quiesce)
 
 
 async def cuda_pids(node: Node, host: Host) -> list[int]:
-    """The CUDA processes of a model host's tree, parents before children."""
+    """The pids of a model host's CUDA processes, parents before children."""
     return await suspension.find(gpus_of(node).cuda, node.process_tree(host.pid))
 
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
-    """Move what the process holds on GPUs to host memory."""
+    """Copy the GPU memory of an instance to host memory, and free the GPU."""
     pids = await cuda_pids(node, host_of(subject))
     await suspension.suspend(gpus_of(node).cuda, pids, node.deadlines.cuda_lock)
 
 
 async def trim(node: Node, subject: Subject) -> None:
-    """Let go of the zeros among what came from the GPU: most of it was never written to."""
-    # Whole, also when cancelled: what undoes this lets the driver use that memory again.
+    """Drop the zeros among the memory that came from the GPU, most of which was never written to."""
+    # Uninterrupted, because its undo lets the driver use that memory again.
     await to_completion(host_of(subject).call("trim", node.deadlines.quiesce))
 
 
 async def resume_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) -> None:
-    """Bring the process back to its GPUs, its weights on their way meanwhile.
+    """Copy the GPU memory of an instance back, while the loader copies its weights.
 
     Args:
-        devices: GPU UUIDs, old to new, every GPU of the node; empty: the same GPUs.
+        devices: old GPU UUIDs to new ones, for every GPU of the node; empty for the same GPUs.
     """
     await order_weights(node, subject)
     await suspension.resume(gpus_of(node).cuda, await cuda_pids(node, host_of(subject)), devices)
 
 
 async def recover_cuda(node: Node, subject: Subject) -> None:
-    """Bring a source back to running, from whatever state its suspension reached."""
+    """Make the CUDA processes of an instance run again, whatever state its suspension left them in."""
     await order_weights(node, subject)
     host = host_of(subject)
     await _recover_cuda(node, host, await cuda_pids(node, host))
 
 
 async def _recover_cuda(node: Node, host: Host, pids: Sequence[int]) -> None:
-    # It answers only when it has ended what it was told before; a trim must not meet the driver.
+    # The model host answers only when it has finished earlier commands: a trim must not race with the driver.
     await host.call("status", node.deadlines.quiesce)
     await suspension.recover(gpus_of(node).cuda, pids)
 
 
 async def order_weights(node: Node, subject: Subject) -> None:
-    """Let the loader begin; the model host takes over what it brought when it wakes.
+    """Have the loader copy the weights to the GPU. The model host takes them over when it wakes.
 
-    Without it the model host copies its weights itself, so nothing fails here.
+    Otherwise the model host copies its weights itself, so a failure here is only logged.
     """
     try:
         if loader := await loader_of(node, subject):
             await host_of(subject).call("order_weights", node.deadlines.serve, **loader)
     except DumontError as error:
-        log.warning("weights could not be ordered", instance=subject.instance.id, reason=error.reason)
+        log.warning("weights_not_ordered", instance=subject.instance.id, reason=error.reason)
 
 
 async def loader_of(node: Node, subject: Subject) -> dict[str, str]:
-    """What a model host must know to have its weights brought; empty when nobody can bring them."""
+    """Arguments that tell a model host how to reach the loader; empty if the loader cannot be used."""
     instance = subject.instance
     loader = node.gpus.loader if node.gpus else None
     if loader is None or not instance.gpu or not instance.weight_files or not await loader.ready():
@@ -126,7 +135,10 @@ async def loader_of(node: Node, subject: Subject) -> dict[str, str]:
 
 
 async def recover_gpu_state(node: Node, instance: Instance, host: Host) -> Instance:
-    """After a crash of the daemon: the instance parked, or with its CUDA running again and where it is.
+    """Recover the CUDA processes of an instance after a crash of the daemon.
+
+    Returns:
+        The instance, still PARKED, or SERVING with its CUDA processes running and its GPU looked up.
 
     Raises:
         DumontError: it can be neither.
@@ -139,20 +151,20 @@ async def recover_gpu_state(node: Node, instance: Instance, host: Host) -> Insta
 
 
 def record_gpu_memory(node: Node, subject: Subject) -> None:
-    """Remember where the process is and what it holds there: to come back it needs as much."""
+    """Record which GPU the process is on and how much memory it holds there, which it needs to resume."""
     if node.gpus is not None:
         subject.instance = with_gpu_usage(node, subject.instance, node.process_tree(host_of(subject).pid))
 
 
 def reserve_gpu_memory(node: Node, subject: Subject) -> None:
-    """Promise a source the GPU memory that it gives up for a while, until its job has ended."""
+    """Reserve, until the job ends, the GPU memory that a source gives up and needs again."""
     instance = subject.instance
     if node.gpus is not None and instance.gpu and instance.gpu_bytes:
         node.gpus.reservations.reserve(instance.id, instance.gpu, instance.gpu_bytes)
 
 
 def with_gpu_usage(node: Node, instance: Instance, pids: Sequence[int]) -> Instance:
-    """As NVML sees it; unchanged where NVML does not see it, as in some containers."""
+    """The instance with its GPU and GPU memory as NVML shows them. In some containers it shows nothing."""
     used = node.gpus.status.used_by(pids) if node.gpus else {}
     if not any(used.values()):
         return instance
@@ -161,7 +173,7 @@ def with_gpu_usage(node: Node, instance: Instance, pids: Sequence[int]) -> Insta
 
 
 def check_not_shared(node: Node, device: str) -> None:
-    """Refuse before anything is touched what the driver cannot do beside MIG and MPS.
+    """Refuse to suspend CUDA processes while MIG or MPS is in use, before anything has changed.
 
     Raises:
         FailedPrecondition: GPU_MIG or GPU_MPS; the GPU is named.
@@ -178,16 +190,19 @@ def check_not_shared(node: Node, device: str) -> None:
 
 
 def reserve_gpu(node: Node, instance: Instance, home: Gpu | None, wanted: str, needed: int) -> str:
-    """Choose a GPU, and promise the memory there to the instance until its job ends.
+    """Choose a GPU for an instance, and reserve memory there until its job ends.
 
     Args:
-        home: where its state comes from.
-        wanted: UUID or index; empty: where there is most room.
-        needed: bytes; a GPU with less free is refused.
+        home: the GPU that the state of the process comes from; None for a new process.
+        wanted: UUID or index; empty for the GPU with the most free memory.
+        needed: bytes to reserve.
+
+    Returns:
+        The GPU's UUID.
 
     Raises:
-        InvalidArgument, FailedPrecondition: the wanted GPU is none that it can go to.
-        ResourceExhausted: it has too little room.
+        InvalidArgument, FailedPrecondition: the instance cannot go to the wanted GPU.
+        ResourceExhausted: GPU_MEMORY, the GPU has too little free memory.
     """
     gpus = gpus_of(node)
     free = {gpu.uuid: gpus.free(gpu.uuid) for gpu in gpus.devices}
@@ -198,17 +213,18 @@ def reserve_gpu(node: Node, instance: Instance, home: Gpu | None, wanted: str, n
 
 
 def reserve_gpu_to_resume(node: Node, instance: Instance, wanted: str) -> str:
-    """Where a parked process comes back, with the memory there promised to it until its job ends.
+    """Choose the GPU on which a parked instance resumes, and reserve memory there until its job ends.
 
     Args:
-        wanted: UUID or index of a GPU; empty: where it was or, if there is no room, where there is most.
+        wanted: UUID or index of a GPU; empty for the one it was on or, if that has too little free memory,
+            the one with the most.
 
     Returns:
-        The GPU's UUID; empty without one, or where nobody knows which it was.
+        The GPU's UUID; empty for an instance without CUDA, or if it is unknown which GPU it was on.
 
     Raises:
-        InvalidArgument, FailedPrecondition: the wanted GPU is none that it can go to.
-        ResourceExhausted: it has too little room.
+        InvalidArgument, FailedPrecondition: the instance cannot go to the wanted GPU.
+        ResourceExhausted: GPU_MEMORY, the GPU has too little free memory.
     """
     if not uses_cuda(instance.device):
         if wanted:
@@ -220,7 +236,7 @@ def reserve_gpu_to_resume(node: Node, instance: Instance, wanted: str) -> str:
         if wanted:
             raise FailedPrecondition(
                 "GPU_NOT_KNOWN",
-                f"which GPU instances/{instance.id} is on is not known here, so it cannot be moved from it",
+                f"it is not known which GPU instances/{instance.id} was on, so it cannot go to another one",
             )
         return ""
     gpus = gpus_of(node)
@@ -231,24 +247,27 @@ def reserve_gpu_to_resume(node: Node, instance: Instance, wanted: str) -> str:
 
 
 async def serve(node: Node, subject: Subject) -> None:
+    """Have the instance's model host open its socket."""
     await serve_host(node, subject.instance.id, host_of(subject))
 
 
 async def wake(node: Node, subject: Subject) -> None:
+    """End the quiescence of the instance's model host."""
     await wake_host(node, subject.instance.id, host_of(subject))
 
 
 async def accept(node: Node, subject: Subject) -> None:
+    """Have a drained model host accept requests again."""
     await host_of(subject).call("accept", node.deadlines.serve)
 
 
 async def return_to_service(node: Node, instance: str, host: Host) -> None:
-    """Make a model host serve again, in whatever state a job or a crash left it.
+    """Make a model host serve again, whatever state a job or a crash has left it in.
 
     Raises:
-        Aborted: it was on its way in or out, and cannot serve.
+        Aborted: INTERRUPTED, it was loading or ending and cannot serve.
     """
-    # It answers only when it has ended what it is doing, and that may be a drain.
+    # The model host answers only when it has finished earlier commands, which may include a drain.
     state = (await host.call("status", node.deadlines.drain + node.deadlines.serve))["state"]
     if state == "DRAINED":
         await host.call("accept", node.deadlines.serve)
@@ -261,28 +280,29 @@ async def return_to_service(node: Node, instance: str, host: Host) -> None:
 
 
 async def ensure_serving(node: Node, subject: Subject) -> None:
-    """The undo of whatever stopped an instance from serving: it serves again, or it is ended."""
-    await or_release(subject, lambda: return_to_service(node, subject.instance.id, host_of(subject)))
+    """Undo whatever stopped an instance from serving: it serves again, or is ended."""
+    await run_or_end(subject, lambda: return_to_service(node, subject.instance.id, host_of(subject)))
 
 
-async def or_release(subject: Subject, action: Action) -> None:
-    """Bring a source back to serving or, where that fails, end it: it must not stay in between."""
+async def run_or_end(subject: Subject, action: Action) -> None:
+    """Run an action that makes a source serve again. If it fails, end the source."""
     try:
         await action()
     except DumontError as error:
-        log.error("instance could not be brought back", instance=subject.instance.id, reason=error.reason)
+        log.error("instance_not_recovered", instance=subject.instance.id, reason=error.reason)
         await release(subject)
 
 
 async def release(subject: Subject) -> None:
+    """End the process of an instance, if it has one."""
     if subject.host is not None:
-        # Known until it is gone: what fails here is tried again by the next who ends it.
+        # Forgotten only once it has ended: if this fails, the next attempt to end the instance tries again.
         await subject.host.release()
         subject.host = None
 
 
 def directory_step(node: Node, instance: Instance) -> Step:
-    """Make the instance's directory; undone, it is gone with everything in it."""
+    """The step that makes the instance's directory. Its undo removes the directory and everything in it."""
 
     async def make() -> None:
         node.instance_directory(instance.id).mkdir(mode=0o700)
@@ -291,10 +311,12 @@ def directory_step(node: Node, instance: Instance) -> Step:
 
 
 async def remove_directory(node: Node, instance: Instance) -> None:
+    """Remove the instance's directory and everything in it."""
     await asyncio.to_thread(shutil.rmtree, node.instance_directory(instance.id), ignore_errors=True)
 
 
 def canary_of(answer: Json) -> Canary:
+    """The canary in a model host's answer."""
     return Canary(tuple(answer["tokens"]), float(answer["logprob"]))
 
 

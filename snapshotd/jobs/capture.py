@@ -1,4 +1,4 @@
-"""Capture: make a snapshot of an instance, which serves on."""
+"""Capture: make a snapshot of an instance, which then goes on serving."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from snapshotd.jobs.context import Node, Subject, uses_cuda
 from snapshotd.jobs.executor import Step
 from snapshotd.model import Json, Manifest, Phase, Snapshot
 
-# Bytes free of a disk on which nothing more can be written.
+# A disk with fewer free bytes is full.
 FULL = 1 << 20
 # What a CUDA context holds besides weights, which leave the GPU before.
 CUDA_CONTEXT = 512 << 20
@@ -25,7 +25,13 @@ CUDA_CONTEXT = 512 << 20
 
 @dataclass
 class Capture:
-    """A capture under way, and what its steps find out for each other."""
+    """A capture under way, and what its steps learn for each other.
+
+    Attributes:
+        layout: what the dump answered.
+        suspended: whether CUDA was, or may have been, suspended.
+        phases: the executor appends each step's as it ends. The manifest records those before ``commit``.
+    """
 
     node: Node
     subject: Subject
@@ -35,11 +41,11 @@ class Capture:
     suspended: bool = False
     paused_at: float = 0.0
     pause_seconds: float = 0.0
-    # Filled by the executor as the steps end; the manifest records those before its own.
     phases: list[Phase] = field(default_factory=list)
     result: Snapshot | None = None
 
     def steps(self) -> list[Step]:
+        """The steps, in order."""
         cuda = uses_cuda(self.subject.instance.device)
         return [
             Step("stage", self.stage, self.discard),
@@ -47,7 +53,7 @@ class Capture:
             Step("drain", self.drain, self.ensure_serving),
             Step("quiesce", self.quiesce),
             *(
-                [Step("cuda_checkpoint", self.suspend, self.resume_cuda), Step("trim", self.trim)]
+                [Step("cuda_checkpoint", self.suspend, self.undo_suspend), Step("trim", self.trim)]
                 if cuda
                 else []
             ),
@@ -60,6 +66,7 @@ class Capture:
         ]
 
     async def stage(self) -> None:
+        """Make the snapshot's directory."""
         await self._refuse_damaged_origin()
         self.staged = await self.node.store.stage(self.snapshot)
         # Before anything stands still: a disk that fills up halfway would take the rest of the node along.
@@ -67,34 +74,40 @@ class Capture:
         self.node.disk.reserve(self.subject.instance.id, self.staged, needed)
 
     async def discard(self) -> None:
-        # What another capture of the same id staged is not ours to remove.
+        """Remove the snapshot's directory."""
+        # A directory that another capture of the same id has staged must stay.
         if self.staged is not None:
             await self.node.store.discard(self.snapshot)
 
     async def prepare(self) -> None:
-        """Before the pause: whatever a dump needs besides the process, room for its memory above all."""
+        """Prepare, before the pause, everything that a dump needs, above all space for the memory."""
         await self._refuse_served()
         with self._disk_may_fill():
             await actions.host_of(self.subject).prepare(self._staged(), self.node.deadlines.dump)
 
     async def abandon(self) -> None:
-        # A host that is gone took it along.
+        """Undo :meth:`prepare`."""
+        # If the host is gone, so is what it had prepared.
         with contextlib.suppress(DumontError):
             await actions.host_of(self.subject).abandon()
 
     async def drain(self) -> None:
+        """Answer the running requests and refuse new ones. The pause begins."""
         await self._refuse_served()
         self.paused_at = self.node.clock.monotonic()
         await actions.drain(self.node, self.subject)
 
     async def ensure_serving(self) -> None:
+        """Undo the drain and what follows it: the source serves again, or is ended."""
         await actions.ensure_serving(self.node, self.subject)
 
     async def quiesce(self) -> None:
+        """Close everything that an image cannot contain."""
         actions.record_gpu_memory(self.node, self.subject)
         actions.reserve_gpu_memory(self.node, self.subject)
         await actions.quiesce(self.node, self.subject)
-        # Its socket is closed now: a prompt that came, and was refused, while it drained is in its memory.
+        # Checked again, because its socket is closed only now: a prompt that arrived while it drained is in
+        # its memory, although it was refused.
         await self._refuse_served()
 
     async def _estimate(self) -> int:
@@ -113,10 +126,10 @@ class Capture:
         return written
 
     async def _refuse_damaged_origin(self) -> None:
-        """What it was restored from becomes part of the new snapshot."""
+        """Refuse if the snapshot that the instance was restored from, and still maps, is damaged."""
         if not self.subject.instance.snapshot:
             return
-        with contextlib.suppress(NotFound):  # the shim refuses what is gone
+        with contextlib.suppress(NotFound):  # the shim refuses the dump if the origin is gone
             origin = await self.node.store.get(self.subject.instance.snapshot)
             if origin.quarantine_reason:
                 raise FailedPrecondition(
@@ -137,41 +150,50 @@ class Capture:
             )
 
     async def suspend(self) -> None:
-        # First: what is half done is undone as well.
+        """Copy GPU memory to host memory."""
+        # Set first, so that a suspension that fails half-way is undone as well.
         self.suspended = True
         await actions.suspend_cuda(self.node, self.subject)
 
     async def recover_cuda(self) -> None:
+        """Copy GPU memory back."""
         await actions.recover_cuda(self.node, self.subject)
         self.suspended = False
 
     async def trim(self) -> None:
+        """Drop the zeros among the memory that came from the GPU."""
         await actions.trim(self.node, self.subject)
 
-    async def resume_cuda(self) -> None:
+    async def undo_suspend(self) -> None:
+        """Undo the suspension, unless it was undone already; a source that does not recover is ended."""
         if self.suspended:
-            await actions.or_release(self.subject, lambda: actions.recover_cuda(self.node, self.subject))
+            await actions.run_or_end(self.subject, lambda: actions.recover_cuda(self.node, self.subject))
             self.suspended = False
 
     async def dump(self) -> None:
+        """Have CRIU write the image."""
         with self._disk_may_fill():
             self.layout = await actions.host_of(self.subject).dump(self._staged(), self.node.deadlines.dump)
 
     async def wake(self) -> None:
+        """Let the source serve again. The pause ends."""
         await actions.wake(self.node, self.subject)
         await actions.serve(self.node, self.subject)
         self.pause_seconds = self.node.clock.monotonic() - self.paused_at
 
     async def compact(self) -> None:
+        """Rewrite the image so that a restore maps most of it."""
         origin = Path(self.layout["origin"]) if self.layout.get("origin") else None
         await thread_to_completion(
             partial(compact, self.node.images, self._staged(), origin, self.node.threads)
         )
 
     async def verify(self) -> None:
+        """Check that the image is complete."""
         await thread_to_completion(partial(check, self.node.images, self._staged()))
 
     async def commit(self) -> None:
+        """Digest the image files and write the manifest, with which the snapshot exists."""
         instance = self.subject.instance
         if instance.canary is None:
             raise Internal("NO_CANARY", f"instances/{instance.id} recorded no canary when it was loaded")
@@ -210,7 +232,7 @@ class Capture:
 
     @contextlib.contextmanager
     def _disk_may_fill(self) -> Iterator[None]:
-        """CRIU and the page server do not say it in a way that could be relied on."""
+        """Report a failure on a full disk as DISK_FULL: CRIU and the page server do not reliably say so."""
         staged = self._staged()
         try:
             yield
@@ -224,6 +246,7 @@ class Capture:
             raise
 
     async def retract(self) -> None:
+        """Delete the snapshot again."""
         if self.result is not None:
             await self.node.store.delete(self.snapshot)
 

@@ -1,4 +1,4 @@
-"""A node: what its jobs work with, and the instance that a job works on."""
+"""What jobs work with: the node's collaborators, and the instance that a job is about."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from snapshotd.system.process_tree import process_tree
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds after which a step counts as failed."""
+    """Seconds after which a step of a job has failed."""
 
     # All of a start or restore together, the model's download too.
     start: float = 1800.0
@@ -45,7 +45,7 @@ class Deadlines:
 
 @dataclass(frozen=True)
 class HostSettings:
-    """How model hosts run on this node. From the node's configuration, never from a snapshot."""
+    """How model hosts run on this node, by the node's configuration, never by a snapshot."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
@@ -119,7 +119,7 @@ def uses_cuda(device: str) -> bool:
 
 
 class Subject(Protocol):
-    """The instance that a job works on."""
+    """The instance that a job is about, as far as its steps read and change it."""
 
     instance: Instance
     host: Host | None

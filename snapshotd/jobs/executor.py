@@ -120,13 +120,20 @@ def _as_reported(job: str, step: Step, failure: BaseException) -> BaseException:
             f"{job}.{step.name} found no room on this node's disk; delete snapshots or models",
             metadata=metadata,
         )
-    if isinstance(failure, Exception):
-        incident = secrets.token_hex(4)
-        log.error("step_defect", incident=incident, job=job, step=step.name, exc_info=failure)
-        return Internal(
-            "STEP_FAILED",
-            f"{job}.{step.name} failed unexpectedly; the log of this node's snapshotd has the details under "
-            f"incident {incident}",
-            metadata={**metadata, "incident": incident},
-        )
-    return failure
+    return as_defect(job, step.name, failure) if isinstance(failure, Exception) else failure
+
+
+def as_defect(job: str, step: str, failure: Exception) -> Internal:
+    """Log an exception that nobody foresaw, and make the error that tells a caller where to look for it.
+
+    Args:
+        step: the step that failed; empty if it was none.
+    """
+    where, incident = f"{job}.{step}" if step else job, secrets.token_hex(4)
+    log.error("job_defect", incident=incident, job=job, step=step, exc_info=failure)
+    return Internal(
+        "STEP_FAILED",
+        f"{where} failed unexpectedly; the log of this node's snapshotd has the details under incident "
+        f"{incident}",
+        metadata={"step": where, "incident": incident},
+    )

@@ -1,4 +1,4 @@
-"""Where the progress of jobs goes: log lines, metrics, and the operation that a caller watches."""
+"""Report the progress of jobs to the log, the metrics, and the operation that a caller watches."""
 
 from __future__ import annotations
 
@@ -24,32 +24,43 @@ STEP_FAILURES = Counter(
 
 
 class JobObserver:
-    """Hears of the steps of one instance's jobs."""
+    """Reports the steps of one instance's jobs.
+
+    Args:
+        stage: told the name of each step as it begins; None if no operation watches.
+    """
 
     def __init__(self, instance: str, stage: Callable[[str], None] | None) -> None:
         self.instance = instance
         self.stage = stage
 
     def step_started(self, name: str) -> None:
+        """See :meth:`Observer.step_started`."""
         if self.stage is not None:
             self.stage(name)
 
     def step_ended(self, job: str, phase: Phase, error: BaseException | None) -> None:
+        """See :meth:`Observer.step_ended`."""
         STEP_SECONDS.labels(job, phase.name).observe(phase.seconds)
         line = log.bind(instance=self.instance, job=job, step=phase.name, seconds=round(phase.seconds, 4))
         if error is None:
-            line.info("step done")
+            line.info("step_done")
             return
         reason = error.reason if isinstance(error, DumontError) else type(error).__name__
         STEP_FAILURES.labels(job, phase.name, reason).inc()
-        line.warning("step failed", reason=reason, error=str(error))
+        line.warning("step_failed", reason=reason, error=str(error))
 
 
 class Observers:
-    """Makes the observer of an instance's job, with the operation that started it, if one did."""
+    """Makes the observer of an instance's job.
+
+    Attributes:
+        stages: for each instance whose operation watches it, where the names of steps go.
+    """
 
     def __init__(self) -> None:
         self.stages: dict[str, Callable[[str], None]] = {}
 
     def __call__(self, instance: str) -> JobObserver:
+        """The observer of the jobs of an instance, by its id."""
         return JobObserver(instance, self.stages.get(instance))

@@ -1,7 +1,7 @@
-"""Park and resume: give up the GPU or, without one, the CPU, and take it again; the process stays.
+"""Park and resume: give up the GPU or, without one, the CPU, and take it again. The process stays.
 
-On a GPU the weights leave the process first, as for a capture: they are in their files anyway, and copying
-them out of the GPU and back through the driver's checkpoint takes ten times longer than attaching them.
+On a GPU the weights are detached first, as for a capture. They are in their files anyway, and copying them
+out of the GPU and back by the driver's checkpoint takes ten times longer than attaching them again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from snapshotd.jobs.executor import Step
 
 
 def park(node: Node, subject: Subject) -> list[Step]:
-    """Answer what is running, then give up the GPU or, without one, the CPU."""
+    """The steps of a park: answer the running requests, then give up the GPU or, without one, the CPU."""
 
     async def drain() -> None:
         await actions.drain(node, subject)
@@ -27,7 +27,7 @@ def park(node: Node, subject: Subject) -> list[Step]:
         await actions.host_of(subject).freeze()
 
     async def thaw() -> None:
-        await actions.or_release(subject, actions.host_of(subject).thaw)
+        await actions.run_or_end(subject, actions.host_of(subject).thaw)
 
     async def quiesce() -> None:
         actions.record_gpu_memory(node, subject)
@@ -41,7 +41,7 @@ def park(node: Node, subject: Subject) -> list[Step]:
         await actions.trim(node, subject)
 
     async def recover_cuda() -> None:
-        await actions.or_release(subject, lambda: actions.recover_cuda(node, subject))
+        await actions.run_or_end(subject, lambda: actions.recover_cuda(node, subject))
 
     if uses_cuda(subject.instance.device):
         return [
@@ -54,10 +54,10 @@ def park(node: Node, subject: Subject) -> list[Step]:
 
 
 def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
-    """Let a parked instance run and answer again.
+    """The steps of a resume.
 
     Args:
-        gpu: UUID of the GPU to come back on; empty: where it was.
+        gpu: UUID of the GPU to resume on; empty for the one that the instance was on.
     """
 
     async def thaw() -> None:
@@ -66,7 +66,7 @@ def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
     async def resume_cuda() -> None:
         here = node.gpu_uuids()
         home, target = subject.instance.gpu, gpu or subject.instance.gpu
-        # First: its weights are brought to where it comes back.
+        # Set first, because the loader copies the weights to this GPU.
         subject.instance = replace(subject.instance, gpu=target)
         devices = placement.device_map(here, here, home, target) if target else {}
         await actions.resume_cuda(node, subject, devices)

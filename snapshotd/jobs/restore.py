@@ -18,12 +18,12 @@ from snapshotd.model import MappedFile, Model, Snapshot, Weights
 
 
 @dataclass(frozen=True)
-class Brought:
-    """What a restored process needs of its model here.
+class LocalWeights:
+    """The weights of a restored process on this node.
 
     Attributes:
-        cached: the weight files that the node's cache holds, by name.
-        mapped: the model's own, where they are mapped from there.
+        cached: the digest of each weight file in the node's cache, by file name.
+        mapped: the model's own weight files, if the process maps those instead.
         digest: of all weight files.
     """
 
@@ -35,18 +35,18 @@ class Brought:
 def restore(
     node: Node, subject: Subject, snapshot: Snapshot, fetch: Action | None = None, gpu: str = ""
 ) -> list[Step]:
-    """Make an instance from a snapshot.
+    """The steps of a restore.
 
     Args:
-        fetch: brings the snapshot to this node; None: it is here.
-        gpu: UUID or index of the GPU to come back on; empty: where there is most room.
+        fetch: fetches the snapshot to this node; None if it is here.
+        gpu: UUID or index of the GPU to restore on; empty for the one with the most free memory.
     """
     instance = subject.instance
     manifest = snapshot.manifest
     uuids = node.gpu_uuids()
     source = manifest.gpu or next(iter(manifest.gpus), "")
     detached = manifest.weights is Weights.DETACHED
-    bringing: asyncio.Task[Brought] | None = None
+    bringing: asyncio.Task[LocalWeights] | None = None
     origin = Path()
 
     async def check_facts() -> None:
@@ -64,10 +64,11 @@ def restore(
             subject.instance = replace(subject.instance, gpu=place())
         node.store.pin(instance.id, manifest.id)
         if detached:
-            # While the image is fetched and verified.
+            # Runs while the image is fetched and verified.
             bringing = asyncio.create_task(cache_weights(), name=f"weights of {instance.id}")
         elif (model := await node.models.find(manifest.model, manifest.engine)) is not None:
-            # It needs no file of the model, but where there are other ones now, they are what is wanted.
+            # The process needs no file of the model. But if the model here has changed, a snapshot of the
+            # old one is not what the caller wants.
             await check_files(model)
 
     def place() -> str:
@@ -75,15 +76,15 @@ def restore(
         home = placement.named(actions.gpus_of(node).devices, places.get(source, source))
         return actions.reserve_gpu(node, subject.instance, home, gpu, manifest.gpu_bytes)
 
-    async def cache_weights() -> Brought:
+    async def cache_weights() -> LocalWeights:
         model = await node.models.resolve(manifest.model, manifest.engine)
         await check_files(model)
         cached = await node.weights.pin(instance.id, model) if manifest.weight_files else {}
         mapped = () if manifest.weight_files else await node.weights.mapped(model)
-        return Brought(cached, mapped, await node.weights.digest(model))
+        return LocalWeights(cached, mapped, await node.weights.digest(model))
 
     async def check_files(model: Model) -> None:
-        # Snapshots that were made before these were recorded have none.
+        # Older snapshots do not record them.
         if manifest.model_files:
             here = await node.models.digests(model)
             compatibility.check_model(manifest.id, manifest.model, manifest.model_files, here)

@@ -12,15 +12,15 @@ from snapshotd.jobs.executor import Step
 from snapshotd.model import Model, Phase, Weights
 from snapshotd.system.mounts import WEIGHTS_MOUNT
 
-# The driver's variable: the process sees this GPU alone, as its device 0, wherever it is brought back to.
+# The driver's variable that makes a process see one GPU alone, as device 0, even after it moves to another.
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Step]:
-    """Load a model in a new process.
+    """The steps of a start.
 
     Args:
-        gpu: UUID or index of the GPU to load it on; empty: where there is most room.
+        gpu: UUID or index of the GPU to load the model on; empty for the one with the most free memory.
     """
     instance = subject.instance
     found = model
@@ -32,7 +32,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         subject.instance = replace(subject.instance, model_files=await node.models.digests(found))
 
     async def cache_weights() -> None:
-        # Those that the process is to carry itself, it copies once from their own files.
+        # Weights that are to be included in the process are copied once, from the model's own files.
         if instance.weights is Weights.DETACHED:
             files = await node.weights.pin(instance.id, found)
             mapped = () if files else await node.weights.mapped(found)
@@ -65,7 +65,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         return {VISIBLE: chosen}
 
     async def load() -> None:
-        # Unless they are cached, the digest is read beside the load: both want the same file's pages.
+        # Unless the weights are cached, they are hashed during the load, because both read the same pages.
         digest = asyncio.create_task(node.weights.digest(found))
         try:
             loaded = await actions.host_of(subject).call(
@@ -111,5 +111,5 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
 
 
 def _divided(node: Node) -> bool:
-    """Whether a GPU is divided by MIG: its parts have names of their own, and the driver chooses one."""
+    """Whether a GPU is divided by MIG. Its parts have UUIDs of their own, and the driver chooses one."""
     return node.gpus is not None and any(part.kind == "MIG" for part in node.gpus.status.sharing())

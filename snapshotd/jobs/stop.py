@@ -8,7 +8,7 @@ from snapshotd.jobs.executor import Step
 
 
 def stop(node: Node, subject: Subject) -> list[Step]:
-    """End an instance and remove what it left."""
+    """The steps of a stop: end the process, unpin its files and remove its directory."""
 
     async def release() -> None:
         await actions.release(subject)

@@ -12,15 +12,14 @@ PACKAGE: Final = "pycriu"
 
 
 def load(module: str, directory: Path | None) -> Any:
-    """Import ``pycriu`` or a module of it; the same one for all in this process.
+    """Import ``pycriu`` or a module of it, once for this process.
 
     Args:
-        directory: that holds the package; None: it is on Python's path. A distribution's directory holds
-            other packages as well, made for the distribution's own Python, protobuf for one, so it is never
-            on that path here.
+        directory: holds the package; None if it is on Python's path. A distribution's directory also holds
+            packages for the distribution's own Python, such as protobuf, so it is never put on the path.
 
     Raises:
-        ImportError: it is not there, or fails.
+        ImportError: the package is not there, or its import fails.
     """
     if directory is not None and PACKAGE not in sys.modules:
         _load_package(directory / PACKAGE / "__init__.py")

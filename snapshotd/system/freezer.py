@@ -1,4 +1,4 @@
-"""Stop a model host from running without ending it: a cgroup v2 freeze, or SIGSTOP where there is none."""
+"""Freeze a process tree: by cgroup v2, or by SIGSTOP where that cannot be used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cgroup2_root() -> Path | None:
-    """Where cgroup v2 is mounted, also beside v1; None if it is not."""
+    """Where cgroup v2 is mounted, alone or beside v1; None if it is not."""
     with Path("/proc/self/mountinfo").open() as lines:
         for line in lines:
             fields, _, details = line.partition(" - ")
@@ -20,7 +20,7 @@ def cgroup2_root() -> Path | None:
 
 
 def remove_group(name: str) -> None:
-    """Remove the cgroup of a process that is gone together with the shim that made it."""
+    """Remove the cgroup of a process that has ended together with its shim, which would have removed it."""
     if (root := cgroup2_root()) is not None:
         Freezer(_group(root, name), 0).remove()
 
@@ -34,8 +34,8 @@ class Freezer:
     """Freezes one process tree.
 
     Attributes:
-        group: the tree's own cgroup; None where cgroup v2 cannot be used.
-        pid: root of the tree, a child of this process, so the pid cannot have been reused.
+        group: the cgroup of the tree; None where cgroup v2 cannot be used.
+        pid: the root of the tree. It is a child of this process, so the pid cannot have been reused.
     """
 
     group: Path | None
@@ -43,7 +43,7 @@ class Freezer:
 
     @classmethod
     def create(cls, name: str, pid: int) -> Freezer:
-        """Put ``pid`` into a cgroup of its own below ``dumont/``, if this machine lets us."""
+        """Put ``pid`` into a cgroup of its own below ``dumont/``, where this machine allows it."""
         root = cgroup2_root()
         if root is None:
             return cls(None, pid)
@@ -58,12 +58,14 @@ class Freezer:
         return cls(group, pid)
 
     def freeze(self) -> None:
+        """Stop the tree from running; none of its processes ends."""
         if self.group is None:
             os.kill(self.pid, signal.SIGSTOP)
         else:
             (self.group / "cgroup.freeze").write_text("1")
 
     def thaw(self) -> None:
+        """Let the tree run again."""
         if self.group is None:
             os.kill(self.pid, signal.SIGCONT)
         else:

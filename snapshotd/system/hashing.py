@@ -1,4 +1,4 @@
-"""BLAKE3 of files, in memory that does not grow with them."""
+"""BLAKE3 of files of any size, in constant memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from blake3 import blake3
 
-# Mapped at a time: what is mapped counts as memory of this process.
+# Bytes mapped at a time; mapped bytes count as memory of this process.
 WINDOW = 16 << 20
 
 
 def update_from(hasher: blake3, path: Path) -> None:
-    """Hash the bytes of a file after what was hashed before."""
+    """Add the bytes of a file to a hash."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         for start in range(0, size, WINDOW):

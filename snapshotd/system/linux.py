@@ -1,4 +1,4 @@
-"""The system calls that Python 3.11 does not offer: namespaces and mounts."""
+"""System calls that Python 3.11 does not offer, for namespaces, mounts and child processes."""
 
 from __future__ import annotations
 
@@ -37,33 +37,41 @@ def _check(result: int, what: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Give the calling process new namespaces; a new pid namespace begins with its next child."""
+    """Move the calling process into new namespaces. A new pid namespace begins with its next child."""
     _check(_libc.unshare(flags), "unshare")
 
 
 def mount(source: str, target: str | Path, kind: str | None, flags: int, data: str | None = None) -> None:
+    """Mount ``source`` at ``target``, as mount(2) does.
+
+    Raises:
+        OSError: the kernel refused.
+    """
     arguments = [None if text is None else str(text).encode() for text in (source, target, kind)]
     options = None if data is None else data.encode()
     _check(_libc.mount(*arguments, ctypes.c_ulong(flags), options), f"mount {source} on {target}")
 
 
 def unmount(target: str | Path) -> None:
-    """Take a mount and all below it out of sight; it ends when nobody uses it any more."""
+    """Detach a mount and all mounts below it. The kernel ends them once nobody uses them."""
     _check(_libc.umount2(str(target).encode(), MNT_DETACH), f"umount {target}")
 
 
 def become_subreaper() -> None:
-    """Orphaned descendants become children of the calling process, which can wait for them."""
+    """Make orphaned descendants children of the calling process, so that it can wait for them."""
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
 
 
 def end_with_parent(number: int) -> None:
-    """Have the kernel send signal ``number`` when the parent dies; 0: no longer."""
+    """Have the kernel send signal ``number`` to this process when its parent dies; 0 cancels that."""
     _check(_libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0), "prctl")
 
 
 def kill_children() -> None:
-    """End every child of the calling process, and wait for it. With a pid namespace's first all in it end."""
+    """Kill every child of the calling process and wait for it.
+
+    A pid namespace ends with its first process, so killing that one kills all processes in it.
+    """
     for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
@@ -72,7 +80,7 @@ def kill_children() -> None:
 
 
 def anonymous_memory(pid: int) -> int:
-    """Bytes of memory that a process has written to and that belong to no file; 0: it is gone."""
+    """Bytes of memory of a process that it has written to and that no file backs; 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -84,10 +92,10 @@ def anonymous_memory(pid: int) -> int:
 
 
 def pivot_root(root: Path) -> None:
-    """Make ``root``, a mount point, the root of this mount namespace and let go of the old one."""
+    """Make ``root``, a mount point, the root of this mount namespace, and detach the old root."""
     os.chdir(root)
     _check(_libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
-    # The old root now lies on top of the new one; without it "/" is the new one alone.
+    # The old root now lies on top of the new one. Without it, "/" is the new root alone.
     unmount(".")
     os.chdir("/")
 

@@ -1,4 +1,4 @@
-"""How this process asks the kernel for memory."""
+"""Settings of the C library's memory allocator."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ LARGE = 256 << 10
 
 
 def give_back_large_blocks() -> None:
-    """Have blocks from 256 KiB on go back to the kernel when they are freed, where malloc is glibc's.
+    """Make glibc return blocks of 256 KiB and more to the kernel when they are freed.
 
-    By itself glibc raises that limit up to 32 MiB as it sees large blocks freed, and then keeps those of
-    8 MiB in the arenas of each thread: after an upload by 16 threads some 200 MiB that nobody used.
+    On its own, glibc raises this threshold up to 32 MiB as it sees large blocks freed, and keeps freed blocks
+    of 8 MiB in the arenas of each thread: some 200 unused MiB after an upload by 16 threads. With another C
+    library this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,11 +1,11 @@
-"""What a model host sees of the file system.
+"""The file systems that a model host sees.
 
-Its root is a private bind mount of the node's root, with a ``/proc`` of its own pid namespace (CUDA
-needs that), the instance's directory at ``/run/dumont``, the node's weight cache, for reading, at
-``/run/dumont-weights``, and the node's other real file systems where they are. Kernel pseudo file systems
-other than ``/dev`` and ``/sys`` stay outside: CRIU could not put them back. CRIU treats every mount but ``/``
-and ``/proc`` as external: a name at dump, mapped to a path of the restoring node at restore, so that a
-snapshot never says what is mounted.
+Its root is a private bind mount of the node's root. In it are a ``/proc`` of its own pid namespace, which
+CUDA needs, the instance's directory at ``/run/dumont``, the node's weight cache, read-only, at
+``/run/dumont-weights``, and the node's other real file systems at their own paths. The kernel's pseudo file
+systems other than ``/dev`` and ``/sys`` are left out, because CRIU could not restore them. To CRIU every
+mount but ``/`` and ``/proc`` is external: a name at dump, which is mapped to a path of the restoring node at
+restore. So a snapshot never decides what is mounted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from snapshotd.system import linux
 
 INSTANCE_MOUNT = "/run/dumont"
-# The images that a model host was restored from: most of its memory is mapped from a file there.
+# The images that a model host was restored from. Most of its memory is mapped from a file there.
 MEMORY_MOUNT = "/run/dumont-memory"
-# The same on every node, wherever its state lies: a restored process maps its weights by this path.
+# A restored process maps its weights by this path, so it is the same on every node, wherever its state lies.
 WEIGHTS_MOUNT = "/run/dumont-weights"
-# What the kernel calls the sources of the mounts that a node makes for itself: its weight cache, and the
+# The sources, in the kernel's list, of the mounts that a node makes for itself: its weight cache, and the
 # image files of encrypted snapshots while they are in use.
 WEIGHTS_SOURCE = "dumont-weights"
 UNSEALED_SOURCE = "dumont-unsealed"
@@ -34,20 +34,20 @@ PSEUDO = frozenset(
         "selinuxfs", "tracefs",
     }
 )  # fmt: skip
-# Sockets and state of the node, and the pid namespace's own view.
+# Sockets and state of the node, and the view of its own pid namespace.
 HIDDEN = ("/run/", "/proc/")
 
 
 def external_mounts(mountinfo: Iterable[str]) -> list[str]:
-    """The mount points a model host gets besides ``/``, ``/proc`` and its instance directory.
+    """The mount points that a model host gets besides ``/``, ``/proc`` and its instance directory.
 
     Args:
         mountinfo: lines of ``/proc/self/mountinfo``.
 
     Returns:
-        Absolute paths, parents before children, each once. What lies below a pseudo file system or
-        below ``/run`` (sockets and state of the node) is left out, and so is what nodes mount for themselves:
-        a model host sees its own node's weight cache, and its own snapshot, under other names.
+        Absolute paths, parents before children, each once. Mounts below a pseudo file system or below
+        ``/run`` (sockets and state of the node) are left out. So are the mounts that a node makes for itself:
+        a model host sees its node's weight cache and its own snapshot under other names.
     """
     points: set[str] = set()
     for line in mountinfo:
@@ -82,10 +82,10 @@ def identity(directory: Path) -> tuple[int, int]:
 
 
 def make_private() -> None:
-    """A mount namespace of our own: what we mount goes with us and is never seen on the node.
+    """Enter a mount namespace of our own, whose mounts end with this process and never show on the node.
 
-    CRIU keeps what it finds out about the kernel in ``/run``, if that is a tmpfs; where it is not, every
-    CRIU start would find it out anew (50 ms here), so ``/run`` becomes one, shared by all shims.
+    CRIU caches what it finds out about the kernel in ``/run`` if that is a tmpfs. Otherwise every start of
+    CRIU would find it out anew, in 50 ms. So a directory in memory that all shims share is bound to ``/run``.
     """
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_SLAVE)
@@ -93,7 +93,7 @@ def make_private() -> None:
         tmpfs = {line.split()[4] for line in lines if " - tmpfs " in line}
     cache = Path("/dev/shm/dumont-criu")
     if "/run" not in tmpfs and "/dev/shm" in tmpfs:
-        # Anybody may have put something else there first; then it takes the 50 ms.
+        # Somebody may have put something else there first; then every start takes the 50 ms.
         with contextlib.suppress(OSError):
             cache.mkdir(mode=0o700, exist_ok=True)
             if cache.stat().st_uid == os.getuid() and not cache.is_symlink():
@@ -101,13 +101,13 @@ def make_private() -> None:
 
 
 def bind_root(root: Path) -> None:
-    """Bind the node's root file system, without what is mounted on it, at ``root``."""
+    """Bind the node's root file system at ``root``, without the file systems mounted on it."""
     linux.mount("/", root, None, linux.MS_BIND)
     linux.mount("none", root, None, linux.MS_PRIVATE)
 
 
 def make_read_only(directory: Path) -> None:
-    """Bind a directory to itself, for reading only; whatever is bound from there is read-only as well."""
+    """Bind a directory to itself, read-only. Directories that are bound from it are read-only as well."""
     linux.mount(str(directory), directory, None, linux.MS_BIND)
     flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
     linux.mount("none", directory, None, linux.MS_REMOUNT | linux.MS_BIND | flags)
@@ -117,12 +117,12 @@ def enter_root(root: Path, places: Mapping[str, Path]) -> None:
     """Make ``root`` the root of the calling process, in its own mount namespace and pid namespace.
 
     Args:
-        places: what the process sees besides, and where it is on the node; parents before children.
+        places: further mount points and their directories on the node, parents before children.
     """
     for point, place in places.items():
         linux.mount(str(place), root / point.lstrip("/"), None, linux.MS_BIND)
-    # Where the node's mounts are shared, as systemd makes them, these would follow them, and CRIU would look
-    # for what they follow when it restores.
+    # Where the node's mounts are shared, as systemd makes them, these mounts would be their peers, and CRIU
+    # would look for those peers when it restores.
     linux.mount("none", root, None, linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("proc", root / "proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     linux.pivot_root(root)

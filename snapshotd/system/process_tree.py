@@ -1,4 +1,4 @@
-"""A process and what descends from it, as the kernel says now."""
+"""The living descendants of a process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PROC = Path("/proc")
 
 
 def process_tree(pid: int, proc: Path = PROC) -> list[int]:
-    """``pid`` and its living descendants, parents before children."""
+    """The pids of a process and its living descendants, parents before children."""
     found = [pid]
     for parent in found:
         found.extend(_children(proc / str(parent)))
@@ -17,7 +17,7 @@ def process_tree(pid: int, proc: Path = PROC) -> list[int]:
 
 def _children(process: Path) -> list[int]:
     try:
-        # By thread: each lists the children that it forked itself.
+        # Each thread lists only the children that it forked itself.
         return sorted(
             int(child) for thread in (process / "task").iterdir() for child in _read(thread / "children")
         )

@@ -1,4 +1,4 @@
-"""Memory of this node as a directory: a tmpfs that outlives the daemon, and that the next one finds."""
+"""A tmpfs that outlives the daemon and that the next daemon finds again."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ FLAGS = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
 
 @dataclass(frozen=True)
 class Tmpfs:
-    """One of them, mounted or not.
+    """A tmpfs, mounted or not.
 
     Attributes:
-        source: what the kernel calls its source; it tells whose mount it is.
-        directory: where it is mounted; it exists.
+        source: the source in the kernel's list of mounts, which shows whose mount it is.
+        directory: the mount point, which exists.
     """
 
     source: str
     directory: Path
 
     def mount(self, options: str, wish: str) -> str:
-        """Mount it.
+        """Mount the tmpfs.
 
         Args:
-            wish: an option that is left out where the kernel does not know it.
+            wish: an option that is left out if the kernel refuses it.
 
         Returns:
-            Why it was left out; empty: it was not.
+            The reason for which ``wish`` was left out; empty if it was not.
 
         Raises:
-            OSError: it cannot be mounted.
+            OSError: the tmpfs cannot be mounted.
         """
         try:
             linux.mount(self.source, self.directory, "tmpfs", FLAGS, f"{options},{wish}")
@@ -43,20 +43,21 @@ class Tmpfs:
         return ""
 
     def change(self, options: str) -> None:
-        """Give it other options where it is mounted."""
+        """Change the mount options of the mounted tmpfs."""
         linux.mount(self.source, self.directory, "tmpfs", FLAGS | linux.MS_REMOUNT, options)
 
     def unmount(self) -> None:
-        """Take it away, if it is there; what is mapped of it stays until nobody maps it any more."""
+        """Unmount the tmpfs if it is mounted. Files of it that are mapped stay until nobody maps them."""
         if self.mounted():
             linux.unmount(self.directory)
 
     def used(self) -> int:
-        """Bytes taken of it."""
+        """Bytes that its files take."""
         status = os.statvfs(self.directory)
         return (status.f_blocks - status.f_bfree) * status.f_frsize
 
     def mounted(self) -> bool:
+        """Whether the kernel lists a tmpfs of this source at the mount point."""
         wanted = os.path.realpath(self.directory)
         with Path("/proc/self/mountinfo").open(errors="replace") as lines:
             for line in lines:

@@ -101,7 +101,7 @@ async def test_a_defect_is_logged_whole_and_the_caller_told_only_where_to_look()
     assert failure.value.reason == "STEP_FAILED"
     assert "job.two" in failure.value.message
     assert "secret detail" not in failure.value.message
-    (entry,) = [entry for entry in entries if entry["event"] == "step_defect"]
+    (entry,) = [entry for entry in entries if entry["event"] == "job_defect"]
     assert entry["incident"] == failure.value.metadata["incident"]
     assert entry["incident"] in failure.value.message
     assert entry["exc_info"] is defect
