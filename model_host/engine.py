@@ -1,24 +1,31 @@
 """The port behind which every inference engine lives, and the facts that cross it.
 
-Its life: ``load`` brings the model in; ``warm_up`` runs every path once with synthetic input, so that
-nothing is left to import, compile or allocate lazily; ``canary`` records what the model says to a fixed
-input. Then calls come: ``generate`` or ``embed`` checks one on the caller's thread and returns the work,
-which the host's one computing thread runs, item by item. ``quiesce`` releases what a snapshot must not
-hold; after ``wake`` the engine is as it was and ``canary`` must say the same tokens again.
+Its life: ``load`` brings the model in; ``warm_up`` runs every path once with synthetic input, so that nothing
+is left to import, compile or allocate lazily; ``canary`` records what the model says to a fixed input. Then
+requests come. ``generate`` or ``embed`` checks one on the caller's thread and returns the work it asks for.
+Everything after that happens on the host's one computing thread: ``admit`` takes work in while other work is
+under way, each ``step`` advances all that was admitted, and ``drop`` ends one at any time without touching the
+others. ``quiesce`` releases what a snapshot must not hold, when nothing is admitted; after ``wake`` the engine
+is as it was and ``canary`` must say the same tokens again.
+
+An example, two requests of which the second is cancelled::
+
+    first, second = engine.generate(a), engine.generate(b)
+    engine.admit(first), engine.admit(second)
+    engine.step()       # [Output(first, Token(…)), Output(second, Token(…))]
+    engine.drop(second)
+    engine.step()       # [Output(first, Token(…)), Output(first, End(…), last=True)]
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias, TypeVar
-
-T = TypeVar("T")
-Work: TypeAlias = Callable[[], Iterator[T]]  # between any two items, whoever runs it may stop
+from typing import Any, Final, Protocol
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
@@ -107,7 +114,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of answer ``index`` of ``n``; one without text and tokens only says that a step was done.
+    """A piece of answer ``index`` of ``n``.
 
     ``logprobs`` has one entry for each of ``token_ids`` if the request asked for them.
     """
@@ -135,10 +142,73 @@ class Finish:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A batch of embeddings, in the order of the inputs."""
+    """Embeddings of some inputs, in their order.
+
+    Attributes:
+        first: the index of the first of them among all inputs.
+    """
 
     embeddings: list[list[float]]
     prompt_tokens: int
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a caller is sent now.
+
+    Attributes:
+        ended: the caller has all it asked for, whatever else was computed.
+    """
+
+    items: Sequence[Any] = ()
+    ended: bool = False
+
+
+class Work(Protocol):
+    """One request that was found to be in order. What it holds while admitted is the engine's business."""
+
+    def receive(self, computed: Sequence[Any]) -> Reply:
+        """Turn what steps have yielded into what the caller is sent. Runs on the caller's thread.
+
+        Args:
+            computed: the items of this work's outputs since the last call, in order.
+        """
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step has computed for one work.
+
+    Attributes:
+        item: for ``Work.receive``; an exception ends the work and is raised to its caller.
+        last: nothing more will come, and the engine holds nothing for this work any more.
+    """
+
+    work: Work
+    item: Any
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much an engine takes at a time.
+
+    Attributes:
+        sequences: how many answers are computed together.
+        kv_tokens: how many tokens of prompts and answers have room; None where nothing is cached.
+    """
+
+    sequences: int
+    kv_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much of an engine's capacity is in use."""
+
+    sequences: int = 0
+    kv_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,6 +238,7 @@ class Settings:
         threads: compute threads; None leaves the library's choice.
         loader: socket of the node's loader of weights; None: there is none.
         gpu: UUID of the GPU that ``device`` is, for the loader.
+        kv_cache: bytes for the keys and values of all requests together; None: the engine's choice.
     """
 
     device: str = "auto"
@@ -177,6 +248,7 @@ class Settings:
     threads: int | None = None
     loader: Path | None = None
     gpu: str = ""
+    kv_cache: int | None = None
 
 
 @dataclass
@@ -200,31 +272,45 @@ class Engine(Protocol):
     name: str
     device: str
     context_length: int
+    capacity: Capacity
+
+    @property
+    def load(self) -> Load:
+        """What is in use now."""
 
     def warm_up(self) -> None:
         """Run every path once with synthetic input."""
 
     def canary(self) -> Canary:
-        """One pass over a fixed input, through every layer."""
+        """The same way through every layer and the cache that requests take, over a fixed input."""
 
-    def generate(self, request: Generation) -> Work[Piece | Finish]:
-        """Check a request and tokenise its prompt; the work returned computes the answer.
+    def generate(self, request: Generation) -> Work:
+        """Check a request and tokenise its prompt. Runs on the caller's thread and holds nothing.
 
         Raises:
             InvalidArgument: the request is wrong; the field is named.
             FailedPrecondition: this engine or model cannot do it.
         """
 
-    def embed(self, inputs: Sequence[str]) -> Work[Embedded]:
-        """Check and tokenise texts; the work returned computes their embeddings, batch by batch.
+    def embed(self, inputs: Sequence[str]) -> Work:
+        """Check and tokenise texts. Runs on the caller's thread and holds nothing.
 
         Raises:
             InvalidArgument: the inputs are wrong.
             FailedPrecondition: this engine cannot embed.
         """
 
+    def admit(self, work: Work) -> bool:
+        """Let work take part from the next step on; False: there is no room for it now."""
+
+    def drop(self, work: Work) -> None:
+        """End work that was admitted, and give back what it holds; nothing if it has ended already."""
+
+    def step(self) -> Sequence[Output]:
+        """Advance all that is admitted. What goes wrong for one is that one's last output."""
+
     def quiesce(self) -> None:
-        """Release what a snapshot must not hold: weights on a GPU, caches."""
+        """Release what a snapshot must not hold: weights on a GPU, caches, everything of past requests."""
 
     def order_weights(self, loader: Path, gpu: str) -> None:
         """Let the node's loader begin to bring the weights for ``wake``; uses no GPU.

@@ -1,7 +1,8 @@
-"""One computing thread behind a bounded queue.
+"""One computing thread, which steps the engine for all requests together.
 
-A job is an iterator that the computing thread drives; between two of its items the job can be stopped, so
-that a caller who left costs at most one more step.
+Requests wait in a bounded queue, in order of arrival, until the engine has room for the first of them. Between
+two steps the thread admits, ends what was cancelled or is out of time, and runs what the host asks for. A caller
+reads what was computed from its job, at its own pace: a reader that is slow, or never reads, holds up nobody.
 """
 
 from __future__ import annotations
@@ -10,65 +11,131 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from queue import SimpleQueue
-from typing import Any, Final, Generic, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Generic, TypeVar
 
 from dumont.errors import Cancelled, DeadlineExceeded, DumontError, Internal, ResourceExhausted
+from model_host.engine import Engine, Load, Work
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 RETRY_AFTER: Final = 1.0
-END: Final = object()
+# Seconds between two messages of a stream. Its first token never waits; a later one waits at most this long,
+# so that what is ready together is sent together.
+SEND_INTERVAL: Final = 0.02
 
 
-class Job(Generic[T]):
-    """Work handed to the computing thread. Iterate over it to receive its items as they come.
+class Job:
+    """Work handed to the computing thread. Iterate over it to receive what it computes.
 
     Raises, while iterating:
         Cancelled, DeadlineExceeded: it was stopped.
         DumontError: what the work raised; anything else it raised arrives as Internal.
     """
 
-    def __init__(
-        self, steps: Callable[[], Iterator[T]], deadline: float | None, withdraw: Callable[[Job[Any]], None]
-    ) -> None:
-        self.steps = steps
+    def __init__(self, work: Work, deadline: float | None, changed: Callable[[], None]) -> None:
+        self.work = work
         self.deadline = deadline
-        self.cancelled = threading.Event()
-        self._withdraw = withdraw
-        self._items: SimpleQueue[object] = SimpleQueue()
+        self.cancelled = False
+        self._computed: list[Any] = []
+        self._failure: BaseException | None = None
+        self._ended = False
+        self._arrived = threading.Condition()
+        # Whether the reader waits for anything at all. Else it sleeps, and only the end wakes it: a thread that
+        # woke for each token would take the interpreter from the one that computes.
+        self._hungry = False
+        self._changed = changed
 
     def cancel(self) -> None:
         """Stop before the next step. A job still in the queue leaves it now."""
-        self.cancelled.set()
-        self._withdraw(self)
+        self.cancelled = True
+        self._changed()
 
-    def put(self, item: object) -> None:
-        self._items.put(item)
+    def put(self, item: Any) -> None:
+        """Add something that was computed."""
+        with self._arrived:
+            if not self._ended:
+                self._computed.append(item)
+                if self._hungry:
+                    self._arrived.notify()
 
-    def __iter__(self) -> Iterator[T]:
-        while (item := self._items.get()) is not END:
-            if isinstance(item, BaseException):
-                raise item
-            yield cast(T, item)
+    def end(self, failure: BaseException | None = None) -> None:
+        """Say that nothing more will come, and why if it was not finished."""
+        with self._arrived:
+            if not self._ended:
+                self._ended, self._failure = True, failure
+                self._arrived.notify()
+
+    def __iter__(self) -> Iterator[Any]:
+        """What the caller is sent, as it becomes ready; later tokens several at a time."""
+        first = True
+        while True:
+            with self._arrived:
+                if not first:
+                    self._arrived.wait_for(lambda: self._ended, SEND_INTERVAL)
+                self._hungry = True
+                self._arrived.wait_for(lambda: self._computed or self._ended)
+                self._hungry = False
+                computed, self._computed = self._computed, []
+                ended, failure = self._ended, self._failure
+            if computed:
+                first = False
+                reply = self.work.receive(computed)
+                yield from reply.items
+                if reply.ended:
+                    self.cancel()
+                    return
+            if ended:
+                if failure is not None:
+                    raise failure
+                return
+
+
+class _Errand(Generic[T]):
+    """A function that the host wants run on the computing thread."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._done = threading.Event()
+        self._result: T | None = None
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as error:
+            self._failure = error
+        self._done.set()
+
+    def wait(self) -> T:
+        self._done.wait()
+        if self._failure is None:
+            return self._result  # type: ignore[return-value]
+        if isinstance(self._failure, DumontError):
+            raise self._failure
+        log.error("a computation failed", exc_info=self._failure)
+        raise _internal(self._failure) from self._failure
 
 
 class Scheduler:
-    """Runs jobs one at a time, first come first served.
+    """Steps one engine for many jobs, admitted first come first served.
 
     Args:
-        max_queue: jobs that may wait, the running one not counted.
+        max_queue: jobs that may wait, those admitted not counted.
         clock: monotonic seconds, the same that deadlines are given in.
     """
 
-    def __init__(self, max_queue: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Engine, max_queue: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
         self._max_queue = max_queue
         self._clock = clock
-        self._waiting: deque[Job[Any]] = deque()
+        self._waiting: deque[Job] = deque()
+        self._errands: deque[_Errand[Any]] = deque()
         self._changed = threading.Condition()
-        self._running: Job[Any] | None = None
+        self._running: dict[Work, Job] = {}
+        # Whether something happened that the thread must look at between two steps.
+        self._stirred = False
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
@@ -78,17 +145,26 @@ class Scheduler:
         """Jobs waiting."""
         return len(self._waiting)
 
-    def submit(self, steps: Callable[[], Iterator[T]], deadline: float | None = None) -> Job[T]:
-        """Queue a job.
+    @property
+    def running(self) -> int:
+        """Jobs admitted."""
+        return len(self._running)
+
+    @property
+    def load(self) -> Load:
+        """How much of the engine's capacity is in use."""
+        return self._engine.load
+
+    def submit(self, work: Work, deadline: float | None = None) -> Job:
+        """Queue work.
 
         Args:
-            steps: makes the iterator, on the computing thread.
-            deadline: on this scheduler's clock; the job stops at the first step after it.
+            deadline: on this scheduler's clock; the job ends at the first step after it.
 
         Raises:
             ResourceExhausted: QUEUE_FULL.
         """
-        job = Job(steps, deadline, self._withdraw)
+        job = Job(work, deadline, self._stir)
         with self._changed:
             if len(self._waiting) >= self._max_queue:
                 raise ResourceExhausted(
@@ -98,76 +174,131 @@ class Scheduler:
                     retry_after=RETRY_AFTER,
                 )
             self._waiting.append(job)
+            self._stirred = True
             self._changed.notify()
         return job
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run ``function`` on the computing thread ahead of the queue, wait, and give what it returned."""
-        job: Job[T] = Job(lambda: iter((function(),)), None, self._withdraw)
+        """Run ``function`` on the computing thread between two steps, wait, and give what it returned."""
+        errand = _Errand(function)
         with self._changed:
-            self._waiting.appendleft(job)
+            self._errands.append(errand)
+            self._stirred = True
             self._changed.notify()
-        return next(iter(job))
+        return errand.wait()
 
     def close(self) -> None:
         """Cancel everything, let the running step end, and end the thread."""
         with self._changed:
             self._closed = True
-            jobs = [*self._waiting, *([self._running] if self._running else [])]
+            for job in [*self._waiting, *self._running.values()]:
+                job.cancelled = True
+            self._stirred = True
             self._changed.notify()
-        for job in jobs:
-            job.cancel()
         self._thread.join()
 
-    def _withdraw(self, job: Job[Any]) -> None:
+    def _stir(self) -> None:
         with self._changed:
-            if job not in self._waiting:
-                return
-            self._waiting.remove(job)
-        job.put(_cancelled())
+            self._stirred = True
+            self._changed.notify()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
+                self._changed.wait_for(
+                    lambda: self._stirred or self._running or self._closed, self._until_deadline()
+                )
+                if self._closed and not (self._waiting or self._running or self._errands):
                     return
-                self._running = self._waiting.popleft()
-            self._drive(self._running)
-            self._running = None  # nothing of it may live on while the thread waits: it holds a prompt
+                errands = list(self._errands)
+                self._errands.clear()
+                stirred, self._stirred = self._stirred, False
+            for errand in errands:
+                errand.run()
+            self._end_the_late(look_at_all=stirred)
+            self._admit()
+            if self._running:
+                self._step()
 
-    def _drive(self, job: Job[Any]) -> None:
-        try:
-            self._check(job)
-            steps = job.steps()
+    def _until_deadline(self) -> float | None:
+        """Seconds until the first waiting job is out of time; only asked while nothing runs."""
+        deadlines = [job.deadline for job in self._waiting if job.deadline is not None]
+        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+
+    def _end_the_late(self, look_at_all: bool) -> None:
+        """End the jobs that were cancelled or whose deadline has passed."""
+        now = self._clock()
+        for work, job in list(self._running.items()):
+            if (failure := _stopped(job, now)) is not None:
+                self._engine.drop(work)
+                del self._running[work]
+                job.end(failure)
+        if look_at_all or self._waiting:
+            with self._changed:
+                late = [(job, failure) for job in self._waiting if (failure := _stopped(job, now))]
+                for job, _ in late:
+                    self._waiting.remove(job)
+            for job, failure in late:
+                job.end(failure)
+
+    def _admit(self) -> None:
+        """Let those who wait in, first come first served, as long as there is room."""
+        while self._waiting:
+            job = self._waiting[0]
             try:
-                for item in steps:
-                    job.put(item)
-                    self._check(job)
-            finally:
-                if close := getattr(steps, "close", None):
-                    close()
-            job.put(END)
-        except DumontError as error:
-            job.put(error)
+                if not self._engine.admit(job.work):
+                    return
+            except Exception as error:
+                self._waiting.popleft()
+                job.end(_as_dumont(error))
+                continue
+            self._running[job.work] = job
+            with self._changed:
+                self._waiting.popleft()
+
+    def _step(self) -> None:
+        try:
+            outputs: Sequence[Any] = self._engine.step()
         except Exception as error:
-            log.exception("a computation failed")
-            job.put(_internal(error))
+            # The engine could not say whose fault it was.
+            failure = _as_dumont(error)
+            for work, job in self._running.items():
+                self._engine.drop(work)
+                job.end(failure)
+            self._running.clear()
+            return
+        for output in outputs:
+            job = self._running.get(output.work)  # type: ignore[assignment]
+            if job is None:
+                continue
+            if isinstance(output.item, BaseException):
+                job.end(_as_dumont(output.item))
+            else:
+                job.put(output.item)
+                if output.last:
+                    job.end()
+            if output.last or isinstance(output.item, BaseException):
+                del self._running[output.work]
 
-    def _check(self, job: Job[Any]) -> None:
-        if job.cancelled.is_set():
-            raise _cancelled()
-        if job.deadline is not None and self._clock() >= job.deadline:
-            raise DeadlineExceeded(
-                "DEADLINE_EXCEEDED", "The caller's time was up before the answer was done."
-            )
+
+def _stopped(job: Job, now: float) -> DumontError | None:
+    if job.cancelled:
+        return Cancelled("CANCELLED", "The caller gave up.")
+    if job.deadline is not None and now >= job.deadline:
+        return DeadlineExceeded(
+            "DEADLINE_EXCEEDED", "The caller's time was up before the answer was done."
+        )
+    return None
 
 
-def _cancelled() -> Cancelled:
-    return Cancelled("CANCELLED", "The caller gave up.")
+def _as_dumont(error: BaseException) -> DumontError:
+    if isinstance(error, DumontError):
+        return error
+    log.error("a computation failed", exc_info=error)
+    return _internal(error)
 
 
-def _internal(error: Exception) -> Internal:
+def _internal(error: BaseException) -> Internal:
     return Internal(
         "COMPUTE_FAILED", f"The model failed to compute: {type(error).__name__}; see the host's log."
     )

@@ -77,7 +77,8 @@ class Weights:
         self._plan = plan(extents or {})
         self._transfer = transfer or copy_through_pinned
         self._delivery: Delivery | None = None
-        self._delivered: cuda.Imported | None = None
+        # Where they are on a GPU, at the same addresses for ever.
+        self._block: cuda.Block | None = None
 
     @property
     def detachable(self) -> bool:
@@ -86,15 +87,9 @@ class Weights:
 
     def detach(self) -> None:
         """Free the GPU's copy. The model cannot compute until ``attach``."""
-        if not self.detachable:
-            return
-        for name in self._sources:
-            parameter = self._parameters[name]
-            parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
-        if self._delivered is not None:
+        if self._block is not None:
             torch.cuda.synchronize(self._device)
-            self._delivered.close()
-            self._delivered = None
+            self._block.unmap()
 
     def order(self, loader: Path, gpu: str) -> None:
         """Let the node's loader begin to bring the weights; ``attach`` takes them.
@@ -117,34 +112,40 @@ class Weights:
 
     def attach(self) -> None:
         """Bring every parameter to the device again: as ordered, else from the mapped files."""
-        if self.detachable and not self._take_delivery():
-            self._transfer(self._targets())
+        if not self.detachable:
+            return
+        if self._block is None:
+            self._block = self._settle()
+        if not self._take_delivery(self._block):
+            self._block.map()
+            self._transfer((source, self._parameters[name].data) for name, source in self._sources.items())
 
-    def _take_delivery(self) -> bool:
+    def _settle(self) -> cuda.Block:
+        """Let every parameter be a view of one block of addresses, which has no memory yet."""
+        block = cuda.Block(self._plan.size, self._device.index or 0)
+        block.map(cuda.ALIGNMENT)  # torch looks at the pointer that it is given
+        memory = torch.as_tensor(block, device=self._device)
+        for name, source in self._sources.items():
+            place = self._plan.places[name]
+            piece = memory[place : place + source.numel() * source.element_size()]
+            self._parameters[name].data = piece.view(source.dtype).view(source.shape)
+        block.unmap()
+        return block
+
+    def _take_delivery(self, block: cuda.Block) -> bool:
         delivery, self._delivery = self._delivery, None
         if delivery is None:
             return False
         try:
             descriptor = delivery.receive()
             try:
-                self._delivered = cuda.Imported.open(descriptor, delivery.size, self._device.index or 0)
+                block.map_shared(descriptor)
             finally:
                 os.close(descriptor)
         except (DeliveryFailed, cuda.CudaError) as error:
             log.warning("the loader did not bring the weights, so they are copied here: %s", error)
             return False
-        block = torch.as_tensor(self._delivered, device=self._device)
-        for name, source in self._sources.items():
-            place = self._plan.places[name]
-            piece = block[place : place + source.numel() * source.element_size()]
-            self._parameters[name].data = piece.view(source.dtype).view(source.shape)
         return True
-
-    def _targets(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for name, source in self._sources.items():
-            parameter = self._parameters[name]
-            parameter.data = torch.empty_like(source, device=self._device)
-            yield source, parameter.data
 
 
 def copy_through_pinned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -1,33 +1,43 @@
-"""Text generation with a transformers causal language model."""
+"""Text generation with a transformers causal language model, many requests at a time."""
 
 from __future__ import annotations
 
-import inspect
+import logging
 import math
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
-from dumont.errors import FailedPrecondition, InvalidArgument
+from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from model_host.engine import (
     DEFAULT_MAX_NEW_TOKENS,
     Canary,
-    Embedded,
+    Capacity,
     Finish,
     FinishReason,
     Generation,
+    Load,
     Message,
+    Output,
     Phases,
     Piece,
+    Reply,
     Settings,
+    TokenLogprob,
+    TopLogprob,
     Work,
 )
-from model_host.engines.assembly import build
+from model_host.engines import attention, graphs
+from model_host.engines.assembly import build, choose_device
+from model_host.engines.attention import NotBatchable
+from model_host.engines.backends import Alone, Backend, Flight, Together, shapes
+from model_host.engines.batch import Chunk, TokenSequence, plan
+from model_host.engines.kv import FILLER, GRAIN, Extent, Extents, Prefixes
 from model_host.engines.libraries import library_versions
-from model_host.engines.sampling import Chooser
+from model_host.engines.sampling import Chosen, Sampling
 from model_host.engines.tokens import ChatTemplate, load_tokenizer
 from model_host.model_files import Json, ModelFiles
 from model_host.text import Detokenizer, StopFilter
@@ -36,19 +46,148 @@ from model_host.weights import Weights, Workspace
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+log = logging.getLogger(__name__)
+
 CANARY_TOKENS: Final = 16
-WARM_UP_LENGTHS: Final = (1, 5, 64, 256)
-PREFILL_TOKENS: Final = 512  # computed at once; between chunks a call can be stopped
 MAX_STOPS: Final = 16
+MAX_ANSWERS: Final = 64
+MAX_LOGPROBS: Final = 20
 DEFAULT_CONTEXT: Final = 2048
+
+# How many answers a CPU computes together, and the bytes it has for their keys and values.
+CPU_SEQUENCES: Final = 64
+CPU_KV_CACHE: Final = 2 << 30
+# How much of a GPU's memory is for keys and values if nobody says otherwise, and tokens for which more is no use.
+GPU_KV_SHARE: Final = 0.25
+GPU_TOKENS: Final = graphs.SEQUENCES * 4096
+
+# Tokens of the prompts with which batching is checked, and how far from right its logits may be, as a part of
+# their length: in bfloat16 two ways to add the same numbers differ by less.
+CHECKED_PROMPTS: Final = (5, 37)
+CHECKED_STEPS: Final = 3
+TOLERANCE: Final = {torch.float32: 1e-3}
+ROUGH_TOLERANCE: Final = 0.05
 
 
 def load(files: ModelFiles, settings: Settings, phases: Phases) -> CausalLM:
     """Load a model for text generation. Errors as in ``assembly.build`` and ``load_tokenizer``."""
+    compiler = _begin_to_compile(files, settings)
     with phases.measure("load_tokenizer"):
         tokenizer = load_tokenizer(files)
     model, weights = build(files, settings, phases)
-    return CausalLM(model, weights, tokenizer, files, settings)
+    kernels = {}
+    if compiler is not None:
+        with phases.measure("compile_kernels"):
+            kernels = compiler.kernels()
+    return CausalLM(model, weights, tokenizer, files, settings, phases, kernels)
+
+
+def _begin_to_compile(files: ModelFiles, settings: Settings) -> graphs.Compiler | None:
+    """A compiler at work on what the configuration lets expect; None where there is no GPU."""
+    device = choose_device(settings.device)
+    if device.type != "cuda":
+        return None
+    text = {**files.config, **files.config.get("text_config", {})}
+    try:
+        heads = int(text["num_attention_heads"])
+        size = int(text.get("head_dim") or text["hidden_size"] // heads)
+        shape = (int(text.get("num_key_value_heads") or heads), size, size)
+    except (KeyError, TypeError, ValueError):
+        return None
+    kind = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
+    dtype = graphs.TRITON_TYPES.get(getattr(torch, kind, None))
+    if dtype is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return graphs.Compiler(graphs.Wanted(dtype, (shape,), (heads, size // 2)), major * 10 + minor)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step has computed for one answer: a token, its end, or both."""
+
+    index: int
+    chosen: Chosen | None = None
+    reason: FinishReason | None = None
+
+
+class Answering:
+    """A request for text: the sequences to compute, and the text made of their tokens for the caller."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, request: Generation, sequences: Sequence[TokenSequence]
+    ) -> None:
+        self.sequences = sequences
+        self._tokenizer = tokenizer
+        self._wants_logprobs = request.logprobs is not None
+        self._texts = [_Text(tokenizer, request.stop) for _ in sequences]
+
+    def receive(self, computed: Sequence[Step]) -> Reply:
+        """Join the tokens of several steps into one piece for each answer."""
+        items: list[Piece | Finish] = []
+        for index in sorted({step.index for step in computed}):
+            text = self._texts[index]
+            if not text.ended:
+                items += self._advance(index, text, [step for step in computed if step.index == index])
+        return Reply(items, ended=all(text.ended for text in self._texts))
+
+    def _advance(self, index: int, text: _Text, steps: Sequence[Step]) -> list[Piece | Finish]:
+        sequence = self.sequences[index]
+        ready, reason = "", None
+        for step in steps:
+            if step.chosen is not None:
+                ready += text.push(step.chosen)
+                if text.stopped:
+                    reason = FinishReason.STOP
+                    break
+            reason = step.reason
+        if reason is not None:
+            ready += text.flush()
+        items: list[Piece | Finish] = []
+        if ready or (reason is not None and text.pending):
+            logprobs = tuple(map(self._logprob, text.pending)) if self._wants_logprobs else ()
+            items.append(Piece(ready, tuple(chosen.token for chosen in text.pending), index, logprobs))
+            text.pending.clear()
+        if reason is not None:
+            text.ended = True
+            items.append(
+                Finish(reason, len(sequence.prompt), text.count, index, cached_prompt_tokens=sequence.cached)
+            )
+        return items
+
+    def _logprob(self, chosen: Chosen) -> TokenLogprob:
+        top = tuple(TopLogprob(token, self._alone(token), logprob) for token, logprob in chosen.top)
+        return TokenLogprob(chosen.token, self._alone(chosen.token), chosen.logprob, top)
+
+    def _alone(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
+
+@dataclass
+class _Text:
+    """The text of one answer. Pieces joined are the text; their tokens are those counted as output."""
+
+    tokenizer: Tokenizer
+    stop: tuple[str, ...]
+    pending: list[Chosen] = field(default_factory=list)
+    count: int = 0
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self._text = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
+        self._stops = StopFilter(self.stop)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.stopped
+
+    def push(self, chosen: Chosen) -> str:
+        self.count += 1
+        self.pending.append(chosen)
+        return self._stops.push(self._text.push(chosen.token))
+
+    def flush(self) -> str:
+        return self._stops.push(self._text.flush()) + self._stops.flush()
 
 
 class CausalLM:
@@ -57,7 +196,14 @@ class CausalLM:
     name = "causal_lm"
 
     def __init__(
-        self, model: Any, weights: Weights, tokenizer: Tokenizer, files: ModelFiles, settings: Settings
+        self,
+        model: Any,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        files: ModelFiles,
+        settings: Settings,
+        phases: Phases | None = None,
+        kernels: dict[str, Any] | None = None,
     ) -> None:
         self._model = model
         self._weights = weights
@@ -67,47 +213,187 @@ class CausalLM:
         self._device = next(model.parameters()).device
         self._workspace = Workspace(self._device)
         self._ends = _end_tokens(files.generation, files.config)
+        self._defaults = files.generation
         text_config = model.config.get_text_config()
         self._vocabulary = int(text_config.vocab_size)
-        self.context_length = int(getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+        self._context = int(getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
         self.device = str(self._device)
-        takes = inspect.signature(model.forward).parameters
-        self._keeps_logits = "logits_to_keep" in takes
+        self._backend, tokens = self._choose_backend(settings, phases or Phases(), kernels or {})
+        self._extents = Extents(tokens)
+        self._prefixes = Prefixes()
+        self._shares = not isinstance(self._backend, Alone)
+        self.context_length = min(self._context, self._extents.largest - 1)
+        on_cpu = self._device.type == "cpu"
+        self.capacity = Capacity(
+            CPU_SEQUENCES if on_cpu else graphs.SEQUENCES, self._extents.largest if self._shares else None
+        )
+        self._running: dict[TokenSequence, tuple[Answering, int]] = {}
+        self._flight: Flight | None = None
+
+    # How it computes
+
+    def _choose_backend(
+        self, settings: Settings, phases: Phases, kernels: dict[str, Any]
+    ) -> tuple[Backend, int]:
+        """The fastest way to compute that is right for this model, and the tokens that its cache has room for."""
+        try:
+            with phases.measure("check_batching"):
+                if self._device.type == "cuda" and kernels:
+                    log.info("fused: %s", ", ".join(graphs.fuse(self._model, kernels)) or "nothing")
+                right = self._right_logits()
+                attention.install(self._model)
+                layers = shapes(self._model, self._device)
+                budget = settings.kv_cache or self._default_budget()
+                token_bytes = sum(layer.width for layer in layers) * self._model.dtype.itemsize
+                tokens = max(min(budget // token_bytes, self._most_tokens()), 2 * GRAIN + FILLER)
+                self._check(Together(self._model, self._device, layers, 256), right)
+            if self._device.type != "cuda":
+                return Together(self._model, self._device, layers, tokens), tokens
+            backend = graphs.Graphs(
+                self._model, self._device, layers, tokens * token_bytes, self._context, self._vocabulary, kernels
+            )  # fmt: skip
+            backend.capture(phases)
+            with phases.measure("check_graphs"):
+                self._check(backend, right)
+            return backend, backend.tokens
+        except NotBatchable as error:
+            # As text: whoever keeps the record would keep with the error all that failed.
+            log.warning("sequences are computed one at a time: %s", str(error))
+            attention.uninstall(self._model)
+            return Alone(self._model, self._device), self._most_tokens()
+
+    def _default_budget(self) -> int:
+        if self._device.type == "cpu":
+            return CPU_KV_CACHE
+        return int(torch.cuda.mem_get_info(self._device)[1] * GPU_KV_SHARE)
+
+    def _most_tokens(self) -> int:
+        """Room beyond which more is of no use."""
+        if self._device.type == "cuda":
+            return max(GPU_TOKENS, self._context + FILLER + GRAIN)
+        return CPU_SEQUENCES * (self._context + GRAIN) + FILLER
+
+    def _fixed(self, count: int, salt: int = 0) -> list[int]:
+        return [(7919 * (position + 1 + salt)) % self._vocabulary for position in range(count)]
+
+    @torch.inference_mode()
+    def _right_logits(self) -> dict[int, list[tuple[int, torch.Tensor]]]:
+        """What transformers itself computes: greedy tokens and the logits before each, by the prompt's length."""
+        from transformers.cache_utils import DynamicCache
+
+        found = {}
+        for length in CHECKED_PROMPTS:
+            cache = DynamicCache(config=self._model.config)
+            ids = self._fixed(length, salt=length)
+            steps = []
+            for _ in range(CHECKED_STEPS):
+                tensor = torch.tensor([ids], dtype=torch.long, device=self._device)
+                logits = self._model(input_ids=tensor, past_key_values=cache, use_cache=True).logits[0, -1]
+                steps.append((int(logits.argmax()), logits.float().cpu()))
+                ids = [steps[-1][0]]
+            found[length] = steps
+        return found
+
+    def _check(self, backend: Backend, right: dict[int, list[tuple[int, torch.Tensor]]]) -> None:
+        """See that a backend computes what transformers does, for prompts that come in pieces beside others.
+
+        Raises:
+            NotBatchable: it does not.
+        """
+        sequences = []
+        at = FILLER
+        for length, steps in right.items():
+            sequence = TokenSequence(self._fixed(length, salt=length), len(steps), Sampling(logprobs=1))
+            sequence.extent = Extent(at, -(-(length + len(steps)) // GRAIN) * GRAIN)
+            at = sequence.extent.end
+            backend.begin(sequence)
+            sequences.append(sequence)
+        try:
+            for step in range(CHECKED_STEPS):
+                chunks = []
+                for sequence in sequences:
+                    if step == 0 and sequence.waiting > 8:  # in two pieces, the first beside the other prompt
+                        chunks.append(Chunk(sequence, 0, 8, sampled=False))
+                    else:
+                        chunks.append(Chunk(sequence, sequence.computed, sequence.waiting, sampled=True))
+                self._compare(backend, chunks, right)
+                rest = [Chunk(c.sequence, 8, c.sequence.waiting, sampled=True) for c in chunks if not c.sampled]
+                if rest:
+                    self._compare(backend, rest, right)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+            raise NotBatchable(f"it fails in a batch: {error}") from error
+        finally:
+            for sequence in sequences:
+                backend.end(sequence)
+
+    def _compare(
+        self, backend: Backend, chunks: Sequence[Chunk], right: dict[int, list[tuple[int, torch.Tensor]]]
+    ) -> None:
+        flight = backend.launch(chunks)
+        results = backend.harvest(flight)
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.count
+        for chunk, result in zip(flight.sampled, results, strict=True):
+            if isinstance(result, DumontError):
+                raise NotBatchable(f"it fails in a batch: {result}")
+            sequence = chunk.sequence
+            token, logits = right[len(sequence.prompt)][len(sequence.answer)]
+            expected = torch.log_softmax(logits, -1)
+            spread = float(logits.std())
+            allowed = TOLERANCE.get(self._model.dtype, ROUGH_TOLERANCE) * max(spread, 1.0)
+            wrong = abs(float(expected[result.token]) - result.logprob)
+            behind = float(expected[token] - expected[result.token])
+            if not (wrong <= 2 * allowed and behind <= 2 * allowed):
+                raise NotBatchable(
+                    f"in a batch its log-probabilities differ by {wrong:.3g} where {2 * allowed:.3g} is rounding"
+                )
+            sequence.answer.append(token)
+
+    # The port
+
+    @property
+    def load(self) -> Load:
+        return Load(len(self._running), self._extents.used - self._prefixes.tokens)
 
     def warm_up(self) -> None:
-        """Prefill and steps, drawing and greedy; the chat template and the tokenizer both ways.
-
-        On a GPU also prompts of other lengths: for each the libraries choose kernels, and load them then.
-        """
-        if self._device.type == "cuda":
-            for length in WARM_UP_LENGTHS:
-                prompt = [0] * min(length, self.context_length // 2)
-                for _ in self._answer(Generation(), prompt, max_new_tokens=4):
-                    pass
+        """Prompts and answers, drawing and greedy; the chat template and the tokenizer both ways."""
         text = "Hello"
         if self._template:
             text = self._template.render([Message("user", text)])
         tokens = self._tokenizer.encode(text).ids[: self.context_length // 2] or [0]
-        request = Generation(temperature=1.0, top_p=0.9, seed=0, stop=("\n\n",))
-        for _ in self._answer(request, tokens, max_new_tokens=3):
-            pass
+        self._run_alone(Generation(temperature=1.0, top_p=0.9, seed=0, stop=("\n\n",)), tokens, 3)
+        self._run_alone(Generation(repetition_penalty=1.1, logprobs=1, logit_bias={0: 1.0}), tokens, 2)
+        self._run_alone(Generation(), tokens, 3)
+        self._forget_prefixes()
 
-    @torch.inference_mode()
     def canary(self) -> Canary:
-        """The greedy token at each of 16 positions of a fixed input: one pass that checks every layer."""
-        fixed = [(7919 * (position + 1)) % self._vocabulary for position in range(CANARY_TOKENS)]
-        logits = self._model(input_ids=self._tensor(fixed), use_cache=False).logits[0].float()
-        best = logits.argmax(-1).cpu()
-        # On the CPU: one kernel less that every GPU process would carry.
-        logprob = torch.log_softmax(logits[-1].cpu(), -1)[best[-1]]
-        return Canary([int(token) for token in best.tolist()], round(float(logprob), 4))
+        """The greedy tokens after a fixed prompt, by way of the cache: every layer, prompt and single tokens."""
+        prompt = self._fixed(CANARY_TOKENS)
+        request = Generation(logprobs=0, ignore_eos=True)
+        steps = self._run_alone(request, prompt, 2)
+        self._forget_prefixes()
+        chosen = [step.chosen for step in steps if step.chosen is not None]
+        return Canary([found.token for found in chosen], round(chosen[-1].logprob, 4))
 
-    def generate(self, request: Generation) -> Work[Piece | Finish]:
+    def _run_alone(self, request: Generation, prompt: list[int], limit: int) -> list[Step]:
+        work = self._work(request, prompt, limit)
+        if not self.admit(work):
+            raise FailedPrecondition("KV_CACHE_FULL", "the cache has no room for the canary")
+        steps: list[Step] = []
+        while self._running:
+            for output in self.step():
+                if isinstance(output.item, BaseException):
+                    raise output.item
+                steps.append(output.item)
+        work.receive(steps)
+        return steps
+
+    def generate(self, request: Generation) -> Work:
         """As the port says. Reasons: EMPTY_PROMPT, PROMPT_AND_MESSAGES, PROMPT_TOO_LONG, TOO_MANY_TOKENS,
         INVALID_MAX_NEW_TOKENS, INVALID_TEMPERATURE, INVALID_TOP_P, INVALID_STOP, INVALID_MESSAGES,
-        NO_CHAT_TEMPLATE.
+        NO_CHAT_TEMPLATE, and one for each other field that is out of its range.
         """
-        self._check(request)
+        self._check_request(request)
         if request.messages:
             field = "messages"
             prompt = self._template.render(request.messages)
@@ -121,15 +407,35 @@ class CausalLM:
         if room < 1:
             raise InvalidArgument(
                 "PROMPT_TOO_LONG",
-                f"{field} has {len(tokens)} tokens; with an answer of at least one, this model's context "
-                f"takes {self.context_length}. Shorten it.",
+                f"{field} has {len(tokens)} tokens; with an answer of at least one, this instance takes "
+                f"{self.context_length}. Shorten it.",
                 field=field,
                 metadata={"tokens": str(len(tokens)), "context_length": str(self.context_length)},
             )
         limit = min(request.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, room)
-        return partial(self._answer, request, tokens, limit)
+        work = self._work(request, tokens, limit)
+        if self._shares and sum(map(_room, work.sequences)) > self._extents.largest:
+            raise InvalidArgument(
+                "TOO_MANY_ANSWERS",
+                f"{request.n} answers of {limit} tokens need more room than the cache has; ask for fewer, or for "
+                "shorter ones",
+                field="n",
+            )
+        return work
 
-    def _check(self, request: Generation) -> None:
+    def _work(self, request: Generation, prompt: list[int], limit: int) -> Answering:
+        own = frozenset() if request.ignore_eos else self._ends
+        ends = own | frozenset(request.stop_token_ids)
+        sampling = Sampling.of(request, self._defaults, ends)
+        sequences = [
+            TokenSequence(
+                prompt, limit, sampling, ends, own, None if request.seed is None else request.seed + index
+            )
+            for index in range(request.n)
+        ]
+        return Answering(self._tokenizer, request, sequences)
+
+    def _check_request(self, request: Generation) -> None:
         if request.prompt and request.messages:
             _refuse("PROMPT_AND_MESSAGES", "prompt", "send either prompt or messages, not both")
         if not request.prompt and not request.messages:
@@ -145,82 +451,148 @@ class CausalLM:
             )
         if not (math.isfinite(request.temperature) and request.temperature >= 0):
             _refuse("INVALID_TEMPERATURE", "temperature", "temperature must be 0 or more")
-        if request.top_p is not None and not 0 < request.top_p <= 1:
-            _refuse("INVALID_TOP_P", "top_p", "top_p must be above 0 and at most 1")
         if not all(request.stop) or len(request.stop) > MAX_STOPS:
             _refuse("INVALID_STOP", "stop", f"stop takes at most {MAX_STOPS} strings, none of them empty")
-
-    def _answer(
-        self, request: Generation, prompt: list[int], max_new_tokens: int
-    ) -> Iterator[Piece | Finish]:
-        """Pieces joined are the text; their tokens are those counted as output."""
-        text = Detokenizer(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True))
-        stops = StopFilter(request.stop)
-        reason = FinishReason.LENGTH
-        pending: list[int] = []
-        count = 0
-        for token in self._tokens(request, prompt, max_new_tokens):
-            if token is None:
-                yield Piece()
+        for name, low, high, at_low in (
+            ("top_p", 0, 1, False),
+            ("top_k", 0, math.inf, True),
+            ("min_p", 0, 1, True),
+            ("repetition_penalty", 0, math.inf, False),
+            ("presence_penalty", -math.inf, math.inf, False),
+            ("frequency_penalty", -math.inf, math.inf, False),
+            ("min_new_tokens", 0, self._max_new_tokens_limit, True),
+            ("logprobs", 0, MAX_LOGPROBS, True),
+            ("n", 1, MAX_ANSWERS, True),
+        ):
+            value = getattr(request, name)
+            if value is None:
                 continue
-            if token in self._ends:
-                reason = FinishReason.END
-                break
-            count += 1
-            pending.append(token)
-            if ready := stops.push(text.push(token)):
-                yield Piece(ready, tuple(pending))
-                pending.clear()
-            else:
-                yield Piece()
-            if stops.stopped:
-                break
-        rest = stops.push(text.flush()) + stops.flush()
-        if rest or pending:
-            yield Piece(rest, tuple(pending))
-        if stops.stopped:
-            reason = FinishReason.STOP
-        yield Finish(reason, prompt_tokens=len(prompt), output_tokens=count)
+            if not math.isfinite(value) or not (low < value <= high or (at_low and value == low)):
+                least = f"{'at least' if at_low else 'above'} {low:g}" if low > -math.inf else "a number"
+                most = f" and at most {high:g}" if high < math.inf else ""
+                _refuse(f"INVALID_{name.upper()}", name, f"{name} must be {least}{most}; got {value:g}")
+        if len(request.logit_bias) > graphs.MOST_BIASES // 2:
+            _refuse("INVALID_LOGIT_BIAS", "logit_bias", f"at most {graphs.MOST_BIASES // 2} tokens can be biased")
+        for token, value in request.logit_bias.items():
+            if not (0 <= token < self._vocabulary and math.isfinite(value)):
+                _refuse("INVALID_LOGIT_BIAS", "logit_bias", f"token {token} is not in the vocabulary, or its bias is no number")
+        if wrong := [token for token in request.stop_token_ids if not 0 <= token < self._vocabulary]:
+            _refuse("INVALID_STOP", "stop_token_ids", f"token {wrong[0]} is not in the vocabulary")
 
-    def _tokens(self, request: Generation, ids: list[int], max_new_tokens: int) -> Iterator[int | None]:
-        """Each new token; None after a chunk of the prompt. A token is computed only when it is asked for."""
-        from transformers.cache_utils import DynamicCache
-
-        cache = DynamicCache(config=self._model.config)
-        choose = Chooser(request)
-        last = (len(ids) - 1) // PREFILL_TOKENS * PREFILL_TOKENS
-        for start in range(0, last, PREFILL_TOKENS):
-            self._step(ids[start : start + PREFILL_TOKENS], cache)
-            yield None
-        ids = ids[last:]
-        for _ in range(max_new_tokens):
-            token = choose(self._step(ids, cache))
-            yield token
-            ids = [token]
-
-    @torch.inference_mode()
-    def _step(self, ids: list[int], cache: Any) -> torch.Tensor:
-        """The logits after ``ids``, one row; ``cache`` takes their keys and values."""
-        options: dict[str, Any] = {}
-        if self._keeps_logits and len(ids) > 1:
-            # As an index, which selects a compact copy. A count would leave a strided view, for which torch
-            # 2.13 on the CPU copies the whole output matrix: 130 ms for a vocabulary of 49,152.
-            on_cpu = self._device.type == "cpu"
-            options["logits_to_keep"] = torch.tensor([len(ids) - 1]) if on_cpu else 1
-        output = self._model(input_ids=self._tensor(ids), past_key_values=cache, use_cache=True, **options)
-        logits: torch.Tensor = output.logits[:, -1, :]
-        return logits
-
-    def _tensor(self, ids: list[int]) -> torch.Tensor:
-        return torch.tensor([ids], dtype=torch.long, device=self._device)
-
-    def embed(self, inputs: Sequence[str]) -> Work[Embedded]:
+    def embed(self, inputs: Sequence[str]) -> Work:
         raise FailedPrecondition(
             "ENGINE_CANNOT_EMBED", "This instance generates text; deploy an embedding model for embeddings."
         )
 
+    def admit(self, work: Work) -> bool:
+        assert isinstance(work, Answering)
+        if len(self._running) + len(work.sequences) > self.capacity.sequences and self._running:
+            return False
+        taken: list[TokenSequence] = []
+        for index, sequence in enumerate(work.sequences):
+            if not self._place(sequence):
+                for admitted in taken:
+                    self._leave(admitted)
+                return False
+            taken.append(sequence)
+            self._running[sequence] = (work, index)
+        return True
+
+    def _place(self, sequence: TokenSequence) -> bool:
+        """Reserve room for all that a sequence may come to, and copy what another has computed of its prompt."""
+        if not self._shares:
+            self._backend.begin(sequence)
+            return True
+        shared = self._prefixes.longest(sequence.prompt[:-1])
+        while (extent := self._extents.take(_room(sequence))) is None:
+            evicted = self._prefixes.evict()
+            if evicted is None:
+                return False
+            if shared is not None and evicted == shared[0]:
+                shared = None
+            self._extents.give_back(evicted)
+        try:
+            self._backend.reach(extent)
+        except DumontError:
+            self._extents.give_back(extent)
+            if self._running:
+                return False
+            raise
+        sequence.extent = extent
+        if shared is not None:
+            source, sequence.cached = shared
+            self._backend.copy(source, extent, sequence.cached)
+            sequence.computed = sequence.cached
+        self._backend.begin(sequence)
+        return True
+
+    def drop(self, work: Work) -> None:
+        assert isinstance(work, Answering)
+        for sequence in work.sequences:
+            self._leave(sequence)
+
+    def _leave(self, sequence: TokenSequence) -> None:
+        """Take a sequence out; what it has computed is kept for others that begin alike."""
+        sequence.ended = True
+        if self._running.pop(sequence, None) is None:
+            return
+        self._backend.end(sequence)
+        extent, sequence.extent = sequence.extent, None
+        if extent is not None and (free := self._prefixes.keep(extent, sequence.tokens())) is not None:
+            self._extents.give_back(free)
+
+    def step(self) -> Sequence[Output]:
+        flight, self._flight = self._flight, None
+        if flight is None:
+            flight = self._launch()
+        if self._unchanged(flight):
+            self._flight = self._backend.relaunch(flight)
+            if self._flight is not None:
+                for chunk in self._flight.sampled:
+                    chunk.sequence.computed += 1
+        outputs: list[Output] = []
+        for chunk, result in zip(flight.sampled, self._backend.harvest(flight), strict=True):
+            if not chunk.sequence.ended:
+                outputs += self._take(chunk.sequence, result)
+        return outputs
+
+    def _launch(self) -> Flight:
+        chunks = plan(self._running, self._backend.rows, self._backend.prompt_rows)
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.count
+        return self._backend.launch(chunks)
+
+    def _unchanged(self, flight: Flight) -> bool:
+        """Whether the step after ``flight`` is for the same sequences, as far as is known now."""
+        sequences = {chunk.sequence for chunk in flight.sampled}
+        return sequences == self._running.keys() and not any(sequence.ended for sequence in sequences)
+
+    def _take(self, sequence: TokenSequence, result: Chosen | DumontError) -> list[Output]:
+        work, index = self._running[sequence]
+        if isinstance(result, DumontError):
+            self.drop(work)
+            return [Output(work, result, last=True)]
+        before = len(sequence.answer)
+        reason = sequence.take(result.token)
+        chosen = result if len(sequence.answer) > before else None
+        if reason is not None:
+            # A token that came in beyond the end is nobody's.
+            sequence.computed = min(sequence.computed, sequence.length)
+            self._leave(sequence)
+        last = reason is not None and all(other.ended for other in work.sequences)
+        return [Output(work, Step(index, chosen, reason), last)]
+
+    def _forget_prefixes(self) -> None:
+        while (extent := self._prefixes.evict()) is not None:
+            self._extents.give_back(extent)
+
     def quiesce(self) -> None:
-        """Free the GPU of weights and caches; on the CPU there is nothing to free."""
+        """Forget every prompt; free the GPU of weights and caches."""
+        if self._flight is not None:
+            self._backend.harvest(self._flight)
+            self._flight = None
+        self._forget_prefixes()
+        self._backend.quiesce()
         self._weights.detach()
         self._workspace.release()
 
@@ -229,10 +601,16 @@ class CausalLM:
 
     def wake(self) -> None:
         self._workspace.regain()
+        self._backend.wake()
         self._weights.attach()
 
     def versions(self) -> dict[str, str]:
         return library_versions()
+
+
+def _room(sequence: TokenSequence) -> int:
+    """Tokens to reserve for a sequence: one more than it may have, for a step that nobody will look at."""
+    return sequence.most + 1
 
 
 def _end_tokens(generation: Json, config: Json) -> frozenset[int]:
