@@ -65,8 +65,8 @@ def restore_stacks(limit: int) -> None:
 class Block:
     """Addresses on a GPU that this process keeps for good, and the memory behind them, which comes and goes.
 
-    What has been captured into a CUDA graph points to addresses: after a checkpoint the memory must be found at
-    the same ones, but neither has to be kept meanwhile nor copied.
+    What has been captured into a CUDA graph points to addresses: after a checkpoint the memory must be found
+    at the same ones, but neither has to be kept meanwhile nor copied.
 
     Args:
         size: in bytes; rounded up to what can be mapped.
@@ -162,7 +162,9 @@ class Kernel:
         self._function = ctypes.c_void_p()
         self._threads, self._shared = threads, shared
         _call("cuModuleLoadData", ctypes.byref(self._module), ctypes.c_char_p(module))
-        _call("cuModuleGetFunction", ctypes.byref(self._function), self._module, ctypes.c_char_p(name.encode()))
+        _call(
+            "cuModuleGetFunction", ctypes.byref(self._function), self._module, ctypes.c_char_p(name.encode())
+        )
 
     def launch(self, stream: int, blocks: tuple[int, int], *arguments: Any) -> None:
         """Put it into ``stream``.
@@ -172,7 +174,8 @@ class Kernel:
         """
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
         _call(
-            "cuLaunchKernel", self._function, *map(ctypes.c_uint, (*blocks, 1, self._threads, 1, 1, self._shared)),
+            "cuLaunchKernel", self._function,
+            *map(ctypes.c_uint, (*blocks, 1, self._threads, 1, 1, self._shared)),
             ctypes.c_void_p(stream), pointers, None,
         )  # fmt: skip
 

@@ -4,9 +4,9 @@ Its life: ``load`` brings the model in; ``warm_up`` runs every path once with sy
 is left to import, compile or allocate lazily; ``canary`` records what the model says to a fixed input. Then
 requests come. ``generate`` or ``embed`` checks one on the caller's thread and returns the work it asks for.
 Everything after that happens on the host's one computing thread: ``admit`` takes work in while other work is
-under way, each ``step`` advances all that was admitted, and ``drop`` ends one at any time without touching the
-others. ``quiesce`` releases what a snapshot must not hold, when nothing is admitted; after ``wake`` the engine
-is as it was and ``canary`` must say the same tokens again.
+under way, each ``step`` advances all that was admitted, and ``drop`` ends one at any time without touching
+the others. ``quiesce`` releases what a snapshot must not hold, when nothing is admitted; after ``wake`` the
+engine is as it was and ``canary`` must say the same tokens again.
 
 An example, two requests of which the second is cancelled::
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Ranges = list[tuple[int, int]]
-DEFAULT_MAX_QUEUE: Final = 64
+DEFAULT_MAX_QUEUE: Final = 256
 DEFAULT_DRAIN_SECONDS: Final = 10.0
 
 
@@ -118,10 +118,11 @@ class Host:
             threads=arguments.integer("threads", 0, lowest=0) or None,
             loader=_path(arguments.text("loader", "")),
             gpu=arguments.text("gpu", ""),
+            kv_cache=arguments.integer("kv_cache", 0, lowest=0) or None,
         )
         folder = Path(arguments.text("model_dir"))
         engine = self._world.load(folder, arguments.text("engine", ""), settings, phases)
-        scheduler = Scheduler(max_queue)
+        scheduler = Scheduler(engine, max_queue)
         try:
             with phases.measure("import_grpc"):
                 server = self._world.server(engine, scheduler, self._gate, max_queue)
@@ -142,6 +143,7 @@ class Host:
             "engine": engine.name,
             "device": engine.device,
             "context_length": engine.context_length,
+            "capacity": self._capacity(engine),
             "canary": canary,
             "phases": [list(phase) for phase in phases.seconds],
             "versions": engine.versions(),
@@ -236,14 +238,26 @@ class Host:
         return self._world.draws()
 
     def _status(self, arguments: Arguments) -> Json:
-        return {
+        load: Json = {}
+        if self._model is not None:
+            scheduler = self._model.scheduler
+            load = {
+                "capacity": self._capacity(self._model.engine),
+                "running": scheduler.running,
+                "waiting": scheduler.queued,
+                "kv_tokens_used": scheduler.load.kv_tokens,
+            }
+        return load | {
             "state": self.state.value,
             "instance": self.instance,
             "in_flight": self._gate.inside,
-            "queued": self._model.scheduler.queued if self._model else 0,
+            "queued": load.get("waiting", 0),
             "served": self._gate.served,
             "draining": self.state is State.DRAINED,
         }
+
+    def _capacity(self, engine: Engine) -> Json:
+        return {"sequences": engine.capacity.sequences, "kv_tokens": engine.capacity.kv_tokens}
 
     def _stop(self, arguments: Arguments) -> Json:
         self._gate.set_open(False)

@@ -38,7 +38,8 @@ class Process:
     def server(self, engine: Engine, scheduler: Scheduler, gate: Gate, max_queue: int) -> Server:
         from model_host import service  # brings in gRPC, which a cold start should not wait for earlier
 
-        return service.Server(service.ModelHostService(engine, scheduler, gate), max_queue)
+        max_calls = max_queue + engine.capacity.sequences
+        return service.Server(service.ModelHostService(engine, scheduler, gate), max_calls)
 
     def settle(self) -> None:
         # Now: nobody waits yet, and what is frozen below is not listed any more.

@@ -1,8 +1,9 @@
 """One computing thread, which steps the engine for all requests together.
 
-Requests wait in a bounded queue, in order of arrival, until the engine has room for the first of them. Between
-two steps the thread admits, ends what was cancelled or is out of time, and runs what the host asks for. A caller
-reads what was computed from its job, at its own pace: a reader that is slow, or never reads, holds up nobody.
+Requests wait in a bounded queue, in order of arrival, until the engine has room for the first of them.
+Between two steps the thread admits, ends what was cancelled or is out of time, and runs what the host asks
+for. A caller reads what was computed from its job, at its own pace: a reader that is slow, or never reads,
+holds up nobody.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Job:
         self._failure: BaseException | None = None
         self._ended = False
         self._arrived = threading.Condition()
-        # Whether the reader waits for anything at all. Else it sleeps, and only the end wakes it: a thread that
-        # woke for each token would take the interpreter from the one that computes.
+        # Whether the reader waits for anything at all. Else it sleeps, and only the end wakes it: a thread
+        # that woke for each token would take the interpreter from the one that computes.
         self._hungry = False
         self._changed = changed
 
@@ -285,9 +286,7 @@ def _stopped(job: Job, now: float) -> DumontError | None:
     if job.cancelled:
         return Cancelled("CANCELLED", "The caller gave up.")
     if job.deadline is not None and now >= job.deadline:
-        return DeadlineExceeded(
-            "DEADLINE_EXCEEDED", "The caller's time was up before the answer was done."
-        )
+        return DeadlineExceeded("DEADLINE_EXCEEDED", "The caller's time was up before the answer was done.")
     return None
 
 

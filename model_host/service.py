@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
 from grpc_status import rpc_status
@@ -27,7 +27,6 @@ from model_host.engine import Engine, Finish, FinishReason, Generation, Message,
 from model_host.gate import Gate
 from model_host.scheduler import Scheduler
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DOMAIN: Final = "model_host.dumont"
@@ -68,7 +67,7 @@ class ModelHostService(pb2_grpc.ModelHostServiceServicer):
             for item in self._compute(self._engine.generate(_generation(request)), context):
                 if isinstance(item, Finish):
                     yield pb2.GenerateResponse(finish=_finish(item))
-                elif item.token_ids:
+                else:
                     yield pb2.GenerateResponse(chunk=_chunk(item))
 
     def Embed(self, request: pb2.EmbedRequest, context: grpc.ServicerContext) -> pb2.EmbedResponse:
@@ -80,7 +79,7 @@ class ModelHostService(pb2_grpc.ModelHostServiceServicer):
                     response.embeddings.add(values=values)
             return response
 
-    def _compute(self, work: Work[T], context: grpc.ServicerContext) -> Iterator[T]:
+    def _compute(self, work: Work, context: grpc.ServicerContext) -> Iterator[Any]:
         remaining = context.time_remaining()
         deadline = None if remaining is None else self._clock() + remaining
         job = self._scheduler.submit(work, deadline)
@@ -94,13 +93,13 @@ class Server:
     """Opens and closes the socket. Between the two nothing of gRPC is left in the process but its code.
 
     Args:
-        servicer: makes the servicer.
-        max_queue: calls that may wait for the computing thread.
+        servicer: answers the calls.
+        max_calls: calls that are computed or wait to be.
     """
 
-    def __init__(self, servicer: ModelHostService, max_queue: int) -> None:
+    def __init__(self, servicer: ModelHostService, max_calls: int) -> None:
         self._servicer = servicer
-        self._workers = max_queue + 1 + SPARE_THREADS
+        self._workers = max_calls + SPARE_THREADS
         self._running: tuple[grpc.Server, ThreadPoolExecutor, Path] | None = None
 
     def start(self, socket: Path) -> None:

@@ -1,8 +1,9 @@
 """How a transformers model computes tokens of many sequences in one pass.
 
-The tokens of a pass lie one behind the other in a batch of one. Everything in such a model treats tokens alone,
-but for attention: a layer hands its keys and values to the cache (``update``), which puts them where their
-sequences lie, and asks transformers' attention interface for attention, where ours looks at each sequence's own.
+The tokens of a pass lie one behind the other in a batch of one. Everything in such a model treats tokens
+alone, but for attention: a layer hands its keys and values to the cache (``update``), which puts them where
+their sequences lie, and asks transformers' attention interface for attention, where ours looks at each
+sequence's own.
 
 Source: transformers' ``AttentionInterface``; a name without a mask function gets no mask from the model.
 """
@@ -108,7 +109,8 @@ class KeysAndValues:
         at = 0
         for shape in self.shapes:
             for into, size in ((self.keys, shape.key), (self.values, shape.value)):
-                into.append(self.memory[:, at : at + shape.heads * size].unflatten(1, (shape.heads, size)))
+                part = self.memory[:, at : at + shape.heads * size]
+                into.append(part.view(part.shape[0], shape.heads, size))
                 at += shape.heads * size
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -142,7 +144,7 @@ def computing(what: Pass, cache: KeysAndValues | None) -> Iterator[Any]:
 def _cache_object(what: Pass, cache: KeysAndValues | None) -> Any:
     from transformers.cache_utils import Cache
 
-    class Writer(Cache):  # type: ignore[misc]
+    class Writer(Cache):
         """Takes keys and values from the layers; what it gives back is not looked at."""
 
         def __init__(self) -> None:
@@ -230,7 +232,13 @@ def _alone(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, win
     length = query.shape[2]
     mask = None if window is None or window >= length else _mask(length, length, window, query.device)
     found = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None and length > 1, scale=scaling, enable_gqa=True
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None and length > 1,
+        scale=scaling,
+        enable_gqa=True,
     )
     return found.transpose(1, 2)
 
@@ -266,7 +274,9 @@ def _by_segments(
 
 def _mask(rows: int, length: int, window: int | None, device: torch.device) -> Tensor:
     """Which of ``length`` tokens each of the last ``rows`` looks at; shape (rows, length)."""
-    behind = torch.arange(length - rows, length, device=device).unsqueeze(1) - torch.arange(length, device=device)
+    behind = torch.arange(length - rows, length, device=device).unsqueeze(1) - torch.arange(
+        length, device=device
+    )
     seen = behind >= 0
     return seen if window is None else seen & (behind < window)
 
@@ -274,7 +284,7 @@ def _mask(rows: int, length: int, window: int | None, device: torch.device) -> T
 def _flash(
     query: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, scaling: float | None, window: int | None
 ) -> Tensor:
-    """FlashAttention as torch has it: ``starts`` need not be in order, because ``lengths`` says how many count."""
+    """FlashAttention as torch has it. ``starts`` need not be in order: ``lengths`` says how many count."""
     found: Tensor = torch.ops.aten._flash_attention_forward(
         query[0].transpose(0, 1),
         keys,

@@ -1,8 +1,9 @@
-"""Ways to compute chunks of sequences: all in one pass on any device, or each alone for models that need that.
+"""Ways to compute chunks of sequences: all in one pass on any device, or each alone for models that need
+that.
 
-A backend owns the cache. ``launch`` begins to compute, ``harvest`` waits for the tokens chosen. Between the two
-``relaunch`` may begin the step after, in which every sequence goes one token further, before anybody has seen the
-tokens of this one: a GPU then need not wait for the host.
+A backend owns the cache. ``launch`` begins to compute, ``harvest`` waits for the tokens chosen. Between the
+two ``relaunch`` may begin the step after, in which every sequence goes one token further, before anybody has
+seen the tokens of this one: a GPU then need not wait for the host.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ def choose_rows(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Result]:
     for row, chunk in zip(rows, chunks, strict=True):
         sequence = chunk.sequence
         try:
-            results.append(choose(row, sequence.sampling, sequence.prompt, sequence.answer, sequence.generator))
+            results.append(
+                choose(row, sequence.sampling, sequence.prompt, sequence.answer, sequence.generator)
+            )
         except DumontError as error:
             results.append(error)
     return results

@@ -57,14 +57,16 @@ DEFAULT_CONTEXT: Final = 2048
 # How many answers a CPU computes together, and the bytes it has for their keys and values.
 CPU_SEQUENCES: Final = 64
 CPU_KV_CACHE: Final = 2 << 30
-# How much of a GPU's memory is for keys and values if nobody says otherwise, and tokens for which more is no use.
+# How much of a GPU's memory is for keys and values if nobody says otherwise, and tokens for which more is no
+# use.
 GPU_KV_SHARE: Final = 0.25
 GPU_TOKENS: Final = graphs.SEQUENCES * 4096
 
 # Tokens of the prompts with which batching is checked, and how far from right its logits may be, as a part of
 # their length: in bfloat16 two ways to add the same numbers differ by less.
-CHECKED_PROMPTS: Final = (5, 37)
-CHECKED_STEPS: Final = 3
+CHECKED_PROMPTS: Final = (3, 13)
+CHECKED_STEPS: Final = 2
+CHECKED_PIECE: Final = 5
 TOLERANCE: Final = {torch.float32: 1e-3}
 ROUGH_TOLERANCE: Final = 0.05
 
@@ -94,8 +96,8 @@ def _begin_to_compile(files: ModelFiles, settings: Settings) -> graphs.Compiler 
         shape = (int(text.get("num_key_value_heads") or heads), size, size)
     except (KeyError, TypeError, ValueError):
         return None
-    kind = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
-    dtype = graphs.TRITON_TYPES.get(getattr(torch, kind, None))
+    kind = getattr(torch, str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"), torch.float32)
+    dtype = graphs.TRITON_TYPES.get(kind)
     if dtype is None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -114,9 +116,7 @@ class Step:
 class Answering:
     """A request for text: the sequences to compute, and the text made of their tokens for the caller."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, request: Generation, sequences: Sequence[TokenSequence]
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Generation, sequences: Sequence[TokenSequence]) -> None:
         self.sequences = sequences
         self._tokenizer = tokenizer
         self._wants_logprobs = request.logprobs is not None
@@ -235,7 +235,7 @@ class CausalLM:
     def _choose_backend(
         self, settings: Settings, phases: Phases, kernels: dict[str, Any]
     ) -> tuple[Backend, int]:
-        """The fastest way to compute that is right for this model, and the tokens that its cache has room for."""
+        """The fastest way to compute that is right for this model, and for how many tokens it has room."""
         try:
             with phases.measure("check_batching"):
                 if self._device.type == "cuda" and kernels:
@@ -250,7 +250,8 @@ class CausalLM:
             if self._device.type != "cuda":
                 return Together(self._model, self._device, layers, tokens), tokens
             backend = graphs.Graphs(
-                self._model, self._device, layers, tokens * token_bytes, self._context, self._vocabulary, kernels
+                self._model, self._device, layers, tokens * token_bytes, self._context, self._vocabulary,
+                kernels
             )  # fmt: skip
             backend.capture(phases)
             with phases.measure("check_graphs"):
@@ -278,7 +279,7 @@ class CausalLM:
 
     @torch.inference_mode()
     def _right_logits(self) -> dict[int, list[tuple[int, torch.Tensor]]]:
-        """What transformers itself computes: greedy tokens and the logits before each, by the prompt's length."""
+        """What transformers itself computes, by the prompt's length: greedy tokens, the logits of each."""
         from transformers.cache_utils import DynamicCache
 
         found = {}
@@ -312,12 +313,18 @@ class CausalLM:
             for step in range(CHECKED_STEPS):
                 chunks = []
                 for sequence in sequences:
-                    if step == 0 and sequence.waiting > 8:  # in two pieces, the first beside the other prompt
-                        chunks.append(Chunk(sequence, 0, 8, sampled=False))
+                    if (
+                        step == 0 and sequence.waiting > CHECKED_PIECE
+                    ):  # in two pieces, the first beside the other prompt
+                        chunks.append(Chunk(sequence, 0, CHECKED_PIECE, sampled=False))
                     else:
                         chunks.append(Chunk(sequence, sequence.computed, sequence.waiting, sampled=True))
                 self._compare(backend, chunks, right)
-                rest = [Chunk(c.sequence, 8, c.sequence.waiting, sampled=True) for c in chunks if not c.sampled]
+                rest = [
+                    Chunk(c.sequence, CHECKED_PIECE, c.sequence.waiting, sampled=True)
+                    for c in chunks
+                    if not c.sampled
+                ]
                 if rest:
                     self._compare(backend, rest, right)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
@@ -345,7 +352,7 @@ class CausalLM:
             behind = float(expected[token] - expected[result.token])
             if not (wrong <= 2 * allowed and behind <= 2 * allowed):
                 raise NotBatchable(
-                    f"in a batch its log-probabilities differ by {wrong:.3g} where {2 * allowed:.3g} is rounding"
+                    f"in a batch its log-probabilities differ by {wrong:.3g}, and rounding is {2 * allowed:.3g}"
                 )
             sequence.answer.append(token)
 
@@ -367,13 +374,34 @@ class CausalLM:
         self._forget_prefixes()
 
     def canary(self) -> Canary:
-        """The greedy tokens after a fixed prompt, by way of the cache: every layer, prompt and single tokens."""
-        prompt = self._fixed(CANARY_TOKENS)
-        request = Generation(logprobs=0, ignore_eos=True)
-        steps = self._run_alone(request, prompt, 2)
-        self._forget_prefixes()
-        chosen = [step.chosen for step in steps if step.chosen is not None]
-        return Canary([found.token for found in chosen], round(chosen[-1].logprob, 4))
+        """The greedy token after each of 16 tokens of a fixed prompt, and the one after those.
+
+        They take the way of every request: through all layers, the cache, and a step that follows another.
+        """
+        sequence = TokenSequence(self._fixed(CANARY_TOKENS), 2, Sampling(logprobs=0))
+        if not self._place(sequence):
+            raise FailedPrecondition("KV_CACHE_FULL", "the cache has no room for the canary")
+        try:
+            # Each token as a chunk of its own, so that one is chosen after each; what computes sequences
+            # alone would need a pass for every chunk.
+            whole = [Chunk(sequence, 0, CANARY_TOKENS, sampled=True)]
+            single = [Chunk(sequence, position, 1, sampled=True) for position in range(CANARY_TOKENS)]
+            found = self._compute(single if self._shares else whole)
+            sequence.answer.append(found[-1].token)
+            found += self._compute([Chunk(sequence, CANARY_TOKENS, 1, sampled=True)])
+        finally:
+            self._backend.end(sequence)
+            if sequence.extent is not None:
+                self._extents.give_back(sequence.extent)
+        return Canary([chosen.token for chosen in found], round(found[-1].logprob, 4))
+
+    def _compute(self, chunks: Sequence[Chunk]) -> list[Chosen]:
+        chosen = []
+        for result in self._backend.harvest(self._backend.launch(chunks)):
+            if isinstance(result, DumontError):
+                raise result
+            chosen.append(result)
+        return chosen
 
     def _run_alone(self, request: Generation, prompt: list[int], limit: int) -> list[Step]:
         work = self._work(request, prompt, limit)
@@ -417,8 +445,8 @@ class CausalLM:
         if self._shares and sum(map(_room, work.sequences)) > self._extents.largest:
             raise InvalidArgument(
                 "TOO_MANY_ANSWERS",
-                f"{request.n} answers of {limit} tokens need more room than the cache has; ask for fewer, or for "
-                "shorter ones",
+                f"{request.n} answers of {limit} tokens need more room than the cache has; ask for fewer, or "
+                "for shorter ones",
                 field="n",
             )
         return work
@@ -472,10 +500,16 @@ class CausalLM:
                 most = f" and at most {high:g}" if high < math.inf else ""
                 _refuse(f"INVALID_{name.upper()}", name, f"{name} must be {least}{most}; got {value:g}")
         if len(request.logit_bias) > graphs.MOST_BIASES // 2:
-            _refuse("INVALID_LOGIT_BIAS", "logit_bias", f"at most {graphs.MOST_BIASES // 2} tokens can be biased")
+            _refuse(
+                "INVALID_LOGIT_BIAS", "logit_bias", f"at most {graphs.MOST_BIASES // 2} tokens can be biased"
+            )
         for token, value in request.logit_bias.items():
             if not (0 <= token < self._vocabulary and math.isfinite(value)):
-                _refuse("INVALID_LOGIT_BIAS", "logit_bias", f"token {token} is not in the vocabulary, or its bias is no number")
+                _refuse(
+                    "INVALID_LOGIT_BIAS",
+                    "logit_bias",
+                    f"token {token} is not in the vocabulary, or its bias is no number",
+                )
         if wrong := [token for token in request.stop_token_ids if not 0 <= token < self._vocabulary]:
             _refuse("INVALID_STOP", "stop_token_ids", f"token {wrong[0]} is not in the vocabulary")
 
@@ -499,7 +533,7 @@ class CausalLM:
         return True
 
     def _place(self, sequence: TokenSequence) -> bool:
-        """Reserve room for all that a sequence may come to, and copy what another has computed of its prompt."""
+        """Reserve room for all that a sequence may come to; copy what another has computed of its prompt."""
         if not self._shares:
             self._backend.begin(sequence)
             return True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,11 +12,13 @@ import torch
 from dumont.errors import FailedPrecondition, InvalidArgument
 from model_host.engine import (
     Canary,
+    Capacity,
     Embedded,
-    Finish,
     Generation,
+    Load,
+    Output,
     Phases,
-    Piece,
+    Reply,
     Settings,
     Work,
 )
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BATCH: Final = 16
+SEQUENCES: Final = 64
 MAX_INPUTS: Final = 1024
 CANARY_TOKENS: Final = 16
 CANARY_VALUES: Final = 8
@@ -45,8 +48,24 @@ def load(files: ModelFiles, settings: Settings, phases: Phases) -> Embedding:
     return Embedding(model, weights, tokenizer, pooling, normalize=files.normalize)
 
 
+@dataclass(eq=False)
+class Texts:
+    """A request for embeddings: the tokens of its texts.
+
+    Attributes:
+        next: the index of the first text that no step has computed.
+    """
+
+    tokens: Sequence[list[int]]
+    next: int = 0
+
+    def receive(self, computed: Sequence[Embedded]) -> Reply:
+        """Pass on what was computed."""
+        return Reply(computed)
+
+
 class Embedding:
-    """An ``Engine`` that embeds.
+    """An ``Engine`` that embeds. A step computes texts of all callers, those that came first first.
 
     Args:
         pooling: ``mean`` or ``cls``.
@@ -69,11 +88,17 @@ class Embedding:
         self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
         self.context_length = int(getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
         self.device = str(self._device)
+        self.capacity = Capacity(SEQUENCES)
+        self._running: list[Texts] = []
+
+    @property
+    def load(self) -> Load:
+        return Load(len(self._running))
 
     def warm_up(self) -> None:
         """One batch of two texts of different length, so that padding is taken too."""
-        for _ in self.embed(["Hello", "Hello there, world"])():
-            pass
+        self.admit(self.embed(["Hello", "Hello there, world"]))
+        self.step()
 
     def canary(self) -> Canary:
         """The first values of the embedding of a fixed input, in thousandths."""
@@ -81,7 +106,7 @@ class Embedding:
         values = self._vectors([fixed])[0][:CANARY_VALUES]
         return Canary([round(value * 1000) for value in values], 0.0)
 
-    def embed(self, inputs: Sequence[str]) -> Work[Embedded]:
+    def embed(self, inputs: Sequence[str]) -> Work:
         """As the port says. Reasons: EMPTY_INPUTS, TOO_MANY_INPUTS, PROMPT_TOO_LONG."""
         if not inputs or not all(inputs):
             raise InvalidArgument(
@@ -104,12 +129,40 @@ class Embedding:
                 field="inputs",
                 metadata={"tokens": str(len(tokens[longest])), "context_length": str(self.context_length)},
             )
-        return partial(self._batches, tokens)
+        return Texts(tokens)
 
-    def _batches(self, texts: list[list[int]]) -> Iterator[Embedded]:
-        for start in range(0, len(texts), BATCH):
-            batch = texts[start : start + BATCH]
-            yield Embedded(self._vectors(batch), prompt_tokens=sum(map(len, batch)))
+    def admit(self, work: Work) -> bool:
+        assert isinstance(work, Texts)
+        if len(self._running) >= self.capacity.sequences:
+            return False
+        self._running.append(work)
+        return True
+
+    def drop(self, work: Work) -> None:
+        assert isinstance(work, Texts)
+        if work in self._running:
+            self._running.remove(work)
+
+    def step(self) -> Sequence[Output]:
+        shares: list[tuple[Texts, int]] = []  # whose texts, how many of them
+        batch: list[list[int]] = []
+        for work in self._running:
+            share = list(work.tokens[work.next : work.next + BATCH - len(batch)])
+            shares.append((work, len(share)))
+            batch += share
+            if len(batch) == BATCH:
+                break
+        vectors = iter(self._vectors(batch))
+        outputs = []
+        for work, count in shares:
+            tokens = sum(map(len, work.tokens[work.next : work.next + count]))
+            item = Embedded([next(vectors) for _ in range(count)], tokens, work.next)
+            work.next += count
+            last = work.next == len(work.tokens)
+            if last:
+                self._running.remove(work)
+            outputs.append(Output(work, item, last))
+        return outputs
 
     @torch.inference_mode()
     def _vectors(self, batch: list[list[int]]) -> list[list[float]]:
@@ -129,7 +182,7 @@ class Embedding:
         values: list[list[float]] = vectors.tolist()
         return values
 
-    def generate(self, request: Generation) -> Work[Piece | Finish]:
+    def generate(self, request: Generation) -> Work:
         raise FailedPrecondition(
             "ENGINE_CANNOT_GENERATE", "This instance embeds text; deploy a causal_lm model to generate."
         )

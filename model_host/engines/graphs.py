@@ -1,15 +1,16 @@
 """Steps as CUDA graphs that sleep with their process.
 
-A graph computes a fixed number of rows, and each row is one token of any sequence: the next token of an answer or
-a token of a prompt, whose keys and values all rows have written before any looks at them. So one set of graphs
-serves prompts and answers, mixed, and a prompt of sixteen tokens costs what one token costs.
+A graph computes a fixed number of rows, and each row is one token of any sequence: the next token of an
+answer or a token of a prompt, whose keys and values all rows have written before any looks at them. So one
+set of graphs serves prompts and answers, mixed, and a prompt of sixteen tokens costs what one token costs.
 
-Everything that a graph points to is at the same address for ever. What is large (weights, keys and values, scratch
-memory) lies in blocks whose memory is given back while the process is checkpointed, and is neither copied by the
-checkpoint nor carried in a snapshot. The graphs themselves are: a process that was restored has them.
+Everything that a graph points to is at the same address for ever. What is large (weights, keys and values,
+scratch memory) lies in blocks whose memory is given back while the process is checkpointed, and is neither
+copied by the checkpoint nor carried in a snapshot. The graphs themselves are: a process that was restored has
+them.
 
-The state of the rows is on the GPU, and a step makes it that of the next step. As long as the same answers go on,
-the host has nothing to say, and starts a step before it has seen the tokens of the one before.
+The state of the rows is on the GPU, and a step makes it that of the next step. As long as the same answers go
+on, the host has nothing to say, and starts a step before it has seen the tokens of the one before.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ PIECE: Final = 1 << 30
 MOST_BIASES: Final = 512
 
 # Rows of the state, as in kernels.py.
-(TOKEN, POSITION, SLOT, START, LENGTH, FLAGS, TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE, FREQUENCY,
+(TOKEN, POSITION, SLOT, START, LENGTH, FLAGS, TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE,
+FREQUENCY,
  SEED_LOW, SEED_HIGH, PLACE, BIASES) = range(17)  # fmt: skip
 STATE_ROWS: Final = 17
 SAMPLED, PENALISED, ADJUSTED = 1, 2, 4
@@ -106,18 +108,23 @@ class Compiler:
         return found
 
 
+# What torch calls for memory, and to give it back: bytes, device, stream.
+ALLOCATE: Final = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
+FREE: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
+
+
 class Scratch:
-    """Memory for what graphs compute with, allocated for torch; it comes and goes behind the same addresses."""
+    """Memory that graphs compute in, allocated for torch; it comes and goes behind the same addresses."""
 
     def __init__(self, device: int) -> None:
         self._device = device
         self._blocks: dict[int, cuda.Block] = {}
         self._freed: list[cuda.Block] = []
         # torch calls them for as long as the process lives.
-        self._allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)(self._take)
-        self._free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)(self._put)
-        addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in (self._allocate, self._free))
-        self.pool = torch.cuda.MemPool(torch._C._cuda_customAllocator(*addresses))
+        self._allocate = ALLOCATE(self._take)
+        self._free = FREE(self._put)
+        allocate, free = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (self._allocate, self._free))
+        self.pool = torch.cuda.MemPool(torch._C._cuda_customAllocator(allocate, free))
 
     def _take(self, size: int, _device: int, _stream: int) -> int:
         try:
@@ -226,11 +233,11 @@ class Graphs:
         self._make_buffers()
 
     def _make_buffers(self) -> None:
-        """Memory that the GPU reads and writes on the host. Two of each: one is filled while one is in use."""
-        pin = {"pin_memory": True}
-        self._staged = [torch.zeros(STATE_ROWS, ROWS + 1, dtype=torch.int32, **pin) for _ in range(2)]
+        """Host memory that the GPU reads and writes. Two of each: one is filled while the other is in use."""
+        integers: dict[str, Any] = {"dtype": torch.int32, "pin_memory": True}
+        self._staged = [torch.zeros(STATE_ROWS, ROWS + 1, **integers) for _ in range(2)]
         self._fetched = [
-            (torch.zeros(ROWS, dtype=torch.int32, **pin), torch.zeros(ROWS, dtype=torch.float32, **pin))
+            (torch.zeros(ROWS, **integers), torch.zeros(ROWS, dtype=torch.float32, pin_memory=True))
             for _ in range(2)
         ]
         self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
@@ -249,12 +256,18 @@ class Graphs:
         try:
             with phases.measure("warm_up_kernels"), torch.cuda.stream(self._stream):
                 with torch.cuda.use_mem_pool(self._scratch.pool):
-                    self._work = torch.empty(ROWS * self._vocabulary, dtype=torch.float32, device=self._device)
+                    self._work = torch.empty(
+                        ROWS * self._vocabulary, dtype=torch.float32, device=self._device
+                    )
                     self._counts = torch.zeros(
                         SEQUENCES, self._vocabulary, dtype=torch.int16, device=self._device
                     )
-                    self._bias_tokens = torch.zeros(SEQUENCES, MOST_BIASES, dtype=torch.int32, device=self._device)
-                    self._bias_values = torch.zeros(SEQUENCES, MOST_BIASES, dtype=torch.float32, device=self._device)
+                    self._bias_tokens = torch.zeros(
+                        SEQUENCES, MOST_BIASES, dtype=torch.int32, device=self._device
+                    )
+                    self._bias_values = torch.zeros(
+                        SEQUENCES, MOST_BIASES, dtype=torch.float32, device=self._device
+                    )
                 self._rest(ROWS)
                 for bucket in reversed(BUCKETS):
                     self._compute(bucket)
@@ -264,7 +277,10 @@ class Graphs:
                 for bucket in reversed(BUCKETS):
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(
-                        graph, pool=self._scratch.pool.id, stream=self._stream, capture_error_mode="thread_local"
+                        graph,
+                        pool=self._scratch.pool.id,  # type: ignore[arg-type]
+                        stream=self._stream,
+                        capture_error_mode="thread_local",
                     ):
                         logits = self._compute(bucket)
                     self._graphs[bucket] = (graph, logits)
@@ -282,7 +298,9 @@ class Graphs:
     def _compute(self, rows: int) -> Tensor:
         """What a graph does; the logits, shape (rows, vocabulary)."""
         state = self._state
-        paged = PagedRows(self._firsts[: rows + 1], state[START, : rows + 1], state[LENGTH, :rows], self._longest)
+        paged = PagedRows(
+            self._firsts[: rows + 1], state[START, : rows + 1], state[LENGTH, :rows], self._longest
+        )
         what = Pass(state[SLOT, :rows].long(), rows=paged)
         with attention.computing(what, self._cache) as cache:
             logits = backends.forward(
@@ -338,7 +356,9 @@ class Graphs:
             biases = {**sampling.bias, **dict.fromkeys(sampling.ends, -np.inf)}
             if sampling.bias or sampling.min_new_tokens:
                 tokens, values = list(biases)[:MOST_BIASES], list(biases.values())[:MOST_BIASES]
-                self._bias_tokens[place, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32).to(self._device)
+                self._bias_tokens[place, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32).to(
+                    self._device
+                )
                 self._bias_values[place, : len(values)] = torch.tensor(values).to(self._device)
 
     def end(self, sequence: TokenSequence) -> None:
@@ -417,7 +437,8 @@ class Graphs:
         following = []
         for chunk, row in zip(flight.sampled, rows, strict=True):
             sequence, sampling = chunk.sequence, chunk.sequence.sampling
-            # The token that is on its way is the last but one at the most, and bans of tokens stay as they are.
+            # The token that is on its way is the last but one at the most, and bans of tokens stay as they
+            # are.
             if chunk.count != 1 or len(sequence.answer) + 2 > sequence.limit:
                 return None
             if sampling.logprobs or len(sequence.answer) + 1 <= sampling.min_new_tokens:
@@ -437,8 +458,8 @@ class Graphs:
                     Internal("NOT_A_NUMBER", "the model computed no probabilities for the next token")
                 )
             elif top := chunk.sequence.sampling.logprobs:
-                logits = self._graphs[bucket][1][row].float().cpu().numpy()
-                results.append(report(logits, token, top))
+                logits = self._graphs[bucket][1][row].cpu().float().numpy()
+                results.append(report(logits, token, top, float(logprobs[row])))
             else:
                 results.append(Chosen(token, float(logprobs[row])))
         return results
@@ -522,12 +543,14 @@ def _is_plain_norm(norm: Any) -> bool:
 
 
 def _fused_rotary(plain: Patch, kernel: cuda.Kernel) -> Patch:
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def apply(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         if (
-            rest or options or not q.is_cuda or q.shape[0] != 1 or not q.dtype == k.dtype == cos.dtype == sin.dtype
-            or cos.dim() != 3 or cos.shape[-1] != q.shape[-1] or cos.shape[1] != q.shape[2]
-            or q.stride(-1) != 1 or k.stride(-1) != 1 or cos.stride() != sin.stride() or cos.stride(-1) != 1
-            or q.dtype not in TRITON_TYPES
+            rest or options or not q.is_cuda or q.shape[0] != 1 or not q.dtype == k.dtype == cos.dtype ==
+            sin.dtype or cos.dim() != 3 or cos.shape[-1] != q.shape[-1] or cos.shape[1] != q.shape[2] or
+            q.stride(-1) != 1 or k.stride(-1) != 1 or cos.stride() != sin.stride() or cos.stride(-1) != 1 or
+            q.dtype not in TRITON_TYPES
         ):  # fmt: skip
             result: tuple[Tensor, Tensor] = plain(q, k, cos, sin, *rest, **options)
             return result
@@ -563,5 +586,5 @@ def _close(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     one, other = one.float(), other.float()
-    # Two roundings of bfloat16.
-    return bool(((one - other).abs() <= 0.02 * one.abs() + 1e-3).all())
+    # A few roundings of bfloat16, of numbers that may cancel each other.
+    return bool(((one - other).abs() <= 0.02 * (one.abs() + one.square().mean().sqrt())).all())

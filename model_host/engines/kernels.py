@@ -1,8 +1,8 @@
 """The kernels of our own, and the process that compiles them: ``python -m model_host.engines.kernels 90``.
 
-Triton compiles them ahead of time, in a process that ends: the model host loads the machine code alone. A compiler
-in it would be a few hundred MB that every snapshot carries. The process writes one line of JSON for each kernel:
-``{"name": …, "threads": …, "shared": bytes, "code": base64}``.
+Triton compiles them ahead of time, in a process that ends: the model host loads the machine code alone. A
+compiler in it would be a few hundred MB that every snapshot carries. The process writes one line of JSON for
+each kernel: ``{"name": …, "threads": …, "shared": bytes, "code": base64}``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # Rows of the state: int32 each, those of floating point bit for bit.
-TOKEN, POSITION, SLOT, START, LENGTH, FLAGS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # fmt: skip
+TOKEN, POSITION, SLOT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+START, LENGTH, FLAGS = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 TEMPERATURE, TOP_P, TOP_K, MIN_P = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
 REPETITION, PRESENCE, FREQUENCY = tl.constexpr(10), tl.constexpr(11), tl.constexpr(12)
 SEED_LOW, SEED_HIGH, PLACE, BIASES = tl.constexpr(13), tl.constexpr(14), tl.constexpr(15), tl.constexpr(16)
@@ -27,6 +28,8 @@ SAMPLED, PENALISED, ADJUSTED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 IN_PROMPT = tl.constexpr(0x4000)
 # Natural logarithm of the weight, relative to the likeliest token's, below which a token is never drawn.
 DEEPEST = tl.constexpr(40.0)
+# Halvings of that: thresholds are found to 0.1 %.
+BISECTIONS = tl.constexpr(16)
 
 
 @triton.jit
@@ -41,8 +44,8 @@ def sample(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Choose a token for one row, and make the row's state that of the next token.
 
-    Penalties and biases, then temperature, top-k, top-p, min-p; then the largest sum of logit and Gumbel noise,
-    which is a draw. Thresholds are found by bisection, so nothing is sorted.
+    Penalties and biases, then temperature, top-k, top-p, min-p; then the largest sum of logit and Gumbel
+    noise, which is a draw. Thresholds are found by bisection, so nothing is sorted.
     """
     row = tl.program_id(0)
     flags = tl.load(state + FLAGS * width + row)
@@ -75,7 +78,9 @@ def sample(  # type: ignore[no-untyped-def]
                 value = raw
                 if (flags & PENALISED) != 0:
                     count = tl.load(counts + at + lanes, mask=inside, other=0).to(tl.int32)
-                    value = tl.where(count != 0, tl.where(value > 0, value / repetition, value * repetition), value)
+                    value = tl.where(
+                        count != 0, tl.where(value > 0, value / repetition, value * repetition), value
+                    )
                     given = count & (IN_PROMPT - 1)
                     value -= presence * (given > 0).to(tl.float32) + frequency * given.to(tl.float32)
                 tl.store(work + at + lanes, value, mask=inside)
@@ -111,7 +116,7 @@ def sample(  # type: ignore[no-untyped-def]
                 top_k = tl.load(state + TOP_K * width + row)
                 if top_k > 0:
                     low, high = -DEEPEST, 0.0
-                    for _ in range(26):
+                    for _ in range(BISECTIONS):
                         middle = (low + high) * 0.5
                         above = tl.zeros((BLOCK,), tl.int32)
                         for at in range(0, vocabulary, BLOCK):
@@ -131,7 +136,7 @@ def sample(  # type: ignore[no-untyped-def]
                         whole += tl.where(depth >= threshold, tl.exp(depth), 0.0)
                     wanted = tl.sum(whole, 0) * top_p
                     low, high = threshold, 0.0
-                    for _ in range(26):
+                    for _ in range(BISECTIONS):
                         middle = (low + high) * 0.5
                         weight = tl.zeros((BLOCK,), tl.float32)
                         for at in range(0, vocabulary, BLOCK):
@@ -180,7 +185,10 @@ def store_kv(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, HEADS_: tl.constexpr, KEY_: tl.constexpr,
     VALUE_: tl.constexpr,
 ):  # fmt: skip
-    """Put one row's keys and values where the row's slot is. Strides are in values; ``X_`` is X up to a power of 2."""
+    """Put one row's keys and values where the row's slot is.
+
+    Strides are in values; ``X_`` is the power of 2 that ``X`` fits.
+    """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(state + SLOT * width + row).to(tl.int64)
     heads = tl.arange(0, HEADS_)[:, None]
@@ -199,7 +207,10 @@ def rotate(  # type: ignore[no-untyped-def]
     query, key, cosine, sine, query_row, query_head, key_row, key_head, angle_row, heads, key_heads,
     HALF: tl.constexpr, HALF_: tl.constexpr, HEADS_: tl.constexpr,
 ):  # fmt: skip
-    """Rotate one row's queries and keys in place. Source: Su et al., RoFormer, 2021, in halves as Llama does."""
+    """Rotate one row's queries and keys in place.
+
+    Source: Su et al., RoFormer, 2021; the halves of a head are paired, as in Llama.
+    """
     row = tl.program_id(0).to(tl.int64)
     sizes = tl.arange(0, HALF_)[None, :]
     numbers = tl.arange(0, HEADS_)[:, None]
@@ -227,7 +238,9 @@ def rotate(  # type: ignore[no-untyped-def]
 MOST_BIASES: Final = 512
 
 
-def compile_for(capability: int, dtype: str, shapes: list[list[int]], rotary: list[int]) -> list[dict[str, Any]]:
+def compile_for(
+    capability: int, dtype: str, shapes: list[list[int]], rotary: list[int]
+) -> list[dict[str, Any]]:
     """Machine code for GPUs of a compute capability.
 
     Args:
@@ -270,9 +283,8 @@ def compile_for(capability: int, dtype: str, shapes: list[list[int]], rotary: li
                 capability, rotate, "rotate", 4,
                 {
                     "query": p, "key": p, "cosine": p, "sine": p,
-                    **dict.fromkeys(
-                        ("query_row", "query_head", "key_row", "key_head", "angle_row", "heads", "key_heads"), "i32"
-                    ),
+                    **dict.fromkeys(("query_row", "query_head", "key_row", "key_head"), "i32"),
+                    **dict.fromkeys(("angle_row", "heads", "key_heads"), "i32"),
                     **dict.fromkeys(("HALF", "HALF_", "HEADS_"), "constexpr"),
                 },
                 {"HALF": half, "HALF_": _power(half), "HEADS_": _power(heads)},
@@ -282,7 +294,12 @@ def compile_for(capability: int, dtype: str, shapes: list[list[int]], rotary: li
 
 
 def _compile(
-    capability: int, function: Any, name: str, warps: int, signature: dict[str, str], constants: dict[str, int]
+    capability: int,
+    function: Any,
+    name: str,
+    warps: int,
+    signature: dict[str, str],
+    constants: dict[str, int],
 ) -> dict[str, Any]:
     source = ASTSource(function, signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -301,4 +318,4 @@ def _power(number: int) -> int:
 
 if __name__ == "__main__":
     for kernel in compile_for(**json.loads(sys.argv[1])):
-        print(json.dumps(kernel), flush=True)
+        sys.stdout.write(json.dumps(kernel) + "\n")

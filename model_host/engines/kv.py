@@ -1,7 +1,9 @@
-"""Where the keys and values of sequences lie: extents of one long array of tokens, and whose prefix is reused.
+"""Where the keys and values of sequences lie: extents of one long array of tokens, and whose prefix is
+reused.
 
 A sequence reserves, when it is admitted, one extent for all the tokens it may come to, so none that runs ever
-lacks room. Extents of sequences that ended stay for those whose prompts begin alike until their room is wanted.
+lacks room. Extents of sequences that ended stay for those whose prompts begin alike until their room is
+wanted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Choosing a token from logits on the CPU, for one sequence or for the rows of a batch.
 
-On a GPU a kernel of our own does it for all rows (``kernels.py``); what it does not do is done here: to report
-the likeliest tokens beside the chosen one.
+On a GPU a kernel of our own does it for all rows (``kernels.py``); what it does not do is done here: to
+report the likeliest tokens beside the chosen one.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def choose(
         token = int(adjusted.argmax())
         if sampling.temperature > 0:
             # The best first, so that a tiny temperature does not make infinities of it.
-            scaled = (adjusted - adjusted[token]) / np.float32(max(sampling.temperature, SMALLEST_TEMPERATURE))
+            scaled = (adjusted - adjusted[token]) / np.float32(
+                max(sampling.temperature, SMALLEST_TEMPERATURE)
+            )
             chance = np.random.random() if generator is None else generator.random()
             token = draw(scaled, chance, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p)
     if sampling.logprobs is None:
@@ -129,15 +131,21 @@ def choose(
     return report(logits, token, sampling.logprobs)
 
 
-def report(logits: Floats, token: int, top: int) -> Chosen:
-    """A token with its log-probability and those of the ``top`` likeliest."""
-    values = logits.astype(np.float64)
-    total = values.max() + np.log(np.exp(values - values.max()).sum())
-    best: list[int] = []
+def report(logits: Floats, token: int, top: int, logprob: float | None = None) -> Chosen:
+    """A token with its log-probability and those of the ``top`` likeliest.
+
+    Args:
+        logprob: the token's, if it is known.
+    """
+    if logprob is None:
+        best = logits.max()
+        logprob = float(logits[token] - best - np.log(np.exp(logits - best).sum(dtype=np.float64)))
+    likeliest: list[int] = []
     if top:
-        likeliest = np.argpartition(values, -top)[-top:]
-        best = likeliest[np.argsort(-values[likeliest], kind="stable")].tolist()
-    return Chosen(token, float(values[token] - total), tuple((i, float(values[i] - total)) for i in best))
+        found = np.argpartition(logits, -top)[-top:]
+        likeliest = found[np.argsort(-logits[found], kind="stable")].tolist()
+    normaliser = float(logits[token]) - logprob
+    return Chosen(token, logprob, tuple((i, float(logits[i]) - normaliser) for i in likeliest))
 
 
 def adjust(logits: Floats, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> Floats:
