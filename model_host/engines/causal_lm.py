@@ -352,7 +352,7 @@ class CausalLM:
             behind = float(expected[token] - expected[result.token])
             if not (wrong <= 2 * allowed and behind <= 2 * allowed):
                 raise NotBatchable(
-                    f"in a batch its log-probabilities differ by {wrong:.3g}, and rounding is {2 * allowed:.3g}"
+                    f"in a batch its log-probabilities are {wrong:.3g} off; rounding is {2 * allowed:.3g}"
                 )
             sequence.answer.append(token)
 
