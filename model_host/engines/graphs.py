@@ -272,6 +272,8 @@ class Graphs:
                 for bucket in reversed(BUCKETS):
                     self._compute(bucket)
                 self._stream.synchronize()
+            # What the libraries work in must be scratch memory, which capturing makes it when there is none yet.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
             with phases.measure("capture_graphs"):
                 for bucket in reversed(BUCKETS):
