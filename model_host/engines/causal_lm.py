@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from dumont import limits
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from model_host.engine import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -49,9 +49,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CANARY_TOKENS: Final = 16
-MAX_STOPS: Final = 16
-MAX_ANSWERS: Final = 64
-MAX_LOGPROBS: Final = 20
 DEFAULT_CONTEXT: Final = 2048
 
 # How many answers a CPU computes together, and the bytes it has for their keys and values.
@@ -246,9 +243,9 @@ class CausalLM:
                 budget = settings.kv_cache or self._default_budget()
                 token_bytes = sum(layer.width for layer in layers) * self._model.dtype.itemsize
                 tokens = max(min(budget // token_bytes, self._most_tokens()), 2 * GRAIN + FILLER)
-                self._check(Together(self._model, self._device, layers, 256), right)
-            if self._device.type != "cuda":
-                return Together(self._model, self._device, layers, tokens), tokens
+                if self._device.type != "cuda":
+                    self._check(Together(self._model, self._device, layers, 256), right)
+                    return Together(self._model, self._device, layers, tokens), tokens
             backend = graphs.Graphs(
                 self._model, self._device, layers, tokens * token_bytes, self._context, self._vocabulary,
                 kernels
@@ -417,9 +414,8 @@ class CausalLM:
         return steps
 
     def generate(self, request: Generation) -> Work:
-        """As the port says. Reasons: EMPTY_PROMPT, PROMPT_AND_MESSAGES, PROMPT_TOO_LONG, TOO_MANY_TOKENS,
-        INVALID_MAX_NEW_TOKENS, INVALID_TEMPERATURE, INVALID_TOP_P, INVALID_STOP, INVALID_MESSAGES,
-        NO_CHAT_TEMPLATE, and one for each other field that is out of its range.
+        """As the port says. Reasons: those of ``limits.check_generate``, INVALID_TOKEN_ID, EMPTY_PROMPT,
+        PROMPT_TOO_LONG, TOO_MANY_ANSWERS, INVALID_MESSAGES, NO_CHAT_TEMPLATE.
         """
         self._check_request(request)
         if request.messages:
@@ -464,54 +460,16 @@ class CausalLM:
         return Answering(self._tokenizer, request, sequences)
 
     def _check_request(self, request: Generation) -> None:
-        if request.prompt and request.messages:
-            _refuse("PROMPT_AND_MESSAGES", "prompt", "send either prompt or messages, not both")
-        if not request.prompt and not request.messages:
-            _refuse("EMPTY_PROMPT", "prompt", "prompt is empty")
-        if request.max_new_tokens < 0:
-            _refuse("INVALID_MAX_NEW_TOKENS", "max_new_tokens", "max_new_tokens must not be negative")
-        if request.max_new_tokens > self._max_new_tokens_limit:
-            raise InvalidArgument(
-                "TOO_MANY_TOKENS",
-                f"max_new_tokens is {request.max_new_tokens}; at most {self._max_new_tokens_limit} are given",
-                field="max_new_tokens",
-                metadata={"limit": str(self._max_new_tokens_limit)},
-            )
-        if not (math.isfinite(request.temperature) and request.temperature >= 0):
-            _refuse("INVALID_TEMPERATURE", "temperature", "temperature must be 0 or more")
-        if not all(request.stop) or len(request.stop) > MAX_STOPS:
-            _refuse("INVALID_STOP", "stop", f"stop takes at most {MAX_STOPS} strings, none of them empty")
-        for name, low, high, at_low in (
-            ("top_p", 0, 1, False),
-            ("top_k", 0, math.inf, True),
-            ("min_p", 0, 1, True),
-            ("repetition_penalty", 0, math.inf, False),
-            ("presence_penalty", -math.inf, math.inf, False),
-            ("frequency_penalty", -math.inf, math.inf, False),
-            ("min_new_tokens", 0, self._max_new_tokens_limit, True),
-            ("logprobs", 0, MAX_LOGPROBS, True),
-            ("n", 1, MAX_ANSWERS, True),
-        ):
-            value = getattr(request, name)
-            if value is None:
-                continue
-            if not math.isfinite(value) or not (low < value <= high or (at_low and value == low)):
-                least = f"{'at least' if at_low else 'above'} {low:g}" if low > -math.inf else "a number"
-                most = f" and at most {high:g}" if high < math.inf else ""
-                _refuse(f"INVALID_{name.upper()}", name, f"{name} must be {least}{most}; got {value:g}")
-        if len(request.logit_bias) > graphs.MOST_BIASES // 2:
-            _refuse(
-                "INVALID_LOGIT_BIAS", "logit_bias", f"at most {graphs.MOST_BIASES // 2} tokens can be biased"
-            )
-        for token, value in request.logit_bias.items():
-            if not (0 <= token < self._vocabulary and math.isfinite(value)):
-                _refuse(
-                    "INVALID_LOGIT_BIAS",
-                    "logit_bias",
-                    f"token {token} is not in the vocabulary, or its bias is no number",
+        asked = {known.name: getattr(request, known.name) for known in fields(request)}
+        asked["max_new_tokens"] = request.max_new_tokens or None
+        limits.check_generate(asked, self._max_new_tokens_limit)
+        for field, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
+            if wrong := [token for token in tokens if token >= self._vocabulary]:
+                raise InvalidArgument(
+                    "INVALID_TOKEN_ID",
+                    f"{field} names token {wrong[0]}; this model has {self._vocabulary} of them",
+                    field=field,
                 )
-        if wrong := [token for token in request.stop_token_ids if not 0 <= token < self._vocabulary]:
-            _refuse("INVALID_STOP", "stop_token_ids", f"token {wrong[0]} is not in the vocabulary")
 
     def embed(self, inputs: Sequence[str]) -> Work:
         raise FailedPrecondition(
@@ -653,7 +611,3 @@ def _end_tokens(generation: Json, config: Json) -> frozenset[int]:
         if ends is not None:
             return frozenset(ends if isinstance(ends, list) else [ends])
     return frozenset()
-
-
-def _refuse(reason: str, field: str, message: str) -> NoReturn:
-    raise InvalidArgument(reason, message, field=field)

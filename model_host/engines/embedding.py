@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from dumont import limits
 from dumont.errors import FailedPrecondition, InvalidArgument
 from model_host.engine import (
     Canary,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 BATCH: Final = 16
 SEQUENCES: Final = 64
-MAX_INPUTS: Final = 1024
 CANARY_TOKENS: Final = 16
 CANARY_VALUES: Final = 8
 DEFAULT_CONTEXT: Final = 512
@@ -107,18 +107,8 @@ class Embedding:
         return Canary([round(value * 1000) for value in values], 0.0)
 
     def embed(self, inputs: Sequence[str]) -> Work:
-        """As the port says. Reasons: EMPTY_INPUTS, TOO_MANY_INPUTS, PROMPT_TOO_LONG."""
-        if not inputs or not all(inputs):
-            raise InvalidArgument(
-                "EMPTY_INPUTS", "inputs must hold texts, none of them empty", field="inputs"
-            )
-        if len(inputs) > MAX_INPUTS:
-            raise InvalidArgument(
-                "TOO_MANY_INPUTS",
-                f"inputs holds {len(inputs)} texts; at most {MAX_INPUTS} are embedded in one call",
-                field="inputs",
-                metadata={"limit": str(MAX_INPUTS)},
-            )
+        """As the port says. Reasons: those of ``limits.check_embed``, PROMPT_TOO_LONG."""
+        limits.check_embed(inputs)
         tokens = [encoding.ids for encoding in self._tokenizer.encode_batch(list(inputs))]
         longest = max(range(len(tokens)), key=lambda index: len(tokens[index]))
         if len(tokens[longest]) > self.context_length:

@@ -43,14 +43,16 @@ from model_host.engines.sampling import Chosen, report
 
 log = logging.getLogger(__name__)
 
-BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# Rows of the graphs. Up to some thirty rows a step takes as long as with one: it is bound by launches, or by
+# reading the weights.
+BUCKETS: Final = (16, 32, 64, 128, 256, 512)
 ROWS: Final = BUCKETS[-1]
 SEQUENCES: Final = 256
 # Addresses cost nothing; what the graphs of the largest models need is a few GiB.
 SCRATCH_ADDRESSES: Final = 64 << 30
 # Memory for keys and values comes in pieces of this many bytes, as sequences need it.
 PIECE: Final = 1 << 30
-MOST_BIASES: Final = 512
+MOST_BIASES: Final = 2048
 
 # Rows of the state, as in kernels.py.
 (TOKEN, POSITION, SLOT, START, LENGTH, FLAGS, TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE,

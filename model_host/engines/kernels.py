@@ -235,7 +235,7 @@ def rotate(  # type: ignore[no-untyped-def]
     tl.store(at + HALF, turned.to(kind), mask=inside)
 
 
-MOST_BIASES: Final = 512
+MOST_BIASES: Final = 2048
 
 
 def compile_for(
