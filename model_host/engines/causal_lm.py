@@ -463,12 +463,12 @@ class CausalLM:
         asked = {known.name: getattr(request, known.name) for known in fields(request)}
         asked["max_new_tokens"] = request.max_new_tokens or None
         limits.check_generate(asked, self._max_new_tokens_limit)
-        for field, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
+        for name, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
             if wrong := [token for token in tokens if token >= self._vocabulary]:
                 raise InvalidArgument(
                     "INVALID_TOKEN_ID",
-                    f"{field} names token {wrong[0]}; this model has {self._vocabulary} of them",
-                    field=field,
+                    f"{name} names token {wrong[0]}; this model has {self._vocabulary} of them",
+                    field=name,
                 )
 
     def embed(self, inputs: Sequence[str]) -> Work:

@@ -274,7 +274,7 @@ class Graphs:
                 for bucket in reversed(BUCKETS):
                     self._compute(bucket)
                 self._stream.synchronize()
-            # What the libraries work in must be scratch memory, which capturing makes it when there is none yet.
+            # The libraries' workspaces must be scratch memory: captured anew, they are.
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
             with phases.measure("capture_graphs"):
