@@ -267,6 +267,7 @@ class Scheduler:
                 self._engine.drop(work)
                 job.end(failure)
             self._running.clear()
+            self._stirred = True
             return
         for output in outputs:
             job = self._running.get(output.work)  # type: ignore[assignment]
@@ -280,6 +281,7 @@ class Scheduler:
                     job.end()
             if output.last or isinstance(output.item, BaseException):
                 del self._running[output.work]
+                self._stirred = True  # there is room for one that waits
 
 
 def _stopped(job: Job, now: float) -> DumontError | None:

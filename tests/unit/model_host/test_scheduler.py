@@ -1,40 +1,19 @@
-"""One computing thread, a bounded queue, and callers who may leave at any moment."""
+"""One computing thread that steps all requests together, a bounded queue, and callers who may leave."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from dumont.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted
 from dumont.errors import Internal as InternalError
 from model_host.scheduler import Job, Scheduler
+from tests.fakes.step_engine import Hold, Script, StepEngine
 
-
-class Steps:
-    """Work whose every step waits to be allowed, and which says how far it came."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.done = 0
-        self.started = threading.Event()
-        self.closed = threading.Event()
-        self.allowed = threading.Semaphore(0)
-
-    def __call__(self) -> Iterator[int]:
-        self.started.set()
-        try:
-            for step in range(self.count):
-                self.allowed.acquire()
-                self.done = step + 1
-                yield step
-        finally:
-            self.closed.set()
-
-    def allow(self, steps: int = 1000) -> None:
-        self.allowed.release(steps)
+ROOM = 2
 
 
 class Clock:
@@ -50,156 +29,269 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def scheduler(clock: Clock) -> Iterator[Scheduler]:
-    made = Scheduler(max_queue=2, clock=clock)
+def engine() -> StepEngine:
+    return StepEngine(sequences=ROOM)
+
+
+@pytest.fixture
+def scheduler(engine: StepEngine, clock: Clock) -> Iterator[Scheduler]:
+    made = Scheduler(engine, max_queue=3, clock=clock)
     yield made
     made.close()
 
 
-def occupy(scheduler: Scheduler) -> tuple[Steps, Job[int]]:
-    """Have the computing thread busy with work that does not go on by itself."""
-    steps = Steps(5)
-    job = scheduler.submit(steps)
-    assert steps.started.wait(5)
-    return steps, job
+def occupy(scheduler: Scheduler, *items: Any) -> tuple[Hold, Job]:
+    """Have the computing thread in the middle of a step, and all room taken."""
+    hold = Hold()
+    job = scheduler.submit(Script([hold, *(items or (0,))]))
+    assert hold.reached.wait(5)
+    for _ in range(ROOM - 1):
+        scheduler.submit(Script([1]))
+    return hold, job
 
 
-def test_items_arrive_in_order_while_they_are_computed(scheduler: Scheduler) -> None:
-    steps, job = occupy(scheduler)
-    items = iter(job)
+def together(scheduler: Scheduler, *scripts: Script, deadline: float | None = None) -> list[Job]:
+    """Submit works that are admitted before the same step; the deadline is the last one's."""
+    deadlines = [*[None] * (len(scripts) - 1), deadline]
+    return scheduler.call(lambda: list(map(scheduler.submit, scripts, deadlines)))
 
-    steps.allow(1)
+
+def settle(scheduler: Scheduler) -> None:
+    """Wait until what was submitted or cancelled before has been looked at, and a step made."""
+    for _ in range(2):
+        scheduler.call(lambda: None)
+
+
+def test_items_arrive_in_order_while_others_are_computed(scheduler: Scheduler) -> None:
+    hold = Hold()
+    items = iter(scheduler.submit(Script([0, hold, 1, 2, 3])))
 
     assert next(items) == 0
-    assert steps.done == 1
-    steps.allow()
-    assert list(items) == [1, 2, 3, 4]
+    assert hold.reached.wait(5)
+    hold.go_on()
+
+    assert list(items) == [1, 2, 3]
 
 
-def test_jobs_run_first_come_first_served(scheduler: Scheduler) -> None:
-    order: list[str] = []
-    steps, _ = occupy(scheduler)
-    jobs = [scheduler.submit(lambda name=name: iter([order.append(name)])) for name in "ab"]
+def test_jobs_are_stepped_together_as_far_as_there_is_room(scheduler: Scheduler, engine: StepEngine) -> None:
+    hold = Hold()
+    one, other, third = Script([hold, 0, 1, 2]), Script([10, 11]), Script([20, 21])
+    jobs = [scheduler.submit(one)]
+    assert hold.reached.wait(5)
+    jobs += [scheduler.submit(other), scheduler.submit(third)]
 
-    steps.allow()
+    hold.go_on()
 
-    assert [list(job) for job in jobs] == [[None], [None]]
-    assert order == ["a", "b"]
+    assert [list(job) for job in jobs] == [[0, 1, 2], [10, 11], [20, 21]]
+    # The third came in when the second had left.
+    assert engine.steps == [[one], [one, other], [one, other], [third], [third]]
+
+
+def test_jobs_are_admitted_first_come_first_served(scheduler: Scheduler, engine: StepEngine) -> None:
+    hold, _ = occupy(scheduler)
+    scripts = [Script([number, number]) for number in range(2)]
+    jobs = [scheduler.submit(script) for script in scripts]
+
+    hold.go_on()
+
+    assert [list(job) for job in jobs] == [[0, 0], [1, 1]]
+    assert engine.admitted[ROOM:] == scripts
+
+
+def test_one_that_does_not_fit_holds_back_those_behind_it(scheduler: Scheduler, engine: StepEngine) -> None:
+    # given no room for the first in the queue
+    hold, _ = occupy(scheduler)
+    first, second = Script([1]), Script([2])
+    admit = engine.admit
+    fits = threading.Event()
+    engine.admit = lambda work: (work is not first or fits.is_set()) and admit(work)  # type: ignore[method-assign]
+    waiting = [scheduler.submit(first), scheduler.submit(second)]
+
+    # when there is room for the second
+    hold.go_on()
+    settle(scheduler)
+
+    # then it waits all the same
+    assert (scheduler.running, scheduler.queued) == (0, 2)
+    fits.set()
+    settle(scheduler)
+    assert [list(job) for job in waiting] == [[1], [2]]
+    assert engine.admitted[-2:] == [first, second]
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(scheduler: Scheduler) -> None:
-    steps, _ = occupy(scheduler)
-    waiting = [scheduler.submit(Steps(0)) for _ in range(2)]
-    assert scheduler.queued == 2
+    hold, _ = occupy(scheduler)
+    waiting = [scheduler.submit(Script([number])) for number in range(2)]
+    assert scheduler.queued == 3
 
     with pytest.raises(ResourceExhausted) as full:
-        scheduler.submit(Steps(0))
+        scheduler.submit(Script([0]))
 
     assert full.value.reason == "QUEUE_FULL"
     assert full.value.retry_after
-    steps.allow()
-    assert [list(job) for job in waiting] == [[], []]
+    hold.go_on()
+    assert [list(job) for job in waiting] == [[0], [1]]
 
 
-def test_a_cancelled_job_leaves_the_queue_at_once(scheduler: Scheduler) -> None:
-    steps, _ = occupy(scheduler)
-    never = Steps(1)
+def test_a_job_cancelled_in_the_queue_is_never_begun(scheduler: Scheduler, engine: StepEngine) -> None:
+    hold, running = occupy(scheduler)
+    never = Script([1])
     job = scheduler.submit(never)
 
     job.cancel()
+    hold.go_on()
 
+    with pytest.raises(Cancelled):
+        list(job)
+    assert list(running) == [0]
+    settle(scheduler)
+    assert never not in engine.admitted
     assert scheduler.queued == 0
+
+
+def test_a_cancelled_job_stops_at_the_next_step_and_others_go_on(
+    scheduler: Scheduler, engine: StepEngine
+) -> None:
+    hold = Hold()
+    stays, leaves = Script([0, hold, 1, 2]), Script([10, 11, 12, 13])
+    staying, leaving = together(scheduler, stays, leaves)
+    assert hold.reached.wait(5)
+
+    leaving.cancel()
+    hold.go_on()
+
     with pytest.raises(Cancelled):
-        list(job)
-    steps.allow()
-    assert scheduler.call(never.started.is_set) is False
+        list(leaving)
+    assert list(staying) == [0, 1, 2]
+    assert engine.dropped == [leaves]
+    assert not leaves.finished
 
 
-def test_a_cancelled_job_stops_computing_at_the_next_step(scheduler: Scheduler) -> None:
-    steps, job = occupy(scheduler)
-
-    job.cancel()
-    steps.allow()
-
-    with pytest.raises(Cancelled):
-        list(job)
-    assert steps.closed.wait(5)
-    assert steps.done == 1
-
-
-def test_a_job_whose_time_was_up_in_the_queue_is_never_begun(scheduler: Scheduler, clock: Clock) -> None:
-    steps, _ = occupy(scheduler)
-    late = Steps(1)
+def test_a_job_whose_time_was_up_in_the_queue_is_never_begun(
+    scheduler: Scheduler, engine: StepEngine, clock: Clock
+) -> None:
+    hold, _ = occupy(scheduler)
+    late = Script([1])
     job = scheduler.submit(late, deadline=10.0)
 
     clock.now = 10.0
-    steps.allow()
+    hold.go_on()
 
     with pytest.raises(DeadlineExceeded):
         list(job)
-    assert not late.started.is_set()
+    assert late not in engine.admitted
 
 
-def test_a_running_job_stops_when_its_time_is_up(scheduler: Scheduler, clock: Clock) -> None:
-    steps = Steps(5)
-    job = scheduler.submit(steps, deadline=10.0)
-    items = iter(job)
-    steps.allow(1)
-    assert next(items) == 0
+def test_a_running_job_stops_when_its_time_is_up_and_others_go_on(
+    scheduler: Scheduler, engine: StepEngine, clock: Clock
+) -> None:
+    hold = Hold()
+    stays, ends = Script([0, hold, 1, 2]), Script([10, 11, 12, 13])
+    staying, ending = together(scheduler, stays, ends, deadline=10.0)
+    assert hold.reached.wait(5)
 
     clock.now = 11.0
-    steps.allow()
+    hold.go_on()
 
     with pytest.raises(DeadlineExceeded):
-        list(items)
-    assert steps.closed.wait(5)
-    assert steps.done < steps.count
+        list(ending)
+    assert list(staying) == [0, 1, 2]
+    assert engine.dropped == [ends]
+    assert not ends.finished
 
 
-def test_the_computing_thread_survives_errors(scheduler: Scheduler) -> None:
-    def wrong() -> Iterator[int]:
-        raise InvalidArgument("WRONG", "as the caller made it")
+def test_a_job_that_fails_ends_alone(scheduler: Scheduler) -> None:
+    hold = Hold()
+    sound = scheduler.submit(Script([hold, 0, 1, 2]))
+    assert hold.reached.wait(5)
+    wrong = scheduler.submit(Script([10, InvalidArgument("WRONG", "as the caller made it"), 12]))
 
-    def broken() -> Iterator[int]:
-        yield 1
-        raise ZeroDivisionError("secret")
+    hold.go_on()
 
     with pytest.raises(InvalidArgument, match="as the caller made it"):
-        list(scheduler.submit(wrong))
+        list(wrong)
+    assert list(sound) == [0, 1, 2]
+
+
+def test_a_defect_is_told_without_its_details(scheduler: Scheduler) -> None:
     with pytest.raises(InternalError) as failed:
-        list(scheduler.submit(broken))
+        list(scheduler.submit(Script([1, ZeroDivisionError("secret")])))
 
     assert failed.value.reason == "COMPUTE_FAILED"
     assert "secret" not in failed.value.message
-    assert scheduler.call(lambda: 7) == 7
 
 
-def test_the_hosts_own_work_goes_ahead_of_the_queue(scheduler: Scheduler) -> None:
-    order: list[str] = []
-    steps, _ = occupy(scheduler)
-    queued = scheduler.submit(lambda: iter([order.append("caller")]))
-    own = threading.Thread(target=lambda: scheduler.call(lambda: order.append("host")))
+def test_what_cannot_be_admitted_ends_alone(scheduler: Scheduler, engine: StepEngine) -> None:
+    hold, running = occupy(scheduler)
+    never, sound = Script([1]), Script([2])
+    engine.refused[never] = ResourceExhausted("NO_MEMORY", "none is left")
+    refused, behind = scheduler.submit(never), scheduler.submit(sound)
+
+    hold.go_on()
+
+    with pytest.raises(ResourceExhausted, match="none is left"):
+        list(refused)
+    assert (list(running), list(behind)) == ([0], [2])
+
+
+def test_a_step_that_raises_ends_all_in_it_and_the_next_work_runs(
+    scheduler: Scheduler, engine: StepEngine
+) -> None:
+    hold = Hold()
+    scripts = [Script([0, hold, 1, 2]), Script([10, 11, 12])]
+    jobs = together(scheduler, *scripts)
+    assert hold.reached.wait(5)
+    waiting = scheduler.submit(Script([7]))
+
+    engine.broken = ZeroDivisionError("secret")
+    hold.go_on()
+
+    for job in jobs:
+        with pytest.raises(InternalError) as failed:
+            list(job)
+        assert failed.value.reason == "COMPUTE_FAILED"
+        assert "secret" not in failed.value.message
+    assert list(waiting) == [7]
+    assert engine.load.sequences == 0
+
+
+def test_the_hosts_own_work_runs_between_two_steps(scheduler: Scheduler, engine: StepEngine) -> None:
+    hold, running = occupy(scheduler, 0, 1, 2)
+    seen: list[int] = []
+    own = threading.Thread(target=lambda: scheduler.call(lambda: seen.append(len(engine.steps))))
     own.start()
-    while scheduler.queued < 2:
-        os.sched_yield()
+    while not scheduler._errands:
+        pass
 
-    steps.allow()
-    list(queued)
+    hold.go_on()
+
+    assert list(running) == [0, 1, 2]
     own.join(5)
+    assert seen == [1]
 
-    assert order == ["host", "caller"]
+
+def test_the_hosts_own_work_fails_to_the_host_alone(scheduler: Scheduler) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("secret")
+
+    with pytest.raises(InternalError):
+        scheduler.call(broken)
+    assert list(scheduler.submit(Script([1]))) == [1]
 
 
-def test_closing_cancels_what_waits_and_what_runs(clock: Clock) -> None:
-    scheduler = Scheduler(max_queue=2, clock=clock)
-    steps, running = occupy(scheduler)
-    waiting = scheduler.submit(Steps(1))
-    steps.allow(1)
+def test_closing_cancels_what_waits_and_what_runs(engine: StepEngine, clock: Clock) -> None:
+    scheduler = Scheduler(engine, max_queue=3, clock=clock)
+    hold, running = occupy(scheduler, 0, 1, 2)
+    waiting = scheduler.submit(Script([1]))
+    closing = threading.Thread(target=scheduler.close)
+    closing.start()
+    while not scheduler._closed:
+        pass
 
-    scheduler.close()
+    hold.go_on()
+    closing.join(5)
 
-    with pytest.raises(Cancelled):
-        list(waiting)
-    with pytest.raises(Cancelled):
-        list(running)
-    assert steps.done < steps.count
+    for job in (waiting, running):
+        with pytest.raises(Cancelled):
+            list(job)
+    assert scheduler.load.sequences == 0
