@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import stat
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -16,7 +16,6 @@ from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
 from dumont.rpc.status import from_rpc_error
 from model_host.engine import (
-    Canary,
     Embedded,
     Finish,
     FinishReason,
@@ -31,61 +30,47 @@ from model_host.gate import Gate
 from model_host.process import open_descriptors, wait_for_descriptors
 from model_host.scheduler import Scheduler
 from model_host.service import ModelHostService, Server
+from tests.fakes.step_engine import Hold, Script, StepEngine
 
 MAX_QUEUE = 1
+ENDLESS = "wait " + "more " * 50_000
 
 
-class ScriptedEngine:
-    """Says one word of the prompt per step; the prompt ``wait`` waits in the middle of its answer."""
-
-    name, device, context_length = "scripted", "cpu", 8
+class ScriptedEngine(StepEngine):
+    """Says one word of the prompt per step; ``wait`` makes the step after it wait."""
 
     def __init__(self) -> None:
+        super().__init__(sequences=1)
         self.requests: list[Generation] = []
         self.script: list[Piece | Finish] = []
-        self.waiting, self.go_on, self.closed = threading.Event(), threading.Event(), threading.Event()
+        self.hold = Hold()
+        self.works: list[Script] = []
 
-    def generate(self, request: Generation) -> Work[Piece | Finish]:
+    def generate(self, request: Generation) -> Work:
         self.requests.append(request)
         if request.prompt == "wrong":
             raise InvalidArgument("EMPTY_PROMPT", "wrong", field="prompt")
-        return lambda: iter(self.script) if self.script else self._answer(request.prompt)
+        self.works.append(Script(self.script or self._answer(request.prompt)))
+        return self.works[-1]
 
-    def _answer(self, prompt: str) -> Iterator[Piece | Finish]:
-        try:
-            for number, word in enumerate(prompt.split()):
-                if word == "break":
-                    raise ZeroDivisionError("secret")
-                yield Piece()
-                yield Piece(word, (number,))
-                if word == "wait":
-                    self.waiting.set()
-                    self.go_on.wait(10)
-            yield Finish(FinishReason.STOP, prompt_tokens=3, output_tokens=len(prompt.split()))
-        finally:
-            self.closed.set()
+    def _answer(self, prompt: str) -> list[Any]:
+        words = prompt.split()
+        items: list[Any] = []
+        for number, word in enumerate(words):
+            items.append(ZeroDivisionError("secret") if word == "break" else Piece(word, (number,)))
+            if word == "wait":
+                items.append(self.hold)
+        return [*items, Finish(FinishReason.STOP, prompt_tokens=3, output_tokens=len(words))]
 
-    def embed(self, inputs: Sequence[str]) -> Work[Embedded]:
-        return lambda: iter(Embedded([[float(len(text))]], prompt_tokens=2) for text in inputs)
-
-    def warm_up(self) -> None: ...
-
-    def canary(self) -> Canary:
-        return Canary([], 0.0)
-
-    def quiesce(self) -> None: ...
-
-    def wake(self) -> None: ...
-
-    def versions(self) -> dict[str, str]:
-        return {}
+    def embed(self, inputs: Sequence[str]) -> Work:
+        return Script([Embedded([[float(len(text))]], prompt_tokens=2) for text in inputs])
 
 
 @pytest.fixture
 def engine() -> Iterator[ScriptedEngine]:
     made = ScriptedEngine()
     yield made
-    made.go_on.set()
+    made.hold.go_on()
 
 
 @pytest.fixture
@@ -97,9 +82,9 @@ def gate() -> Gate:
 
 @pytest.fixture
 def scheduler(engine: ScriptedEngine) -> Iterator[Scheduler]:
-    made = Scheduler(MAX_QUEUE)
+    made = Scheduler(engine, MAX_QUEUE)
     yield made
-    engine.go_on.set()
+    engine.hold.go_on()
     made.close()
 
 
@@ -107,7 +92,7 @@ def scheduler(engine: ScriptedEngine) -> Iterator[Scheduler]:
 def server(engine: ScriptedEngine, scheduler: Scheduler, gate: Gate) -> Iterator[Server]:
     made = Server(ModelHostService(engine, scheduler, gate), MAX_QUEUE)
     yield made
-    engine.go_on.set()
+    engine.hold.go_on()
     made.stop()
 
 
@@ -125,9 +110,7 @@ def failure(call: Callable[[], object]) -> DumontError:
     return from_rpc_error(failed.value)
 
 
-def test_pieces_and_finish_arrive_and_steps_without_tokens_do_not(
-    stub: pb2_grpc.ModelHostServiceStub,
-) -> None:
+def test_pieces_and_finish_arrive(stub: pb2_grpc.ModelHostServiceStub) -> None:
     responses = list(stub.Generate(pb2.GenerateRequest(prompt="one two")))
 
     assert [(response.chunk.text, list(response.chunk.token_ids)) for response in responses[:-1]] == [
@@ -249,8 +232,8 @@ def test_a_full_queue_says_when_to_come_back(
 ) -> None:
     # given one call that computes and one that waits
     computing = stub.Generate(pb2.GenerateRequest(prompt="wait"))
-    assert engine.waiting.wait(5)
-    scheduler.submit(lambda: iter(()))
+    assert engine.hold.reached.wait(5)
+    scheduler.submit(Script([1]))
 
     # when a third comes
     error = failure(lambda: list(stub.Generate(pb2.GenerateRequest(prompt="third"))))
@@ -258,32 +241,34 @@ def test_a_full_queue_says_when_to_come_back(
     # then it is refused, and the others are answered
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
     assert error.retry_after is not None
-    engine.go_on.set()
+    engine.hold.go_on()
     assert next(response.chunk.text for response in computing) == "wait"
 
 
 def test_a_caller_who_hangs_up_stops_the_computation(
     stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine, gate: Gate
 ) -> None:
-    call = stub.Generate(pb2.GenerateRequest(prompt="wait and much more to say"))
+    call = stub.Generate(pb2.GenerateRequest(prompt=ENDLESS))
     assert next(call).chunk.text == "wait"
 
     call.cancel()
 
-    engine.go_on.set()
-    assert engine.closed.wait(5)
+    engine.hold.go_on()
+    assert engine.works[0].left.wait(5)
+    assert not engine.works[0].finished
     assert gate.wait_empty(5)
 
 
 def test_a_deadline_stops_the_computation(
     stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine, gate: Gate
 ) -> None:
-    error = failure(lambda: list(stub.Generate(pb2.GenerateRequest(prompt="wait more"), timeout=0.2)))
+    error = failure(lambda: list(stub.Generate(pb2.GenerateRequest(prompt=ENDLESS), timeout=0.5)))
 
-    engine.go_on.set()
+    engine.hold.go_on()
 
     assert error.code == "DEADLINE_EXCEEDED"
-    assert engine.closed.wait(5)
+    assert engine.works[0].left.wait(5)
+    assert not engine.works[0].finished
     assert gate.wait_empty(5)
 
 
@@ -325,7 +310,7 @@ def test_a_socket_that_cannot_be_made_is_refused(server: Server, tmp_path: Path)
 def test_what_an_engine_cannot_do_is_a_precondition(
     stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(inputs: Sequence[str]) -> Work[Embedded]:
+    def refuse(inputs: Sequence[str]) -> Work:
         raise FailedPrecondition("ENGINE_CANNOT_EMBED", "no")
 
     monkeypatch.setattr(engine, "embed", refuse)

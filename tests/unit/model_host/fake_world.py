@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from dumont.errors import FailedPrecondition, Unavailable
-from model_host.engine import Canary, Embedded, Engine, Finish, Generation, Phases, Piece, Settings, Work
+from model_host.engine import Canary, Engine, Phases, Settings
 from model_host.gate import Gate
 from model_host.ports import Server
 from model_host.scheduler import Scheduler
+from tests.fakes.step_engine import StepEngine
 
 
-class FakeEngine:
+class FakeEngine(StepEngine):
     """Writes down what is done to it; ``fail`` names the one thing that goes wrong."""
 
-    name = "fake"
-    device = "cpu"
-    context_length = 16
+    name, context_length = "fake", 16
 
     def __init__(self) -> None:
+        super().__init__(sequences=4)
         self.log: list[str] = []
         self.fail = ""
 
@@ -34,12 +34,6 @@ class FakeEngine:
     def canary(self) -> Canary:
         self._do("canary")
         return Canary([1, 2, 3], -0.5)
-
-    def generate(self, request: Generation) -> Work[Piece | Finish]:
-        raise AssertionError("no calls come in these tests")
-
-    def embed(self, inputs: Sequence[str]) -> Work[Embedded]:
-        raise AssertionError("no calls come in these tests")
 
     def quiesce(self) -> None:
         self._do("quiesce")

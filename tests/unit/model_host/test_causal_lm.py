@@ -4,48 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import CONTEXT, WORDS, llama, load, run
+from transformers import LlamaForCausalLM
 
 from dumont.errors import FailedPrecondition, InvalidArgument
-from model_host import model_files
-from model_host.engine import Finish, FinishReason, Generation, Message, Phases, Piece, Settings
-from model_host.engines import causal_lm
+from model_host.engine import Finish, FinishReason, Generation, Load, Message
 from model_host.engines.causal_lm import CausalLM
 
-CONTEXT = 48
-WORDS = [f"w{number}" for number in range(64)]
 PROMPT = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
 PROMPT_TOKENS = list(range(1, 10))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, bos_token_id=None, eos_token_id=None,
-        initializer_range=0.5,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(
-        models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="w0")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def load(folder: Path) -> CausalLM:
-    return causal_lm.load(
-        model_files.read(folder), Settings(device="cpu", max_new_tokens_limit=100), Phases()
-    )
+    return llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -62,39 +37,36 @@ def expected(folder: Path) -> list[int]:
     return tokens
 
 
-def run(engine: CausalLM, **fields: Any) -> tuple[list[int], str, Finish]:
-    items = list(engine.generate(Generation(**fields))())
-    pieces = [item for item in items if isinstance(item, Piece)]
-    finish = items[-1]
-    assert isinstance(finish, Finish)
-    return [token for piece in pieces for token in piece.token_ids], "".join(p.text for p in pieces), finish
-
-
 def test_greedy_tokens_are_those_of_transformers(engine: CausalLM, expected: list[int]) -> None:
-    tokens, text, finish = run(engine, prompt=PROMPT, max_new_tokens=12)
+    answer = run(engine, prompt=PROMPT, max_new_tokens=12)
 
-    assert tokens == expected
-    assert text.split() == [WORDS[token] for token in expected]
-    assert finish == Finish(FinishReason.LENGTH, prompt_tokens=9, output_tokens=12)
+    assert answer.tokens == expected
+    assert answer.text.split() == [WORDS[token] for token in expected]
+    assert answer.finish == Finish(FinishReason.LENGTH, prompt_tokens=9, output_tokens=12)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 8, 9, 10])
 def test_a_prompt_computed_in_chunks_gives_the_same(
     engine: CausalLM, expected: list[int], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_lm, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(engine._backend, "rows", chunk)
+    engine._forget_prefixes()
 
-    assert run(engine, prompt=PROMPT, max_new_tokens=12)[0] == expected
+    assert run(engine, prompt=PROMPT, max_new_tokens=12).tokens == expected
 
 
 def test_between_chunks_of_a_prompt_a_call_can_be_stopped(
     engine: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_lm, "PREFILL_TOKENS", 4)
+    monkeypatch.setattr(engine._backend, "rows", 4)
+    engine._forget_prefixes()
+    work = engine.generate(Generation(prompt=PROMPT))
+    assert engine.admit(work)
 
-    first = next(iter(engine.generate(Generation(prompt=PROMPT))()))
+    assert engine.step() == []
+    engine.drop(work)
 
-    assert first == Piece()
+    assert engine.load == Load()
 
 
 def test_the_models_end_mark_ends_the_answer(folder: Path, expected: list[int], tmp_path: Path) -> None:
@@ -105,30 +77,29 @@ def test_the_models_end_mark_ends_the_answer(folder: Path, expected: list[int], 
     (tmp_path / "generation_config.json").unlink(missing_ok=True)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
 
-    tokens, text, finish = run(load(tmp_path), prompt=PROMPT, max_new_tokens=12)
+    answer = run(load(tmp_path), prompt=PROMPT, max_new_tokens=12)
 
     # then what came before is the answer, and the mark is neither text nor counted
     until = expected.index(end)
-    assert tokens == expected[:until]
-    assert WORDS[end] not in text.split()
-    assert finish == Finish(FinishReason.END, prompt_tokens=9, output_tokens=until)
+    assert answer.tokens == expected[:until]
+    assert WORDS[end] not in answer.text.split()
+    assert answer.finish == Finish(FinishReason.END, prompt_tokens=9, output_tokens=until)
 
 
 def test_a_stop_string_cuts_the_text_and_counts_its_tokens(engine: CausalLM, expected: list[int]) -> None:
     stop = " " + WORDS[expected[2]]
 
-    tokens, text, finish = run(engine, prompt=PROMPT, max_new_tokens=12, stop=(stop,))
+    answer = run(engine, prompt=PROMPT, max_new_tokens=12, stop=(stop,))
 
-    assert stop not in text
-    assert finish.reason is FinishReason.STOP
-    assert finish.output_tokens == len(tokens) <= 3
+    assert stop not in answer.text
+    assert answer.finish == Finish(FinishReason.STOP, prompt_tokens=9, output_tokens=len(answer.tokens))
+    assert len(answer.tokens) <= 3
 
 
 def test_an_answer_ends_where_the_context_does(engine: CausalLM) -> None:
-    tokens, _, finish = run(engine, prompt=PROMPT, max_new_tokens=100)
+    answer = run(engine, prompt=PROMPT, max_new_tokens=100)
 
-    assert len(tokens) == CONTEXT - 9
-    assert finish.reason is FinishReason.LENGTH
+    assert answer.finish == Finish(FinishReason.LENGTH, prompt_tokens=9, output_tokens=CONTEXT - 9)
 
 
 def test_a_prompt_must_leave_room_for_an_answer(engine: CausalLM) -> None:
@@ -137,7 +108,7 @@ def test_a_prompt_must_leave_room_for_an_answer(engine: CausalLM) -> None:
 
     assert (refused.value.reason, refused.value.field) == ("PROMPT_TOO_LONG", "prompt")
     assert refused.value.metadata == {"tokens": "48", "context_length": "48"}
-    assert run(engine, prompt="w1 " * (CONTEXT - 1))[2].output_tokens == 1
+    assert len(run(engine, prompt="w1 " * (CONTEXT - 1)).tokens) == 1
 
 
 def test_a_prompt_of_nothing_but_space_is_empty(engine: CausalLM) -> None:
@@ -167,13 +138,13 @@ def test_a_template_may_refuse_a_conversation(folder: Path, tmp_path: Path) -> N
     with pytest.raises(InvalidArgument) as refused:
         engine.generate(Generation(messages=(Message("tool", "w1"),)))
 
-    assert answer[2].prompt_tokens == 3
+    assert answer.finish == Finish(FinishReason.LENGTH, prompt_tokens=3, output_tokens=1)
     assert (refused.value.reason, refused.value.field) == ("INVALID_MESSAGES", "messages")
 
 
 def test_a_seed_repeats_a_draw_whatever_was_drawn_before(engine: CausalLM) -> None:
     def draw(seed: int) -> list[int]:
-        return run(engine, prompt=PROMPT, max_new_tokens=12, temperature=2.0, top_p=0.99, seed=seed)[0]
+        return run(engine, prompt=PROMPT, max_new_tokens=12, temperature=2.0, top_p=0.99, seed=seed).tokens
 
     first = draw(-5)
     torch.rand(3)
@@ -185,7 +156,7 @@ def test_a_seed_repeats_a_draw_whatever_was_drawn_before(engine: CausalLM) -> No
 def test_a_tiny_top_p_is_greedy(engine: CausalLM, expected: list[int]) -> None:
     drawn = run(engine, prompt=PROMPT, max_new_tokens=12, temperature=1.0, top_p=1e-6, seed=1)
 
-    assert drawn[0] == expected
+    assert drawn.tokens == expected
 
 
 def test_the_canary_is_the_same_each_time(engine: CausalLM) -> None:
@@ -193,7 +164,7 @@ def test_the_canary_is_the_same_each_time(engine: CausalLM) -> None:
     run(engine, prompt=PROMPT, max_new_tokens=2)
 
     assert engine.canary() == first
-    assert len(first.tokens) == 16
+    assert len(first.tokens) == 17
     assert first.logprob < 0
 
 

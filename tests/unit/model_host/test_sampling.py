@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from dumont.errors import Internal
-from model_host.engine import Generation
-from model_host.engines.sampling import LIKELY, Chooser, draw
+from model_host.engines.sampling import LIKELY, Sampling, choose, draw
 
 CHANCES = np.linspace(0, 1, 4001)[:-1]
 
@@ -25,7 +24,7 @@ def logits(size: int, seed: int, spread: float = 3.0) -> np.ndarray:
 def test_only_tokens_of_the_nucleus_are_drawn(seed: int, top_p: float, size: int) -> None:
     values = logits(size, seed)
 
-    drawn = {draw(values, top_p, chance) for chance in CHANCES}
+    drawn = {draw(values, chance, top_p=top_p) for chance in CHANCES}
 
     kept = TopPLogitsWarper(top_p)(None, torch.from_numpy(values)[None])[0]
     assert drawn <= set(torch.nonzero(torch.isfinite(kept))[:, 0].tolist())
@@ -37,7 +36,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(top_p: float) -> None:
     warped = TopPLogitsWarper(top_p)(None, torch.from_numpy(values)[None])[0]
     expected = torch.softmax(warped, -1).numpy()
 
-    drawn = np.bincount([draw(values, top_p, chance) for chance in CHANCES], minlength=12) / len(CHANCES)
+    drawn = np.bincount([draw(values, chance, top_p=top_p) for chance in CHANCES], minlength=12) / len(
+        CHANCES
+    )
 
     assert np.abs(drawn - expected).max() < 0.002
 
@@ -45,23 +46,23 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(top_p: float) -> None:
 def test_a_flat_distribution_needs_more_than_the_likeliest_tokens() -> None:
     values = np.zeros(4 * LIKELY[0], dtype=np.float32)
 
-    drawn = {draw(values, 0.9, chance) for chance in CHANCES}
+    drawn = {draw(values, chance, top_p=0.9) for chance in CHANCES}
 
     assert len(drawn) > 3 * LIKELY[0] * 0.9
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 1e-9, 0.01])
 def test_a_tiny_temperature_draws_the_best_token(temperature: float) -> None:
-    values = torch.tensor([[1.0, 7.0, 6.0, -3.0]])
+    values = np.array([1.0, 7.0, 6.0, -3.0], dtype=np.float32)
+    sampling = Sampling(temperature=temperature)
+    generator = np.random.default_rng(1)
 
-    choose = Chooser(Generation(temperature=temperature, seed=1))
-
-    assert {choose(values) for _ in range(20)} == {1}
+    assert {choose(values, sampling, [], [], generator).token for _ in range(20)} == {1}
 
 
 def test_what_is_no_number_is_never_a_token() -> None:
     with pytest.raises(Internal) as refusal:
-        Chooser(Generation(temperature=1.0))(torch.tensor([[1.0, float("nan"), 2.0]]))
+        choose(np.array([1.0, np.nan, 2.0], dtype=np.float32), Sampling(temperature=1.0), [], [], None)
     assert refusal.value.reason == "NOT_A_NUMBER"
 
 
@@ -69,4 +70,4 @@ def test_a_certain_token_is_drawn_whatever_the_chance() -> None:
     values = np.full(100, -1e4, dtype=np.float32)
     values[42] = 0
 
-    assert {draw(values, top_p, chance) for top_p in (0.01, 1.0) for chance in (0.0, 0.999999)} == {42}
+    assert {draw(values, chance, top_p=top_p) for top_p in (0.01, 1.0) for chance in (0.0, 0.999999)} == {42}
