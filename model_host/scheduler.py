@@ -35,7 +35,13 @@ class Job:
         DumontError: what the work raised; anything else it raised arrives as Internal.
     """
 
-    def __init__(self, work: Work, deadline: float | None, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        work: Work,
+        deadline: float | None,
+        changed: Callable[[], None],
+        urgent: Callable[[], None] | None = None,
+    ) -> None:
         self.work = work
         self.deadline = deadline
         self.cancelled = False
@@ -45,8 +51,9 @@ class Job:
         self._arrived = threading.Condition()
         # Whether the reader waits for anything at all. Else it sleeps, and only the end wakes it: a thread
         # that woke for each token would take the interpreter from the one that computes.
-        self._hungry = False
+        self._hungry = True
         self._changed = changed
+        self._urgent = urgent
 
     def cancel(self) -> None:
         """Stop before the next step. A job still in the queue leaves it now."""
@@ -56,32 +63,38 @@ class Job:
     def put(self, item: Any) -> None:
         """Add something that was computed."""
         with self._arrived:
-            if not self._ended:
-                self._computed.append(item)
-                if self._hungry:
-                    self._arrived.notify()
+            if self._ended:
+                return
+            self._computed.append(item)
+            hungry, self._hungry = self._hungry, False
+            if hungry:
+                self._arrived.notify()
+        if hungry and self._urgent is not None:
+            self._urgent()
 
     def end(self, failure: BaseException | None = None) -> None:
         """Say that nothing more will come, and why if it was not finished."""
         with self._arrived:
-            if not self._ended:
-                self._ended, self._failure = True, failure
-                self._arrived.notify()
+            if self._ended:
+                return
+            self._ended, self._failure = True, failure
+            self._arrived.notify()
+        if self._urgent is not None:
+            self._urgent()
+
+    def take(self) -> tuple[list[Any], bool, BaseException | None]:
+        """What was computed since the last time, whether that is all, and why if it was not finished."""
+        with self._arrived:
+            computed, self._computed = self._computed, []
+            return computed, self._ended, self._failure
 
     def __iter__(self) -> Iterator[Any]:
         """What the caller is sent, as it becomes ready; later tokens several at a time."""
-        first = True
         while True:
             with self._arrived:
-                if not first:
-                    self._arrived.wait_for(lambda: self._ended, SEND_INTERVAL)
-                self._hungry = True
                 self._arrived.wait_for(lambda: self._computed or self._ended)
-                self._hungry = False
-                computed, self._computed = self._computed, []
-                ended, failure = self._ended, self._failure
+            computed, ended, failure = self.take()
             if computed:
-                first = False
                 reply = self.work.receive(computed)
                 yield from reply.items
                 if reply.ended:
@@ -91,6 +104,9 @@ class Job:
                 if failure is not None:
                     raise failure
                 return
+            with self._arrived:
+                self._arrived.wait_for(lambda: self._ended, SEND_INTERVAL)
+                self._hungry = not self._computed
 
 
 class _Errand(Generic[T]):
@@ -156,16 +172,20 @@ class Scheduler:
         """How much of the engine's capacity is in use."""
         return self._engine.load
 
-    def submit(self, work: Work, deadline: float | None = None) -> Job:
+    def submit(
+        self, work: Work, deadline: float | None = None, urgent: Callable[[], None] | None = None
+    ) -> Job:
         """Queue work.
 
         Args:
             deadline: on this scheduler's clock; the job ends at the first step after it.
+            urgent: called, on the computing thread, when the job has something that must not wait: what it
+                computes first, and its end. For a reader that looks with ``Job.take``.
 
         Raises:
             ResourceExhausted: QUEUE_FULL.
         """
-        job = Job(work, deadline, self._stir)
+        job = Job(work, deadline, self._stir, urgent)
         with self._changed:
             if len(self._waiting) >= self._max_queue:
                 raise ResourceExhausted(

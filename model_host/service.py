@@ -11,11 +11,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from dumont.errors import DumontError, Internal, InvalidArgument, Unavailable
@@ -24,8 +26,9 @@ from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
 from dumont.rpc.status import to_status
 from model_host.engine import Engine, Finish, FinishReason, Generation, Message, Piece, Work
+from model_host.exchange import Exchange
 from model_host.gate import Gate
-from model_host.scheduler import Scheduler
+from model_host.scheduler import Job, Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +67,7 @@ class ModelHostService(pb2_grpc.ModelHostServiceServicer):
         self, request: pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb2.GenerateResponse]:
         with _errors(context), self._gate.enter():
-            for item in self._compute(self._engine.generate(_generation(request)), context):
-                if isinstance(item, Finish):
-                    yield pb2.GenerateResponse(finish=_finish(item))
-                else:
-                    yield pb2.GenerateResponse(chunk=_chunk(item))
+            yield from map(_response, self._compute(self._engine.generate(_generation(request)), context))
 
     def Embed(self, request: pb2.EmbedRequest, context: grpc.ServicerContext) -> pb2.EmbedResponse:
         with _errors(context), self._gate.enter():
@@ -78,6 +77,37 @@ class ModelHostService(pb2_grpc.ModelHostServiceServicer):
                 for values in batch.embeddings:
                     response.embeddings.add(values=values)
             return response
+
+    def Exchange(
+        self, request_iterator: Iterator[pb2.ExchangeRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb2.ExchangeResponse]:
+        exchange = Exchange(
+            self._begin, lambda item: _response(item).SerializeToString(), _failure, self._clock
+        )
+        exchange.listen(request_iterator)
+        if not context.add_callback(exchange.close):
+            exchange.close()
+        return exchange.responses()
+
+    def _begin(
+        self, request: bytes, timeout: float, urgent: Callable[[], None]
+    ) -> tuple[Job, Callable[[], None]]:
+        """Check a call that came by ``Exchange`` and submit it; the job, and what to call when it is over."""
+        try:
+            parsed = pb2.GenerateRequest.FromString(request)
+        except DecodeError as error:
+            raise InvalidArgument(
+                "MALFORMED_REQUEST", "the request is not a valid protobuf message"
+            ) from error
+        deadline = self._clock() + timeout if timeout else None
+        place = ExitStack()
+        place.enter_context(self._gate.enter())
+        try:
+            job = self._scheduler.submit(self._engine.generate(_generation(parsed)), deadline, urgent)
+        except BaseException:
+            place.close()
+            raise
+        return job, place.close
 
     def _compute(self, work: Work, context: grpc.ServicerContext) -> Iterator[Any]:
         remaining = context.time_remaining()
@@ -146,16 +176,18 @@ def _errors(context: grpc.ServicerContext) -> Iterator[None]:
     """End the call with the status of what was raised; a defect is told in the log only."""
     try:
         yield
-    except DumontError as error:
-        failure = error
     except GeneratorExit:
         raise
-    except Exception:
-        log.exception("a call failed")
-        failure = Internal("INTERNAL", "The model host failed on this call; see its log.")
-    else:
-        return
-    context.abort_with_status(rpc_status.to_status(to_status(failure, DOMAIN)))
+    except Exception as error:
+        context.abort_with_status(rpc_status.to_status(_failure(error)))
+
+
+def _failure(error: BaseException) -> Status:
+    """What a caller is told of an error; a defect is told in the log only."""
+    if not isinstance(error, DumontError):
+        log.error("a call failed", exc_info=error)
+        error = Internal("INTERNAL", "The model host failed on this call; see its log.")
+    return to_status(error, DOMAIN)
 
 
 def _generation(request: pb2.GenerateRequest) -> Generation:
@@ -182,6 +214,12 @@ def _generation(request: pb2.GenerateRequest) -> Generation:
         logprobs=given("logprobs"),
         n=request.n or 1,
     )
+
+
+def _response(item: Piece | Finish) -> pb2.GenerateResponse:
+    if isinstance(item, Finish):
+        return pb2.GenerateResponse(finish=_finish(item))
+    return pb2.GenerateResponse(chunk=_chunk(item))
 
 
 def _chunk(piece: Piece) -> inference_pb2.TextChunk:

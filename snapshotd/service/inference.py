@@ -5,19 +5,25 @@ A token frame is never decoded here; a request is read once, to find its instanc
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
+from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
 
 from dumont import names
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
+from dumont.model_host.v1 import model_host_service_pb2 as host_pb2
 from dumont.rpc.server import remaining
-from dumont.rpc.status import from_rpc_error
+from dumont.rpc.status import from_rpc_error, from_status
 from dumont.rpc.streams import WRITE_SECONDS, PatientWriter
 from dumont.snapshotd.v1 import inference_service_pb2 as pb2
 from snapshotd.instances.manager import Instances
@@ -25,7 +31,6 @@ from snapshotd.model import Instance, State
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-BytesStream = grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
 BytesUnary = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
 
 Request = TypeVar("Request", pb2.GenerateRequest, pb2.EmbedRequest)
@@ -37,6 +42,134 @@ SOCKET_NAME = "host.sock"
 HOST_BUSY = "Concurrent RPC limit exceeded!"
 
 
+class _Call:
+    """One call of an exchange.
+
+    Args:
+        leave: says that the call is over, and whether the model host knows.
+    """
+
+    def __init__(self, leave: Callable[..., None]) -> None:
+        self.frames: asyncio.Queue[Any] = asyncio.Queue()
+        self._leave = leave
+        self._last = False
+        self._left = False
+
+    async def read(self) -> Sequence[bytes] | None:
+        """The next messages of the answer; None after its last.
+
+        Raises:
+            DumontError: what the model host answered, or that it is gone.
+        """
+        if self._last:
+            return None
+        frame = await self.frames.get()
+        if isinstance(frame, BaseException):
+            self._last = True
+            raise frame
+        self._last = frame.last
+        if frame.status:
+            raise from_status(Status.FromString(frame.status))
+        return frame.messages  # type: ignore[no-any-return]
+
+    def cancel(self) -> None:
+        """Have the model host compute for this call no more."""
+        if not self._left:
+            self._left = True
+            self._leave(ended=self._last)
+
+
+class _Exchange:
+    """The stream on which all calls to one model host travel; a broken one fails them all.
+
+    Args:
+        channel: to the model host.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        method = channel.stream_stream(
+            f"/{HOST_SERVICE}/Exchange",
+            request_serializer=host_pb2.ExchangeRequest.SerializeToString,
+            response_deserializer=host_pb2.ExchangeResponse.FromString,
+        )
+        self._stream: grpc.aio.StreamStreamCall[Any, Any] = method()
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, _Call] = {}
+        self._cancelling: set[asyncio.Task[None]] = set()
+        self._writing = asyncio.Lock()
+        self._broken: BaseException | None = None
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def broken(self) -> bool:
+        """Whether no call can be made on it any more."""
+        return self._broken is not None
+
+    async def begin(self, request: bytes, timeout: float | None) -> _Call:
+        """Make a call.
+
+        Args:
+            timeout: seconds until its caller gives up; None: never.
+
+        Raises:
+            Unavailable: INSTANCE_GONE.
+        """
+        number = next(self._numbers)
+        call = self._calls[number] = _Call(partial(self._leave, number))
+        try:
+            await self._order(host_pb2.ExchangeRequest(call=number, generate=request, timeout=timeout or 0))
+        except BaseException:
+            del self._calls[number]
+            raise
+        return call
+
+    def _leave(self, number: int, *, ended: bool) -> None:
+        self._calls.pop(number, None)
+        if not ended and not self.broken:
+            task = asyncio.create_task(self._cancel(number))
+            self._cancelling.add(task)
+            task.add_done_callback(self._cancelling.discard)
+
+    async def _cancel(self, number: int) -> None:
+        with contextlib.suppress(DumontError):
+            await self._order(host_pb2.ExchangeRequest(call=number, cancel=True))
+
+    async def close(self) -> None:
+        self._stream.cancel()
+        await asyncio.wait([self._reading])
+
+    async def _order(self, order: host_pb2.ExchangeRequest) -> None:
+        async with self._writing:
+            if self._broken is not None:
+                raise self._broken
+            try:
+                await self._stream.write(order)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                raise self._failure(error) from error
+
+    async def _read(self) -> None:
+        failure: BaseException
+        try:
+            response: Any
+            while (response := await self._stream.read()) is not grpc.aio.EOF:
+                for frame in response.frames:
+                    if (call := self._calls.get(frame.call)) is not None:
+                        call.frames.put_nowait(frame)
+            failure = self._failure(None)
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            failure = self._failure(error)
+        self._broken = failure
+        for call in self._calls.values():
+            call.frames.put_nowait(failure)
+
+    def _failure(self, error: BaseException | None) -> DumontError:
+        if isinstance(error, grpc.aio.AioRpcError) and error.code() is not grpc.StatusCode.CANCELLED:
+            return told(error)
+        return Unavailable(
+            "INSTANCE_GONE", "the model host ended or was taken out of service", retry_after=0.2
+        )
+
+
 @dataclass
 class _Connection:
     """A connection to one model host process."""
@@ -44,6 +177,20 @@ class _Connection:
     pid: int
     directory: int
     channel: grpc.aio.Channel
+    exchange: _Exchange | None = None
+
+    def stream(self) -> _Exchange:
+        """The stream for calls, opened when it is first needed and anew after it broke."""
+        if self.exchange is None or self.exchange.broken:
+            self.exchange = _Exchange(self.channel)
+        return self.exchange
+
+    async def close(self) -> None:
+        if self.exchange is not None:
+            await self.exchange.close()
+        await self.channel.close()
+        with contextlib.suppress(OSError):
+            os.close(self.directory)
 
 
 class Inference:
@@ -64,24 +211,22 @@ class Inference:
         )
 
     async def generate(self, request: bytes, context: Context) -> None:
-        """Pass frame after frame; no generator is in between, because each costs time for every token."""
-        channel = await self._channel(_parse(pb2.GenerateRequest(), request).name)
-        method: BytesStream = channel.unary_stream(f"/{HOST_SERVICE}/Generate")
-        call = method(request, timeout=remaining(context))
-        read, writer = call.read, PatientWriter(context, WRITE_SECONDS, call.cancel)
+        """Pass message after message; no generator is in between, because each costs time for every token."""
+        connection = await self._connection(_parse(pb2.GenerateRequest(), request).name)
+        call = await connection.stream().begin(request, remaining(context))
+        writer = PatientWriter(context, WRITE_SECONDS, call.cancel)
         write = writer.write
         try:
             with writer:
-                while (frame := await read()) is not grpc.aio.EOF:
-                    await write(frame)
-        except grpc.aio.AioRpcError as error:
-            raise told(error) from error
+                while (messages := await call.read()) is not None:
+                    for message in messages:
+                        await write(message)
         finally:
             # However the caller's stream ended: the model host must not compute for nobody.
             call.cancel()
 
     async def embed(self, request: bytes, context: Context) -> bytes:
-        channel = await self._channel(_parse(pb2.EmbedRequest(), request).name)
+        channel = (await self._connection(_parse(pb2.EmbedRequest(), request).name)).channel
         try:
             method: BytesUnary = channel.unary_unary(f"/{HOST_SERVICE}/Embed")
             return await method(request, timeout=remaining(context))
@@ -92,7 +237,7 @@ class Inference:
         for instance in list(self._connections):
             await self._drop(instance)
 
-    async def _channel(self, name: str) -> grpc.aio.Channel:
+    async def _connection(self, name: str) -> _Connection:
         instance = self.instances.get(names.parse(name, "instances", "name"))
         self._must_serve(instance)
         connection = self._connections.get(instance.id)
@@ -102,7 +247,7 @@ class Inference:
                 instance, self.instances.node.instance_directory(instance.id)
             )
             await self._drop_gone()
-        return connection.channel
+        return connection
 
     async def _drop_gone(self) -> None:
         alive = {instance.id for instance in self.instances.all()}
@@ -112,9 +257,7 @@ class Inference:
     async def _drop(self, instance: str) -> None:
         connection = self._connections.pop(instance, None)
         if connection is not None:
-            await connection.channel.close()
-            with contextlib.suppress(OSError):
-                os.close(connection.directory)
+            await connection.close()
 
     def _must_serve(self, instance: Instance) -> None:
         if instance.state is State.SERVING:
