@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CONTEXT, WORDS, llama, load, run
 from transformers import LlamaForCausalLM
 
 from dumont.errors import FailedPrecondition, InvalidArgument
 from model_host.engine import Finish, FinishReason, Generation, Load, Message
 from model_host.engines.causal_lm import CausalLM
+from tests.unit.model_host.tiny_models import CONTEXT, WORDS, llama, load, run
 
 PROMPT = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
 PROMPT_TOKENS = list(range(1, 10))
