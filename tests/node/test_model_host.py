@@ -175,14 +175,14 @@ def test_text_ends_before_a_stop_string(chat: Chat) -> None:
     [
         ({}, "EMPTY_PROMPT", "prompt"),
         ({"prompt": "word " * 9000}, "PROMPT_TOO_LONG", "prompt"),
-        ({"prompt": "a", "max_new_tokens": 501}, "TOO_MANY_TOKENS", "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": 501}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": -1}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
         ({"prompt": "a", "temperature": -0.5}, "INVALID_TEMPERATURE", "temperature"),
         ({"prompt": "a", "temperature": float("nan")}, "INVALID_TEMPERATURE", "temperature"),
         ({"prompt": "a", "top_p": 0.0}, "INVALID_TOP_P", "top_p"),
         ({"prompt": "a", "top_p": 1.5}, "INVALID_TOP_P", "top_p"),
-        ({"prompt": "a", "stop": [""]}, "INVALID_STOP", "stop"),
-        ({"prompt": "a", "stop": ["x"] * 17}, "INVALID_STOP", "stop"),
+        ({"prompt": "a", "stop": [""]}, "INVALID_STOP", "stop[0]"),
+        ({"prompt": "a", "stop": ["x"] * 17}, "TOO_MANY_STOPS", "stop"),
         (
             {"prompt": "a", "messages": [inference_pb2.ChatMessage(role="user", content="b")]},
             "PROMPT_AND_MESSAGES",
@@ -325,7 +325,7 @@ def test_an_embedding_model_after_models_that_could_not_be_loaded(
         assert refusal(stub, prompt="a")[:2] == ("FAILED_PRECONDITION", "ENGINE_CANNOT_GENERATE")
         for inputs, reason in (
             ([], "EMPTY_INPUTS"),
-            (["a", ""], "EMPTY_INPUTS"),
+            (["a", ""], "EMPTY_INPUT"),
             (["x " * 600], "PROMPT_TOO_LONG"),
         ):
             with pytest.raises(grpc.RpcError) as failed:
