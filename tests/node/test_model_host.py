@@ -331,7 +331,7 @@ def test_an_embedding_model_after_models_that_could_not_be_loaded(
             with pytest.raises(grpc.RpcError) as failed:
                 stub.Embed(pb2.EmbedRequest(inputs=inputs))
             assert from_rpc_error(failed.value).reason == reason
-            assert from_rpc_error(failed.value).field == "inputs"
+            assert str(from_rpc_error(failed.value).field).startswith("inputs")
 
         # and says the same after a freeze
         host.tell("drain")
