@@ -134,13 +134,13 @@ def test_greedy_answers_are_those_of_transformers(
 
 
 def test_pieces_come_as_they_are_computed(chat: Chat) -> None:
-    chunks, finish = answer(chat.stub, prompt=FRANCE, max_new_tokens=12)
+    chunks, finish = answer(chat.stub, prompt=FRANCE, max_new_tokens=60, ignore_eos=True)
 
-    # The first token is alone; later ones may share a message.
-    assert len(chunks[0].token_ids) == 1
+    # Tokens that are ready together share a message.
     assert len(chunks) > 3
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 60
     assert finish.reason == inference_pb2.FINISH_REASON_LENGTH
-    assert finish.usage.output_tokens == 12
+    assert finish.usage.output_tokens == 60
 
 
 def test_a_seed_makes_draws_repeatable(chat: Chat) -> None:

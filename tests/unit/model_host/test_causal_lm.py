@@ -128,7 +128,7 @@ def test_a_template_may_refuse_a_conversation(folder: Path, tmp_path: Path) -> N
         (tmp_path / file.name).hardlink_to(file)
     template = (
         "{% for message in messages %}"
-        "{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{{ message.content }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
     )
     (tmp_path / "chat_template.jinja").write_text(template)
@@ -136,7 +136,7 @@ def test_a_template_may_refuse_a_conversation(folder: Path, tmp_path: Path) -> N
 
     answer = run(engine, messages=(Message("user", "w1"), Message("assistant", "w2")), max_new_tokens=1)
     with pytest.raises(InvalidArgument) as refused:
-        engine.generate(Generation(messages=(Message("tool", "w1"),)))
+        engine.generate(Generation(messages=(Message("system", "w1"),)))
 
     assert answer.finish == Finish(FinishReason.LENGTH, prompt_tokens=3, output_tokens=1)
     assert (refused.value.reason, refused.value.field) == ("INVALID_MESSAGES", "messages")
