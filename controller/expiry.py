@@ -82,6 +82,7 @@ class OnInstance:
 
     @property
     def target(self) -> str:
+        """The name under which the action is retried and delayed."""
         return f"instances/{self.instance}"
 
 
@@ -106,6 +107,7 @@ class DeleteSnapshot:
 
     @property
     def target(self) -> str:
+        """The name under which the action is retried and delayed."""
         return f"snapshots/{self.snapshot}"
 
 
@@ -118,6 +120,7 @@ class Publish:
 
     @property
     def target(self) -> str:
+        """The name under which the action is retried and delayed."""
         # Not the snapshot's own name: an upload under way must not delay deleting the snapshot.
         return f"snapshots/{self.snapshot}/upload"
 
@@ -131,6 +134,7 @@ class KeepWarm:
 
     @property
     def target(self) -> str:
+        """The name under which the action is retried and delayed."""
         # Not the deployment's own name: waiting to restart it must not delay forgetting it.
         return f"deployments/{self.deployment}/instances"
 
@@ -144,6 +148,7 @@ class Forget:
 
     @property
     def target(self) -> str:
+        """The name under which the action is retried and delayed."""
         return f"deployments/{self.deployment}"
 
 
@@ -156,6 +161,7 @@ class GiveUp:
 
     @property
     def target(self) -> str:
+        """The name under which the action is retried and delayed."""
         return f"nodes/{self.node}"
 
 

@@ -1,4 +1,4 @@
-"""What callers of the client may say -> requests. What is plainly wrong is refused here, before any call."""
+"""Turns the arguments of client calls into requests, and refuses what is plainly wrong before any call."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WEIGHTS: Final = {
 
 
 class Checkpoint(TypedDict, total=False):
-    """The keys of ``checkpoint``; those left out are as in ``DEFAULT_CHECKPOINT``."""
+    """The keys of ``checkpoint``; a key that is left out is as in ``DEFAULT_CHECKPOINT``."""
 
     enabled: bool
     ttl: Seconds
@@ -54,9 +54,9 @@ class DeploySettings(TypedDict, total=False):
 
     name: the deployment's id; derived from the model's name when left out.
     engine: ``causal_lm`` or ``embedding``; read from the model's configuration when left out.
-    idle_timeout: seconds without a request after which it goes to sleep.
-    park_timeout: seconds asleep with its process alive, after which only the snapshot stays.
-    prewarm: start, and capture, at once when the deployment is created, not at its first request.
+    idle_timeout: seconds without a request after which its instance parks or stops.
+    park_timeout: seconds parked after which the process ends and only the snapshot remains.
+    prewarm: start, and capture, when the deployment is created rather than at its first request.
     """
 
     name: str | None
@@ -69,27 +69,27 @@ class DeploySettings(TypedDict, total=False):
 class GenerateOptions(TypedDict, total=False):
     """The keyword arguments of ``generate`` and ``stream``.
 
-    ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty`` that are left out are what the model's
-    ``generation_config.json`` says; where it says nothing, they change nothing.
+    For ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty`` that are left out, the model's
+    ``generation_config.json`` decides; where it says nothing, they have no effect.
 
     messages: a conversation instead of a prompt: ``[{"role": "user", "content": "Hello"}]``.
     max_new_tokens: 256 when left out.
-    temperature: 0 or left out: always the likeliest token.
-    top_p: draw only from the likeliest tokens that together reach this probability.
-    seed: makes drawing repeatable; answer ``i`` of ``n`` is drawn as with ``seed + i``.
+    temperature: 0 or left out: always take the likeliest token.
+    top_p: sample only from the likeliest tokens that together reach this probability.
+    seed: makes sampling repeatable; answer ``i`` of ``n`` is sampled with ``seed + i``.
     stop: the answer ends before the first of these strings.
-    top_k: draw only from this many of the likeliest tokens; 0: from all.
-    min_p: draw only from tokens at least this fraction as likely as the likeliest.
+    top_k: sample only from so many of the likeliest tokens; 0: from all.
+    min_p: sample only from tokens whose probability is at least this fraction of the likeliest one's.
     repetition_penalty: above 1 makes tokens of the prompt and the answer less likely.
     presence_penalty: subtracted from the logits of tokens that are in the answer already.
-    frequency_penalty: the same, once for each time.
+    frequency_penalty: the same, once for each time the token is in the answer.
     logit_bias: added to logits, by token id; -100 rules a token out.
     stop_token_ids: the answer ends before the first of these tokens.
-    ignore_eos: write on to ``max_new_tokens`` where the model would end.
-    min_new_tokens: the answer has at least this many.
-    logprobs: say how likely each token was, and this many of the likeliest at its place.
+    ignore_eos: go on to ``max_new_tokens`` even where the model would end its answer.
+    min_new_tokens: the answer has at least so many tokens.
+    logprobs: report the log-probability of each token, and of so many of the likeliest at its position.
     n: how many answers; they are in ``Generation.answers``.
-    timeout: seconds for the whole answer, a start included.
+    timeout: seconds for the whole answer, including a start.
     """
 
     messages: Sequence[Mapping[str, str]] | None
@@ -124,7 +124,7 @@ def full_name(value: str, collection: str, field: str) -> str:
 
 
 def deployment_id(model: str) -> str:
-    """The id of a deployment nobody named: ``org/Qwen3-0.6B`` is ``qwen3-0-6b``.
+    """The id of a deployment that the caller did not name: ``qwen3-0-6b`` for ``org/Qwen3-0.6B``.
 
     Raises:
         InvalidArgument: NAME_REQUIRED, the model's name has no letter or digit.
@@ -133,7 +133,7 @@ def deployment_id(model: str) -> str:
     if not label:
         raise InvalidArgument(
             "NAME_REQUIRED",
-            f"no id can be made of the model's name {model[:120]!r}; give the deployment a name",
+            f"no id can be derived from the model's name {model[:120]!r}; give the deployment a name",
             field="name",
             metadata={"model": model[:120]},
         )
@@ -151,7 +151,7 @@ def deployment_message(
     idle_timeout: Seconds | None = None,
     park_timeout: Seconds | None = None,
 ) -> tuple[deployment_service_pb2.Deployment, list[str]]:
-    """The deployment a caller wants, and the paths of the changeable fields it set.
+    """The deployment that a caller asks for, and the paths of the mutable fields that it sets.
 
     Raises:
         InvalidArgument: an argument is wrong; its field is named.
@@ -179,12 +179,12 @@ def deployment_message(
 def generate_request(
     deployment: str, prompt: str | None = None, **options: Unpack[GenerateOptions]
 ) -> inference_service_pb2.GenerateRequest:
-    """The request for an answer.
+    """A request for text.
 
     Args:
         deployment: its full name.
         prompt: text to continue, as it is.
-        options: see ``GenerateOptions``; ``timeout`` is no part of a request.
+        options: see ``GenerateOptions``; ``timeout`` is not part of a request.
 
     Raises:
         InvalidArgument: an argument is wrong; its field is named.
@@ -205,7 +205,7 @@ def generate_request(
 
 
 def embed_request(deployment: str, inputs: str | Sequence[str]) -> inference_service_pb2.EmbedRequest:
-    """The request for vectors of one or several texts.
+    """A request for the embeddings of one or several texts.
 
     Raises:
         InvalidArgument: there is none, or one is empty or not a string.
@@ -284,5 +284,5 @@ def _message(message: Mapping[str, str], index: int) -> inference_pb2.ChatMessag
 
 
 def _node_path(model: str) -> str:
-    """A path relative to the caller's directory or home means nothing on a node: make it whole."""
+    """The model with a relative path made absolute: a node does not know the caller's directory or home."""
     return str(Path(model).expanduser().resolve()) if model.startswith((".", "~")) else model

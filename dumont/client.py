@@ -19,7 +19,7 @@ from dumont.types import DeploymentInfo, Generation
 
 
 class AsyncClient:
-    """One controller, from within an event loop.
+    """A client of one controller, for use within an event loop.
 
     ``deploy`` makes or finds a deployment; ``deployments``, ``instances``, ``snapshots`` and ``nodes`` show
     and change what there is. Every method raises a ``DumontError`` when it cannot do what it says. Names
@@ -62,7 +62,7 @@ class AsyncClient:
 
 
 class AsyncDeployment:
-    """A deployed model. ``info`` is what the controller said of it last; ``refresh()`` asks again."""
+    """A deployed model. ``info`` is what the controller last said of it; ``refresh()`` asks again."""
 
     def __init__(self, connection: Connection, info: DeploymentInfo) -> None:
         self._connection = connection
@@ -77,7 +77,7 @@ class AsyncDeployment:
         return f"<{type(self).__name__} {self.name} {self.info.model} {self.info.state}>"
 
     async def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Generation:
-        """The whole answer to a prompt or to ``messages``, the model woken first if it sleeps.
+        """The whole answer to a prompt or to ``messages``. The model is started first if it has no instance.
 
         Args:
             prompt: text to continue, as it is.
@@ -86,7 +86,7 @@ class AsyncDeployment:
         return await self.stream(prompt, **options).collect()
 
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncTextStream:
-        """The answer piece by piece, as it is written. Takes what ``generate`` takes."""
+        """The answer in pieces, as it is written. Takes the arguments of ``generate``."""
         request = arguments.generate_request(self.name, prompt, **options)
         return AsyncTextStream(self._connection, request, options.get("timeout"))
 
@@ -95,7 +95,7 @@ class AsyncDeployment:
 
         Args:
             inputs: one text or several.
-            timeout: seconds for the whole answer, a start included.
+            timeout: seconds for the whole answer, including a start.
         """
         request = arguments.embed_request(self.name, inputs)
         with self._connection.errors():
@@ -110,7 +110,7 @@ class AsyncDeployment:
         return self.info
 
     async def delete(self) -> None:
-        """End its instances, delete its snapshots and forget it."""
+        """End the deployment's instances, delete its snapshots and remove it."""
         request = deployment_service_pb2.DeleteDeploymentRequest(name=self.name)
         with self._connection.errors():
             await self._connection.deployments.DeleteDeployment(request)
@@ -150,7 +150,7 @@ class AsyncDeployments:
         return self._handle(await self._get(full_name(name, "deployments", "name")))
 
     async def delete(self, name: str) -> None:
-        """End a deployment's instances, delete its snapshots and forget it."""
+        """End a deployment's instances, delete its snapshots and remove it."""
         request = deployment_service_pb2.DeleteDeploymentRequest(name=full_name(name, "deployments", "name"))
         with self._connection.errors():
             await self._connection.deployments.DeleteDeployment(request)
@@ -172,7 +172,7 @@ class AsyncDeployments:
     async def _adopt(
         self, wanted: deployment_service_pb2.Deployment, paths: list[str]
     ) -> deployment_service_pb2.Deployment:
-        """The existing deployment of the wanted name, its settings changed to those wanted."""
+        """The existing deployment of the wanted name, with its settings changed to the wanted ones."""
         existing = await self._get(wanted.name)
         for field in ("model", "engine"):
             want, have = getattr(wanted, field), getattr(existing, field)
@@ -180,7 +180,7 @@ class AsyncDeployments:
                 raise AlreadyExists(
                     f"DEPLOYMENT_{field.upper()}_DIFFERS",
                     f"{wanted.name} exists and serves {field} {have}, not {want}; "
-                    "give this one another name, or delete that one first",
+                    "give the new one another name, or delete the old one first",
                     field=field,
                     metadata={"deployment": wanted.name, "existing": have, "wanted": want},
                 )

@@ -1,4 +1,4 @@
-"""The client's way to one controller: its channel, its stubs, and errors a caller can act on."""
+"""The client's connection to one controller: its channel, its stubs, and errors that a caller can act on."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _SERVICES: Final = [service for module in _MODULES for service in module.DESCRIP
 
 
 def resolve_endpoint(endpoint: str | None) -> str:
-    """The endpoint given, else ``DUMONT_ENDPOINT``, else this machine's usual one."""
+    """The given endpoint, else ``DUMONT_ENDPOINT``, else the default port of this machine."""
     return endpoint or os.environ.get("DUMONT_ENDPOINT") or DEFAULT_ENDPOINT
 
 
 class Connection:
-    """Stubs of one controller. Opened within the event loop that uses it; connects at the first call."""
+    """The stubs of one controller. Made within the event loop that uses them; connects at the first call."""
 
     def __init__(self, endpoint: str | None = None) -> None:
         self.endpoint = resolve_endpoint(endpoint)
@@ -54,7 +54,7 @@ class Connection:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn the error of a call into the ``DumontError`` it carries."""
+        """Turn the error of a call into the ``DumontError`` that it carries."""
         try:
             yield
         except grpc.RpcError as raised:

@@ -1,4 +1,4 @@
-"""The controller's messages -> ``dumont.types``."""
+"""Converts the controller's messages to ``dumont.types``."""
 
 from __future__ import annotations
 
@@ -32,20 +32,24 @@ def word(enum: Any, value: int, prefix: str) -> str:
 
 
 def seconds(duration: Duration) -> float:
+    """The seconds of a duration."""
     return duration.ToNanoseconds() / NANOSECONDS
 
 
 def duration(value: float) -> Duration:
+    """Seconds as a message."""
     result = Duration()
     result.FromNanoseconds(round(value * NANOSECONDS))
     return result
 
 
 def optional_seconds(message: Any, field: str) -> float | None:
+    """The seconds of a duration field; None if it is unset."""
     return seconds(getattr(message, field)) if message.HasField(field) else None
 
 
 def time(message: Any, field: str) -> datetime | None:
+    """The time of a timestamp field; None if it is unset."""
     if not message.HasField(field):
         return None
     stamp: Timestamp = getattr(message, field)
@@ -53,10 +57,12 @@ def time(message: Any, field: str) -> datetime | None:
 
 
 def phases(messages: Iterable[Any]) -> tuple[types.Phase, ...]:
+    """The phases of a message."""
     return tuple(types.Phase(message.name, seconds(message.duration)) for message in messages)
 
 
 def start_info(message: inference_service_pb2.StartInfo) -> types.StartInfo:
+    """How a start went."""
     return types.StartInfo(
         tier=word(inference_service_pb2.Tier, message.tier, "TIER_"),
         reasons=tuple(message.reasons),
@@ -68,10 +74,12 @@ def start_info(message: inference_service_pb2.StartInfo) -> types.StartInfo:
 
 
 def usage(message: inference_pb2.Usage) -> types.Usage:
+    """The tokens of an answer."""
     return types.Usage(message.prompt_tokens, message.output_tokens, message.cached_prompt_tokens)
 
 
 def piece(message: inference_pb2.TextChunk) -> types.Piece:
+    """A piece of an answer."""
     return types.Piece(
         text=message.text,
         index=message.index,
@@ -89,10 +97,12 @@ def piece(message: inference_pb2.TextChunk) -> types.Piece:
 
 
 def finish_reason(message: inference_pb2.Finish) -> str:
+    """Why an answer ended, as a lower-case word."""
     return word(inference_pb2.FinishReason, message.reason, "FINISH_REASON_")
 
 
 def deployment(message: deployment_service_pb2.Deployment) -> types.DeploymentInfo:
+    """A deployment."""
     checkpoint = message.checkpoint
     return types.DeploymentInfo(
         name=message.name,
@@ -117,6 +127,7 @@ def deployment(message: deployment_service_pb2.Deployment) -> types.DeploymentIn
 
 
 def instance(message: instance_service_pb2.Instance) -> types.Instance:
+    """An instance."""
     return types.Instance(
         name=message.name,
         deployment=message.deployment,
@@ -139,10 +150,12 @@ def instance(message: instance_service_pb2.Instance) -> types.Instance:
 
 
 def capacity(message: inference_pb2.Capacity) -> types.Capacity:
+    """How much an instance computes at once."""
     return types.Capacity(message.sequences, message.kv_tokens if message.HasField("kv_tokens") else None)
 
 
 def snapshot(message: snapshot_service_pb2.Snapshot) -> types.Snapshot:
+    """A snapshot."""
     return types.Snapshot(
         name=message.name,
         deployment=message.deployment,
@@ -166,6 +179,7 @@ def snapshot(message: snapshot_service_pb2.Snapshot) -> types.Snapshot:
 
 
 def stored(message: snapshot_service_pb2.StoredSnapshot) -> types.StoredSnapshot:
+    """A snapshot's space in the object store."""
     return types.StoredSnapshot(
         image_bytes=message.image_bytes,
         data_bytes=message.data_bytes,
@@ -178,6 +192,7 @@ def stored(message: snapshot_service_pb2.StoredSnapshot) -> types.StoredSnapshot
 
 
 def node(message: node_service_pb2.Node) -> types.Node:
+    """A node."""
     return types.Node(
         name=message.name,
         endpoint=message.endpoint,

@@ -1,4 +1,4 @@
-"""What this machine and its surroundings lack, and what to do about it. Needs no service to run."""
+"""What this machine and its surroundings lack, and what to do about it. Needs no running service."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ PREFLIGHT_SECONDS: Final = 120
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. Where it did not pass, ``message`` says what to do; ``needed``: nothing works without."""
+    """The result of one check. If it did not pass, ``message`` says what to do.
+
+    ``needed``: without it nothing works here.
+    """
 
     check: str
     passed: bool
@@ -29,7 +32,7 @@ class Check:
 
 
 def examine(endpoint: str | None = None) -> list[Check]:
-    """Everything that is checked, in the order in which to repair it."""
+    """Run all checks; the results are in the order in which to repair what failed."""
     return [_python(), _kernel(), *_node(), *_object_store(), _models(), _endpoint(endpoint)]
 
 
@@ -61,14 +64,14 @@ def _node() -> list[Check]:
 
 
 def _object_store() -> list[Check]:
-    """Whether the bucket that this machine's environment names takes conditional writes, as it must."""
+    """Whether the bucket in this machine's environment supports conditional writes, which it must."""
     if not os.environ.get("DUMONT_SNAPSHOTD_STORE_URL") or not find_spec("snapshotd"):
         return []
     return _ask("object_store", [sys.executable, "-m", "snapshotd.object_store", "check"])
 
 
 def _ask(check: str, command: list[str]) -> list[Check]:
-    """What a part of snapshotd finds, run as a program of its own."""
+    """The checks that a part of snapshotd makes, run as a program of its own."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PREFLIGHT_SECONDS, check=False)
         findings = json.loads(done.stdout)
@@ -79,8 +82,8 @@ def _ask(check: str, command: list[str]) -> list[Check]:
     except subprocess.TimeoutExpired:
         return [Check(check, False, True, f"no answer in {PREFLIGHT_SECONDS} seconds: {' '.join(command)}")]
     except (ValueError, KeyError, TypeError):
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return [Check(check, False, True, f"{' '.join(command)} failed: {said}")]
+        output = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        return [Check(check, False, True, f"{' '.join(command)} failed: {output}")]
 
 
 def models_dir() -> Path:
@@ -94,7 +97,7 @@ def models_dir() -> Path:
 def _models() -> Check:
     directory = models_dir()
     count = len(list(directory.glob("*/*/config.json")))
-    remedy = "none yet; one is fetched when first deployed, or name a directory that holds one"
+    remedy = "none yet; a model is downloaded when it is first deployed, or deploy a directory"
     return Check("models", count > 0, False, f"{directory}: {count or remedy}")
 
 

@@ -50,5 +50,5 @@ def parse(name: str, collection: str, field: str) -> str:
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id that sorts and reads well in logs: ``prefix-<12 hex digits>``."""
+    """A new random id that is easy to read in logs: ``prefix-<12 hex digits>``."""
     return f"{prefix}-{uuid.uuid4().hex[:12]}"

@@ -27,7 +27,7 @@ class AsyncInstances:
             return convert.instance(await self._connection.instances.GetInstance(request))
 
     async def find(self, target: str) -> list[Instance]:
-        """The instance of this name, else the instances of the deployment of this name.
+        """The instance of this name or else the instances of the deployment of this name.
 
         Raises:
             NotFound: there is neither.
@@ -86,7 +86,7 @@ class AsyncInstances:
             call.cancel()
 
     async def logs(self, name: str, *, tail: int = 0, follow: bool = False) -> AsyncIterator[str]:
-        """What an instance's model host printed, in pieces.
+        """What an instance's model host has printed, in pieces.
 
         Args:
             name: the instance.
@@ -167,7 +167,7 @@ class AsyncSnapshots:
             await self._connection.snapshots.DeleteSnapshot(request)
 
     async def adopt(self, name: str, *, deployment: str | None = None) -> Snapshot:
-        """Make an orphan a deployment's snapshot, in place of its earlier ones.
+        """Make an orphan a deployment's snapshot, replacing its earlier ones.
 
         Args:
             name: the snapshot.
@@ -184,7 +184,7 @@ class AsyncSnapshots:
             return convert.snapshot(await self._connection.snapshots.AdoptSnapshot(request))
 
     async def undelete(self, name: str) -> Snapshot:
-        """Publish a deleted snapshot again, within the object store's grace time; it is an orphan then.
+        """Publish a deleted snapshot again, as an orphan, within the object store's grace time.
 
         Raises:
             NotFound: SNAPSHOT_NOT_DELETED, nothing is left of it.
@@ -195,7 +195,7 @@ class AsyncSnapshots:
             return convert.snapshot(await self._connection.snapshots.UndeleteSnapshot(request))
 
     async def prefetch(self, name: str, *, node: str | None = None) -> Snapshot:
-        """Bring a published snapshot to a node, so that its next start there is a local one.
+        """Fetch a published snapshot to a node, so that the deployment's next start there is a local one.
 
         Args:
             name: the snapshot.
@@ -222,7 +222,7 @@ class AsyncSnapshots:
         """Read all of a snapshot, on its node and in the object store.
 
         Raises:
-            DataLoss: it is damaged, and quarantined now.
+            DataLoss: the snapshot is damaged, and now quarantined.
         """
         request = snapshot_service_pb2.VerifySnapshotRequest(name=full_name(name, "snapshots", "name"))
         with self._connection.errors():
@@ -239,7 +239,7 @@ class AsyncSnapshots:
         """Delete from the object store what no published snapshot needs.
 
         Args:
-            dry_run: only say what would be deleted.
+            dry_run: only report what would be deleted.
 
         Raises:
             FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, no node has one.
@@ -266,7 +266,7 @@ class AsyncSnapshots:
 
 
 class AsyncNodes:
-    """The nodes a controller knows."""
+    """The nodes that a controller knows."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

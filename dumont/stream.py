@@ -38,7 +38,7 @@ class AsyncTextStream:
         self._start: StartInfo | None = None
 
     async def started(self) -> StartInfo:
-        """Where the answer comes from; waits until the model is awake.
+        """How the instance was started; waits until it answers.
 
         Raises:
             DumontError: it could not be started.
@@ -50,7 +50,7 @@ class AsyncTextStream:
 
     @property
     def start(self) -> StartInfo | None:
-        """Where the answer comes from; None until the first piece or ``started()``."""
+        """How the instance was started; None until the first piece or ``started()``."""
         return self._start
 
     @property
@@ -85,7 +85,7 @@ class AsyncTextStream:
         )
 
     async def collect(self) -> Generation:
-        """Read to the end."""
+        """Read the answer to its end."""
         async for _ in self.pieces():
             pass
         generation = self.generation
@@ -94,11 +94,11 @@ class AsyncTextStream:
         return generation
 
     def cancel(self) -> None:
-        """End the call, if it still runs."""
+        """End the call if it still runs."""
         self._call.cancel()
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Each piece with its tokens, which answer it belongs to and how likely it was."""
+        """Each piece with its tokens, their log-probabilities and the answer it belongs to."""
         try:
             while (piece := await self._next()) is not None:
                 if piece.text or piece.token_ids:
@@ -111,8 +111,8 @@ class AsyncTextStream:
             self.cancel()
             raise InvalidArgument(
                 "SEVERAL_ANSWERS",
-                "the pieces of several answers come mixed; iterate over pieces(), which say whose they are, "
-                "or take generate()",
+                "the pieces of several answers are interleaved; iterate over pieces(), which have their index, "
+                "or call generate()",
                 field="n",
             )
         try:
@@ -123,7 +123,7 @@ class AsyncTextStream:
             self.cancel()
 
     async def _next(self) -> Piece | None:
-        """The next message's piece, empty where it has none; None at the end."""
+        """The piece of the next message, empty if it has none; None at the end."""
         with self._connection.errors():
             response = await self._call.read()
         if response is grpc.aio.EOF:

@@ -1,4 +1,4 @@
-"""The client for callers without an event loop: every method hands over to ``dumont.client`` and waits."""
+"""The client for callers without an event loop: each method calls its twin in ``dumont.client`` and waits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 
 class LoopThread:
-    """An event loop in a thread of its own, so that it serves callers in threads and notebooks alike."""
+    """An event loop in a thread of its own, which works for callers in threads and in notebooks alike."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -89,12 +89,12 @@ async def _close(source: AsyncGenerator[Any, None]) -> None:
 
 @functools.cache
 def shared_loop() -> LoopThread:
-    """One loop for all clients of the process: gRPC reports spurious errors when several poll at once."""
+    """The loop of all clients in this process: gRPC reports spurious errors when several loops poll."""
     return LoopThread()
 
 
 class Client:
-    """One controller, for callers without an event loop; safe to use from several threads.
+    """A client of one controller, for callers without an event loop; safe to use from several threads.
 
     What it offers is what ``AsyncClient`` offers, without ``await``.
 
@@ -189,14 +189,14 @@ class Deployment:
 
     @property
     def info(self) -> DeploymentInfo:
-        """What the controller said of it last."""
+        """What the controller last said of the deployment."""
         return self._deployment.info
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.info.model} {self.info.state}>"
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Generation:
-        """The whole answer to a prompt or to ``messages``, the model woken first if it sleeps.
+        """The whole answer to a prompt or to ``messages``. The model is started first if it has no instance.
 
         Args:
             prompt: text to continue, as it is.
@@ -205,7 +205,7 @@ class Deployment:
         return self._loop.run(self._deployment.generate(prompt, **options))
 
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> TextStream:
-        """The answer piece by piece, as it is written. Takes what ``generate`` takes."""
+        """The answer in pieces, as it is written. Takes the arguments of ``generate``."""
 
         async def call() -> AsyncTextStream:
             return self._deployment.stream(prompt, **options)
@@ -217,7 +217,7 @@ class Deployment:
 
         Args:
             inputs: one text or several.
-            timeout: seconds for the whole answer, a start included.
+            timeout: seconds for the whole answer, including a start.
         """
         return self._loop.run(self._deployment.embed(inputs, timeout=timeout))
 
@@ -226,7 +226,7 @@ class Deployment:
         return self._loop.run(self._deployment.refresh())
 
     def delete(self) -> None:
-        """End its instances, delete its snapshots and forget it."""
+        """End the deployment's instances, delete its snapshots and remove it."""
         self._loop.run(self._deployment.delete())
 
 
@@ -246,7 +246,7 @@ class TextStream:
 
     @property
     def start(self) -> StartInfo:
-        """Where the answer comes from; waits until the model is awake."""
+        """How the instance was started; waits until it answers."""
         return self._loop.run(self._stream.started())
 
     @property
@@ -255,7 +255,7 @@ class TextStream:
         return self._stream.generation
 
     def cancel(self) -> None:
-        """End the call, if it still runs."""
+        """End the call if it still runs."""
 
         async def cancel() -> None:
             self._stream.cancel()
@@ -275,7 +275,7 @@ class Deployments:
         return Deployment(self._loop, self._loop.run(self._deployments.get(name)))
 
     def delete(self, name: str) -> None:
-        """End a deployment's instances, delete its snapshots and forget it."""
+        """End a deployment's instances, delete its snapshots and remove it."""
         self._loop.run(self._deployments.delete(name))
 
     def list(self) -> list[Deployment]:
@@ -295,7 +295,7 @@ class Instances:
         return self._loop.run(self._instances.get(name))
 
     def find(self, target: str) -> Sequence[Instance]:
-        """The instance of this name, else the instances of the deployment of this name."""
+        """The instance of this name or else the instances of the deployment of this name."""
         return self._loop.run(self._instances.find(target))
 
     def park(self, name: str) -> Instance:
@@ -357,7 +357,7 @@ class Snapshots:
         return self._loop.run(self._snapshots.undelete(name))
 
     def prefetch(self, name: str, *, node: str | None = None) -> Snapshot:
-        """Bring a published snapshot to a node; see ``AsyncSnapshots.prefetch``."""
+        """Fetch a published snapshot to a node; see ``AsyncSnapshots.prefetch``."""
         return self._loop.run(self._snapshots.prefetch(name, node=node))
 
     def verify(self, name: str) -> Verified:
@@ -365,7 +365,7 @@ class Snapshots:
         return self._loop.run(self._snapshots.verify(name))
 
     def prune(self, *, dry_run: bool = False) -> Pruned:
-        """Delete from the object store what no published snapshot needs; ``dry_run``: only say what."""
+        """Delete from the object store what no published snapshot needs; see ``AsyncSnapshots.prune``."""
         return self._loop.run(self._snapshots.prune(dry_run=dry_run))
 
     def list(self, deployment: str | None = None, *, orphans: bool = False) -> list[Snapshot]:

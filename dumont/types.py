@@ -1,4 +1,4 @@
-"""What the client tells: frozen facts, with times in seconds and enums as lower-case words."""
+"""What the client returns: frozen facts, with durations in seconds and enums as lower-case words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import datetime
 
 @dataclass(frozen=True)
 class Phase:
-    """One named step of a start, and how long it took."""
+    """A named step of a start, and the seconds it took."""
 
     name: str
     seconds: float
@@ -17,7 +17,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class StartInfo:
-    """Where an answer's instance came from.
+    """How the instance that answers was started.
 
     ``tier`` is ``resident``, ``parked``, ``local``, ``remote`` or ``cold``; ``reasons`` say why that one, and
     what was tried before it. ``seconds`` run from the request's arrival to an instance that serves.
@@ -111,7 +111,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """Whether snapshots are made, how many seconds one outlives its last use, and where it is kept.
+    """Whether snapshots are made, how many seconds each is kept after its last use, and where.
 
     ``ttl`` is None where the controller's default holds. ``weights`` is ``detached`` or, where snapshots
     carry them, ``included``.
@@ -125,7 +125,7 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class DeploymentInfo:
-    """A deployment as the controller described it last."""
+    """A deployment as the controller last described it."""
 
     name: str
     uid: str
@@ -144,7 +144,7 @@ class DeploymentInfo:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What an instance takes at once: answers, and tokens of them in its KV cache (None: it has none)."""
+    """How much an instance computes at once: answers, and tokens in its KV cache (None: it has none)."""
 
     sequences: int
     kv_tokens: int | None
@@ -152,7 +152,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Load:
-    """What an instance was at a moment ago: answers it computed, requests that waited in it, tokens kept."""
+    """The load of an instance a moment ago: answers under way, requests waiting, tokens in its KV cache."""
 
     running: int
     waiting: int
@@ -161,7 +161,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Instance:
-    """One model host. ``pid`` is its process on its node, 0 when there is none.
+    """One model host. ``pid`` is its process on its node, 0 if there is none.
 
     ``orphan``: it names no deployment that the controller knows, and is kept until it is stopped.
     ``capacity`` is None while it has not told. ``in_flight`` are the answers that the controller waits for.
@@ -215,7 +215,7 @@ class StoredSnapshot:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stored instance. ``compatibility`` is what must be equal on the machine that restores it.
+    """A captured instance. ``compatibility``: the facts that must be equal on the machine that restores it.
 
     ``local``: a reachable node holds it. ``published``: it is in the object store, and ``stored`` is what it
     takes there, told only when a single snapshot is asked for. ``orphan``: it is no deployment's, and is kept
@@ -244,7 +244,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Verified:
-    """Bytes of a snapshot that were read and found right, on its node and in the object store."""
+    """Bytes of a snapshot that were read and found intact, on its node and in the object store."""
 
     local_bytes: int
     published_bytes: int
@@ -266,7 +266,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class SnapshotProgress:
-    """How far the making of a snapshot is: the step under way, and the instance it is made of."""
+    """The progress of a capture: the step under way, and the instance."""
 
     stage: str
     instance: str
@@ -274,7 +274,7 @@ class SnapshotProgress:
 
 @dataclass(frozen=True)
 class Finding:
-    """One check of a machine."""
+    """The result of one check of a machine."""
 
     check: str
     passed: bool
@@ -283,7 +283,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Node:
-    """One snapshotd and the machine it runs on. ``object_store`` is where it publishes, empty: nowhere."""
+    """A snapshotd and the machine it runs on. ``object_store``: where it publishes snapshots, or empty."""
 
     name: str
     endpoint: str

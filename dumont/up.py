@@ -21,7 +21,7 @@ from dumont.errors import DeadlineExceeded, FailedPrecondition, services_not_ins
 from dumont.rpc.channel import open_channel
 
 START_SECONDS: Final = 60.0
-# Longer than the services let running calls go on, and time to end the models after that.
+# Longer than the services give running calls, plus time to end the models.
 STOP_SECONDS: Final = 60.0
 DRAIN_SECONDS: Final = 5
 RECONNECT_SECONDS: Final = 0.1
@@ -31,7 +31,7 @@ EXCERPT: Final = 500
 
 @dataclass(frozen=True)
 class Daemon:
-    """One service: the module that runs it, where it will answer, and where its log goes."""
+    """A service to run: its module, the address it will answer on, and the file for its log."""
 
     name: str
     module: str
@@ -47,7 +47,7 @@ def plan(
     models_dir: Path | None = None,
     device: str = "auto",
 ) -> tuple[Daemon, Daemon]:
-    """Controller and snapshotd with embedded defaults, all of their state below ``state_dir``."""
+    """The controller and snapshotd with built-in defaults and all of their state below ``state_dir``."""
     controller = f"127.0.0.1:{controller_port}"
     snapshotd = f"127.0.0.1:{snapshotd_port}"
     models = ("--models-dir", str(models_dir.absolute())) if models_dir else ()
@@ -76,7 +76,7 @@ def plan(
 
 
 def check_installed() -> None:
-    """Refuse where only the client is installed.
+    """Raise if only the client is installed.
 
     Raises:
         FailedPrecondition: SERVICES_NOT_INSTALLED.
@@ -89,7 +89,7 @@ def check_installed() -> None:
 
 
 async def run(daemons: Sequence[Daemon], ready: Callable[[], None], *, verbose: bool = False) -> None:
-    """Start the services, and run until SIGTERM or SIGINT or until one of them ends. Stops them all.
+    """Start the services and run until SIGTERM or SIGINT, or until one of them ends; then stop them all.
 
     Args:
         daemons: as from ``plan``.
@@ -111,10 +111,10 @@ async def run(daemons: Sequence[Daemon], ready: Callable[[], None], *, verbose: 
         try:
             began = datetime.now(UTC)
             for daemon in daemons:
-                # One by one: when a start fails, the others are known and ended.
+                # One by one, so that when a start fails the earlier ones are known and are ended.
                 processes.append(await _start(daemon, verbose))  # noqa: PERF401
             ends = [asyncio.create_task(end) for end in (stopped.wait(), *(p.wait() for p in processes))]
-            # Only now: gRPC's threads and a fork do not go together.
+            # Not before: a process with gRPC's threads must not fork.
             serving = asyncio.create_task(_serving(daemons, began))
             tasks += (serving, *ends)
             await asyncio.wait({serving, *ends}, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -151,13 +151,13 @@ _LIBC: Final = ctypes.CDLL(None)
 
 
 def _end_with_parent() -> None:
-    """Runs in the child before the service: it is told to end should this process be killed."""
+    """Runs in the child before the service does: have it end if this process is killed."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def _signals(processes: Sequence[asyncio.subprocess.Process]) -> Iterator[asyncio.Event]:
-    """The event that a signal sets; further signals are passed on, and end the services at once."""
+    """The event that the first signal sets; further signals are passed on, and end the services at once."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -177,12 +177,12 @@ def _signals(processes: Sequence[asyncio.subprocess.Process]) -> Iterator[asynci
 
 
 async def _serving(daemons: Sequence[Daemon], since: datetime) -> None:
-    """Wait until each service says it serves, and a node that was heard ``since`` then is ready for work."""
+    """Wait until each service reports that it serves, and a node heard after ``since`` is ready."""
     await asyncio.gather(*(_healthy(daemon.endpoint) for daemon in daemons))
     async with AsyncClient(daemons[0].endpoint) as client:
         while True:
             for node in await client.nodes.list():
-                # One that the controller still asks what it holds is not ready yet.
+                # A node that the controller is still asking what it holds is not ready yet.
                 if node.state == "ready" and node.heartbeat_time and node.heartbeat_time >= since:
                     return
             await asyncio.sleep(RECONNECT_SECONDS)
@@ -230,7 +230,7 @@ def _terminate(processes: Sequence[asyncio.subprocess.Process]) -> None:
 
 
 async def _stop(processes: Sequence[asyncio.subprocess.Process]) -> None:
-    """End what still runs: by request, and by force if that takes too long."""
+    """End what still runs: with SIGTERM, and with SIGKILL if that takes too long."""
     _terminate(processes)
     try:
         async with asyncio.timeout(STOP_SECONDS):

@@ -68,6 +68,7 @@ class GenerateProtos(BuildHookInterface[Any]):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Generate the code; hatch calls this before it builds."""
         generate()
 
 

@@ -1,2 +1,3 @@
-"""``dumont bench``: how long each way to a first token takes on this machine, side by side in one run; and
-what the object store costs."""
+"""``dumont bench``: the ways to a first token measured side by side in one run, many callers at once, and the
+object store.
+"""

@@ -1,4 +1,4 @@
-"""Architectures whose models are made with random weights, so that a bench needs no hub."""
+"""Architectures whose models are generated with random weights, so that a benchmark needs no hub."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONFIGS: Final[Mapping[str, Settings]] = {
         "tie_word_embeddings": False,
         "max_position_embeddings": 32768,
     },
-    # For trying the bench itself out.
+    # For trying out the benchmark itself.
     "qwen3-tiny": {
         "model_type": "qwen3",
         "hidden_size": 64,
@@ -73,7 +73,7 @@ def settings_of(name: str) -> Settings:
 
 
 def weights_bytes(settings: Settings) -> int:
-    """What the weights of an architecture take in bfloat16, but for its norms and biases."""
+    """Bytes of an architecture's weights in bfloat16, without norms and biases."""
     size = {name: int(value) for name, value in settings.items() if not isinstance(value, str)}
     attention = 2 * size["head_dim"] * (size["num_attention_heads"] + size["num_key_value_heads"])
     layer = size["hidden_size"] * (attention + 3 * size["intermediate_size"])
@@ -82,7 +82,7 @@ def weights_bytes(settings: Settings) -> int:
 
 
 def build(name: str, directory: Path) -> None:
-    """Write the model into ``directory``, which appears whole or not at all.
+    """Write the model into ``directory``, which appears complete or not at all.
 
     Raises:
         InvalidArgument: UNKNOWN_CONFIG.

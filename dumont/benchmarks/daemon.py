@@ -1,4 +1,4 @@
-"""A snapshotd of the bench's own, and its API as a client sees it."""
+"""A snapshotd that runs for the benchmark, and its API as a client uses it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dumont.snapshotd.v1 import (
 )
 
 START_SECONDS: Final = 60.0
-# An upload to a store far away takes longest.
+# The longest call is an upload to a distant store.
 STEP_SECONDS: Final = 1800.0
 
 Response = TypeVar("Response", bound=Message)
@@ -48,7 +48,7 @@ class Answer:
 
 
 class Snapshotd:
-    """Runs while it is entered; its instances end with it.
+    """A snapshotd that runs while this is entered; its instances end with it.
 
     Args:
         directory: for its state and its log.
@@ -69,7 +69,7 @@ class Snapshotd:
 
     def __enter__(self) -> Snapshotd:
         command = [sys.executable, "-m", "snapshotd.main", "--listen", self.address, *self.flags]
-        # Not shared with the channel to an earlier one at the same address.
+        # Not shared with a channel to an earlier daemon at the same address.
         self.channel = grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
         self.instances: Any = instance_service_pb2_grpc.InstanceServiceStub(self.channel)
         self.snapshots: Any = snapshot_service_pb2_grpc.SnapshotServiceStub(self.channel)
@@ -107,28 +107,33 @@ class Snapshotd:
                     raise FailedPrecondition("SERVICE_ENDED", message) from None
 
     def start(self, instance: str, model: str | Path) -> instance_service_pb2.Instance:
+        """Load a model in a new instance and wait until it serves."""
         request = instance_service_pb2.StartInstanceRequest(instance_id=instance, model=str(model))
         return self._run(self.instances.StartInstance, request, instance_service_pb2.Instance())
 
     def restore(self, instance: str, snapshot: str) -> instance_service_pb2.Instance:
+        """Restore an instance from a snapshot and wait until it serves."""
         request = instance_service_pb2.RestoreInstanceRequest(
             instance_id=instance, snapshot=f"snapshots/{snapshot}"
         )
         return self._run(self.instances.RestoreInstance, request, instance_service_pb2.Instance())
 
     def capture(self, instance: str, snapshot: str) -> snapshot_service_pb2.Snapshot:
+        """Make a snapshot of an instance."""
         request = instance_service_pb2.CaptureInstanceRequest(
             name=f"instances/{instance}", snapshot_id=snapshot
         )
         return self._run(self.instances.CaptureInstance, request, snapshot_service_pb2.Snapshot())
 
     def park(self, instance: str) -> None:
+        """Freeze an instance."""
         self._call(
             self.instances.ParkInstance,
             instance_service_pb2.ParkInstanceRequest(name=f"instances/{instance}"),
         )
 
     def resume(self, instance: str) -> instance_service_pb2.Instance:
+        """Let a parked instance go on."""
         resumed: instance_service_pb2.Instance = self._call(
             self.instances.ResumeInstance,
             instance_service_pb2.ResumeInstanceRequest(name=f"instances/{instance}"),
@@ -136,48 +141,51 @@ class Snapshotd:
         return resumed
 
     def stop(self, instance: str) -> None:
+        """End an instance."""
         self._call(
             self.instances.StopInstance,
             instance_service_pb2.StopInstanceRequest(name=f"instances/{instance}"),
         )
 
     def publish(self, snapshot: str) -> None:
-        """Send it to the object store."""
+        """Upload a snapshot to the object store."""
         request = snapshot_service_pb2.PublishSnapshotRequest(name=f"snapshots/{snapshot}")
         self._run(self.snapshots.PublishSnapshot, request, snapshot_service_pb2.Snapshot())
 
     def stored(self, snapshot: str) -> snapshot_service_pb2.StoredSnapshot:
-        """What a published one takes in the object store."""
+        """The space of a published snapshot in the object store."""
         request = snapshot_service_pb2.GetSnapshotRequest(name=f"snapshots/{snapshot}")
         stored: snapshot_service_pb2.StoredSnapshot = self._call(self.snapshots.GetSnapshot, request).stored
         return stored
 
     def delete(self, snapshot: str) -> None:
+        """Delete a snapshot on the node and in the object store."""
         request = snapshot_service_pb2.DeleteSnapshotRequest(name=f"snapshots/{snapshot}")
         self._call(self.snapshots.DeleteSnapshot, request)
 
     def prune(self) -> None:
-        """Remove from the object store what nobody needs."""
+        """Delete from the object store what no published snapshot needs."""
         request = snapshot_service_pb2.PruneSnapshotsRequest()
         self._run(self.snapshots.PruneSnapshots, request, snapshot_service_pb2.PruneSnapshotsResponse())
 
     def settle(self) -> None:
-        """Return when its spare shim is there, as with a node that has run for a second."""
+        """Wait until the spare shim is ready, as on any node that has run for a second."""
         deadline = time.monotonic() + START_SECONDS
         while not any(self.shims.glob("*.sock")) and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def cpu_seconds(self) -> float:
-        """Seconds of cores that it has used."""
+        """CPU seconds that the daemon has used."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak_rss(self) -> int:
-        """Bytes of memory that it ever had resident."""
+        """The most bytes of memory that the daemon ever had resident."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 
     def generate(self, instance: str, prompt: str, max_new_tokens: int) -> Answer:
+        """Send a prompt and read the whole greedy answer."""
         request = inference_service_pb2.GenerateRequest(
             name=f"instances/{instance}", prompt=prompt, max_new_tokens=max_new_tokens
         )

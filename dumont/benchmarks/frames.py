@@ -1,4 +1,4 @@
-"""A model host that computes nothing: it sends messages at a given rate, to see what carries them.
+"""A model host that computes nothing and sends messages at a given rate, to measure what carries them.
 
     python -m dumont.benchmarks.frames SOCKET INTERVAL_SECONDS
 
@@ -24,7 +24,11 @@ TOKENS: Final = 4
 
 
 class Frames:
-    """Args: ``interval``, seconds between the messages of an answer."""
+    """Answers of identical messages.
+
+    Args:
+        interval: seconds between the messages of an answer.
+    """
 
     def __init__(self, interval: float) -> None:
         self._interval = interval
@@ -32,6 +36,7 @@ class Frames:
         self._frame = pb.GenerateResponse(chunk=chunk).SerializeToString()
 
     async def generate(self, data: bytes, context: Any) -> None:
+        """Answer a request with as many messages as it asks for tokens."""
         messages = pb.GenerateRequest.FromString(data).max_new_tokens
         loop = asyncio.get_running_loop()
         due = loop.time()
@@ -46,6 +51,7 @@ class Frames:
 
 
 async def main(socket: str, interval: str) -> None:
+    """Serve on a Unix socket until the process is ended."""
     server = grpc.aio.server()
     handler: Any = grpc.unary_stream_rpc_method_handler(Frames(float(interval)).generate)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Generate": handler}),))

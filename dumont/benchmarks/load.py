@@ -25,7 +25,7 @@ from dumont.rpc.channel import open_channel
 from dumont.rpc.status import from_rpc_error
 
 WAVE_SECONDS: Final = 900.0
-# The two messages of a request agree but for field 1, which names the deployment or instance.
+# The messages of a request differ only in field 1, which names the deployment or the instance.
 METHODS: Final = {
     "deployments": "/dumont.controller.v1.InferenceService/Generate",
     "instances": "/dumont.snapshotd.v1.InferenceService/Generate",
@@ -49,7 +49,7 @@ class Load:
         self._generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(method)
 
     async def wave(self, at: float, prompts: list[str], answer_tokens: int) -> dict[str, Any]:
-        """Send a request for each prompt at the monotonic time ``at``; answers have all their tokens."""
+        """Send a request for each prompt at monotonic time ``at``; every answer has all its tokens."""
         requests = [
             pb.GenerateRequest(
                 deployment=self._name, prompt=prompt, max_new_tokens=answer_tokens, ignore_eos=True
@@ -97,6 +97,7 @@ def _cpu_seconds() -> float:
 
 
 async def main(target: str, name: str) -> None:
+    """Send the requests that standard input asks for, and print when the answers came."""
     async with open_channel(target) as channel:
         await channel.channel_ready()
         load = Load(channel, name)

@@ -1,4 +1,4 @@
-"""The machine that was measured, and what its GPUs hold."""
+"""The machine that is measured, and the memory of its GPUs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ PACKAGES: Final = ("dumont", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Gpus:
-    """All GPUs of this machine through NVML; false where there are none, or no NVML."""
+    """All GPUs of this machine through NVML; false if there are none or NVML is missing."""
 
     library: Any = None
 
     @classmethod
     def open(cls) -> Gpus:
+        """Load NVML, if it is installed and finds a driver."""
         if find_spec("pynvml") is None:
             return cls()
         import pynvml
@@ -36,11 +37,12 @@ class Gpus:
         return self.library is not None
 
     def used_bytes(self) -> int:
-        """The memory that is taken on all of them."""
+        """Bytes of memory in use on all GPUs together."""
         nvml = self.library
         return sum(int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in self._handles())
 
     def facts(self) -> dict[str, Any]:
+        """The GPUs and their driver, as the JSON document has them."""
         if not self:
             return {}
         nvml = self.library
@@ -63,12 +65,12 @@ class Gpus:
 
 
 def has_gpu() -> bool:
-    """Whether a driver shows a GPU here, with or without NVML."""
+    """Whether a driver shows a GPU here, whether or not NVML is installed."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def facts(gpus: Gpus, criu: Path | None) -> dict[str, Any]:
-    """What a reader must know of the machine to judge the numbers; ``criu``: the one that is used."""
+    """What a reader must know of the machine to judge the figures; ``criu``: the CRIU that is used."""
     return {
         **gpus.facts(),
         "cpu": _line("/proc/cpuinfo", "model name") or platform.machine(),
@@ -82,7 +84,7 @@ def facts(gpus: Gpus, criu: Path | None) -> dict[str, Any]:
 
 
 def memory_available() -> int:
-    """Bytes that processes may still take."""
+    """Bytes of memory that processes can still allocate."""
     return int(_line("/proc/meminfo", "MemAvailable").split()[0]) * 1024
 
 

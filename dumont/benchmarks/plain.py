@@ -1,4 +1,4 @@
-"""A plain script's way to the first token."""
+"""The baseline: a plain script from its start to the first token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dumont.errors import Internal
 
 @dataclass(frozen=True)
 class PlainAnswer:
-    """What the script measured of itself, and its answer."""
+    """What the script measured, and its answer."""
 
     sample: Sample
     text: str

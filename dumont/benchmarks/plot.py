@@ -1,4 +1,4 @@
-"""The picture: the cases of each model below each other, their phases in colours that all of them share."""
+"""The picture: the cases of each model one below the other, with their phases in the same colours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPS: Final = {
     "first token": "#000000",
     OTHER: "#BBBBBB",
 }
-# What a phase's name begins with, and the group it is drawn in.
+# The beginning of a phase's name, and the group that the phase is drawn in.
 BEGINNINGS: Final = {
     "import": "imports",
     "load": "load",
@@ -49,7 +49,7 @@ LABELS: Final = {
     "local": "Dumont, local snapshot",
     "parked": "Dumont, parked",
 }
-# Short ways are not to be seen beside the long ones: they have a panel of their own.
+# Short bars cannot be seen beside long ones, so they have a panel of their own.
 SHORT: Final = ("local", "parked")
 # How each engine and path is drawn.
 SERVING_LINES: Final = {
@@ -79,12 +79,12 @@ def grouped(phases: Mapping[str, float]) -> dict[str, float]:
 
 
 def seconds_text(seconds: float) -> str:
-    """As it stands beside a bar."""
+    """The text beside a bar."""
     return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds:.3f} s"
 
 
 def panels(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of one model as they are drawn: all of them, then the short ones again if there are others."""
+    """The panels of one model: all its rows, and then the short ones again if there are others."""
     order = list(LABELS)
     every = sorted(rows, key=lambda row: order.index(row.case))
     short = [row for row in every if row.case in SHORT]

@@ -1,4 +1,4 @@
-"""Dumont's own ways to the first token, through a snapshotd, from the request on as its client sees it."""
+"""Dumont's ways to the first token through a snapshotd, measured from the client's request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCE = "source"
 
 @dataclass
 class Product:
-    """One model on a snapshotd that runs while this is entered.
+    """A model on a snapshotd that runs while this is entered.
 
     When it is entered, an instance that no prompt has reached is captured ``rounds`` times, as deployments
     are; the last of the snapshots is published to a store on the same disk and is the one that is restored.
@@ -69,7 +69,7 @@ class Product:
         self._exit.close()
 
     def measure(self, number: int) -> dict[str, Sample]:
-        """Each case once: a cold start, which is parked and resumed; a restore, its source long gone."""
+        """Measure each case once: a cold start, its park and resume, a restore after its source has ended."""
         cold = f"cold-{number}"
         began = time.monotonic()
         instance = self.daemon.start(cold, self.model)
@@ -94,7 +94,7 @@ class Product:
         return samples
 
     def costs(self) -> dict[str, Costs]:
-        """What parked and restored instances take, by case."""
+        """What parked and restored instances cost, by case."""
         parked = Costs(
             park=Spread.of(self.parks),
             gpu_bytes_serving=_bytes(self.gpu_serving) if self.gpus else None,

@@ -1,4 +1,4 @@
-"""The programs that a bench runs beside Dumont, how they end with it, and what they find around them."""
+"""The programs that a benchmark runs beside Dumont, their environment, and how they end."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def script(name: str) -> Path:
-    """A script of the bench. It is run by path, so that importing Dumont is no part of what is measured."""
+    """The path of a script. It is run by path, so that importing Dumont is not part of what is measured."""
     return SCRIPTS / f"{name}.py"
 
 
 def environment() -> dict[str, str]:
-    """This process's own, without the hub; byte code is kept, or every run would compile again."""
+    """This process's environment, without the hub. Byte code is kept, or every run would compile again."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the block has ended: a process that is being started has no name yet by
-    which it could be ended again."""
+    """Delay SIGINT and SIGTERM until the block has ended: a process that is only just starting could not be
+    ended, because nothing refers to it yet."""
     if threading.current_thread() is not threading.main_thread():
-        # Python handles signals in no other.
+        # Python handles signals in the main thread only.
         yield
         return
     came: list[int] = []
@@ -57,7 +57,7 @@ def run(
     said: str | None = None,
     timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end. Should that not come, because of the timeout or an interrupt, it is killed
+    """Run a program to its end. If the timeout passes or an interrupt comes first, it is killed
     with all that it has started.
 
     Args:
@@ -100,7 +100,7 @@ def find_criu() -> Path:
 
 
 def tail(path: Path, characters: int = 500) -> str:
-    """How a log ends, on one line."""
+    """The end of a log, on one line."""
     try:
         return " ".join(path.read_text(errors="replace")[-characters:].split()) or "its log is empty"
     except OSError:

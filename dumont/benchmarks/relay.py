@@ -1,4 +1,4 @@
-"""What the way of a token costs: messages that a model host sends at a given rate, computing nothing, through
+"""What passing a token on costs: messages that a model host sends at a given rate, computing nothing, through
 snapshotd and the controller.
 """
 
@@ -22,7 +22,7 @@ CONFIG: Final = "qwen3-tiny"
 DEPLOYMENT: Final = "relay"
 INTERVAL: Final = 0.02
 SECONDS: Final = 5.0
-# Answers of one message after each other, for what the way adds to the first token.
+# Answers of one message each, one after the other, for what the path adds to the first token.
 PROBES: Final = 200
 START_SECONDS: Final = 120.0
 HEADERS: Final = (
@@ -77,7 +77,7 @@ def measure(streams: Sequence[int], directory: Path, say: Say) -> Iterator[Relay
     with Services(directory / "node") as services, sync.Client(services.controller) as client:
         client.deploy(str(model), "warm", name=DEPLOYMENT, prewarm=True)
         socket = _serving(client, services)
-        # In the place of the one that the instance serves on: the services know no difference.
+        # Replaces the socket that the instance serves on; the services cannot tell the difference.
         command = [sys.executable, "-m", "dumont.benchmarks.frames", socket.name, str(INTERVAL)]
         with Program(command, directory / "frames.log", cwd=socket.parent) as host:
             watched = {**services.pids(), "model host": host.pid}
@@ -156,7 +156,7 @@ def document(row: RelayRow) -> dict[str, Any]:
 
 
 def cells(row: RelayRow) -> tuple[str, ...]:
-    """A row of the table, as ``HEADERS`` name its columns."""
+    """A row of the table with the columns of ``HEADERS``."""
     return (
         row.path,
         str(row.streams),

@@ -9,12 +9,12 @@ from typing import Any, Final
 from dumont.benchmarks.results import Row, Spread
 
 HEADERS: Final = ("model", "case", "seconds", "min–max", "plain ÷", "stock ÷", "image", "stored", "paused")
-# Enough for what is measured, and no more digits than it has.
+# As many digits as the measurements are good for.
 DIGITS: Final = 4
 
 
 def document(machine: Mapping[str, Any], rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
-    """Everything a bench found. ``facts``: of the run itself, such as its command and date."""
+    """Everything that a benchmark measured. ``facts``: about the run, such as its command and date."""
     return {"machine": dict(machine), **facts, "rows": [_row(row) for row in rows]}
 
 
@@ -49,7 +49,7 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row of the table, as ``HEADERS`` name its columns; empty where there is nothing to tell."""
+    """A row of the table with the columns of ``HEADERS``; a cell without a value is empty."""
     costs = row.costs
     pause = costs.source_pause or costs.park
     return (
@@ -66,7 +66,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def phase_line(row: Row) -> str:
-    """The phases that can be seen at all, in one line."""
+    """The phases that are long enough to matter, on one line."""
     told = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row.phases.items() if seconds >= 0.0005)
     return f"{row.model} {row.case}: {told}"
 

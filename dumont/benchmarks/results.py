@@ -1,4 +1,4 @@
-"""Samples, and what is made of them. Pure."""
+"""Samples and their statistics. Pure."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Final
 PLAIN: Final = ("plain_cold", "plain_cold_after_imports")
 PRODUCT: Final = ("cold", "parked", "local")
 CASES: Final = (*PLAIN, *PRODUCT, "stock")
-# Their answers come from the same code, so they are the same to the last token.
+# Their answers come from the same code, so every token must be the same.
 SAME_ANSWER: Final = (("plain_cold",), PRODUCT, ("stock",))
 BASELINES: Final = ("plain_cold", "stock")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One way to a first token, taken once.
+    """One way to a first token, measured once.
 
     Args:
         seconds: until the first token.
@@ -40,12 +40,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of some values."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a way to a first token takes beforehand, and meanwhile.
+    """What a way to a first token costs beforehand and in the meantime.
 
     Args:
         image_bytes: on disk.
@@ -85,13 +86,13 @@ class Row:
 
 
 def after_imports(sample: Sample) -> Sample:
-    """The same run, as one sees it who starts the clock after the imports."""
+    """The same run, with the clock started after the imports."""
     phases = {name: seconds for name, seconds in sample.phases.items() if name != "imports"}
     return Sample(sample.seconds - sample.phases["imports"], phases, sample.tokens)
 
 
 def apart(phases: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Steps without overlap: of one that is told with its parts, ``load`` and ``load.…``, what they leave."""
+    """Steps without overlap: a step with parts, ``load`` with ``load.…``, keeps the rest of its time."""
     seconds: dict[str, float] = {}
     for name, value in phases:
         seconds[name] = seconds.get(name, 0.0) + value
@@ -105,14 +106,14 @@ def apart(phases: Sequence[tuple[str, float]]) -> dict[str, float]:
 def sample(
     seconds: float, job: Sequence[tuple[str, float]], first_token: float, tokens: Sequence[int]
 ) -> Sample:
-    """What a client saw: the steps that it was told of, the first token, and what remains as ``other``."""
+    """What a client measured: the reported steps, the first token, and the rest as ``other``."""
     phases = {**apart(job), "first_token": first_token}
     rest = seconds - sum(phases.values())
     return Sample(seconds, {**phases, "other": max(0.0, rest)}, tuple(tokens))
 
 
 def medians(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each name, in the order of the first sample; what a sample lacks took no time in it."""
+    """The median of each step, in the order of the first sample; a step that a sample lacks took no time."""
     names = dict.fromkeys(name for phases in samples for name in phases)
     return {name: statistics.median(phases.get(name, 0.0) for phases in samples) for name in names}
 
@@ -142,7 +143,7 @@ def rows(
 
 
 def different_answers(samples: Mapping[str, Sequence[Sample]]) -> str:
-    """Which answers differ that must not; empty when none do."""
+    """Which answers differ although they must be equal; empty if none do."""
     for group in SAME_ANSWER:
         answers = {one.tokens: case for case in group for one in samples.get(case, ())}
         if len(answers) > 1:

@@ -1,4 +1,4 @@
-"""One bench: which models, which cases, how often; and the order in which it is all measured."""
+"""A benchmark of starts: which models, which cases, how often, and in which order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from dumont.errors import FailedPrecondition, Internal, InvalidArgument, NotFoun
 PROMPT: Final = "The capital of France is"
 MAX_NEW_TOKENS: Final = 8
 MEMORY_FILE_SYSTEM: Final = Path("/dev/shm")
-# Beside its weights four times (the model, two images, the weight cache): processes and the images' rest.
+# In addition to four times the weights (the model, two images, the weight cache): processes, and the rest of
+# the images.
 ROOM_BYTES: Final = 4 << 30
 READ_BYTES: Final = 16 << 20
 
@@ -35,7 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be measured: a directory, or a configuration that one is made of."""
+    """A model to measure: a directory, or the configuration to generate one from."""
 
     name: str
     weights_bytes: int
@@ -44,7 +45,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, checked before anything begins.
+    """What to measure, checked before anything begins.
 
     Args:
         cases: of ``results.CASES``.
@@ -102,7 +103,7 @@ def plan(
 
 
 def subjects(models: Sequence[str], config_names: Sequence[str]) -> tuple[Subject, ...]:
-    """What is to be measured.
+    """The models to measure.
 
     Args:
         models: directories, or names in this machine's model cache.
@@ -144,7 +145,7 @@ def _cuda_checkpoint(given: Path | None) -> Path:
 
 
 def check_plot() -> None:
-    """Refuse a picture before anything is measured, where it could not be drawn afterwards.
+    """Raise before anything is measured if the picture could not be drawn afterwards.
 
     Raises:
         FailedPrecondition: MATPLOTLIB_NOT_INSTALLED.
@@ -158,7 +159,7 @@ def check_plot() -> None:
 
 @contextmanager
 def workspace(chosen: Path | None, subjects: Sequence[Subject] = ()) -> Iterator[Path]:
-    """A directory for models, images and state, which is gone afterwards.
+    """A directory for models, images and state, which is removed afterwards.
 
     It is below ``chosen``, else in memory if there is room, else where temporary files go.
 
@@ -186,7 +187,7 @@ def workspace(chosen: Path | None, subjects: Sequence[Subject] = ()) -> Iterator
 
 
 def measure(plan: Plan, directory: Path, say: Say) -> Iterator[list[Row]]:
-    """The rows of one model after the other.
+    """Measure one model after the other, and yield the rows of each.
 
     Args:
         directory: an empty one, best in memory.
@@ -214,7 +215,7 @@ def _model(subject: Subject, place: Path, say: Say) -> Path:
         say(f"{subject.name}: making the model")
         configs.build(subject.name, place / "model")
         return place / "model"
-    # Its files are in memory for every case, the first one included.
+    # The model's files are in the page cache for every case, including the first.
     buffer = bytearray(READ_BYTES)
     for path in subject.directory.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:

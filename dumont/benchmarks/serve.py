@@ -31,7 +31,7 @@ DEPLOYMENT: Final = "bench"
 START_SECONDS: Final = 900.0
 STOP_SECONDS: Final = 60.0
 WAVE_SECONDS: Final = 1800.0
-# Between the order and the moment at which all generators send.
+# Seconds between the order and the moment at which all generators send.
 HEAD_START: Final = 0.1
 STREAMS_PER_GENERATOR: Final = 16
 WORDS: Final = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "by", "with", "as", "at")
@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """What to measure.
 
     Args:
         cases: every load, for each engine.
@@ -73,7 +73,7 @@ def plan(
     vllm_site: Path | None,
     vllm_arguments: Mapping[str, Any],
 ) -> Plan:
-    """Decide what to measure; without ``engines`` it is everything that this machine has.
+    """Decide what to measure; without ``engines``, every engine that this machine has.
 
     Raises:
         InvalidArgument: UNKNOWN_ENGINE.
@@ -150,7 +150,7 @@ def measure(plan: Plan, directory: Path, say: Say) -> Iterator[list[Row]]:
 
 
 class Prompts:
-    """Texts of a given number of tokens, none of them twice.
+    """Texts of a given number of tokens, each used only once.
 
     Args:
         model: the directory of the model that reads them.
@@ -163,10 +163,11 @@ class Prompts:
         self._random = random.Random(0)
 
     def take(self, count: int, tokens: int) -> list[str]:
+        """So many new texts, each of so many tokens."""
         return [self._one(tokens) for _ in range(count)]
 
     def ids(self, text: str) -> list[int]:
-        """Its tokens, as the model reads them."""
+        """The tokens of a text, as the model reads them."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
@@ -228,14 +229,14 @@ def _dumont(
 
 
 def _generators(cases: Sequence[Case]) -> int:
-    """So many that none has to be waited for, and the services and the model have cores left."""
+    """As many generators as needed, while the services and the model have cores left."""
     most = max(case.streams for case in cases)
     cores = len(os.sched_getaffinity(0))
     return max(1, min(cores // 4, most // STREAMS_PER_GENERATOR))
 
 
 def _waves(rounds: int, case: Case, prompts: Prompts, wave: Callable[[list[str], int], Wave]) -> list[Wave]:
-    """One that does not count, then the rounds."""
+    """Measure one round that does not count, and then the rounds."""
     taken = [
         wave(prompts.take(case.streams, case.prompt_tokens), case.answer_tokens) for _ in range(rounds + 1)
     ]
@@ -243,7 +244,7 @@ def _waves(rounds: int, case: Case, prompts: Prompts, wave: Callable[[list[str],
 
 
 class Services:
-    """A controller and a snapshotd of the bench's own, as ``dumont up`` runs them, while it is entered.
+    """A controller and a snapshotd that run while this is entered, as ``dumont up`` runs them.
 
     Args:
         directory: for their state and logs.
@@ -282,7 +283,7 @@ class Services:
         }
 
     def socket(self, instance: str) -> Path:
-        """Where the model host of an instance serves."""
+        """The address of an instance's model host."""
         return next(self._state.glob(f"**/{instance.removeprefix('instances/')}/host.sock"))
 
 
@@ -310,10 +311,11 @@ class Generators:
         self._stack.close()
 
     def pids(self) -> list[int]:
+        """The process ids of the generators."""
         return [program.pid for program in self._programs]
 
     def wave(self, prompts: list[str], answer_tokens: int) -> Wave:
-        """A request for each prompt, all at once; returns when every answer is there."""
+        """Send a request for each prompt, all at once, and wait for every answer."""
         at = time.monotonic() + HEAD_START
         used = self._programs[: len(prompts)]
         for number, program in enumerate(used):
@@ -366,7 +368,7 @@ def _compared(
 
 
 class Program:
-    """A program that says a line of JSON when it is ready and after each line that it is told.
+    """A program that prints a line of JSON when it is ready, and another after each line that it reads.
 
     Args:
         command: it and its arguments.
@@ -426,15 +428,17 @@ class Program:
 
     @property
     def pid(self) -> int:
+        """The process id."""
         return self._process.pid
 
     def tell(self, message: Mapping[str, Any]) -> None:
+        """Send the program a message as a line of JSON."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
         self._process.stdin.flush()
 
     def hear(self, seconds: float) -> Any:
-        """The next line that it says."""
+        """The next line that the program prints."""
         assert self._process.stdout is not None
         output = self._process.stdout.fileno()
         deadline = time.monotonic() + seconds

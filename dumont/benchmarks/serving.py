@@ -1,4 +1,4 @@
-"""What a server did for many callers at once, and what is made of it. Pure."""
+"""How a server answered many callers at once, and the statistics of it. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADERS: Final = (
     "model", "engine", "path", "streams", "prompt", "answer", "tokens/s",
     "first token p50", "p99", "a token p50", "p99", "remarks",
 )  # fmt: skip
-# Of one core: a load generator that uses more may be what is measured.
+# Share of a core. A load generator that uses more may itself limit the result.
 BUSY_CLIENT: Final = 0.85
 SECONDS_DIGITS: Final = 5
 
@@ -37,11 +37,12 @@ class Stream:
 
     @property
     def tokens(self) -> int:
+        """How many tokens arrived."""
         return sum(count for _, count in self.arrivals)
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Stream:
-        """As a load generator writes it."""
+        """A stream from what a load generator wrote."""
         arrivals = tuple((float(at), int(count)) for at, count in told["arrivals"])
         return cls(told["sent"], arrivals, told.get("reason", ""), told.get("tier", ""))
 
@@ -56,7 +57,7 @@ class Wave:
 
 @dataclass(frozen=True)
 class Case:
-    """What was asked for: how many answers at once, and the tokens of each prompt and each answer."""
+    """The load: how many answers at once, and the tokens of each prompt and each answer."""
 
     streams: int
     prompt_tokens: int
@@ -65,12 +66,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Percentiles:
+    """The median and the 99th percentile of some values."""
+
     p50: float
     p99: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Percentiles | None:
-        """None where there are no values."""
+        """The percentiles of some values; None if there are none."""
         ordered = sorted(values)
         if not ordered:
             return None
@@ -79,7 +82,7 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to be served, under one load.
+    """The result of one engine and path under one load.
 
     Args:
         tokens_per_s: of all streams together, from the first request to the last token; the median of the
@@ -108,7 +111,7 @@ class Row:
 
 
 def row(model: str, engine: str, path: str, case: Case, waves: Sequence[Wave]) -> Row:
-    """What the rounds of one load come to."""
+    """The row of the rounds of one load."""
     streams = [stream for wave in waves for stream in wave.streams]
     speeds = sorted(filter(None, map(_tokens_per_second, waves)))
     return Row(
@@ -171,7 +174,7 @@ def _percentiles(value: Percentiles | None) -> dict[str, float] | None:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row of the table, as ``HEADERS`` name its columns."""
+    """A row of the table with the columns of ``HEADERS``."""
     case = row.case
     return (
         row.model, row.engine, row.path, str(case.streams), str(case.prompt_tokens), str(case.answer_tokens),
@@ -188,7 +191,7 @@ def _seconds(value: float) -> str:
 
 
 def remarks(row: Row) -> str:
-    """What a reader must know to judge a row; empty for most."""
+    """What a reader must know to judge a row; usually empty."""
     told = [f"{count} failed: {reason}" for reason, count in sorted(row.failed.items())]
     told += [f"from {tier}" for tier in sorted(row.tiers) if tier != "resident"]
     if row.client_load > BUSY_CLIENT:

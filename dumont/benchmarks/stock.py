@@ -1,4 +1,4 @@
-"""The stock pipeline: a plain process, ``cuda-checkpoint`` and ``criu`` as their manuals show them.
+"""The stock pipeline: a plain process with ``cuda-checkpoint`` and ``criu`` used as their manuals show.
 
 Weights are in the image, nothing is dropped from it. What the process needs for it is that it leads a session
 of its own, has no terminal and no log that grows, and that its pid is free when it comes back.
@@ -23,8 +23,8 @@ from dumont.errors import DeadlineExceeded, Internal
 
 STEP_SECONDS: Final = 600.0
 POLL_SECONDS: Final = 0.001
-# CRIU does not bring back the permission to use AMX tiles, and a process that knows nothing of it dies of the
-# first bf16 product after its restore. On a GPU this changes nothing.
+# CRIU does not restore the permission to use AMX tiles, so a process dies at its first bf16 product after a
+# restore. This makes no difference on a GPU.
 WITHOUT_TILES: Final = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512"}
 READY, PROMPT, FIRST_TOKEN, TOKENS = "ready", "prompt", "first_token", "tokens"
 
@@ -50,7 +50,7 @@ class Stock:
     prompt: str
     max_new_tokens: int
     pid: int = 0
-    # Its pid at the dump, and so after each restore.
+    # The process's pid at the dump, and therefore after each restore.
     dumped: int = 0
     pause: dict[str, float] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ class Stock:
                 self.pause["cuda_checkpoint"] = self._toggle()
             dump = [str(self.criu), "dump", "-t", str(self.pid), "-D", str(self.image), "-o", "dump.log"]
             self.pause["dump"] = self._command(dump, self.image / "dump.log")
-            # CRIU has ended it; without this its pid would not be free.
+            # CRIU has ended the process; its pid is free only once it has been waited for.
             self.dumped = self.pid
             self._end()
         except BaseException:
@@ -78,7 +78,7 @@ class Stock:
         self._end()
 
     def costs(self) -> Costs:
-        """What its image takes, and what making it took."""
+        """The size of the image, and the time it took to make."""
         # Whole blocks, as du counts.
         size = sum(path.stat().st_blocks * 512 for path in self.image.iterdir())
         return Costs(
@@ -88,15 +88,15 @@ class Stock:
         )
 
     def measure(self) -> Sample:
-        """From the dead process to the first token of its next answer; it is ended again afterwards."""
+        """Restore the process, measure until its first token, and end it again."""
         try:
             began = time.monotonic()
-            # As a child of this process, which can then wait for it: a zombie would keep the pid.
+            # As a child of this process, which can wait for it: a zombie would keep the pid.
             restore = [
                 str(self.criu), "restore", "-D", str(self.image), "-o", "restore.log",
                 "--restore-detached", "--restore-sibling",
             ]  # fmt: skip
-            # Before CRIU has said so: it may end, or be ended, with the process half restored.
+            # Set before CRIU reports it: CRIU may end with the process half restored.
             self.pid = self.dumped
             phases = {"criu": self._command(restore, self.image / "restore.log")}
             if self.cuda_checkpoint:
@@ -126,7 +126,7 @@ class Stock:
                 start_new_session=True,
             )
             self.pid = process.pid
-            # From here on it is known by its pid alone, as it is after a restore.
+            # From here on the process is known by its pid alone, as after a restore.
             process.returncode = 0
         self._take(READY)
         for leftover in (FIRST_TOKEN, TOKENS):
@@ -136,7 +136,7 @@ class Stock:
         return self._command([str(self.cuda_checkpoint), "--toggle", "--pid", str(self.pid)])
 
     def _command(self, command: list[str], log: Path | None = None) -> float:
-        """Run a command, which may write a log, to its end; the seconds it took."""
+        """Run a command to its end, which may write a log; returns the seconds that it took."""
         began = time.monotonic()
         try:
             done = run(command, timeout=STEP_SECONDS)
@@ -151,7 +151,7 @@ class Stock:
         return time.monotonic() - began
 
     def _take(self, name: str) -> str:
-        """Wait for a file of the process; its content."""
+        """Wait for a file that the process writes, and return its content."""
         path = self.exchange / name
         deadline = time.monotonic() + STEP_SECONDS
         while not path.exists():
@@ -169,8 +169,8 @@ class Stock:
         return DeadlineExceeded("STOCK_TIMEOUT", f"{what} took more than {STEP_SECONDS:.0f} seconds")
 
     def _end(self) -> None:
-        """The process, if there is one, is gone and its pid free."""
-        # No child of this process: there is none, or the pid is somebody else's by now.
+        """End the process, if there is one, and free its pid."""
+        # Not a child of this process: there is none, or the pid belongs to another process by now.
         with contextlib.suppress(ChildProcessError):
             if self.pid and not os.waitpid(self.pid, os.WNOHANG)[0]:
                 os.kill(self.pid, signal.SIGKILL)

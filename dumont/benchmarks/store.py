@@ -1,4 +1,4 @@
-"""What the object store costs and gives on this machine, measured with a snapshotd of its own.
+"""How fast the object store is on this machine, measured with a snapshotd that runs for it.
 
 Everything is measured in one run: what the store itself reads and writes, an upload, restores that find the
 snapshot on the node and one that must fetch it, and what a second capture and a second instance add.
@@ -27,9 +27,9 @@ from dumont.snapshotd.v1 import snapshot_service_pb2
 
 STORE_VARIABLE: Final = "DUMONT_SNAPSHOTD_STORE_URL"
 RESTORES: Final = 3
-# Of a deployment unlike the first, as far as this machine has it.
+# A model of another deployment, if this machine has one.
 SECOND_MODEL: Final = "sentence-transformers/all-MiniLM-L6-v2"
-# A cold-cache restore may take its bytes at the store's own speed, and a quarter more.
+# A cold-cache restore may take as long as reading its bytes from the store, and a quarter more.
 ALLOWANCE: Final = 1.25
 
 Say = Callable[[str], None]
@@ -80,7 +80,7 @@ class StoreBench:
 
 
 def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
-    """Measure the store that ``DUMONT_SNAPSHOTD_STORE_URL`` names, under a prefix that is empty afterwards.
+    """Measure the store that ``DUMONT_SNAPSHOTD_STORE_URL`` names, under a prefix that is emptied afterwards.
 
     Args:
         model: a Hugging Face id in the node's cache, or a directory.
@@ -182,7 +182,7 @@ def run(model: str, directory: Path, port: int, say: Say) -> StoreBench:
 
 @dataclass(frozen=True)
 class _Cold:
-    """A restore of what the node had to fetch; ``cpu_seconds`` of all its threads."""
+    """A restore that had to fetch its snapshot; ``cpu_seconds`` count all threads of the daemon."""
 
     seconds: float
     fetch_seconds: float
@@ -192,7 +192,7 @@ class _Cold:
 def capture_new(
     node: Snapshotd, instance: str, model: str, snapshot: str
 ) -> snapshot_service_pb2.StoredSnapshot:
-    """Load a model, capture and publish it, and end it; what its snapshot takes in the store.
+    """Load a model, capture and publish it, and end it; returns the space of its snapshot in the store.
 
     When that fails, both ids are free again.
     """

@@ -1,1 +1,1 @@
-"""The command line: parses and prints; what it does is in ``sync``, ``up`` and ``doctor``."""
+"""The command line: parses and prints. ``sync``, ``up``, ``doctor`` and ``benchmarks`` do the work."""

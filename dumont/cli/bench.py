@@ -56,7 +56,10 @@ def bench(
         typer.Option(help="For the case stock on a GPU.", show_default="cuda-checkpoint on the PATH"),
     ] = None,
     relay: Annotated[
-        bool, typer.Option("--relay", help="Measure what the services' way of a token costs, not the starts.")
+        bool,
+        typer.Option(
+            "--relay", help="Measure what passing a token through the services costs, not the starts."
+        ),
     ] = False,
     streams: Annotated[
         str, typer.Option(help="With --serve and --relay: how many answers at once, by comma.")
@@ -69,7 +72,7 @@ def bench(
     engines: Annotated[
         str,
         typer.Option(
-            help="With --serve: some of dumont, generate, vllm, by comma.", show_default="all there are"
+            help="With --serve: some of dumont, generate, vllm, by comma.", show_default="all available"
         ),
     ] = "",
     vllm_site: Annotated[
@@ -85,7 +88,7 @@ def bench(
     directory: Annotated[
         Path | None,
         typer.Option(
-            help="Where snapshots and made models go meanwhile; else memory, if there is room, or a "
+            help="For snapshots and generated models; by default memory, if there is room, or a "
             "temporary directory."
         ),
     ] = None,
@@ -93,7 +96,7 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="Write the JSON into this file as well.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure this machine, with services of its own. Needs root, and an idle machine to mean anything.
+    """Measure this machine, with services started for it. Needs root, and an idle machine for valid figures.
 
     Measured are the ways to a first token, of plain scripts, of Dumont and of the stock tools; with --store,
     the store that DUMONT_SNAPSHOTD_STORE_URL and S3_* in the environment name; with --serve, how fast many
@@ -103,7 +106,7 @@ def bench(
     from dumont.up import check_installed
 
     check_installed()
-    # A bench that is told to end must end what it has started, frozen processes included.
+    # A benchmark that is ended must end what it has started, frozen processes included.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if store:
         _store((model or [MODEL])[0], directory, as_json=json)
@@ -156,7 +159,7 @@ def _starts(
         )
 
     shown = progress if as_json else console()
-    # After each model, so that a failure of the next one loses nothing.
+    # After each model, so that a failure with the next one loses nothing.
     try:
         with run.workspace(directory, plan.subjects) as place:
             progress.print(f"in {place}")
@@ -190,7 +193,7 @@ def _serve(
             "rows": [serving.document(row) for row in found],
         }
 
-    # After each engine, so that a failure of the next one loses nothing.
+    # After each engine, so that a failure with the next one loses nothing.
     try:
         with run.workspace(directory, plan.subjects) as place:
             progress.print(f"in {place}")

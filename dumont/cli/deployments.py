@@ -16,7 +16,9 @@ from dumont.types import DeploymentInfo
 @command
 def deploy(
     model: Annotated[str, typer.Argument(help="A Hugging Face id, or a directory on the nodes.")],
-    name: Annotated[str | None, typer.Option(help="The deployment's id; else made of the model's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The deployment's id; by default derived from the model's.")
+    ] = None,
     start_mode: Annotated[str, typer.Option(help=f"One of {', '.join(START_MODES)}.")] = "checkpoint",
     ttl: Annotated[
         float | None,
@@ -32,15 +34,18 @@ def deploy(
     idle_timeout: Annotated[
         float | None,
         typer.Option(
-            parser=parse_duration, metavar="DURATION", help="Without requests this long, it sleeps."
+            parser=parse_duration, metavar="DURATION", help="It parks after so long without a request."
         ),
     ] = None,
     park_timeout: Annotated[
         float | None,
-        typer.Option(parser=parse_duration, metavar="DURATION", help="Parked this long, its process ends."),
+        typer.Option(
+            parser=parse_duration, metavar="DURATION", help="Its process ends after so long parked."
+        ),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="causal_lm or embedding; else read from the model's configuration.")
+        str | None,
+        typer.Option(help="causal_lm or embedding; by default read from the model's configuration."),
     ] = None,
     prewarm: Annotated[
         bool, typer.Option("--prewarm", help="Start, and capture, now instead of at the first request.")
@@ -113,6 +118,7 @@ def rm(
 
 
 def describe(info: DeploymentInfo) -> dict[str, str]:
+    """A deployment as names and values for people."""
     checkpoint = info.checkpoint
     kept = f", {span(checkpoint.ttl)} after its last use" if checkpoint.ttl is not None else ""
     kept += ", weights included" if checkpoint.weights == "included" else ""

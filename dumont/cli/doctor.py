@@ -21,6 +21,7 @@ def doctor(json: Json = False, endpoint: Endpoint = None) -> None:
 
 
 def verdict(check: checks.Check) -> str:
+    """A check's result as one word for people."""
     if check.passed:
         return "ok"
     return "missing" if check.needed else "-"

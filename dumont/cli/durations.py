@@ -12,7 +12,7 @@ PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds in ``text``; a bare number is seconds.
+    """The seconds that ``text`` means; a bare number is seconds.
 
     Raises:
         typer.BadParameter: it is not a duration.

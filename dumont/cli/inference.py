@@ -15,7 +15,7 @@ from dumont.types import Piece, StartInfo
 
 Timeout = Annotated[
     float | None,
-    typer.Option(parser=parse_duration, metavar="DURATION", help="For the whole answer, a start included."),
+    typer.Option(parser=parse_duration, metavar="DURATION", help="For the whole answer, including a start."),
 ]
 
 
@@ -33,8 +33,8 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="The most tokens to write.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens only.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens only.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Draw from this many of the likeliest tokens; 0: from all.")
@@ -70,7 +70,7 @@ def generate(
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Write an answer as it comes; where the model was woken from goes to standard error."""
+    """Print an answer as it is written, and on standard error how the model was started."""
     if prompt == "-":
         prompt = sys.stdin.read()
     options: GenerateOptions = {
@@ -176,14 +176,14 @@ def embed(
 
 
 def conversation(system: str | None, turns: list[str]) -> list[dict[str, str]]:
-    """Messages of turns that alternate, the user's first and last.
+    """The messages of a conversation whose turns alternate, beginning and ending with the user's.
 
     Raises:
         typer.BadParameter: the last turn is not the user's.
     """
     if len(turns) % 2 == 0:
         raise typer.BadParameter(
-            "a conversation ends with a turn of the user's: give an odd number of turns, the prompt included"
+            "a conversation ends with the user's turn: give an odd number of turns, counting the prompt"
         )
     roles = ("user", "assistant")
     messages = [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]

@@ -19,7 +19,7 @@ Target = Annotated[str, typer.Argument(help="An instance, or a deployment for al
 
 @command
 def ps(
-    deployment: Annotated[str | None, typer.Option(help="Only this deployment's.")] = None,
+    deployment: Annotated[str | None, typer.Option(help="List only this deployment's.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show each change until interrupted.")] = False,
     json: Json = False,
     endpoint: Endpoint = None,
@@ -43,7 +43,7 @@ def ps(
 
 @command
 def park(target: Target, json: Json = False, endpoint: Endpoint = None) -> None:
-    """Freeze instances; their processes stay, and wake at the next request."""
+    """Freeze instances. Their processes stay, and go on at the next request."""
     with sync.Client(endpoint) as client:
         found = [
             instance if instance.state == "parked" else client.instances.park(instance.name)
@@ -79,12 +79,14 @@ def stop(
 @command
 def logs(
     target: Annotated[str, typer.Argument(help="An instance, or a deployment for its newest one.")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and go on as it prints.")] = False,
-    tail: Annotated[int, typer.Option(min=0, help="Begin with this many lines; 0: all that is kept.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing as it prints.")] = False,
+    tail: Annotated[
+        int, typer.Option(min=0, help="Begin with so many of the last lines; 0: all that are kept.")
+    ] = 0,
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Print what an instance's model host printed."""
+    """Print what an instance's model host has printed."""
     with sync.Client(endpoint) as client:
         found = client.instances.find(target)
         newest = max(
@@ -157,14 +159,14 @@ def _table(instances: Iterable[Instance]) -> Table:
 
 
 def busy(instance: Instance) -> str:
-    """Answers under way against those that it takes at once, such as ``12/128``."""
+    """Answers under way, and how many an instance computes at once, such as ``12/128``."""
     if instance.state != "serving" or instance.capacity is None:
         return ""
     return f"{instance.in_flight}/{instance.capacity.sequences}"
 
 
 def kv_cache(instance: Instance) -> str:
-    """How much of its KV cache is taken, such as ``12% of 183,296``."""
+    """How much of an instance's KV cache is in use, such as ``12% of 183,296``."""
     if instance.state != "serving" or instance.capacity is None or not instance.capacity.kv_tokens:
         return ""
     whole = instance.capacity.kv_tokens

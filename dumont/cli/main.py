@@ -1,4 +1,4 @@
-"""``dumont``: the commands, and how a run of one ends."""
+"""``dumont``: its commands, and how it ends."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def options(
 
 
 def _from_services(name: str) -> Callable[..., Any]:
-    """The command ``name`` of dumont-services or, where that is missing, one that says what to install."""
+    """The command ``name`` of dumont-services, or one that says what to install if that is missing."""
     module = f"dumont.cli.{name}"
     if find_spec(module):
         return getattr(import_module(module), name)  # type: ignore[no-any-return]
@@ -53,7 +53,7 @@ def _from_services(name: str) -> Callable[..., Any]:
     return missing
 
 
-# Whatever the arguments are, the command that is missing answers.
+# A command that is missing takes any arguments, so that its answer is what to install.
 ANYTHING: Final = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 for name in ("up", "bench"):
@@ -78,7 +78,7 @@ app.add_typer(nodes.app, name="node")
 
 
 def main() -> None:
-    """Run the command line of this process."""
+    """The console script."""
     try:
         app()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""How every command prints: tables for people, JSON for programs, errors on one line."""
+"""How commands print: tables for people, JSON for programs, errors on one line."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rich.text import Text
 
 from dumont.errors import DumontError
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON: one document, or one object a line.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON: one document, or one object per line.")]
 Endpoint = Annotated[
     str | None,
     typer.Option(envvar="DUMONT_ENDPOINT", help="The controller.", show_default="localhost:7070"),
 ]
 
-# A pipe has no width to fit into: nothing is cut there.
+# A pipe has no width, so nothing is cut there.
 PIPE_WIDTH: Final = 10_000
 UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -31,13 +31,14 @@ P = ParamSpec("P")
 
 
 def console(*, stderr: bool = False) -> Console:
+    """A console for tables, on standard output or standard error."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPE_WIDTH
     return Console(file=stream, width=width, highlight=False, markup=False)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """End a command that failed with its reason and exit status 1."""
+    """Have a command that fails print the reason and end with exit status 1."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -50,6 +51,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def fail(error: DumontError, *, as_json: bool) -> None:
+    """Print an error and end the command with exit status 1."""
     if as_json:
         print_json({"error": describe_error(error)})
     else:
@@ -59,6 +61,7 @@ def fail(error: DumontError, *, as_json: bool) -> None:
 
 
 def describe_error(error: DumontError) -> dict[str, Any]:
+    """An error as JSON."""
     return {
         "code": error.code,
         "reason": error.reason,
@@ -84,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Columns without lines; the cells are text, never markup."""
+    """A table without lines, whose cells are text and never markup."""
     result = Table(box=None, pad_edge=False, header_style="bold")
     for header in headers:
         result.add_column(header, no_wrap=True)
@@ -94,11 +97,12 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on standard output."""
     console().print(table(headers, rows))
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """Names and values, one pair a line; empty values are left out."""
+    """Print names and values, one pair per line, without the empty ones."""
     result = Table(box=None, pad_edge=False, show_header=False)
     result.add_column(style="bold", no_wrap=True)
     result.add_column(overflow="fold")
@@ -109,12 +113,12 @@ def print_facts(facts: Mapping[str, str]) -> None:
 
 
 def short(name: str) -> str:
-    """A resource's id."""
+    """The id in a resource name."""
     return name.rpartition("/")[2]
 
 
 def size(count: int) -> str:
-    """Bytes for people: ``1.5 GiB``."""
+    """Bytes as text for people: ``1.5 GiB``."""
     value = float(count)
     for unit in UNITS:
         if value < 1024 or unit == UNITS[-1]:
@@ -124,7 +128,7 @@ def size(count: int) -> str:
 
 
 def span(seconds: float | None) -> str:
-    """A duration for people: ``45s``, ``5m``, ``2h 5m``, ``3d``; empty when there is none."""
+    """Seconds as text for people: ``45s``, ``5m``, ``2h 5m``, ``3d``; empty for None."""
     if seconds is None:
         return ""
     if 0 < seconds < 10:
@@ -139,5 +143,5 @@ def span(seconds: float | None) -> str:
 
 
 def age(time: datetime | None) -> str:
-    """How long ago; empty when never."""
+    """How long ago a time was, as text for people; empty for None."""
     return "" if time is None else span(max(0.0, round((datetime.now(UTC) - time).total_seconds())))

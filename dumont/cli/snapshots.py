@@ -1,4 +1,4 @@
-"""``dumont snapshot``: a command for each thing to be done with a snapshot."""
+"""``dumont snapshot``: the commands for snapshots."""
 
 from __future__ import annotations
 
@@ -198,6 +198,7 @@ def rm(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
 
 
 def describe(snapshot: Snapshot) -> dict[str, str]:
+    """A snapshot as names and values for people."""
     return {
         "snapshot": short(snapshot.name),
         "deployment": short(snapshot.deployment),
@@ -228,6 +229,7 @@ def places(snapshot: Snapshot) -> str:
 
 
 def describe_stored(stored: StoredSnapshot) -> dict[str, str]:
+    """A snapshot's space in the object store as names and values for people."""
     shared = stored.stored_bytes - stored.unique_bytes
     share = stored.stored_bytes / stored.image_bytes if stored.image_bytes else 0.0
     return {

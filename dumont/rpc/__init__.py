@@ -1,1 +1,1 @@
-"""What both daemons and the client share about gRPC: errors on the wire, servers, long-running operations."""
+"""What the services and the client share about gRPC: errors on the wire, servers, long-running operations."""

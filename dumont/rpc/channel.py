@@ -1,4 +1,4 @@
-"""One way to open a channel: limits, retries and who may be asked through a proxy."""
+"""How channels are opened: their limits, their retries, and whether they use a proxy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_channel(
         pause = round(reconnect_seconds * 1000)
         options += [(f"grpc.{bound}_reconnect_backoff_ms", pause) for bound in ("initial", "min", "max")]
     if is_local(endpoint):
-        # gRPC obeys http_proxy even towards this machine, where no proxy can reach.
+        # gRPC uses http_proxy even for this machine, which no proxy can reach.
         options.append(("grpc.enable_http_proxy", 0))
     return grpc.aio.insecure_channel(endpoint, options=options)
 

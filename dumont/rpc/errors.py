@@ -1,4 +1,4 @@
-"""The interceptor that lets a handler raise a ``DumontError`` and have its caller receive it."""
+"""The interceptor that passes a ``DumontError`` of a handler to the caller."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Decode = Callable[[Any], Any]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Ends a call with the status of the error its handler raised.
+    """Ends a call with the status of the error that its handler raised.
 
     A ``DumontError`` arrives as it is. Anything else is a defect: it is logged with its traceback and
     the caller learns only that. Works for all four kinds of handler, whatever their serializers.
@@ -49,6 +49,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the handler of a call."""
         try:
             handler: Any = await continuation(handler_call_details)
         except DumontError as error:

@@ -1,4 +1,4 @@
-"""How both daemons log: one JSON object a line, or columns for a person."""
+"""How the services log: one JSON object per line, or columns for a person."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class LossyStream:
         self._stream = stream
 
     def write(self, text: str) -> None:
+        """Write, and ignore that it fails."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
 
     def flush(self) -> None:
+        """Flush, and ignore that it fails."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 

@@ -32,7 +32,7 @@ DEFECT: Final = Internal("INTERNAL", "the operation failed by a defect; the reas
 
 
 class Progress:
-    """What an operation tells about itself while it runs."""
+    """What an operation reports while it runs."""
 
     def __init__(self, metadata: Message) -> None:
         self._metadata = metadata
@@ -61,7 +61,7 @@ class _Record:
 
 
 class Operations:
-    """Starts operations and answers for them.
+    """Starts operations, and answers the calls about them.
 
     Args:
         domain: names this service in the errors of failed operations.
@@ -75,7 +75,7 @@ class Operations:
         self._sequence = itertools.count(1)
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Serve them. Name ``SERVICE_NAME`` to health and reflection as well."""
+        """Add the service to a server. Health and reflection need ``SERVICE_NAME`` as well."""
         operations_pb2_grpc.add_OperationsServicer_to_server(self, server)
 
     def start(self, prefix: str, work: Work, metadata: Message) -> operations_pb2.Operation:
@@ -98,18 +98,18 @@ class Operations:
         """The operation as it is now.
 
         Raises:
-            NotFound: OPERATION_NOT_FOUND; finished operations are kept for a while only.
+            NotFound: OPERATION_NOT_FOUND; finished operations are kept only for a while.
         """
         return self._describe(self._find(name))
 
     async def wait(self, name: str, timeout: float | None = None) -> operations_pb2.Operation:
-        """The operation once it is done, or as it is after ``timeout`` seconds."""
+        """Wait until the operation is done, for at most ``timeout`` seconds, and return it."""
         record = self._find(name)
         await asyncio.wait({record.task}, timeout=timeout)
         return self._describe(record)
 
     async def close(self) -> None:
-        """Cancel what runs and wait until it has unwound."""
+        """Cancel the operations that run, and wait until they have unwound."""
         tasks = [record.task for record in self._records.values()]
         for task in tasks:
             task.cancel()
@@ -118,11 +118,13 @@ class Operations:
     async def GetOperation(
         self, request: operations_pb2.GetOperationRequest, context: object
     ) -> operations_pb2.Operation:
+        """See ``google.longrunning``."""
         return self.get(request.name)
 
     async def ListOperations(
         self, request: operations_pb2.ListOperationsRequest, context: object
     ) -> operations_pb2.ListOperationsResponse:
+        """See ``google.longrunning``."""
         if request.filter:
             raise InvalidArgument("FILTER_UNSUPPORTED", "operations cannot be filtered", field="filter")
         by_age = {f"{record.sequence:020}": record for record in self._records.values()}
@@ -132,10 +134,12 @@ class Operations:
         )
 
     async def CancelOperation(self, request: operations_pb2.CancelOperationRequest, context: object) -> Empty:
+        """See ``google.longrunning``."""
         self._find(request.name).task.cancel()
         return Empty()
 
     async def DeleteOperation(self, request: operations_pb2.DeleteOperationRequest, context: object) -> Empty:
+        """See ``google.longrunning``."""
         record = self._find(request.name)
         if not record.task.done():
             raise FailedPrecondition(
@@ -149,6 +153,7 @@ class Operations:
     async def WaitOperation(
         self, request: operations_pb2.WaitOperationRequest, context: object
     ) -> operations_pb2.Operation:
+        """See ``google.longrunning``."""
         timeout = request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else None
         if timeout is not None and timeout < 0:
             raise InvalidArgument("INVALID_TIMEOUT", "timeout must not be negative", field="timeout")
@@ -171,7 +176,7 @@ class Operations:
         except KeyError:
             raise NotFound(
                 "OPERATION_NOT_FOUND",
-                f"{name} is not known; finished operations are kept for a while only",
+                f"{name} is not known; finished operations are kept only for a while",
                 metadata={"operation": name},
             ) from None
 

@@ -1,4 +1,4 @@
-"""One way to run a ``grpc.aio`` server: its limits, where it listens, what all serve, how it ends."""
+"""How a ``grpc.aio`` server runs: its limits, where it listens, what every server serves, how it ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXIT_INTERRUPTED: Final = 130
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What one caller may ask of a server before it is refused.
+    """The limits beyond which a server refuses a caller.
 
     Args:
         max_message_bytes: the largest message taken or sent.
@@ -51,9 +51,9 @@ class ServerLimits:
     write_seconds: float = WRITE_SECONDS
 
     def options(self) -> list[tuple[str, int]]:
-        """As gRPC channel arguments."""
+        """The limits as gRPC channel arguments."""
         return [
-            # Without this a second daemon would bind the same port and share its calls silently.
+            # Otherwise a second daemon could bind the same port and silently take a share of the calls.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", self.max_message_bytes),
@@ -74,7 +74,7 @@ def new_server(
     limits: ServerLimits = DEFAULT_LIMITS,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
-    """A server whose handlers may simply raise a ``DumontError``.
+    """A server whose handlers may raise a ``DumontError``.
 
     Args:
         domain: names this service in the errors its callers receive.
@@ -118,7 +118,7 @@ def bind(server: grpc.aio.Server, address: str, *, insecure_ok: bool = False) ->
 
 
 def check_free(address: str) -> None:
-    """Find out early, and as an error instead of gRPC's lines on standard error, whether one can listen.
+    """Raise early if nobody can listen on an address, where gRPC would only print to standard error.
 
     Raises:
         InvalidArgument: INVALID_ADDRESS.
@@ -136,14 +136,14 @@ def check_free(address: str) -> None:
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """Health of each service and of the server as a whole (``""``): not serving until told so."""
+    """The health of each service and of the server as a whole (``""``): not serving until ``set_all``."""
 
     def __init__(self, services: Iterable[str]) -> None:
         super().__init__()
-        # Set when the service begins to end; streams that would never end by themselves watch it.
+        # Set when the server begins to drain; streams without an end of their own watch it.
         self.draining = asyncio.Event()
         self.services = ("", *services)
-        # Before the server starts nobody watches, so the statuses may be set without a loop.
+        # Nobody watches before the server starts, so the statuses may be set without an event loop.
         self._server_status.update(
             dict.fromkeys(self.services, health_pb2.HealthCheckResponse.ServingStatus.NOT_SERVING)
         )
@@ -176,7 +176,7 @@ def add_standard_services(server: grpc.aio.Server, service_full_names: Sequence[
 async def run_until_signalled(
     server: grpc.aio.Server, health: Health, grace_seconds: float, stop: asyncio.Event | None = None
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then refuse new calls and let running ones end.
+    """Serve until SIGTERM or SIGINT, then refuse new calls and let the running ones end.
 
     A second signal ends the process at once, also while the caller cleans up after this returns.
 
@@ -206,7 +206,7 @@ async def run_until_signalled(
 
 
 def remaining(context: grpc.aio.ServicerContext[Any, Any], margin: float = 0.05) -> float | None:
-    """Seconds a handler may give to what it calls in turn; None when its caller set no deadline.
+    """Seconds that a handler may give to the calls it makes; None if its caller set no deadline.
 
     Args:
         context: of the call being served.
@@ -246,7 +246,7 @@ def _bind_unix(server: grpc.aio.Server, address: str) -> str:
             field="address",
             metadata={"address": address[:200]},
         )
-    # gRPC removes whatever socket is at the path, so ask first whether somebody answers there.
+    # gRPC removes any socket at the path, so check first that nobody answers there.
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
@@ -258,7 +258,7 @@ def _bind_unix(server: grpc.aio.Server, address: str) -> str:
             raise _in_use(address)
     if not path.parent.is_dir():
         raise _unusable(address, FileNotFoundError(2, "no such directory", str(path.parent)))
-    # Set before the socket exists: a chmod afterwards leaves a moment in which others may connect.
+    # Set before the socket exists: until a later chmod, others could connect.
     previous = os.umask(0o177)
     try:
         _add_port(server, f"unix:{path}")
@@ -270,7 +270,7 @@ def _bind_unix(server: grpc.aio.Server, address: str) -> str:
 def _add_port(server: grpc.aio.Server, address: str) -> int:
     try:
         return server.add_insecure_port(address)
-    except RuntimeError as error:  # taken between the probe and now
+    except RuntimeError as error:  # the address was taken after the probe
         raise _in_use(address) from error
 
 

@@ -1,4 +1,4 @@
-"""Carry a ``DumontError`` over the wire as ``google.rpc.Status`` and back: one table, both ways."""
+"""Carries a ``DumontError`` over the wire as ``google.rpc.Status`` and back: one table for both ways."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CODES: Final[dict[type[DumontError], grpc.StatusCode]] = {
 }
 CLASSES: Final[dict[grpc.StatusCode, type[DumontError]]] = {code: error for error, code in CODES.items()}
 
-# The details travel twice in the trailing metadata, which gRPC caps at 8 KiB by default: a longer
-# error would arrive as RESOURCE_EXHAUSTED, its own reason lost.
+# The details are in the trailing metadata twice, and gRPC limits that to 8 KiB by default: a longer
+# error would arrive as RESOURCE_EXHAUSTED, without its own reason.
 MESSAGE_LIMIT: Final = 1500
 VALUE_LIMIT: Final = 200
 VALUES_LIMIT: Final = 10
 
 
 def to_status(error: DumontError, domain: str) -> Status:
-    """The status that tells a caller of ``error``.
+    """The status that carries ``error`` to a caller.
 
     Args:
         error: what went wrong.
@@ -52,7 +52,7 @@ def to_status(error: DumontError, domain: str) -> Status:
 
 
 def from_status(status: Status) -> DumontError:
-    """The error in a status, such as that of a failed operation. Unknown details are passed over."""
+    """The error in a status, such as that of a failed operation. Unknown details are ignored."""
     code = next((code for code in grpc.StatusCode if _number(code) == status.code), grpc.StatusCode.UNKNOWN)
     reason, metadata = code.name, dict[str, str]()
     field, retry_after = None, None
@@ -77,7 +77,7 @@ def from_rpc_error(error: grpc.RpcError) -> DumontError:
     call = cast(grpc.Call, error)
     try:
         status = rpc_status.from_call(call)
-    except ValueError:  # the details contradict the call's code or message: the call's own are true
+    except ValueError:  # the details contradict the call's code or message, which then hold
         status = None
     if status is not None:
         return from_status(status)

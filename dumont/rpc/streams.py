@@ -1,4 +1,4 @@
-"""Streams that would never end by themselves: watches, followed logs, and answers that nobody reads."""
+"""Streams without an end of their own: watches, followed logs, and answers that nobody reads."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Apply this revision."""
     op.create_table(
         "deployments",
         sa.Column("id", sa.String(63), primary_key=True),
@@ -47,5 +48,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Undo this revision."""
     for table in ("intents", "nodes", "deployments"):
         op.drop_table(table)

@@ -12,6 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Apply this revision."""
     op.add_column(
         "deployments",
         sa.Column("checkpoint_storage", sa.String(16), nullable=False, server_default="local"),
@@ -25,5 +26,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Undo this revision."""
     op.drop_table("captured")
     op.drop_column("deployments", "checkpoint_storage")

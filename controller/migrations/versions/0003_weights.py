@@ -12,6 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Apply this revision."""
     op.add_column(
         "deployments",
         sa.Column("checkpoint_weights", sa.String(16), nullable=False, server_default="detached"),
@@ -19,4 +20,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Undo this revision."""
     op.drop_column("deployments", "checkpoint_weights")

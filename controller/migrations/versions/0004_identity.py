@@ -12,6 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Apply this revision."""
     op.create_table(
         "controller",
         sa.Column("id", sa.String(63), primary_key=True),
@@ -29,6 +30,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Undo this revision."""
     for column in ("node", "adopt_time", "deployment_uid"):
         op.drop_column("captured", column)
     op.drop_table("controller")

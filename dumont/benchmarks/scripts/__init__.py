@@ -1,1 +1,1 @@
-"""Programs that the bench runs as processes of their own, by path: they know nothing of Dumont."""
+"""Programs that the benchmark runs by path as processes of their own. They do not use Dumont."""

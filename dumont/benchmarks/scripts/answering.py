@@ -22,7 +22,7 @@ POLL_SECONDS = 0.001
 
 
 class FirstToken(BaseStreamer):
-    """Says when the first new token is there; transformers hands over the prompt first."""
+    """Reports when the first new token has come; transformers passes the prompt first."""
 
     def __init__(self, exchange: Path) -> None:
         self.exchange = exchange
@@ -57,7 +57,7 @@ def main() -> None:
         publish(exchange / "tokens", json.dumps(output[0, inputs["input_ids"].shape[1] :].tolist()))
 
     answer("Hello")
-    # CRIU refuses a file that has grown since, such as a log.
+    # CRIU refuses a file that has grown since the dump, such as a log.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)

@@ -1,4 +1,4 @@
-"""A plain script that asks a model a question, as anybody would write it: the baseline of bench and demo.
+"""A plain script that asks a model a question, as anyone would write it: the baseline of benchmark and demo.
 
     python plain_cold_start.py MODEL_DIRECTORY PROMPT MAX_NEW_TOKENS
 
@@ -27,7 +27,7 @@ IMPORTED = seconds_since_process_start()
 
 
 class FirstToken(BaseStreamer):
-    """Notes when the first new token comes; transformers hands over the prompt first."""
+    """Notes when the first new token comes; transformers passes the prompt first."""
 
     def __init__(self) -> None:
         self.calls = 0

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SEED = 0
-# Their calls are not typed.
+# transformers' calls are not typed.
 Model: Any = AutoModelForCausalLM
 FastTokenizer: Any = PreTrainedTokenizerFast
 
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def tokenizer(size: int) -> Any:
-    """A token for each byte, and a numbered word for every other id: each token that comes out has a text."""
+    """A token for each byte and a numbered word for every other id, so that every token has a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [f"Ġ{number}" for number in range(len(alphabet), size)]
     vocabulary = {token: number for number, token in enumerate([*alphabet, *words])}

@@ -1,4 +1,4 @@
-"""Answers as anybody gets them from transformers: ``generate`` over one static batch, all of it at once.
+"""Answers as anyone gets them from transformers: ``generate`` over one static batch.
 
     python static_batch.py MODEL_DIRECTORY
 
@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class Times(BaseStreamer):
-    """Notes each step; transformers hands over the prompts first."""
+    """Notes each step; transformers passes the prompts first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

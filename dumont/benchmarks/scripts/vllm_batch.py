@@ -1,4 +1,4 @@
-"""Answers from vLLM in this process, its engine stepped by hand: no server, no socket.
+"""Answers from vLLM in this process, whose engine is stepped directly, without a server or a socket.
 
     python vllm_batch.py MODEL_DIRECTORY MAX_STREAMS MAX_TOKENS ENGINE_ARGUMENTS
 
@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-# flashinfer is not part of vLLM, and compiles at its first use.
+# flashinfer is not part of vLLM and compiles at its first use.
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 import torch
@@ -34,7 +34,7 @@ def engine(model: str, streams: int, tokens: int, given: dict[str, Any]) -> Any:
     if torch.cuda.is_available():
         settings["attention_config"] = {"backend": "FLASH_ATTN"}
     else:
-        # What a node without a GPU has room for.
+        # As much as a node without a GPU has room for.
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
     return LLMEngine.from_engine_args(EngineArgs(**settings | given))
 
@@ -48,7 +48,7 @@ def answer(served: Any, prompts: list[list[int]], count: int) -> list[dict[str, 
     for number, prompt in enumerate(prompts):
         streams.append({"sent": time.monotonic(), "arrivals": []})
         name = str(number)
-        # Newer versions give a request a name of their own.
+        # Newer versions rename the request.
         own = served.add_request(name, {"prompt_token_ids": prompt}, settings)
         by_name |= {name: streams[-1], own or name: streams[-1]}
     while served.has_unfinished_requests():
@@ -63,7 +63,7 @@ def answer(served: Any, prompts: list[list[int]], count: int) -> list[dict[str, 
 def main() -> None:
     model, streams, tokens, given = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w")
-    # vLLM's log goes to standard output, which is the answer's here.
+    # vLLM logs to standard output, which is for the answers here.
     with contextlib.redirect_stdout(sys.stderr):
         os.dup2(2, 1)
         served = engine(model, int(streams), int(tokens), json.loads(given))
