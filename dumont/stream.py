@@ -111,7 +111,7 @@ class AsyncTextStream:
             self.cancel()
             raise InvalidArgument(
                 "SEVERAL_ANSWERS",
-                "the pieces of several answers are interleaved; iterate over pieces(), which have their index, "
+                "the pieces of several answers are interleaved; iterate over pieces(), each with its index, "
                 "or call generate()",
                 field="n",
             )
