@@ -1,12 +1,12 @@
-"""The store of snapshots that outlives a node: signed manifests over chunks named by their content.
+"""The repository of published snapshots: signed manifests over chunks that are named by their content.
 
 The same layout in a directory and in a bucket::
 
     chunks/v2/<2 hex>/<64 hex>  a chunk, compressed and perhaps encrypted
     snapshots/<id>/manifest     the signed document; a snapshot exists when this does
-    deleted/<id>/<digest>       a deleted snapshot's document, until garbage collection has seen it out
-    damaged/<64 hex>            says of a chunk that it was found damaged, until it is sent again
-    tmp/<name>                  what is being written; leftovers of a killed writer are garbage
+    deleted/<id>/<digest>       a tombstone: the document of a deleted snapshot, kept for the grace time
+    damaged/<64 hex>            marks a chunk that was found damaged, until it is sent again
+    tmp/<name>                  objects that are being written; a prune removes those of killed writers
 
 How it is used::
 

@@ -1,9 +1,9 @@
-"""Put chunks in their places in files.
+"""Write the parts of chunks to their places in files.
 
-The kernel lets one thread at a time write to a file, which bounds what many cores can fetch. On a file system
-in memory a chunk is therefore unpacked into a mapping of its place: turns are only for making room there, and
-the bytes are not copied again. Each page is mapped and zeroed for it first, which is little where pages have
-2 MiB, and with pages of 4 KiB costs more than writing does, so that few cores write.
+The kernel lets one thread at a time write to a file, which limits how fast many cores can fetch. On a file
+system in memory, a chunk is therefore unpacked into a mapping of its place. Threads then take turns only to
+allocate, and the bytes are not copied again. Each page is first mapped and zeroed, which costs little with
+pages of 2 MiB. With pages of 4 KiB it costs more than writing, so few cores write instead.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pathlib import Path
 from snapshotd.repository.model import Piece
 
 HUGE_PAGE = 2 << 20
-# So many threads wait longer for their turn to write than they need to map small pages.
+# With this many threads, waiting for a turn to write takes longer than mapping small pages.
 MANY = 6
 
-# Unpacks a chunk into the memory it is given, which has its size, or elsewhere; returns where it did.
+# Unpacks a chunk, into the given memory of its size or elsewhere, and returns where.
 Unpack = Callable[[memoryview | None], memoryview]
 
 
 class ChunkWriter:
-    """The places of chunks in the files of a directory, which exist at their sizes.
+    """Writes chunks into the files of a directory, which exist at their full sizes.
 
     Args:
-        threads: that put chunks there at once.
+        threads: threads that write at the same time.
     """
 
     def __init__(self, folder: Path, threads: int) -> None:
@@ -39,19 +39,19 @@ class ChunkWriter:
         self._in_memory = _in_memory(folder.stat().st_dev)
 
     def fill(self, pieces: Sequence[Piece], unpack: Unpack) -> None:
-        """Put the parts of a chunk in their places.
+        """Write the parts of a chunk to their places.
 
         Args:
-            unpack: called once; what it raises leaves those places with anything.
+            unpack: called once. If it raises, the places may contain anything.
 
         Raises:
-            OSError: they cannot be written, for want of room (``ENOSPC``, ``EDQUOT``) or else.
+            OSError: they cannot be written, for example for lack of space (``ENOSPC``, ``EDQUOT``).
         """
         first = pieces[0]
         whole = len(pieces) == 1 and first.size == first.chunk_size
         if self._in_memory and whole and first.offset % mmap.ALLOCATIONGRANULARITY == 0:
             with self._opened(first) as descriptor:
-                # A tmpfs tells that a file has huge pages with the size of its blocks.
+                # The block size of a file on a tmpfs shows whether it has huge pages.
                 pays = self._many or os.fstat(descriptor).st_blksize >= HUGE_PAGE
                 if pays and _unpack_into(descriptor, first, unpack):
                     return
@@ -70,16 +70,16 @@ class ChunkWriter:
 
 
 def _in_memory(device: int) -> bool:
-    """Whether it is a tmpfs. Room on a disk may have to be found again when a mapped page is written back."""
+    """Whether a device is a tmpfs. On a disk, writing a mapped page back may need space again."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with Path("/proc/self/mountinfo").open(errors="replace") as lines:
         return any(line.split()[2] == number and " - tmpfs " in line for line in lines)
 
 
 def _unpack_into(descriptor: int, piece: Piece, unpack: Unpack) -> bool:
-    """Unpack a chunk into its place; False where that cannot be mapped, and nothing was done."""
+    """Unpack a chunk into a mapping of its place; False if that cannot be mapped, and nothing was done."""
     try:
-        # A page that cannot be had is an error here; when it is touched, it would be the end of the daemon.
+        # A lack of space is an error here. When the mapped page is touched, it would kill the daemon.
         os.posix_fallocate(descriptor, piece.offset, piece.size)
         mapping = mmap.mmap(descriptor, piece.size, offset=piece.offset)
     except OSError as error:
@@ -88,13 +88,13 @@ def _unpack_into(descriptor: int, piece: Piece, unpack: Unpack) -> bool:
         return False
     try:
         plain = unpack(memoryview(mapping))
-        # What was stored as it is stays where it was read; a copy here would hold the interpreter's lock.
+        # An uncompressed chunk stays where it was read; copying it here would hold the interpreter's lock.
         if plain.obj is not mapping:
             _write(descriptor, plain, piece.offset)
         del plain
     except BaseException as error:
-        # An error is kept for long by whoever hands it on, with the frames that hold parts of the mapping,
-        # which would keep all of the file in memory after it is removed.
+        # Whoever passes the error on keeps its frames, which refer to the mapping and would keep the whole
+        # file in memory after it has been removed.
         traceback.clear_frames(error.__traceback__)
         raise
     finally:

@@ -1,7 +1,7 @@
-"""Image files to chunks. A chunk is named by what it holds, so it is stored once.
+"""Cut image files into chunks. A chunk is named by its content, so that equal chunks are stored once.
 
-A large file is cut into chunks, and the small ones, of which CRIU writes some twenty, share chunks: each
-chunk is a request to the store, and a request costs as much as the bytes of many small files.
+A large file is cut into several chunks. Small files, of which CRIU writes some twenty, share chunks, because
+each chunk is a request to the store, which takes as long as the bytes of many small files.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ class Span:
     size: int
 
 
-# What a chunk will hold: spans, one behind the other.
+# The content of a chunk: spans, one after the other.
 Content = tuple[Span, ...]
 
 
 def size_of(content: Content) -> int:
+    """Bytes of a chunk's content."""
     return sum(span.size for span in content)
 
 
 def cut(files: Iterable[ImageFile]) -> Iterator[Content]:
-    """Every byte of the files, once, as what chunks may hold."""
+    """Cut files into the contents of chunks, which cover every byte once."""
     small: list[Span] = []
     for file in files:
         if file.size >= SMALL:
@@ -57,10 +58,10 @@ def cut(files: Iterable[ImageFile]) -> Iterator[Content]:
 
 
 def read(folder: Path, content: Content) -> bytearray | None:
-    """The plain bytes of a chunk; None when they are all zero.
+    """The plain bytes of a chunk; None if they are all zero.
 
     Raises:
-        DataLoss: a file is shorter.
+        DataLoss: IMAGE_DAMAGED, a file is too short.
     """
     plain = bytearray(size_of(content))
     into, start = memoryview(plain), 0
@@ -71,12 +72,16 @@ def read(folder: Path, content: Content) -> bytearray | None:
 
 
 def name_chunk(plain: bytes | bytearray | memoryview, name_key: bytes | None) -> str:
-    """BLAKE3 of the plain bytes, in hex; keyed where a name must not tell what the chunk holds."""
+    """BLAKE3 of the plain bytes, in hex, with a key if the name must not reveal the content."""
     return (blake3(plain) if name_key is None else blake3(plain, key=name_key)).hexdigest()
 
 
 def join(files: Iterable[ImageFile], chunks: Mapping[Content, str | None]) -> tuple[PublishedFile, ...]:
-    """The files as extents of the chunks that their content went into, None for zeros."""
+    """The files as extents of chunks.
+
+    Args:
+        chunks: the chunk of each content; None for zeros.
+    """
     found: dict[str, dict[int, Extent]] = {file.name: {} for file in files}
     for content, chunk in chunks.items():
         start = 0

@@ -1,8 +1,8 @@
-"""A chunk as it lies in the store: compressed if that helps, encrypted if there is a key.
+"""A chunk as it is stored: compressed if that helps, encrypted if there is a key.
 
-The first byte says how the rest is packed; a compressed rest begins with its own length. With a key, a random
-nonce and AES-256-GCM are around that; the snapshot and the chunk's name are bound as associated data, so a
-chunk opens only where it belongs.
+The first byte tells how the rest is packed. A compressed rest begins with its length. With a key, all of this
+is encrypted with AES-256-GCM behind a random nonce. The snapshot and the chunk's name are associated data, so
+that a chunk can be decrypted only where it belongs.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from dumont.errors import DataLoss
 from snapshotd.repository.chunking import name_chunk
 from snapshotd.repository.ports import BytesLike
 
-# 1 was a compressed rest without its length; see ``layout.chunk_key``.
+# 1 was a compressed rest without its length; see ``object_keys.PACKING``.
 RAW, ZSTD = 0, 2
 LEVEL = 1
 LENGTH = 4
-# The window of a chunk is no larger than the chunk; a frame that wants more is none of ours.
+# The window of a frame is no larger than its chunk, so a frame that needs a larger one is not ours.
 LARGEST_WINDOW = 8 << 20
 NONCE = 12
 TAG = 16
-# Stored bytes never exceed the plain ones by more.
+# The most bytes by which a stored chunk exceeds the plain one.
 OVERHEAD = 1 + LENGTH + NONCE + TAG
 DATA_KEY = 32
 
 
 class _Contexts(threading.local):
-    """What a thread works with again and again; neither is to be shared, and memory that is new is slow."""
+    """The compressors and the buffer of a thread. Compressors cannot be shared, and new memory is slow."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=LEVEL)
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
         self.buffer: mmap.mmap | None = None
 
-    def room(self, size: int) -> memoryview:
-        """Memory for so many bytes; the same again for the next who asks for no more."""
+    def buffer_for(self, size: int) -> memoryview:
+        """Memory for ``size`` bytes, which the next call may return again."""
         if self.buffer is None or len(self.buffer) < size:
-            # Unlike a bytearray it is not zeroed while all other threads wait for the interpreter's lock.
+            # Unlike a bytearray, it is not zeroed while the interpreter's lock is held.
             self.buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return memoryview(self.buffer)[:size]
 
 
 class Codec:
-    """Packs and opens the chunks of one snapshot.
+    """Packs and unpacks the chunks of one snapshot.
 
     Args:
-        snapshot: its id.
-        data_key: 32 bytes; None: not encrypted.
+        snapshot: the snapshot's id.
+        data_key: 32 bytes; None if the chunks are not encrypted.
     """
 
     def __init__(self, snapshot: str, data_key: bytes | None) -> None:
@@ -68,14 +68,15 @@ class Codec:
         )
 
     def name(self, plain: BytesLike) -> str:
+        """The name of a chunk with these plain bytes."""
         return name_chunk(plain, self._name_key)
 
     def pack(self, name: str, plain: BytesLike) -> bytes:
-        """A chunk as it is stored; while it is made it takes twice its size."""
+        """A chunk as it is stored. Packing takes memory of twice its size."""
         stored = self._frame(plain)
         if self._cipher is not None:
             nonce = os.urandom(NONCE)
-            # Under one name, so that there are never more than two of them.
+            # Assigned to one name, so that there are never more than two copies.
             stored = self._cipher.encrypt(nonce, stored, self._bound(name))
             stored = nonce + stored
         return stored
@@ -90,12 +91,12 @@ class Codec:
         """The plain bytes of a chunk, verified.
 
         Args:
-            size: plain bytes it must have; no more are ever taken from it.
-            into: as many bytes of memory, to be unpacked into; None: this thread's own, which its next call
-                may write over. What is stored as it is stays where it is.
+            size: plain bytes that it must have; no more are ever unpacked.
+            into: memory of that size to unpack into; None for a buffer of this thread, which its next call
+                may overwrite. A chunk that is stored uncompressed is returned where it is.
 
         Raises:
-            DataLoss: it is not the chunk of that name and size; ``into`` holds anything then.
+            DataLoss: CHUNK_DAMAGED, it is not the chunk of that name and size. ``into`` may contain anything.
         """
         framed = memoryview(stored if self._cipher is None else self._decrypt(name, stored))
         method = framed[0] if framed else -1
@@ -104,7 +105,7 @@ class Codec:
         elif method == RAW:
             plain = framed[1:]
         else:
-            raise damaged(name, "it is packed in a way that is not known")
+            raise damaged(name, "it is packed in an unknown way")
         if len(plain) != size:
             raise damaged(name, f"it has {len(plain)} bytes instead of {size}")
         if self.name(plain) != name:
@@ -116,17 +117,17 @@ class Codec:
         try:
             return self._cipher.decrypt(stored[:NONCE], memoryview(stored)[NONCE:], self._bound(name))
         except (InvalidTag, ValueError):
-            raise damaged(name, "it does not open with this snapshot's key") from None
+            raise damaged(name, "it cannot be decrypted with this snapshot's key") from None
 
     def _decompress(self, name: str, framed: memoryview, size: int, into: memoryview | None) -> memoryview:
         packed = framed[LENGTH:]
         if len(packed) != int.from_bytes(framed[:LENGTH], "little"):
             raise damaged(name, "its compressed bytes do not end where they should")
-        plain = self._contexts.room(size) if into is None else into
+        plain = self._contexts.buffer_for(size) if into is None else into
         reader = self._contexts.decompressor.stream_reader(packed)
         try:
             count = reader.readinto(plain)
-            # A larger one is seen by its next byte and never unpacked.
+            # One more byte shows that a chunk is too large; the rest is never unpacked.
             larger = count == size and reader.read(1)
         except zstandard.ZstdError as error:
             raise damaged(name, f"it cannot be decompressed: {error}") from None
@@ -139,4 +140,5 @@ class Codec:
 
 
 def damaged(chunk: str, why: str) -> DataLoss:
+    """The error for a chunk that cannot be unpacked."""
     return DataLoss("CHUNK_DAMAGED", f"chunk {chunk[:16]}… is damaged: {why}", metadata={"chunk": chunk})

@@ -1,9 +1,9 @@
-"""The published manifest: one signed line, then the document that it signs.
+"""The published manifest: a line with a signature, then the document that is signed.
 
-``dumont-snapshot 2 <signer> <signature>\\n`` and canonical JSON. The signature covers the bytes as they
-are, so nothing but the version is read before it is known who wrote it. ``chunks`` lists names and plain
-sizes; ``files`` describe each file by its extents, a hole as its size and a part of a chunk as
-``[index, start, size]``.
+The line is ``dumont-snapshot 2 <signer> <signature>\\n``, and the document is canonical JSON. The signature
+covers the bytes as they are, so nothing but the version is parsed before the signer is known. ``chunks``
+lists the names and plain sizes of chunks. ``files`` describes each file by its extents: a hole by its size,
+and a part of a chunk by ``[index, start, size]``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dumont.errors import DataLoss, InvalidArgument
 from dumont.names import check_id
 from snapshotd import manifest as manifests
 from snapshotd.model import Manifest
-from snapshotd.repository.model import CHUNK, Extent, PublishedFile, PublishedSnapshot, SealedKey
+from snapshotd.repository.model import CHUNK, Extent, PublishedFile, PublishedSnapshot, WrappedKey
 from snapshotd.repository.ports import Trust
 from snapshotd.repository.signing import Signer
 
@@ -36,12 +36,15 @@ _CHUNK = re.compile(r"[0-9a-f]{64}")
 
 
 def encode(
-    manifest: Manifest, files: tuple[PublishedFile, ...], key: SealedKey | None, signer: Signer
+    manifest: Manifest, files: tuple[PublishedFile, ...], key: WrappedKey | None, signer: Signer
 ) -> tuple[bytes, PublishedSnapshot]:
-    """The object to publish, and what reading it back will give.
+    """Encode the manifest to publish.
+
+    Returns:
+        The bytes of the object, and what :func:`decode` makes of them.
 
     Raises:
-        InvalidArgument: the snapshot is larger than a manifest can describe.
+        InvalidArgument: SNAPSHOT_TOO_LARGE, a manifest cannot describe so large a snapshot.
     """
     sizes = {piece.chunk: piece.chunk_size for file in files for piece in file.pieces()}
     places = {chunk: index for index, chunk in enumerate(sizes)}
@@ -61,13 +64,14 @@ def encode(
     extents = sum(len(file.extents) for file in files)
     if len(body) > LARGEST or len(sizes) > MOST_CHUNKS or extents > MOST_EXTENTS:
         raise InvalidArgument(
-            "SNAPSHOT_TOO_LARGE", f"snapshots/{manifest.id} has more parts than a manifest may name"
+            "SNAPSHOT_TOO_LARGE", f"snapshots/{manifest.id} has more chunks than a manifest can name"
         )
     data = f"dumont-snapshot {VERSION} {signer.key_id} {signer.sign(body).hex()}\n".encode() + body
     return data, PublishedSnapshot(manifest, files, digest(body), signer.key_id, key)
 
 
 def digest(body: bytes) -> str:
+    """BLAKE3 of a document, in hex."""
     return blake3(body).hexdigest()
 
 
@@ -75,11 +79,11 @@ def decode(data: bytes, snapshot: str, trusted: Trust) -> PublishedSnapshot:
     """Read and verify what :func:`encode` wrote.
 
     Args:
-        snapshot: the id it was found under.
+        snapshot: the id under which it was found.
 
     Raises:
         PermissionDenied: it is signed by a key that is not trusted.
-        DataLoss: it is damaged, of another snapshot or version, or says something that cannot be true.
+        DataLoss: it is damaged, of another snapshot or version, or contains impossible values.
     """
     signer, signature, body = _split(data)
     trusted.verify(signer, body, signature)
@@ -94,7 +98,7 @@ def decode(data: bytes, snapshot: str, trusted: Trust) -> PublishedSnapshot:
 
 
 def named_chunks(data: bytes) -> frozenset[str]:
-    """The chunks that a document names, whoever signed it: what garbage collection must keep.
+    """The chunks that a document names, whoever signed it, which a prune must keep.
 
     Raises:
         DataLoss: it cannot be read, or is of another version.
@@ -107,16 +111,16 @@ def _split(data: bytes) -> tuple[str, bytes, bytes]:
     if len(data) > LARGEST + 256:
         raise _damaged(f"it has {len(data)} bytes")
     kind, head = _KIND.match(data), _HEAD.match(data)
-    # First, and whoever signed it: the rest of the line may look different in another version.
+    # Checked first, whoever signed it, because the rest of the line may differ in another version.
     if kind is not None and int(kind[1]) != VERSION:
         raise DataLoss(
             "MANIFEST_VERSION",
-            f"the published manifest is of version {int(kind[1])}, and this snapshotd reads version "
-            f"{VERSION}; use a snapshotd that reads it, or delete the snapshot and capture it anew",
+            f"the published manifest has version {int(kind[1])}, and this snapshotd reads version {VERSION}; "
+            "use a snapshotd that reads it, or delete the snapshot and capture it again",
             metadata={"version": str(int(kind[1]))},
         )
     if head is None:
-        raise _damaged("its first line is not that of a signed manifest")
+        raise _damaged("its first line is not a signature")
     return head[2].decode(), bytes.fromhex(head[3].decode()), data[head.end() :]
 
 
@@ -124,7 +128,7 @@ def _parse(body: bytes, signer: str) -> PublishedSnapshot:
     try:
         document = json.loads(body, parse_constant=_refuse_constant)
         if document["version"] != VERSION or document["signer"] != signer:
-            raise _damaged("its version or its signer is not as its first line says")
+            raise _damaged("its version or signer differs from its first line")
         manifest = manifests.decode(json.dumps(document["manifest"]).encode())
         check_id(manifest.id, "id")
         files = _parse_files(document["files"], _parse_chunks(document["chunks"]), manifest)
@@ -143,14 +147,14 @@ def _parse_chunks(listed: Any) -> list[tuple[str, int]]:
         if type(size) is not int or not 0 < size <= CHUNK:
             raise _damaged("the size of a chunk is impossible")
     if len({name for name, _ in listed}) != len(listed):
-        raise _damaged("a chunk stands twice")
+        raise _damaged("a chunk is listed twice")
     return [(name, size) for name, size in listed]
 
 
 def _parse_files(listed: Any, chunks: list[tuple[str, int]], manifest: Manifest) -> tuple[PublishedFile, ...]:
     described = [(file.name, file.size) for file in manifest.files]
     if [(file["name"], file["size"]) for file in listed] != described:
-        raise _damaged("its extents are of other files than it describes")
+        raise _damaged("its extents belong to other files than it describes")
     if sum(len(file["extents"]) for file in listed) > MOST_EXTENTS:
         raise _damaged("it has too many extents")
     files = tuple(
@@ -159,9 +163,9 @@ def _parse_files(listed: Any, chunks: list[tuple[str, int]], manifest: Manifest)
     )
     for file, (_, size) in zip(files, described, strict=True):
         if file.size != size:
-            raise _damaged(f"the extents of {file.name} do not make up its size")
+            raise _damaged(f"the extents of {file.name} do not add up to its size")
     if len({piece.chunk for file in files for piece in file.pieces()}) != len(chunks):
-        raise _damaged("it names chunks that no file has")
+        raise _damaged("it lists chunks that no file contains")
     return files
 
 
@@ -186,13 +190,13 @@ def _parse_extent(extent: Any, chunks: list[tuple[str, int]]) -> Extent:
     return Extent(size, name, start, whole)
 
 
-def _parse_key(encryption: Any) -> SealedKey | None:
+def _parse_key(encryption: Any) -> WrappedKey | None:
     if encryption is None:
         return None
     wrapped = base64.b64decode(encryption["wrapped"], validate=True)
     if not isinstance(encryption["key_id"], str) or not 0 < len(encryption["key_id"]) <= 256:
         raise _damaged("the id of its key is impossible")
-    return SealedKey(encryption["key_id"], wrapped)
+    return WrappedKey(encryption["key_id"], wrapped)
 
 
 def _refuse_constant(text: str) -> float:

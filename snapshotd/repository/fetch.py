@@ -1,4 +1,4 @@
-"""Bring a published snapshot's files back, every byte verified before anybody is given them."""
+"""Fetch the files of a published snapshot. Every byte is verified before the fetch ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from snapshotd.repository.object_keys import chunk_key, damage_key
 from snapshotd.repository.ports import ByteProgress, BytesLike, ObjectStore
 from snapshotd.repository.workers import Counter, Turnstile, Workers
 
-# Left free on the disk beside what a fetch writes, in bytes.
+# Bytes of the disk that a fetch must leave free.
 ROOM_TO_SPARE = 64 << 20
 
 
@@ -41,11 +41,11 @@ class Fetch:
         self._failpoints = failpoints
 
     async def into(self, folder: Path, progress: ByteProgress) -> None:
-        """Write all files into ``folder``; on failure it holds a part of them.
+        """Write all files into ``folder``. If this fails, it contains some of them.
 
         Raises:
-            DataLoss: a chunk is missing or damaged.
-            ResourceExhausted: the disk has no room.
+            DataLoss: CHUNK_MISSING or CHUNK_DAMAGED.
+            ResourceExhausted: DISK_FULL.
         """
         places = await self._workers.compute(self._lay_out, folder)
         turnstile = Turnstile()
@@ -58,11 +58,11 @@ class Fetch:
         try:
             await self._each_chunk(write, progress)
         finally:
-            # Nobody takes the files away while a thread writes to them.
+            # Nobody must remove the files while a thread writes to them.
             await self._workers.compute(turnstile.shut)
 
     async def check(self, progress: ByteProgress) -> None:
-        """Read every chunk and write nothing.
+        """Read and verify every chunk. Nothing is written.
 
         Raises:
             DataLoss: chunks are missing or damaged; all of their files are named.
@@ -81,7 +81,7 @@ class Fetch:
             first = failures[0][1]
             raise DataLoss(
                 first.reason,
-                f"{len(failures)} pieces of {len(files)} files of snapshots/{self._published.manifest.id} "
+                f"{len(failures)} parts of {len(files)} files of snapshots/{self._published.manifest.id} "
                 f"are lost, in {', '.join(files[:8])}; the first: {first.message}",
                 metadata={**first.metadata, "pieces": str(len(failures)), "files": ",".join(files[:64])},
             )
@@ -102,7 +102,7 @@ class Fetch:
         await self._workers.each(places.values(), counted)
 
     async def _read(self, pieces: list[Piece], use: Callable[[Unpack], object]) -> None:
-        """Have ``use`` unpack a chunk, which raises when the bytes are not the right ones."""
+        """Read a chunk and have ``use`` unpack it, which raises ``DataLoss`` if its bytes are wrong."""
         piece = pieces[0]
 
         def work(stored: BytesLike) -> None:
@@ -111,8 +111,9 @@ class Fetch:
 
         try:
             try:
-                # Read, unpacked, verified and put in place by one thread: each way back to the event loop
-                # and on to another thread waits for the interpreter's lock, a third of it all on many cores.
+                # One thread reads, unpacks, verifies and writes the chunk. Each detour by the event loop to
+                # another thread would wait for the interpreter's lock, which on many cores takes a third of
+                # all time.
                 await self._objects.read(
                     chunk_key(piece.chunk), piece.chunk_size + OVERHEAD, work, self._workers.wait
                 )
@@ -128,19 +129,20 @@ class Fetch:
                 raise damaged(piece.chunk, error.message) from None
         except DataLoss as error:
             if error.reason in ("CHUNK_DAMAGED", "CHUNK_MISSING"):
-                # So that no upload counts on it. What is wrong with it is told, whatever becomes of this.
+                # Mark the chunk, so that no upload relies on it. The error below is raised even if that
+                # fails.
                 with contextlib.suppress(DumontError):
                     await self._objects.put(damage_key(piece.chunk), b"")
             error.metadata |= {"file": piece.file, "snapshot": self._published.manifest.id}
             raise
 
     def _lay_out(self, folder: Path) -> ChunkWriter:
-        """Make the files at their sizes, all holes."""
+        """Make the files at their full sizes, as holes."""
         needed, free = self._published.data_size + ROOM_TO_SPARE, shutil.disk_usage(folder).free
         if needed > free:
             raise _full(
-                f"snapshots/{self._published.manifest.id} needs {needed} bytes in {folder.parent} and {free} "
-                "are free"
+                f"snapshots/{self._published.manifest.id} needs {needed} bytes in {folder.parent}, where "
+                f"{free} are free"
             )
         for file in self._published.files:
             try:
@@ -165,7 +167,7 @@ def _place(
 ) -> None:
     with turnstile.passed() as in_time:
         if not in_time:
-            raise Aborted("FETCH_STOPPED", f"a chunk came after the end of its fetch into {folder.name}")
+            raise Aborted("FETCH_STOPPED", f"a chunk arrived after its fetch into {folder.name} had ended")
         try:
             places.fill(pieces, unpack)
         except OSError as error:
@@ -175,9 +177,9 @@ def _place(
 
 
 def _discard(unpack: Unpack) -> None:
-    """For those who only want to know that it is right."""
+    """Verify a chunk and drop its bytes."""
     unpack(None)
 
 
 def _full(why: str) -> ResourceExhausted:
-    return ResourceExhausted("DISK_FULL", f"{why}; delete snapshots or give it more room")
+    return ResourceExhausted("DISK_FULL", f"{why}; delete snapshots or use a larger disk")

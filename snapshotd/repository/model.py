@@ -1,4 +1,4 @@
-"""The facts of the store: objects, published snapshots, and what garbage collection would do."""
+"""The facts of a repository: objects, published snapshots, and what a prune deletes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class ObjectInfo:
 
 @dataclass(frozen=True)
 class Extent:
-    """Consecutive bytes of a file: a part of a chunk, or a hole of zeros.
+    """Consecutive bytes of a file: a part of a chunk, or a hole, which reads as zeros.
 
     Attributes:
         size: in bytes.
-        chunk: its name; empty: a hole.
-        start: where in the chunk's plain bytes the part begins.
+        chunk: the chunk's name; empty for a hole.
+        start: where the part begins in the plain bytes of the chunk.
         chunk_size: plain bytes of the whole chunk.
     """
 
@@ -40,7 +40,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a part of a chunk belongs: so many bytes from ``start`` in it, at ``offset`` in a file."""
+    """A part of a chunk and its place: ``size`` bytes from ``start`` in it, at ``offset`` in a file."""
 
     file: str
     offset: int
@@ -59,10 +59,11 @@ class PublishedFile:
 
     @property
     def size(self) -> int:
+        """Bytes of the file, including holes."""
         return sum(extent.size for extent in self.extents)
 
     def pieces(self) -> Iterator[Piece]:
-        """Where each part of a chunk belongs; holes are left out."""
+        """The parts of chunks that the file consists of, without its holes."""
         offset = 0
         for extent in self.extents:
             if extent.chunk:
@@ -71,8 +72,8 @@ class PublishedFile:
 
 
 @dataclass(frozen=True)
-class SealedKey:
-    """A data key, wrapped: only the holder of the wrapping key ``key_id`` can open it."""
+class WrappedKey:
+    """A data key that is encrypted with the wrapping key ``key_id``, whose holder alone can unwrap it."""
 
     key_id: str
     wrapped: bytes
@@ -80,22 +81,23 @@ class SealedKey:
 
 @dataclass(frozen=True)
 class PublishedSnapshot:
-    """A snapshot in the store, its signature verified.
+    """A snapshot in the repository, whose signature has been verified.
 
     Attributes:
-        digest: BLAKE3 of the signed document, in hex; what a controller remembers.
-        signer: id of the key that signed it.
-        key: the sealed data key; None: not encrypted.
+        digest: BLAKE3 of the signed document, in hex. A controller remembers it.
+        signer: id of the key that signed the document.
+        key: the wrapped data key; None if the snapshot is not encrypted.
     """
 
     manifest: Manifest
     files: tuple[PublishedFile, ...]
     digest: str
     signer: str
-    key: SealedKey | None = None
+    key: WrappedKey | None = None
 
     @property
     def encrypted(self) -> bool:
+        """Whether the chunks are encrypted."""
         return self.key is not None
 
     @property
@@ -105,26 +107,29 @@ class PublishedSnapshot:
 
     @property
     def data_size(self) -> int:
-        """Plain bytes of all files without their holes: what a fetch writes."""
+        """Plain bytes of all files without their holes, which a fetch writes."""
         return sum(piece.size for piece in self.pieces())
 
     def pieces(self) -> Iterator[Piece]:
+        """The parts of chunks of all files."""
         for file in self.files:
             yield from file.pieces()
 
     def chunks(self) -> frozenset[str]:
+        """The names of all chunks."""
         return frozenset(piece.chunk for piece in self.pieces())
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a published snapshot takes, in bytes.
+    """The size of a published snapshot, in bytes.
 
     Attributes:
-        image_bytes: of its files, holes included.
+        image_bytes: of its files, including holes.
         data_bytes: of its files without holes.
-        stored_bytes: of its chunks as they lie in the store, each counted once.
-        unique_bytes: of those, what no other snapshot uses: freed when this one is deleted.
+        stored_bytes: of its chunks as they are stored, each counted once.
+        unique_bytes: of those chunks that no other snapshot uses; deleting the snapshot frees them.
+        chunks: the number of its chunks.
     """
 
     image_bytes: int
@@ -136,14 +141,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What garbage collection would delete.
+    """What a prune would delete.
 
     Attributes:
-        garbage: chunks that no snapshot names, what is said of them, and leftovers of killed writers, all
-            older than the grace.
-        tombstones: records of deletions that are older than the grace.
-        kept_bytes: stored bytes of everything else under ``chunks/``.
-        cutoff: what was written after this is kept, whoever needs it.
+        garbage: chunks that no snapshot names, marks of damage without a chunk, and leftovers of killed
+            writers, all older than the grace time.
+        tombstones: of snapshots that were deleted longer ago than the grace time.
+        kept_bytes: stored bytes of all other chunks.
+        cutoff: objects written after this time are kept in any case.
     """
 
     garbage: tuple[ObjectInfo, ...]
@@ -153,12 +158,13 @@ class PrunePlan:
 
     @property
     def garbage_bytes(self) -> int:
+        """Stored bytes of the garbage."""
         return sum(item.size for item in self.garbage)
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What garbage collection deleted; ``spared`` objects had come into use since the plan."""
+    """What a prune deleted; ``spared`` objects had come into use since the plan."""
 
     deleted: int
     deleted_bytes: int

@@ -1,4 +1,4 @@
-"""What the store needs of the world: objects in a bucket or a directory, and a key that wraps keys."""
+"""The ports of the repository: an object store, a wrapping key, and a list of trusted keys."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 
 class Run(Protocol):
-    """Does blocking work in some thread."""
+    """Runs blocking work in a thread."""
 
-    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
+        """Run ``work`` in a thread."""
+        ...
 
 
-# Called with the bytes done and the bytes in all, never with fewer done than before.
+# Called with the number of bytes done, which never decreases, and the number of all bytes.
 ByteProgress = Callable[[int, int], None]
 
 
 class ObjectStore(Protocol):
-    """Named immutable bytes. Keys are parts of ``[A-Za-z0-9._-]`` joined by ``/``.
+    """Immutable objects by key. A key consists of parts of ``[A-Za-z0-9._-]``, joined by ``/``.
 
-    Every method raises ``DumontError``: ``Unavailable`` when a repetition may help, ``Unauthenticated``
-    when the credentials are refused, ``ResourceExhausted`` when there is no room.
+    Every method raises ``DumontError``: ``Unavailable`` if a retry may succeed, ``Unauthenticated`` if the
+    credentials are refused, ``ResourceExhausted`` if there is no space.
     """
 
     async def put(self, key: str, data: bytes) -> None:
-        """Write an object whole, over one of the same key if there is one."""
+        """Write an object atomically, replacing one of the same key."""
         ...
 
     async def create(self, key: str, data: bytes) -> None:
-        """Write an object that must not exist; of several at once exactly one does.
+        """Write an object that must not exist. Of several concurrent calls for a key exactly one succeeds.
 
         Raises:
-            AlreadyExists: another was there first.
+            AlreadyExists: there is an object of that key.
         """
         ...
 
@@ -45,32 +47,32 @@ class ObjectStore(Protocol):
 
         Raises:
             NotFound: there is none.
-            DataLoss: it is larger; no more than the limit was read.
+            DataLoss: OBJECT_TOO_LARGE, it is larger; no more than the limit was read.
         """
         ...
 
     async def read(self, key: str, limit: int, use: Callable[[BytesLike], T], run: Run) -> T:
-        """Read an object as ``get`` does and use its bytes in one thread, without a way back in between.
+        """Read an object and use its bytes in the thread that read them.
 
         Args:
-            use: called once, with the bytes, after they are all there; what it raises is raised.
-            run: has the thread wait for the bytes and for ``use``. Cancelled, it may leave it to go on.
+            use: called once with all bytes, in that thread; its exceptions are raised here.
+            run: runs the read and ``use`` in a thread. If it is cancelled, the thread may go on.
 
         Raises:
-            NotFound, DataLoss: as ``get``.
+            NotFound, DataLoss: as :meth:`get`.
         """
         ...
 
     async def stat(self, key: str) -> ObjectInfo | None:
-        """Size and age without the bytes; None when there is no such object."""
+        """The size and age of an object; None if there is none."""
         ...
 
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
-        """Every object whose key begins with ``prefix``, in no order."""
+        """Every object whose key begins with ``prefix``, in no particular order."""
         ...
 
     async def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object, if there is one."""
         ...
 
 
@@ -79,24 +81,35 @@ class KeyWrapper(Protocol):
 
     @property
     def key_id(self) -> str:
-        """Names the wrapping key without giving it away."""
+        """Identifies the wrapping key without revealing it."""
         ...
 
-    def wrap(self, data_key: bytes, context: bytes) -> bytes: ...
+    def wrap(self, data_key: bytes, context: bytes) -> bytes:
+        """Encrypt a data key, bound to a context without which it cannot be decrypted."""
+        ...
 
     def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
-        """The data key; raises ``DataLoss`` when it was wrapped by another key or for another context."""
+        """Decrypt a data key.
+
+        Raises:
+            DataLoss: KEY_DAMAGED, it was wrapped by another key or for another context.
+        """
         ...
 
 
 class Trust(Protocol):
-    """Whose signatures count, which may change while the node runs."""
+    """The keys whose signatures are trusted, which may change while the node runs."""
 
     @property
     def ids(self) -> frozenset[str]:
-        """The trusted keys; what was refused or accepted under other ones is to be looked at again."""
+        """The ids of the trusted keys. When they change, earlier decisions must be made again."""
         ...
 
     def verify(self, signer: str, document: bytes, signature: bytes) -> None:
-        """Raises ``PermissionDenied`` when the key is not trusted, ``DataLoss`` when it signed other text."""
+        """Check a signature.
+
+        Raises:
+            PermissionDenied: UNTRUSTED_SIGNER, the key is not trusted.
+            DataLoss: SIGNATURE_WRONG, the key did not sign this document.
+        """
         ...

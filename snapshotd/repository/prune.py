@@ -1,9 +1,9 @@
-"""Garbage collection: first a plan that changes nothing, then its execution.
+"""Prune a repository: make a plan, which changes nothing, and then carry it out.
 
-What a published snapshot names is marked. A deleted snapshot leaves a tombstone that marks as well until
-it is older than the grace, so that an upload or a fetch which counts on its chunks can end in peace. What
-is unmarked and was last written before the cutoff is garbage. The plan may be old when it is executed:
-before each batch the marks are read again, and each object's age just before it goes.
+Chunks that a published snapshot names are marked. A deleted snapshot leaves a tombstone, which marks its
+chunks too until it is older than the grace time, so that uploads and fetches that rely on them can finish.
+Unmarked chunks that were last written before the cutoff are garbage. The plan may be old when it is carried
+out, so the marks are read again before each batch, and the age of each object just before it is deleted.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from snapshotd.repository.workers import Workers
 
 BATCH = 64
 
-# Chunks that this process counts on at the moment.
+# Finds the chunks that this process relies on at the moment.
 Pins = Callable[[], frozenset[str]]
 
 
 @dataclass
 class Marks:
-    """The chunks that documents in the store name; each document is read once."""
+    """The chunks that documents in the store name. Each document is read once."""
 
     objects: ObjectStore
     _read: dict[ObjectInfo, frozenset[str]] = field(default_factory=dict)
 
     async def named(self, cutoff: datetime | None) -> frozenset[str]:
-        """What snapshots name, and what those deleted after ``cutoff`` named; None: only snapshots.
+        """The chunks that snapshots name, including those deleted after ``cutoff``, unless that is None.
 
         Raises:
-            FailedPrecondition: a manifest cannot be read, so nobody knows what it names.
+            FailedPrecondition: GC_BLOCKED, a manifest cannot be read, so it is unknown which chunks it names.
         """
-        # Tombstones second: a snapshot that is deleted in between is then among them.
+        # Tombstones are listed second, so that they include a snapshot that is deleted in between.
         documents = [item async for item in self.objects.list(SNAPSHOTS) if snapshot_of(item.key)]
         if cutoff is not None:
             documents += [item async for item in self.objects.list(DELETED) if item.modified > cutoff]
@@ -60,7 +60,8 @@ class Marks:
         try:
             return document.named_chunks(await self.objects.get(item.key, document.LARGEST))
         except NotFound as error:
-            # Deleted since it was listed. A store that lists what it does not give is not believed.
+            # It may have been deleted since it was listed. A store that lists it but does not return it is
+            # broken.
             if await self.objects.stat(item.key) is None:
                 return frozenset()
             raise _blocked(item.key, error) from error
@@ -70,18 +71,18 @@ class Marks:
 
 def _blocked(key: str, error: DumontError) -> FailedPrecondition:
     snapshot = snapshot_of(key)
-    # A tombstone stops to count by itself.
-    cure = f"delete snapshots/{snapshot} first" if snapshot else "try again after the grace time"
+    # A tombstone expires on its own.
+    remedy = f"delete snapshots/{snapshot} first" if snapshot else "try again after the grace time"
     return FailedPrecondition(
         "GC_BLOCKED",
-        f"{key} cannot be read, so what it needs is not known and nothing is deleted; {cure} "
+        f"{key} cannot be read, so it is unknown which chunks it needs and nothing is deleted; {remedy} "
         f"({error.message})",
         metadata={"key": key},
     )
 
 
 async def plan(objects: ObjectStore, cutoff: datetime, pins: Pins) -> PrunePlan:
-    """Find what can go. Reads only."""
+    """Find the garbage. Changes nothing."""
     marked = await Marks(objects).named(cutoff)
     damaged = {chunk_of(item.key): item async for item in objects.list(DAMAGED)}
     garbage, kept = [], 0
@@ -93,7 +94,7 @@ async def plan(objects: ObjectStore, cutoff: datetime, pins: Pins) -> PrunePlan:
         else:
             garbage.append(item)
     garbage += [item async for item in objects.list(TEMPORARY) if item.modified <= cutoff]
-    # What is left is said of chunks that are gone.
+    # The remaining marks of damage belong to chunks that are gone.
     garbage += [item for item in damaged.values() if item.modified <= cutoff]
     tombstones = [item async for item in objects.list(DELETED) if item.modified <= cutoff]
     return PrunePlan(tuple(garbage), tuple(tombstones), kept, cutoff)
@@ -102,7 +103,7 @@ async def plan(objects: ObjectStore, cutoff: datetime, pins: Pins) -> PrunePlan:
 async def execute(
     plan: PrunePlan, objects: ObjectStore, workers: Workers, failpoints: Failpoints, pins: Pins
 ) -> PruneResult:
-    """Delete what the plan names, except what came into use since. May be killed at any instant."""
+    """Delete what the plan names, except what has come into use since. It may be killed at any time."""
     marks = Marks(objects)
     deleted = deleted_bytes = spared = 0
     marked: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""Snapshots in an object store: publish, list, fetch, verify, delete, and collect what nobody needs."""
+"""Published snapshots in an object store: publish, list, fetch, verify, delete, undelete and prune them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from snapshotd.model import Manifest
 from snapshotd.repository import document, prune
 from snapshotd.repository.codec import DATA_KEY, Codec
 from snapshotd.repository.fetch import Fetch
-from snapshotd.repository.model import ObjectInfo, PrunePlan, PruneResult, PublishedSnapshot, SealedKey, Usage
+from snapshotd.repository.model import (
+    ObjectInfo,
+    PrunePlan,
+    PruneResult,
+    PublishedSnapshot,
+    Usage,
+    WrappedKey,
+)
 from snapshotd.repository.object_keys import (
     DAMAGED,
     DELETED,
@@ -45,19 +52,19 @@ def _utc_now() -> datetime:
 
 
 def no_progress(done: int, total: int) -> None:
-    """For those who do not watch."""
+    """Ignore the progress."""
 
 
 class Repository:
     """Published snapshots over any :class:`ObjectStore`.
 
     Args:
-        signer: signs what this node publishes.
-        trusted: whose signatures count.
-        wrapper: wraps data keys; None: nothing is encrypted, and what is cannot be read.
-        workers: chunks in flight; at most 24 MiB of memory each.
-        threads: that hash, compress and encrypt, and that unpack what was read, at once.
-        grace: what garbage collection leaves alone is younger; the same for all nodes of a store.
+        signer: signs the snapshots that this node publishes.
+        trusted: the keys whose signatures are trusted.
+        wrapper: wraps data keys; None if nothing is encrypted and nothing encrypted can be read.
+        workers: chunks in flight; each takes up to 24 MiB of memory.
+        threads: threads that hash, compress, encrypt and unpack.
+        grace: a prune spares younger objects. It must be the same for all nodes that share the store.
     """
 
     def __init__(
@@ -82,26 +89,27 @@ class Repository:
         self._now = now
         self._failpoints = failpoints or Failpoints()
         self._pins: Tally[str] = Tally()
-        # A published document never changes, so one that was verified is not read again for a list.
+        # A published document never changes, so a list does not read a verified one again.
         self._known: dict[ObjectInfo, PublishedSnapshot | None] = {}
         self._known_by = trusted.ids
 
     def close(self) -> None:
+        """End the threads."""
         self._workers.close()
 
     @property
     def trusted(self) -> frozenset[str]:
-        """The keys whose signatures count now."""
+        """The ids of the keys that are trusted now."""
         return self._trusted.ids
 
-    def new_key(self, snapshot: str) -> SealedKey | None:
-        """A data key for one snapshot; None when nothing is encrypted.
+    def new_key(self, snapshot: str) -> WrappedKey | None:
+        """A new data key for one snapshot; None if nothing is encrypted.
 
-        Keep it where an interrupted upload is resumed from: with another key all chunks are sent again.
+        Keep it for the retry of an interrupted upload, which with another key would send all chunks again.
         """
         if self._wrapper is None:
             return None
-        return SealedKey(
+        return WrappedKey(
             self._wrapper.key_id, self._wrapper.wrap(os.urandom(DATA_KEY), _key_context(snapshot))
         )
 
@@ -110,15 +118,15 @@ class Repository:
         manifest: Manifest,
         images: Path,
         progress: ByteProgress = no_progress,
-        key: SealedKey | None = None,
+        key: WrappedKey | None = None,
         again: bool = False,
     ) -> PublishedSnapshot:
-        """Send the chunks that are missing, then publish the manifest. Repeating it is no error.
+        """Upload the chunks that are missing, then publish the manifest. Repeating it is no error.
 
         Args:
             images: the directory with the manifest's files.
-            key: from :meth:`new_key`; without one the snapshot is encrypted if this store encrypts.
-            again: send missing and damaged chunks also of one that is published.
+            key: from :meth:`new_key`; None for a new one, if this node encrypts.
+            again: upload missing and damaged chunks even if the snapshot is published.
 
         Raises:
             AlreadyExists: another snapshot of that id is published.
@@ -128,7 +136,7 @@ class Repository:
         if published is not None and not again:
             progress(published.size, published.size)
             return published
-        # Under another key its chunks would be others.
+        # With another key, the chunks would be other ones.
         key = published.key if published is not None else key or self.new_key(manifest.id)
         upload = Upload(
             manifest,
@@ -146,21 +154,22 @@ class Repository:
         data, published = document.encode(manifest, files, key, self._signer)
         self._failpoints.hit("upload.manifest")
         try:
-            # Whoever cancels this, to delete the snapshot, must then find what there is to delete.
+            # Uninterrupted: whoever cancels this in order to delete the snapshot must find what there is to
+            # delete.
             await to_completion(self.objects.create(manifest_key(manifest.id), data))
         except AlreadyExists:
-            # It may have been our own, whose answer was lost on the way.
+            # It may be our own, if the answer to an earlier attempt was lost.
             published = await self._published_by_us(manifest) or published
         self._failpoints.hit("upload.manifest.after")
         return published
 
     async def get(self, snapshot: str) -> PublishedSnapshot:
-        """A published snapshot, its signature verified.
+        """A published snapshot, whose signature has been verified.
 
         Raises:
-            NotFound: none of that id is published.
-            PermissionDenied: it is signed by a key that is not trusted here.
-            DataLoss: its manifest is damaged.
+            NotFound: SNAPSHOT_NOT_FOUND, none of that id is published.
+            PermissionDenied: UNTRUSTED_SIGNER, it is signed by a key that is not trusted here.
+            DataLoss: MANIFEST_DAMAGED and the like, its manifest cannot be read.
         """
         try:
             data = await self.objects.get(manifest_key(snapshot), document.LARGEST)
@@ -171,7 +180,7 @@ class Repository:
         return await self._workers.compute(document.decode, data, snapshot, self._trusted)
 
     async def list(self) -> list[PublishedSnapshot]:
-        """Every published snapshot that this node trusts, by id; others are logged once and left out."""
+        """Every published snapshot that this node trusts, by id. Others are logged once and left out."""
         items = [item async for item in self.objects.list(SNAPSHOTS) if snapshot_of(item.key)]
         if self._known_by != self._trusted.ids:
             self._known, self._known_by = {}, self._trusted.ids
@@ -186,7 +195,7 @@ class Repository:
                 return
             except (DataLoss, PermissionDenied) as error:
                 log.error(
-                    "published snapshot is refused",
+                    "published_snapshot_rejected",
                     snapshot=snapshot,
                     reason=error.reason,
                     error=error.message,
@@ -202,23 +211,23 @@ class Repository:
     async def fetch(
         self, published: PublishedSnapshot, into: Path, progress: ByteProgress = no_progress
     ) -> None:
-        """Write the snapshot's files into an empty directory; when this returns each chunk is verified.
+        """Write the snapshot's files into an empty directory. Every chunk is verified.
 
         Raises:
-            DataLoss: a chunk is missing or damaged.
-            FailedPrecondition: it is encrypted and this node lacks the key.
-            ResourceExhausted: the disk has no room.
+            DataLoss: CHUNK_MISSING or CHUNK_DAMAGED.
+            FailedPrecondition: KEY_MISSING, it is encrypted and this node lacks the key.
+            ResourceExhausted: DISK_FULL.
         """
         with self._pinned(published):
             await self._reader(published).into(into, progress)
 
     async def verify(self, published: PublishedSnapshot, progress: ByteProgress = no_progress) -> None:
-        """Read everything; raises as :meth:`fetch`, naming every file that is hurt."""
+        """Read and verify every chunk; raises as :meth:`fetch` does, and names every damaged file."""
         with self._pinned(published):
             await self._reader(published).check(progress)
 
     async def usage(self, published: PublishedSnapshot) -> Usage:
-        """What the snapshot takes in the store, and how much of that is its own."""
+        """The size of a snapshot in the store, and how much of that it does not share."""
         others: set[str] = set()
         for other in await self.list():
             if other.manifest.id != published.manifest.id:
@@ -237,10 +246,10 @@ class Repository:
         return Usage(published.size, published.data_size, stored, unique, len(chunks))
 
     async def delete(self, snapshot: str) -> None:
-        """Unpublish a snapshot; garbage collection removes its chunks once the grace is over.
+        """Unpublish a snapshot. A prune removes its chunks after the grace time.
 
         Raises:
-            NotFound: none of that id is published.
+            NotFound: SNAPSHOT_NOT_FOUND, none of that id is published.
         """
         key = manifest_key(snapshot)
         if await self.objects.stat(key) is None:
@@ -255,17 +264,17 @@ class Repository:
         self._failpoints.hit("delete.manifest.after")
 
     async def damaged_chunks(self) -> frozenset[str]:
-        """The chunks that somebody found damaged or missing, and that nobody has sent again."""
+        """The chunks that a node has found damaged or missing, and that no node has uploaded again."""
         return frozenset([chunk_of(item.key) async for item in self.objects.list(DAMAGED)])
 
     async def undelete(self, snapshot: str) -> PublishedSnapshot:
-        """Publish a deleted snapshot again, while its tombstone still keeps what it needs.
+        """Publish a deleted snapshot again, while its tombstone still protects its chunks.
 
         Raises:
-            NotFound: SNAPSHOT_NOT_DELETED, there is no tombstone of it, or none within the grace time.
-            AlreadyExists: one of that id is published.
+            NotFound: SNAPSHOT_NOT_DELETED, there is no tombstone of it within the grace time.
+            AlreadyExists: a snapshot of that id is published.
             PermissionDenied: it is signed by a key that is not trusted here.
-            DataLoss: its manifest or a chunk is damaged or gone.
+            DataLoss: its manifest is damaged, or a chunk is missing.
         """
         cutoff = self._now() - self.grace
         deleted = [item async for item in self.objects.list(DELETED) if item.modified > cutoff]
@@ -274,11 +283,11 @@ class Repository:
             others = sorted({item.key.split("/")[1] for item in deleted})
             raise NotFound(
                 "SNAPSHOT_NOT_DELETED",
-                f"the store has no deleted snapshots/{snapshot} that is within its grace time of "
-                f"{self.grace.total_seconds():.0f} s; those it has are: {', '.join(others[:20]) or 'none'}",
+                f"no snapshots/{snapshot} was deleted from the store within its grace time of "
+                f"{self.grace.total_seconds():.0f} s; those that were: {', '.join(others[:20]) or 'none'}",
                 metadata={"snapshot": snapshot},
             )
-        # Of one that was deleted, made again and deleted again: the last.
+        # A snapshot that was deleted, captured again and deleted again has several; the newest counts.
         newest = max(tombstones, key=lambda item: item.modified)
         data = await self.objects.get(newest.key, document.LARGEST)
         published = await self._workers.compute(document.decode, data, snapshot, self._trusted)
@@ -295,28 +304,28 @@ class Repository:
                 f"{len(missing)} chunks of the deleted snapshots/{snapshot} are gone; it cannot be restored",
                 metadata={"snapshot": snapshot, "missing": str(len(missing))},
             )
-        # The tombstone stays until its time is over: until then collectors see one or the other.
+        # The tombstone stays for the rest of its time, so that a concurrent prune sees one of the two.
         await to_completion(self.objects.create(manifest_key(snapshot), data))
         return published
 
     async def plan_prune(self, now: datetime | None = None, grace: timedelta | None = None) -> PrunePlan:
-        """What garbage collection would delete. Changes nothing.
+        """What a prune would delete. Changes nothing.
 
         Raises:
-            FailedPrecondition: a manifest cannot be read, so it is not known what it needs.
+            FailedPrecondition: GC_BLOCKED, a manifest cannot be read, so it is unknown which chunks it names.
         """
         cutoff = (now or self._now()) - (self.grace if grace is None else grace)
         return await prune.plan(self.objects, cutoff, self._pinned_chunks)
 
     async def prune(self, plan: PrunePlan) -> PruneResult:
-        """Delete what the plan names, except what came into use since."""
+        """Delete what the plan names, except what has come into use since."""
         return await prune.execute(plan, self.objects, self._workers, self._failpoints, self._pinned_chunks)
 
     async def _published_by_us(self, manifest: Manifest) -> PublishedSnapshot | None:
-        """The snapshot of that id if it is this very one; None if there is none.
+        """The published snapshot of this manifest; None if no snapshot of its id is published.
 
         Raises:
-            AlreadyExists: it is another one.
+            AlreadyExists: SNAPSHOT_EXISTS, another snapshot of the id is published.
         """
         try:
             found = await self.get(manifest.id)
@@ -334,7 +343,7 @@ class Repository:
         codec = self._codec(published.manifest.id, published.key)
         return Fetch(published, codec, self.objects, self._workers, self._failpoints)
 
-    def _codec(self, snapshot: str, key: SealedKey | None) -> Codec:
+    def _codec(self, snapshot: str, key: WrappedKey | None) -> Codec:
         if key is None:
             return Codec(snapshot, None)
         if self._wrapper is None or self._wrapper.key_id != key.key_id:
@@ -351,7 +360,7 @@ class Repository:
 
     @contextlib.contextmanager
     def _pinned(self, published: PublishedSnapshot) -> Iterator[None]:
-        """Keep this process's own garbage collection off the chunks that are being read."""
+        """Protect the chunks that are being read from a prune by this process."""
         chunks = published.chunks()
         self._pins.update(chunks)
         try:
@@ -365,10 +374,10 @@ class Repository:
 
 
 async def check_conditional_create(objects: ObjectStore) -> None:
-    """Check that the store lets only one of two creators win; run it before the store is used.
+    """Check that of two creators of an object only one succeeds. Run it before anything is published.
 
     Raises:
-        FailedPrecondition: it does not, so two nodes could publish one snapshot over each other.
+        FailedPrecondition: STORE_NOT_CONDITIONAL, both do, so two nodes could overwrite each other's work.
         DumontError: the store cannot be written, read or reached.
     """
     key = f"tmp/probe-{os.urandom(8).hex()}"
@@ -382,7 +391,7 @@ async def check_conditional_create(objects: ObjectStore) -> None:
         await objects.delete(key)
     raise FailedPrecondition(
         "STORE_NOT_CONDITIONAL",
-        "the store overwrote an object that was to be created only if it did not exist; use a store with "
+        "the store overwrote an object that it should have created only if there was none; use a store with "
         "working conditional writes (If-None-Match)",
     )
 

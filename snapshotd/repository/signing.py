@@ -1,4 +1,4 @@
-"""Who made a manifest. Each node signs with its own key; a list says whose signatures count."""
+"""Sign manifests and verify signatures. Each node signs with its own key and has a list of trusted keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from dumont.errors import DataLoss, FailedPrecondition, PermissionDenied
 
 KIND = "ed25519"
-# What is signed begins with this, so that a signature never counts for anything else.
+# Signed bytes begin with this, so that a signature is valid for nothing else.
 DOMAIN = b"dumont snapshot v1\0"
 
 
@@ -29,10 +29,10 @@ class Signer:
 
     @classmethod
     def open(cls, path: Path) -> Signer:
-        """Read the key, or make it: 32 bytes that only the owner may read.
+        """Read the key from a file, or make it: 32 bytes that only the owner may read.
 
         Raises:
-            FailedPrecondition: others may read it, or it is no key.
+            FailedPrecondition: KEY_FILE_UNUSABLE, others may read it, or it is not a key.
         """
         if not path.exists():
             scratch = path.with_name(f".{path.name}-{os.getpid()}")
@@ -45,6 +45,7 @@ class Signer:
         return cls(Ed25519PrivateKey.from_private_bytes(read_secret(path, 32)))
 
     def sign(self, document: bytes) -> bytes:
+        """The signature of a document."""
         return self._private.sign(DOMAIN + document)
 
     def line(self) -> str:
@@ -53,21 +54,25 @@ class Signer:
 
 
 class TrustedKeys:
-    """The public keys whose signatures count."""
+    """A list of trusted public keys."""
 
     def __init__(self, keys: Iterable[Ed25519PublicKey]) -> None:
         self._keys: Mapping[str, Ed25519PublicKey] = {key_id(key): key for key in keys}
 
     @property
     def ids(self) -> frozenset[str]:
+        """See :attr:`Trust.ids`."""
         return frozenset(self._keys)
 
     @classmethod
     def parse(cls, text: str, own: Signer) -> TrustedKeys:
-        """Read lines ``ed25519 <base64> [comment]``; ``#`` begins a comment. One's own key always counts.
+        """Read lines ``ed25519 <base64> [comment]``; ``#`` begins a comment.
+
+        Args:
+            own: this node's key, which is always trusted.
 
         Raises:
-            FailedPrecondition: a line is no key.
+            FailedPrecondition: TRUSTED_KEYS_UNREADABLE, a line is not a key.
         """
         keys = [own.public]
         for number, line in enumerate(text.splitlines(), 1):
@@ -87,12 +92,7 @@ class TrustedKeys:
         return cls(keys)
 
     def verify(self, signer: str, document: bytes, signature: bytes) -> None:
-        """Check a signature.
-
-        Raises:
-            PermissionDenied: the key is not trusted here.
-            DataLoss: the key is, and it signed something else.
-        """
+        """See :meth:`Trust.verify`."""
         key = self._keys.get(signer)
         if key is None:
             raise untrusted(signer)
@@ -105,6 +105,7 @@ class TrustedKeys:
 
 
 def untrusted(signer: str) -> PermissionDenied:
+    """The error for a signer that is not trusted."""
     return PermissionDenied(
         "UNTRUSTED_SIGNER",
         f"the manifest is signed by key {signer[:32]}, which is not among the trusted keys; add the "
@@ -119,10 +120,10 @@ def key_id(key: Ed25519PublicKey) -> str:
 
 
 def read_secret(path: Path, size: int) -> bytes:
-    """A key of ``size`` bytes from a file, raw or as hex digits, that only its owner may read.
+    """Read a key of ``size`` bytes from a file that only its owner may read, raw or as hex digits.
 
     Raises:
-        FailedPrecondition: it is missing, no such key, or others may read it.
+        FailedPrecondition: KEY_FILE_UNUSABLE, it is missing, it is not such a key, or others may read it.
     """
     try:
         mode, data = path.stat().st_mode, path.read_bytes()

@@ -1,4 +1,4 @@
-"""Put a snapshot's chunks into the store: those that are missing, each once."""
+"""Upload the chunks of a snapshot that are missing in the store, each once."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from snapshotd.repository.workers import Counter, Workers
 class Upload:
     """One snapshot on its way into the store.
 
-    A chunk that is already there counts only while garbage collection will surely leave it alone until
-    the manifest is published: it is younger than half the grace, or a snapshot names it (whose deletion
-    would keep it for the whole grace). Any other is written again, which makes it young; so is one that
-    somebody found damaged, which heals it for all snapshots that name it.
+    A chunk that is there already is relied on only if no prune can remove it before the manifest is
+    published: it is younger than half the grace time, or a snapshot names it, whose deletion would protect it
+    for the whole grace time. Any other chunk is written again, which makes it young. So is a chunk that was
+    found damaged, which repairs every snapshot that names it.
 
     Args:
-        damaged: chunks not to count on.
-        named: the chunks that published snapshots name; asked at most once.
+        damaged: chunks that must not be relied on.
+        named: finds the chunks that published snapshots name; called at most once.
     """
 
     def __init__(
@@ -55,13 +55,17 @@ class Upload:
         self._named = named
         self._named_chunks: frozenset[str] | None = None
         self._contents = list(cut(manifest.files))
-        # The chunk that each went into, None where all is zero.
+        # The chunk of each content; None if it is all zeros.
         self._names: dict[Content, str | None] = {}
         self._claimed: set[str] = set()
         self._rewritten: list[Content] = []
 
     async def run(self, progress: ByteProgress) -> tuple[PublishedFile, ...]:
-        """Upload what is missing; answers the files as parts of chunks that are all in the store."""
+        """Upload what is missing.
+
+        Returns:
+            The files as extents of chunks, all of which are in the store.
+        """
         self._check_sizes()
         began = self._now()
         counter = Counter(sum(file.size for file in self._manifest.files), progress)
@@ -71,7 +75,7 @@ class Upload:
             counter.add(size_of(content))
 
         await self._workers.each(self._contents, send)
-        # A collector that looked just before a chunk was written again may just have removed it.
+        # A prune that looked just before a chunk was written again may have removed it.
         await self._workers.each(self._rewritten, self._confirm)
         if self._now() - began > self._trusted_age:
             await self._workers.each(self._contents, self._confirm)
@@ -100,7 +104,7 @@ class Upload:
                 return
             self._rewritten.append(content)
         packed = await self._workers.compute(self._codec.pack, name, plain)
-        # A slow store keeps the packed bytes for long, and these are several times as many.
+        # A slow store keeps the packed bytes in memory for long; the plain bytes are several times as many.
         del plain
         await self._put(name, packed)
         if name in self._damaged:

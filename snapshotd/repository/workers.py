@@ -1,4 +1,4 @@
-"""Bounded work: so many items in flight, whatever their number."""
+"""Run work for many items with a bounded number of them in flight."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Limits:
     """How much of an upload or a fetch is done at once.
 
     Attributes:
-        calls: to the store, besides those that read chunks.
-        chunks: in flight, on the wire or in work; each takes up to 24 MiB.
-        threads: that hash, compress and encrypt, or unpack what others read.
+        calls: calls to the object store, besides those that read chunks.
+        chunks: chunks that are on the wire or being worked on; each takes up to 24 MiB.
+        threads: threads that hash, compress and encrypt, or unpack.
     """
 
     calls: int
@@ -33,38 +33,38 @@ class Limits:
 
     @classmethod
     def of(cls, cores: int) -> Limits:
-        """What keeps so many cores busy, in no more than 336 MiB."""
+        """The limits that keep a number of cores busy, in no more than 336 MiB."""
         threads = min(cores, 12)
         calls = max(8, threads)
-        # More than calls: while chunks are unpacked others must be on their way, or the store waits.
+        # More than calls, so that chunks are on their way while others are unpacked.
         return cls(calls, calls + min(threads, 2), threads)
 
 
 class Workers:
-    """Tasks that wait on the store, and threads that hash, compress and encrypt for them.
+    """Tasks that wait for the object store, and threads that hash, compress and encrypt for them.
 
     Args:
-        count: items in flight at once; each holds a few chunks' worth of memory.
-        threads: threads for work that keeps a core busy, and how many that read may keep one busy.
+        count: items in flight at once; each takes the memory of a few chunks.
+        threads: threads that keep a core busy at once, in :meth:`compute` or while they hold ``cores``.
 
     Attributes:
-        cores: to be held by a thread of :meth:`wait` while it keeps a core busy.
+        cores: a thread of :meth:`wait` holds it while it keeps a core busy.
     """
 
     def __init__(self, count: int, threads: int) -> None:
         self.count = count
         self.threads = threads
-        # As many of these as keep the cores busy are at work.
+        # Bounds the threads of ``_readers`` that compute at the same time.
         self.cores = threading.Semaphore(threads)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="store")
         self._readers = ThreadPoolExecutor(count, thread_name_prefix="store-read")
 
     async def each(self, items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
-        """Do ``work`` for every item; the first error ends the rest and is raised."""
+        """Do ``work`` for every item. The first error cancels the rest and is raised."""
         source = iter(items)
 
         async def worker() -> None:
-            # All workers draw from one iterator: an item is taken only when a worker is free for it.
+            # All workers share one iterator, so that an item is taken only when a worker is free.
             for item in source:
                 await work(item)
 
@@ -72,7 +72,7 @@ class Workers:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         finally:
-            # Also when cancelled, which then goes on: what a worker raises on its way out must not hide it.
+            # Also after a cancellation, which an error that a worker raises as it ends must not hide.
             for task in tasks:
                 task.cancel()
             await to_completion(asyncio.wait(tasks))
@@ -80,20 +80,24 @@ class Workers:
             task.result()
 
     async def compute(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``work`` in a thread, to its end: nobody takes its files away while it writes to them."""
+        """Run ``work`` in a thread, and return only when it has ended, even if cancelled.
+
+        So nobody removes files while it writes to them.
+        """
         return await to_completion(asyncio.wrap_future(self._threads.submit(work, *args, **kwargs)))
 
     def wait(self, work: Callable[[], T]) -> Awaitable[T]:
-        """Run ``work``, which mostly waits, in a thread; whoever is cancelled leaves it to go on."""
+        """Run ``work``, which mostly waits, in a thread. If the caller is cancelled, the thread goes on."""
         return asyncio.wrap_future(self._readers.submit(work))
 
     def close(self) -> None:
+        """End the threads once their current work is done."""
         for threads in (self._threads, self._readers):
             threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Turnstile:
-    """Lets threads in until it is shut; nobody is inside any more when that is done."""
+    """Admits threads until it is shut, which waits until all of them have left."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -102,7 +106,7 @@ class Turnstile:
 
     @contextlib.contextmanager
     def passed(self) -> Iterator[bool]:
-        """Whether this thread is inside, or came too late."""
+        """Enter; the value is False if the turnstile is shut already."""
         with self._changed:
             let_in = not self._shut
             self._inside += let_in
@@ -114,14 +118,14 @@ class Turnstile:
                 self._changed.notify_all()
 
     def shut(self) -> None:
-        """Let nobody in any more, and wait for those inside."""
+        """Admit no more threads, and wait for those inside."""
         with self._changed:
             self._shut = True
             self._changed.wait_for(lambda: not self._inside)
 
 
 class Counter:
-    """Adds up what several workers have done and tells it."""
+    """Adds up the bytes that several workers have done, and reports them."""
 
     def __init__(self, total: int, progress: ByteProgress) -> None:
         self.done = 0
@@ -130,5 +134,6 @@ class Counter:
         progress(0, total)
 
     def add(self, count: int) -> None:
+        """Report ``count`` more bytes."""
         self.done += count
         self._progress(self.done, self.total)

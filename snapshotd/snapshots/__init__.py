@@ -1,1 +1,1 @@
-"""The snapshots within this node's reach, and the uploads under way."""
+"""The snapshots that this node holds or can fetch, and its uploads."""

@@ -1,7 +1,7 @@
-"""The snapshots within this node's reach: those it holds, and those published in its object store.
+"""The snapshots that this node can restore: those it holds, and those published in its object store.
 
-The node's own directory is a cache of the store: what is published may leave it and is fetched again.
-What is not published is only here, and leaves by ``delete`` alone.
+The node's own store is a cache of the object store: a published snapshot may be evicted and is fetched again.
+A snapshot that is not published exists on this node alone, and only ``delete`` removes it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from snapshotd.system.disk import DiskReservations
 
 log = structlog.get_logger(__name__)
 
-# A list waits for the store for so long: who asks may not wait for ever.
+# A list waits this long for the object store, and then shows what the store last answered.
 LIST_SECONDS = 5.0
-# Why a copy is not what was captured: the same snapshot may be whole elsewhere.
+# Reasons for which the bytes of a copy are not those captured. The same snapshot may be intact elsewhere.
 DAMAGE = frozenset({"IMAGE_DAMAGED", "MANIFEST_DAMAGED"})
 
 
 @dataclass(frozen=True)
 class RejectedSnapshot:
-    """Something published as a snapshot, fetched or not, that this node does not accept as one."""
+    """A snapshot that this node does not accept because its manifest is damaged or its signer not trusted."""
 
     snapshot: str
     reason: str
 
     @classmethod
     def because(cls, snapshot: str, error: DumontError) -> RejectedSnapshot:
+        """The rejection of a snapshot for an error."""
         return cls(snapshot, f"{error.reason}: {error.message}")
 
 
@@ -79,11 +80,14 @@ class _Fetching:
 
 @dataclass(frozen=True)
 class _Published:
-    """What the object store told when it was listed last."""
+    """The published snapshots when they were last listed.
+
+    Attributes:
+        damaged: why some of them are damaged, according to the nodes that have read them.
+    """
 
     found: Mapping[str, PublishedSnapshot] = field(default_factory=dict)
     rejected: Sequence[RejectedSnapshot] = ()
-    # Why some of them are not whole, as the nodes that read them have written down in the store.
     damaged: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -95,7 +99,7 @@ class Snapshots:
         damaged: directory of records of published snapshots that were found damaged.
         budget: bytes that the node's own snapshots may take; 0 for no limit.
         users: the instances of this node.
-        disk: what jobs under way will write; a fetch for which it has no room is refused.
+        disk: reserves the space that a fetch needs.
     """
 
     def __init__(
@@ -117,17 +121,18 @@ class Snapshots:
         self._published: dict[str, PublishedSnapshot] = {}
         self._listing: asyncio.Task[_Published] | None = None
         self._listed = _Published()
-        # Why the last list may lack what is published, or show it as it was; empty: it does not.
+        # Why the last list may be out of date; empty if it is not.
         self.store_silence = ""
 
-    # Looking
+    # Queries
 
     async def get(self, snapshot: str) -> Snapshot:
-        """A snapshot of this node or, when it holds no whole one of that id, a published one, read anew.
+        """A snapshot that this node holds intact or, if there is none of that id, a published one.
 
         Raises:
             NotFound: there is neither.
-            DataLoss, PermissionDenied: its manifest is damaged, or signed by nobody whom this node trusts.
+            DataLoss: its manifest is damaged.
+            PermissionDenied: it is signed by a key that is not trusted here.
             Unavailable: this node does not hold it, and the object store cannot be reached.
         """
         held: Snapshot | None = None
@@ -142,7 +147,7 @@ class Snapshots:
                 raise
             damage = error
         if held is not None:
-            # It was trusted when it was fetched; the list may have changed since.
+            # Its signer was trusted when it was fetched; the trusted keys may have changed since.
             if not self._trusts(held):
                 raise untrusted(held.signer)
             if self.remote is None or not _damaged(held):
@@ -158,18 +163,20 @@ class Snapshots:
         return held if held is not None and there.quarantine_reason else there
 
     async def get_exactly(self, snapshot: str, manifest_digest: str) -> Snapshot:
-        """Like ``get``, and it must be the one whose manifest hashes to ``manifest_digest``, unless that is
-        empty.
+        """The snapshot whose manifest has a given digest; see :meth:`get`.
+
+        Args:
+            manifest_digest: empty if any snapshot of that id will do.
 
         Raises:
-            DataLoss: MANIFEST_REPLACED, it is another one.
+            DataLoss: MANIFEST_REPLACED, the snapshot of that id is another one.
         """
         found = await self.get(snapshot)
         if manifest_digest and found.digest != manifest_digest:
             raise DataLoss(
                 "MANIFEST_REPLACED",
-                f"the manifest of snapshots/{snapshot} is {found.digest[:16]}… and {manifest_digest[:16]}… "
-                "was asked for; it was replaced after its capture",
+                f"the manifest of snapshots/{snapshot} has digest {found.digest[:16]}…, not the requested "
+                f"{manifest_digest[:16]}…; it was replaced after its capture",
                 metadata={"snapshot": snapshot},
             )
         if found.local:
@@ -177,7 +184,10 @@ class Snapshots:
         return found
 
     async def list(self) -> tuple[Sequence[Snapshot], Sequence[RejectedSnapshot]]:
-        """Every snapshot, by id, and what is rejected. Without the store: what is held."""
+        """Every snapshot by id, and those that are rejected.
+
+        If the object store does not answer in time, published snapshots are those that it last listed.
+        """
         held, untrusted_here = {}, []
         for found in await self.store.list():
             if self._trusts(found):
@@ -195,27 +205,28 @@ class Snapshots:
             other = there.get(name)
             whole = other is not None and not other.quarantine_reason
             if not (_damaged(found) and whole):
-                # Damaged in the store, it is as good as not published, and is published again.
+                # A snapshot whose published copy is damaged counts as not published, so that it is published
+                # again.
                 found_here[name] = replace(found, published=whole or (found.published and self._silent(name)))
         known = {*held, *(one.snapshot for one in untrusted_here)}
         rejected = [*untrusted_here, *(one for one in published.rejected if one.snapshot not in known)]
         return sorted((there | found_here).values(), key=_id), rejected
 
     def _silent(self, snapshot: str) -> bool:
-        """Whether the store has not been heard of a snapshot, so that what the node noted of it counts."""
+        """Whether the last list says nothing of a snapshot, so that the node's own note of it counts."""
         return bool(self.store_silence) and snapshot not in self._listed.found
 
     async def _list_published(self) -> _Published:
-        """What is published; as it was when the store last told, if it does not within LIST_SECONDS.
+        """The published snapshots, or those of the last list if the store takes longer than LIST_SECONDS.
 
-        The listing goes on meanwhile, and whoever asks next finds it further, or done.
+        The listing goes on in the background, and the next caller waits for the same one.
         """
         if self._listing is None:
             self._listing = asyncio.create_task(self._ask_published(), name="list what is published")
         listing = self._listing
         done, _ = await asyncio.wait([listing], timeout=LIST_SECONDS)
         if not done:
-            self.store_silence = f"the object store has not told all within {LIST_SECONDS:g} s"
+            self.store_silence = f"the object store did not answer within {LIST_SECONDS:g} s"
         else:
             if self._listing is listing:
                 self._listing = None
@@ -227,7 +238,7 @@ class Snapshots:
             else:
                 raise error
         if self.store_silence:
-            log.warning("published snapshots cannot be listed", error=self.store_silence)
+            log.warning("published_snapshots_not_listed", error=self.store_silence)
         return self._listed
 
     async def _ask_published(self) -> _Published:
@@ -240,12 +251,12 @@ class Snapshots:
             if hurt := one.chunks() & marked:
                 damaged[name] = f"CHUNK_DAMAGED: {len(hurt)} of its chunks in the object store are damaged"
             elif (record := self._damage(one)).exists() and record.read_text().startswith("CHUNK_"):
-                # A node that has it whole has sent those chunks again.
+                # A node that has an intact copy has sent those chunks again.
                 record.unlink(missing_ok=True)
         return _Published(found, tuple(await self._rejected(set(found))), damaged)
 
     async def close(self) -> None:
-        """End a listing under way."""
+        """Cancel a listing under way."""
         if self._listing is not None:
             self._listing.cancel()
             await asyncio.wait([self._listing])
@@ -267,7 +278,7 @@ class Snapshots:
         return rejected
 
     async def usage(self, snapshot: str) -> tuple[PublishedSnapshot, Usage] | None:
-        """What a snapshot takes in the object store; None when it is not there or cannot be read."""
+        """What a snapshot takes in the object store; None if it is not there or cannot be read."""
         if self.remote is None:
             return None
         repository = self.remote.repository
@@ -275,18 +286,18 @@ class Snapshots:
             published = await repository.get(snapshot)
             return published, await repository.usage(published)
         except DumontError as error:
-            log.info("published sizes unknown", snapshot=snapshot, reason=error.reason)
+            log.info("published_size_unknown", snapshot=snapshot, reason=error.reason)
             return None
 
-    # Bringing and sending
+    # Fetching and publishing
 
     async def fetch(self, snapshot: Snapshot, progress: ByteProgress) -> None:
-        """Bring a published snapshot to this node; fetches of the same one at the same time are one.
+        """Fetch a published snapshot to this node. Callers that fetch the same one share one fetch.
 
         Raises:
-            DataLoss: a chunk is missing or damaged; the snapshot is refused from now on.
-            FailedPrecondition: SNAPSHOT_QUARANTINED, or its key is missing here.
-            ResourceExhausted: there is no room for it.
+            DataLoss: a chunk is missing or damaged. The snapshot is quarantined from now on.
+            FailedPrecondition: SNAPSHOT_QUARANTINED, or KEY_MISSING.
+            ResourceExhausted: there is too little space for it.
             Unavailable: the object store does not answer.
         """
         name = snapshot.manifest.id
@@ -315,7 +326,7 @@ class Snapshots:
         repository = self.remote.repository
         name = snapshot.manifest.id
         with contextlib.suppress(NotFound):
-            # Another fetch has ended between the caller's look and now.
+            # Another fetch may have ended since the caller looked.
             held = await self._held(name)
             if held is not None and held.digest == snapshot.digest and not _damaged(held):
                 return
@@ -335,23 +346,23 @@ class Snapshots:
             raise
         finally:
             self.disk.release(f"fetch {name}")
-        log.info("snapshot fetched", snapshot=name, bytes=published.data_size)
+        log.info("snapshot_fetched", snapshot=name, bytes=published.data_size)
 
     async def _held(self, snapshot: str) -> Snapshot | None:
-        """What the node holds under an id; None: something that cannot be read."""
+        """The snapshot that the node holds under an id; None if it cannot be read."""
         try:
             return await self.store.get(snapshot)
         except DataLoss:
             return None
 
     async def _make_way(self, snapshot: str) -> None:
-        """Delete a damaged copy: the good one comes in its place."""
+        """Delete a damaged copy, so that an intact one can replace it."""
         with contextlib.suppress(NotFound):
             held = await self._held(snapshot)
             if held is not None and not _damaged(held):
                 return
-            # What an instance has mapped from it stays mapped.
-            log.warning("damaged copy is replaced", snapshot=snapshot)
+            # Files that an instance has mapped stay mapped.
+            log.warning("damaged_copy_replaced", snapshot=snapshot)
             await self.store.delete(snapshot)
 
     async def publish(self, snapshot: str, progress: ByteProgress) -> Snapshot:
@@ -380,17 +391,18 @@ class Snapshots:
             )
         return await self.store.get(snapshot)
 
-    # Keeping
+    # Verifying, deleting, evicting
 
     async def verify(self, snapshot: str, progress: ByteProgress) -> tuple[int, int]:
-        """Read all of it, here and in the object store; damage is remembered, and it is not restored again.
+        """Read all of a snapshot, here and in the object store. A damaged copy is quarantined.
 
         Returns:
-            Bytes read and found right on this node, and in the object store.
+            Bytes that were found intact on this node, and in the object store.
 
         Raises:
-            NotFound: there is none.
-            DataLoss, PermissionDenied: what is wrong with it.
+            NotFound: there is no such snapshot.
+            DataLoss: it is damaged.
+            PermissionDenied: it is signed by a key that is not trusted here.
         """
         found = await self.get(snapshot)
         here = 0
@@ -414,18 +426,18 @@ class Snapshots:
         return here, published.data_size
 
     async def delete(self, snapshot: str) -> None:
-        """Here and in the object store.
+        """Delete a snapshot from this node and from the object store.
 
         Raises:
-            FailedPrecondition: a restore reads it.
-            NotFound: there is none.
+            FailedPrecondition: SNAPSHOT_IN_USE, a job reads it.
+            NotFound: there is no such snapshot.
             Unavailable: it is published, and the object store cannot be reached.
         """
         if self.users.pinned.get(snapshot) or snapshot in self._fetches:
             raise _in_use(snapshot)
         found = False
         if self.remote is not None and await self._may_be_published(snapshot):
-            # First: a snapshot that is gone here would be published again by its upload.
+            # Cancelled first, or its upload would publish the snapshot again.
             await self.remote.uploads.cancel(snapshot)
             with contextlib.suppress(NotFound):
                 await self.remote.repository.delete(snapshot)
@@ -459,7 +471,7 @@ class Snapshots:
             return True
 
     async def plan_prune(self) -> PrunePlan:
-        """What nobody needs in the object store.
+        """What a prune of the object store would delete.
 
         Raises:
             FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, or a published manifest cannot be read.
@@ -467,11 +479,11 @@ class Snapshots:
         return await self._configured().repository.plan_prune()
 
     async def prune(self, plan: PrunePlan) -> None:
-        """Delete it, except what came into use since."""
+        """Delete what the plan names, except what has come into use since."""
         await self._configured().repository.prune(plan)
 
     async def enforce_budget(self) -> None:
-        """Let published snapshots go that were used longest ago, until the rest is within the budget."""
+        """Evict the least recently used published snapshots until the others are within the budget."""
         await self._make_room(0)
 
     def _used(self, snapshot: str) -> bool:
@@ -483,7 +495,7 @@ class Snapshots:
                 entry.snapshot,
                 entry.size,
                 entry.last_use,
-                # What is mapped takes its memory also when it is deleted.
+                # Deleting a mapped file frees nothing.
                 removable=entry.published and not self._used(entry.snapshot),
             )
             for entry in await self.store.entries()
@@ -491,21 +503,21 @@ class Snapshots:
         for snapshot in eviction.snapshots_to_evict(held, self.budget, needed):
             if self._used(snapshot):
                 continue
-            log.info("snapshot left the cache", snapshot=snapshot)
+            log.info("snapshot_evicted", snapshot=snapshot)
             await self.store.delete(snapshot)
 
     # Damage
 
     def _damage(self, published: PublishedSnapshot) -> Path:
-        """Where damage of this very document is remembered: another one of the id is another snapshot."""
+        """Where damage of this document is recorded. Another document of the id is another snapshot."""
         return self.damaged / f"{published.manifest.id}.{published.digest}"
 
     def _remember_damage(self, published: PublishedSnapshot, error: DataLoss) -> None:
-        log.error("published snapshot is damaged", snapshot=published.manifest.id, reason=error.reason)
+        log.error("published_snapshot_damaged", snapshot=published.manifest.id, reason=error.reason)
         try:
             self._damage(published).write_text(f"{error.reason}: {error.message}")
         except OSError as failure:
-            # It is found damaged again when it is read again.
+            # The next read will find the damage again.
             log.error("damage_not_remembered", snapshot=published.manifest.id, error=str(failure))
 
     def _as_snapshot(self, published: PublishedSnapshot) -> Snapshot:
@@ -515,7 +527,7 @@ class Snapshots:
         return Snapshot(published.manifest, _digest(published), reason, local=False, published=True)
 
     def _trusts(self, held: Snapshot) -> bool:
-        """Without an object store there is no list, and what was fetched once is trusted no longer."""
+        """Whether a snapshot was captured here or its signer is trusted; without an object store none is."""
         return not held.signer or (self.remote is not None and held.signer in self.remote.repository.trusted)
 
     def _configured(self) -> Remote:
@@ -527,7 +539,7 @@ class Snapshots:
 
 
 def _digest(published: PublishedSnapshot) -> str:
-    """That of the manifest as a node keeps it, which is known before anything is published."""
+    """The digest of the manifest as a node keeps it, which is known before the snapshot is published."""
     return manifests.digest(manifests.encode(published.manifest))
 
 
@@ -536,9 +548,9 @@ def _id(snapshot: Snapshot) -> str:
 
 
 def _damaged(held: Snapshot) -> bool:
-    """Whether its bytes are not those that were captured: the same snapshot may be whole elsewhere.
+    """Whether the bytes of a copy are not those that were captured, so that another copy may be intact.
 
-    One that came back answering wrongly was read whole, and is the same everywhere.
+    A snapshot that was quarantined for a wrong answer is the same everywhere.
     """
     return held.quarantine_reason.partition(":")[0] in DAMAGE
 

@@ -1,4 +1,4 @@
-"""The uploads that are not finished, on disk, so that the next daemon resumes them."""
+"""A file for each unfinished upload, so that the next daemon resumes it."""
 
 from __future__ import annotations
 
@@ -9,42 +9,49 @@ from pathlib import Path
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
-from snapshotd.repository.model import SealedKey
+from snapshotd.repository.model import WrappedKey
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class PendingUpload:
-    """A snapshot to publish, and the sealed key that its chunks so far are encrypted with."""
+    """A snapshot to publish, and the wrapped data key with which its chunks are encrypted, if they are."""
 
     snapshot: str
     key_id: str = ""
     wrapped: str = ""
 
     @classmethod
-    def of(cls, snapshot: str, key: SealedKey | None) -> PendingUpload:
+    def of(cls, snapshot: str, key: WrappedKey | None) -> PendingUpload:
+        """The entry for an upload with a data key; None if it is not encrypted."""
         return cls(snapshot) if key is None else cls(snapshot, key.key_id, key.wrapped.hex())
 
     @property
-    def key(self) -> SealedKey | None:
-        return SealedKey(self.key_id, bytes.fromhex(self.wrapped)) if self.key_id else None
+    def key(self) -> WrappedKey | None:
+        """The wrapped data key; None if the upload is not encrypted."""
+        return WrappedKey(self.key_id, bytes.fromhex(self.wrapped)) if self.key_id else None
 
 
 _ADAPTER = TypeAdapter(PendingUpload)
 
 
 class UploadJournal:
-    """Files ``<snapshot>.json`` in one directory: written before an upload begins, removed once its
-    manifest is published or the snapshot is deleted."""
+    """Files ``<snapshot>.json`` in one directory.
+
+    Each is written before its upload begins, and removed once the manifest is published or the snapshot is
+    deleted.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def open(self) -> None:
+        """Make the directory."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def add(self, upload: PendingUpload) -> None:
+        """Write an entry and make it durable."""
         path = self._path(upload.snapshot)
         scratch = path.with_suffix(".new")
         with scratch.open("wb") as file:
@@ -59,16 +66,17 @@ class UploadJournal:
             os.close(descriptor)
 
     def remove(self, snapshot: str) -> None:
+        """Remove the entry of a snapshot, if there is one."""
         self._path(snapshot).unlink(missing_ok=True)
 
     def pending(self) -> list[PendingUpload]:
-        """Every upload that was not removed; an entry that cannot be read is removed."""
+        """Every upload in the journal. An entry that cannot be read is removed."""
         uploads = []
         for path in sorted(self.directory.glob("*.json")):
             try:
                 uploads.append(_ADAPTER.validate_json(path.read_bytes()))
             except ValidationError:
-                log.warning("upload cannot be resumed", entry=path.name)
+                log.warning("upload_journal_entry_unreadable", entry=path.name)
                 path.unlink()
         return uploads
 

@@ -1,4 +1,6 @@
-"""Uploads in the background: written down before they begin, resumed by the next daemon, retried for ever."""
+"""Uploads in the background. Each is in a journal before it begins, retried until it succeeds, and resumed by
+the next daemon.
+"""
 
 from __future__ import annotations
 
@@ -20,30 +22,36 @@ from snapshotd.snapshots.upload_journal import PendingUpload, UploadJournal
 
 log = structlog.get_logger(__name__)
 
-# What may pass by itself, or by an operator's hand.
+# Failures that may pass on their own or when an operator acts, so that the upload is retried.
 PASSING = (Unavailable, Unauthenticated, ResourceExhausted)
 LONGEST_PAUSE = 60.0
 
 
 @dataclass
 class Upload:
-    """One under way, and who wants to hear of its bytes. ``again``: what is published already is damaged."""
+    """An upload under way.
+
+    Attributes:
+        again: the snapshot is published, but damaged.
+        listeners: are told of its bytes.
+    """
 
     again: bool = False
     task: asyncio.Task[None] | None = None
     listeners: list[ByteProgress] = field(default_factory=list)
 
-    def tell(self, done: int, total: int) -> None:
+    def report(self, done: int, total: int) -> None:
+        """Tell all listeners how many bytes are done."""
         for listener in self.listeners:
             listener(done, total)
 
 
 class Uploads:
-    """One upload for each snapshot at a time; whoever asks for another joins it.
+    """The uploads of this node: at most one for each snapshot, which later callers join.
 
     Args:
-        retry_seconds: first pause after a failure that may pass; each further one is twice as long.
-        published: called with the id of a snapshot once it is published and noted.
+        published: called with the id of a snapshot once it has been published.
+        retry_seconds: the first pause after a failure that may pass. Each further one is twice as long.
     """
 
     def __init__(
@@ -64,23 +72,23 @@ class Uploads:
         self._reading = asyncio.Lock()
 
     def resume(self) -> None:
-        """Go on with what the daemon before this one had begun."""
+        """Go on with the uploads that an earlier daemon had begun."""
         for pending in self.journal.pending():
-            log.info("upload resumed", snapshot=pending.snapshot)
+            log.info("upload_resumed", snapshot=pending.snapshot)
             self._begin(pending)
 
     async def publish(self, snapshot: Snapshot, progress: ByteProgress, again: bool = False) -> None:
-        """Upload a snapshot of this node and wait until it is published. Leaving does not end the upload.
+        """Upload a snapshot of this node and wait until it is published. Cancelling the wait does not end it.
 
         Args:
             snapshot: held by this node.
-            progress: told of the bytes.
-            again: send missing and damaged chunks also if it is published.
+            progress: is told of the bytes.
+            again: send missing and damaged chunks even if the snapshot is published.
 
         Raises:
             AlreadyExists: another snapshot of that id is published.
-            Aborted: UPLOAD_CANCELLED, the snapshot was deleted, or this daemon ends.
-            DataLoss: its files are not what was captured.
+            Aborted: UPLOAD_CANCELLED, the snapshot was deleted or this daemon ends.
+            DataLoss: its files are not those that were captured.
         """
         name = snapshot.manifest.id
         upload = self._running.get(name)
@@ -95,7 +103,7 @@ class Uploads:
             if upload.task.cancelled() and not (current and current.cancelling()):
                 raise Aborted(
                     "UPLOAD_CANCELLED",
-                    f"the upload of snapshots/{name} was given up",
+                    f"the upload of snapshots/{name} was cancelled",
                     metadata={"snapshot": name},
                 ) from None
             raise
@@ -103,11 +111,11 @@ class Uploads:
             upload.listeners.remove(progress)
 
     def pending(self, snapshot: str) -> bool:
-        """Whether it may be published any moment, or already is without this node having noted it."""
+        """Whether an upload is under way, so that the snapshot may be published at any moment."""
         return snapshot in self._running
 
     async def cancel(self, snapshot: str) -> None:
-        """End the upload of a snapshot, if there is one, and forget that it was wanted."""
+        """Cancel the upload of a snapshot, if there is one, and remove it from the journal."""
         upload = self._running.get(snapshot)
         if upload is not None and upload.task is not None:
             upload.task.cancel()
@@ -116,7 +124,7 @@ class Uploads:
         self.journal.remove(snapshot)
 
     async def close(self) -> None:
-        """End all; the next daemon resumes them."""
+        """Stop all uploads. The next daemon resumes them."""
         tasks = [upload.task for upload in self._running.values() if upload.task is not None]
         for task in tasks:
             task.cancel()
@@ -134,9 +142,9 @@ class Uploads:
             return
         error = task.exception()
         if isinstance(error, DumontError):
-            log.error("upload failed", snapshot=snapshot, reason=error.reason, error=error.message)
+            log.error("upload_failed", snapshot=snapshot, reason=error.reason, error=error.message)
         elif error is not None:
-            log.error("upload failed by a defect", snapshot=snapshot, exc_info=error)
+            log.error("upload_defect", snapshot=snapshot, exc_info=error)
 
     async def _check_store(self) -> None:
         if not self._checked:
@@ -156,35 +164,37 @@ class Uploads:
                 break
             except PASSING as error:
                 log.warning(
-                    "upload interrupted",
+                    "upload_interrupted",
                     snapshot=snapshot,
                     reason=error.reason,
                     error=error.message,
                     pause=pause,
                 )
             except OSError as error:
-                # This node's own disk, full perhaps; what was published is found published then.
-                log.warning("upload interrupted", snapshot=snapshot, error=str(error), pause=pause)
+                # A failure of this node's own disk, which may be full. A retry finds what was published
+                # already.
+                log.warning("upload_interrupted", snapshot=snapshot, error=str(error), pause=pause)
             except DumontError:
                 self.journal.remove(snapshot)
                 raise
-            # Jitter, so that nodes do not come back to a struggling store all at once.
+            # Jitter, so that nodes do not all return to a struggling store at once.
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(LONGEST_PAUSE, 2 * pause)
         self.journal.remove(snapshot)
-        log.info("snapshot published", snapshot=snapshot)
+        log.info("snapshot_published", snapshot=snapshot)
         self.published(snapshot)
 
     async def _publish(self, held: Snapshot, pending: PendingUpload, upload: Upload) -> None:
-        # Before the image files are had, which may mean to decrypt them: while the store is down that would
-        # be for nothing, again and again.
+        # The image files may have to be decrypted first. While the store is down, each attempt would do that
+        # in vain.
         await self.repository.objects.stat(manifest_key(pending.snapshot))
         reader = f"upload of {pending.snapshot}"
-        # One after the other: image files that are brought to memory for it should be those of one.
+        # One upload at a time reads image files, so that those of one snapshot alone are decrypted into
+        # memory.
         async with self._reading:
             self.store.pin(reader, pending.snapshot)
             try:
                 images = await self.store.images(held)
-                await self.repository.publish(held.manifest, images, upload.tell, pending.key, upload.again)
+                await self.repository.publish(held.manifest, images, upload.report, pending.key, upload.again)
             finally:
                 await self.store.unpin(reader)

@@ -1,4 +1,4 @@
-"""Room on the node's disks: what captures and fetches under way will need, and what is left for all else."""
+"""Space on the node's disks: how much jobs under way have reserved, and how much is kept free."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from dumont.errors import ResourceExhausted
 
-# Kept free unless the operator says otherwise: journals, logs and whatever else lies on the disk.
+# The part of a disk that is kept free for journals, logs and other uses, unless the operator sets a number.
 RESERVE_PARTS = 50
 LARGEST_RESERVE = 1 << 30
 
 
 @dataclass(frozen=True)
 class FileSystem:
-    """One of them: which, and its bytes."""
+    """A file system, by its device number, and its size and free space in bytes."""
 
     device: int
     total: int
@@ -24,43 +24,43 @@ class FileSystem:
 
     @classmethod
     def of(cls, directory: Path) -> FileSystem:
-        """The one that a directory is on."""
+        """The file system of a directory."""
         usage = shutil.disk_usage(directory)
         return cls(directory.stat().st_dev, usage.total, usage.free)
 
 
 @dataclass
 class DiskReservations:
-    """Bytes promised to jobs under way, on whatever file system they write.
+    """Disk space that is set aside for jobs under way, on the file systems that they write to.
 
     Args:
-        kept: bytes that nobody is promised; None: a fiftieth of the file system, at most 1 GiB.
-        file_system: finds that of a directory.
+        kept: bytes that cannot be reserved; None for a fiftieth of the file system, at most 1 GiB.
+        file_system: finds the file system of a directory.
     """
 
     kept: int | None = None
     file_system: Callable[[Path], FileSystem] = FileSystem.of
-    _promised: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _reserved: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def reserve(self, owner: str, directory: Path, needed: int) -> None:
-        """Promise room below ``directory`` to ``owner`` until it is released.
+        """Reserve bytes below ``directory`` for ``owner`` until it releases them.
 
         Raises:
-            ResourceExhausted: DISK_FULL, there is not that much.
+            ResourceExhausted: DISK_FULL, there is not enough space.
         """
         found = self.file_system(directory)
         kept = min(found.total // RESERVE_PARTS, LARGEST_RESERVE) if self.kept is None else self.kept
-        others = sum(size for where, size in self._promised.values() if where == found.device)
+        others = sum(size for where, size in self._reserved.values() if where == found.device)
         if needed > found.free - others - kept:
             raise ResourceExhausted(
                 "DISK_FULL",
-                f"about {needed} bytes are needed below {directory}, where {found.free} are free, {others} "
-                f"of them promised to others and {kept} kept for all else; delete snapshots or give it more "
-                "room",
+                f"about {needed} bytes are needed below {directory}, where {found.free} are free, of which "
+                f"{others} are reserved by other jobs and {kept} are kept free; delete snapshots or use a "
+                "larger disk",
                 metadata={"needed": str(needed), "free": str(found.free), "directory": str(directory)},
             )
-        self._promised[owner] = (found.device, needed)
+        self._reserved[owner] = (found.device, needed)
 
     def release(self, owner: str) -> None:
-        """``owner`` has written what it wrote; nothing happens if it was promised nothing."""
-        self._promised.pop(owner, None)
+        """Give back what ``owner`` had reserved, if anything."""
+        self._reserved.pop(owner, None)

@@ -1,4 +1,4 @@
-"""Threads for work that may never end: reads of files on a network mount that hangs, calls to a hub."""
+"""Threads for work that may never end, such as reads from a network mount that hangs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SECONDS = 30.0
 
 
 class PatientThreads:
-    """So many threads and no more, apart from those that all else uses.
+    """A bounded number of threads of their own, so that work that hangs delays only work of its kind.
 
-    A thread that hangs cannot be ended. It keeps its place here, where only work of its kind waits for one,
-    and it does not keep the process from ending.
+    A thread that hangs cannot be ended. It occupies one of these threads, and does not keep the process from
+    ending.
 
     Args:
-        purpose: what they do, for the error and their names.
-        count: how many there are at most.
-        seconds: that callers wait, for a thread and for their work together.
+        purpose: what the threads do, for errors and thread names.
+        count: the number of threads.
+        seconds: how long callers wait, for a thread and for their work together.
     """
 
     def __init__(self, purpose: str, count: int = COUNT, seconds: float = SECONDS) -> None:
@@ -34,13 +34,13 @@ class PatientThreads:
         self._places = asyncio.Semaphore(count)
 
     async def run(self, work: Callable[[], Result], seconds: float | None = None) -> Result:
-        """What ``work`` returns or raises.
+        """Run ``work`` in a thread, and return or raise what it does.
 
         Args:
-            seconds: that it may take; None: as all work here.
+            seconds: how long to wait; None for the usual time.
 
         Raises:
-            Unavailable: FILES_HANG, it did not end in time, or no thread was left to do it.
+            Unavailable: FILES_HANG, it did not end in time, or no thread was free.
         """
         seconds = self.seconds if seconds is None else seconds
         try:
@@ -60,7 +60,7 @@ class PatientThreads:
 
         def settle(result: Result | None, error: BaseException | None) -> None:
             self._places.release()
-            if answer.done():  # nobody waits any more
+            if answer.done():  # the caller no longer waits
                 return
             if error is not None:
                 answer.set_exception(error)

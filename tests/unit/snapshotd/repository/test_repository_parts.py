@@ -29,7 +29,7 @@ from snapshotd.model import ImageFile
 from snapshotd.repository.chunk_writer import ChunkWriter, Unpack
 from snapshotd.repository.chunking import SMALL, Span, cut, join, read, size_of
 from snapshotd.repository.codec import OVERHEAD, Codec
-from snapshotd.repository.model import CHUNK, Piece, SealedKey
+from snapshotd.repository.model import CHUNK, Piece, WrappedKey
 from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import Signer, TrustedKeys
 from snapshotd.repository.workers import Limits, Workers
@@ -242,7 +242,7 @@ def test_a_key_file_that_cannot_be_used_is_refused(tmp_path: Path, content: byte
 def test_the_journal_remembers_uploads_until_they_are_done(tmp_path: Path) -> None:
     journal = UploadJournal(tmp_path / "uploads")
     journal.open()
-    sealed = SealedKey("key", b"\0\1wrapped")
+    sealed = WrappedKey("key", b"\0\1wrapped")
     journal.add(PendingUpload.of("s1", None))
     journal.add(PendingUpload.of("s2", sealed))
     (tmp_path / "uploads" / "broken.json").write_text("{")
