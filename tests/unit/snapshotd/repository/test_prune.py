@@ -278,7 +278,7 @@ async def test_a_snapshot_deleted_too_long_ago_is_not_brought_back(tmp_path: Pat
     objects.clock.advance(GRACE + timedelta(seconds=1))
     await publish(store, tmp_path, "recent", 3)
     await store.delete("recent")
-    with pytest.raises(NotFound, match="those it has are: recent") as refusal:
+    with pytest.raises(NotFound, match="those that were: recent") as refusal:
         await store.undelete("old")
     assert refusal.value.reason == "SNAPSHOT_NOT_DELETED"
 
