@@ -44,6 +44,7 @@ async def assemble(
     who: Established,
     heartbeat: float = 5.0,
     max_queue: int = DEFAULT_LENGTH,
+    prune_every: float = 0.0,
 ) -> Controller:
     """Read the registry, follow the nodes it knows, and begin to reconcile.
 
@@ -54,6 +55,7 @@ async def assemble(
         who: this controller.
         heartbeat: seconds between a node's heartbeats; three missing ones make it unreachable.
         max_queue: requests that may wait for one deployment.
+        prune_every: seconds between two prunings of each object store; 0: never.
     """
     tasks, inventory = Tasks(), Inventory(clock)
     deployments = Deployments(registry, nodes, inventory, clock)
@@ -62,7 +64,9 @@ async def assemble(
     instances, snapshots = Instances(core), Snapshots(core)
     starts = Starts(core, instances, max_queue)
     serving = Serving(core, starts, instances)
-    reconciler = Reconciler(core, starts, instances, snapshots, silence=3 * heartbeat)
+    reconciler = Reconciler(
+        core, starts, instances, snapshots, silence=3 * heartbeat, prune_every=prune_every
+    )
     stored = await registry.load()
     last_use = dict(stored.last_use or {})
     if who.outdated:

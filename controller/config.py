@@ -65,6 +65,12 @@ class Config(BaseSettings):
     max_queue: int = Field(
         default=DEFAULT_LENGTH, gt=0, le=100_000, description="requests that may wait for one deployment"
     )
+    prune_seconds: float = Field(
+        default=21600.0,
+        ge=0,
+        le=31_536_000,
+        description="between two prunings of each object store by one of its nodes; 0: none but by hand",
+    )
     drain_seconds: float = Field(
         default=30.0, ge=0, le=3600, description="seconds that running calls get at SIGTERM"
     )

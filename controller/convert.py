@@ -459,10 +459,11 @@ def node(identifier: str, message: nodes_pb.Node) -> Node:
         checkpoint_capable=message.checkpoint_capable,
         findings=tuple(Finding(f.check, f.passed, f.message) for f in message.findings),
         object_store=message.object_store,
+        snapshot_limit_bytes=max(0, message.snapshot_limit_bytes),
     )
 
 
-def node_message(facts: Node) -> nodes_pb.Node:
+def node_message(facts: Node, snapshot_bytes: int = 0) -> nodes_pb.Node:
     """A node for callers."""
     # A node that is still being asked what it holds cannot be used either.
     ready = facts.state is NodeState.READY
@@ -482,6 +483,8 @@ def node_message(facts: Node) -> nodes_pb.Node:
             nodes_pb.NodeFinding(check=f.check, passed=f.passed, message=f.message) for f in facts.findings
         ],
         object_store=facts.object_store,
+        snapshot_limit_bytes=facts.snapshot_limit_bytes,
+        snapshot_bytes=snapshot_bytes,
     )
 
 

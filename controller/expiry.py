@@ -8,7 +8,7 @@ anything that this controller has not recorded as its own.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -191,6 +191,37 @@ def plan_node(node: Node, silence: float, retry_at: Mapping[str, float], now: Mo
         now: the time.
     """
     return _due(_node(node, silence), retry_at, now)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A snapshot that a node holds; ``last_use`` is a wall time, ``in_use``: it must stay for now."""
+
+    snapshot: Snapshot
+    last_use: float
+    in_use: bool
+
+
+def plan_room(node: Node, held: Sequence[Held]) -> tuple[DeleteSnapshot, ...]:
+    """What goes so that a node's own snapshots keep to its limit: what was used longest ago.
+
+    Published ones are not among them, because the node lets those go by itself, nor orphans.
+    """
+    excess = sum(one.snapshot.size_bytes for one in held) - node.snapshot_limit_bytes
+    actions: list[DeleteSnapshot] = []
+    if not node.snapshot_limit_bytes:
+        return ()
+    for one in sorted(held, key=lambda one: (one.last_use, one.snapshot.id)):
+        if excess <= 0:
+            break
+        if one.snapshot.orphan or one.in_use:
+            continue
+        excess -= one.snapshot.size_bytes
+        if one.snapshot.published:
+            continue
+        reason = f"nodes/{node.id} holds more than {node.snapshot_limit_bytes} bytes of snapshots"
+        actions.append(DeleteSnapshot(one.snapshot.id, reason))
+    return tuple(actions)
 
 
 def _due(rules: Iterator[tuple[float, Action]], retry_at: Mapping[str, float], now: Moment) -> Plan:

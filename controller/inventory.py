@@ -49,6 +49,9 @@ class Inventory:
         self._started_on: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self._captured_on: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self._departed: list[str] = []
+        # The snapshots that each node holds, with their bytes, and the sums of these.
+        self._held: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        self._held_bytes: defaultdict[str, int] = defaultdict(int)
         # By snapshot: the wall time since which no known node can restore it.
         self._unusable_since: dict[str, float] = {}
 
@@ -228,6 +231,7 @@ class Inventory:
         copies = self._copies.setdefault(snapshot.id, {})
         known = copies.get(snapshot.node)
         copies[snapshot.node] = judged
+        self._weigh(judged.node, judged.id, judged.size_bytes if judged.local else None)
         if known is not None and known.deployment != judged.deployment:
             self._index_snapshot(snapshot.id, known.deployment)
         self._index_snapshot(snapshot.id, judged.deployment)
@@ -253,7 +257,25 @@ class Inventory:
         if not copies:
             self._copies.pop(snapshot, None)
         if dropped is not None:
+            self._weigh(node, snapshot, None)
             self._index_snapshot(snapshot, dropped.deployment)
+
+    def _weigh(self, node: str, snapshot: str, size: int | None) -> None:
+        before = self._held[node].pop(snapshot, None)
+        if size is not None:
+            self._held[node][snapshot] = size
+        if before != size:
+            self._held_bytes[node] += (size or 0) - (before or 0)
+            if node in self.nodes:
+                self.touch(f"nodes/{node}")
+
+    def held_bytes(self, node: str) -> int:
+        """What the snapshots take that a node holds."""
+        return self._held_bytes.get(node, 0)
+
+    def held_on(self, node: str) -> tuple[Snapshot, ...]:
+        """The snapshots that a node holds, as it sees them."""
+        return tuple(self._copies[snapshot][node] for snapshot in self._held.get(node, ()))
 
     def _index_snapshot(self, snapshot: str, deployment: str) -> None:
         copies = self._copies.get(snapshot, {}).values()

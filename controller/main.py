@@ -122,7 +122,13 @@ async def _serve_registry(
     nodes = GrpcNodes(established.identity.id)
     running = Operations(DOMAIN)
     controller = await assemble(
-        nodes, registry, SystemClock(), established, settings.heartbeat_seconds, settings.max_queue
+        nodes,
+        registry,
+        SystemClock(),
+        established,
+        settings.heartbeat_seconds,
+        settings.max_queue,
+        settings.prune_seconds,
     )
     try:
         add_services(server, controller, running, settings, health.draining)

@@ -355,6 +355,8 @@ class Node:
     findings: tuple[Finding, ...] = ()
     # Where it publishes snapshots; empty: nowhere.
     object_store: str = ""
+    # Bytes that its own snapshots may take; 0: no limit.
+    snapshot_limit_bytes: int = 0
     heartbeat_time: float = 0.0
     heartbeat_at: float = 0.0
     since: float = 0.0

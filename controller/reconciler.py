@@ -9,6 +9,7 @@ import asyncio
 import heapq
 from collections import ChainMap
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, assert_never
 
 import structlog
@@ -18,7 +19,7 @@ from controller.backoff import Backoff
 from controller.core import Core
 from controller.expiry import DeleteSnapshot, Forget, GiveUp, KeepWarm, Park, Publish, Stop
 from controller.instances import Instances
-from controller.model import Moment
+from controller.model import Moment, Node, NodeState
 from controller.ports import NODE_UNAVAILABLE
 from controller.snapshots import Snapshots
 from controller.starts.starts import Starts
@@ -82,6 +83,7 @@ class Reconciler:
         snapshots: the commands to snapshots.
         silence: seconds without a heartbeat after which a node is given up.
         save_every: seconds between two saves of last-use times; a crash loses at most that much.
+        prune_every: seconds between two prunings of each object store; 0: never.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Reconciler:
         snapshots: Snapshots,
         silence: float = 15.0,
         save_every: float = 2.0,
+        prune_every: float = 0.0,
     ) -> None:
         self._core = core
         self._starts = starts
@@ -99,6 +102,7 @@ class Reconciler:
         self._snapshots = snapshots
         self._silence = silence
         self._save_every = save_every
+        self._prune_every = prune_every
         # Targets of the actions under way; no target is acted on twice at the same time.
         self._under_way: dict[str, float] = {}
         self._agenda = Agenda()
@@ -111,6 +115,8 @@ class Reconciler:
     async def run(self) -> None:
         """Reconcile until cancelled."""
         self._core.tasks.spawn(self._save_last_use(), "save last use")
+        if self._prune_every:
+            self._core.tasks.spawn(self._prune_stores(), "prune object stores")
         self._core.inventory.on_change = self._wake.set
         for deployment in self._core.deployments.by_id:
             self._core.inventory.touch(f"deployments/{deployment}")
@@ -153,11 +159,32 @@ class Reconciler:
         retry_at = ChainMap(self._under_way, self._restarts.at, self._backoff.at)
         if kind == "nodes":
             node = self._core.inventory.nodes[identifier]
-            return expiry.plan_node(node, self._silence, retry_at, now)
+            plan = expiry.plan_node(node, self._silence, retry_at, now)
+            due = [a for a in self._room(node) if retry_at.get(a.target, 0.0) <= now.monotonic]
+            return replace(plan, actions=(*plan.actions, *due))
         facts = self.facts(identifier, retry_at)
         if facts.deployment is None and not facts.instances and not facts.snapshots:
             return None
         return expiry.plan(facts, now)
+
+    def _room(self, node: Node) -> tuple[expiry.DeleteSnapshot, ...]:
+        inventory = self._core.inventory
+        over = 0 < node.snapshot_limit_bytes < inventory.held_bytes(node.id)
+        if not over or node.state is not NodeState.READY:
+            return ()
+        held = []
+        for snapshot in inventory.held_on(node.id):
+            instances = inventory.instances_of(snapshot.deployment)
+            used = max(
+                snapshot.create_time,
+                snapshot.adopt_time,
+                self._core.deployments.last_use.get(snapshot.deployment, 0.0),
+            )
+            in_use = self._starts.starting(snapshot.deployment) or any(
+                i.busy or i.in_flight or i.report.snapshot == snapshot.id for i in instances
+            )
+            held.append(expiry.Held(snapshot, used, in_use))
+        return expiry.plan_room(node, held)
 
     def facts(self, deployment: str, retry_at: Mapping[str, float]) -> expiry.Facts:
         """The facts that a deployment is planned from.
@@ -250,6 +277,34 @@ class Reconciler:
         self._restarts.failed(key, now)
         await self._starts.start(deployment)
         self._warmed[deployment] = self._core.now()
+
+    async def _prune_stores(self) -> None:
+        """Have one node of each object store delete what no snapshot there needs, again and again."""
+        while True:
+            await self._core.clock.sleep(self._prune_every)
+            stores = {
+                node.object_store: node.id
+                for node in self._core.inventory.nodes.values()
+                if node.object_store and node.state is NodeState.READY
+            }
+            for store, node in stores.items():
+                try:
+                    pruned = await self._snapshots.prune(node, dry_run=False)
+                except DumontError as error:
+                    log.warning(
+                        "prune_failed", store=store, node=node, reason=error.reason, error=error.message
+                    )
+                    self._core.metrics.actions.labels("Prune", "failed").inc()
+                else:
+                    log.info(
+                        "object_store_pruned",
+                        store=store,
+                        node=node,
+                        objects=pruned.object_count,
+                        deleted_bytes=pruned.size_bytes,
+                        kept_bytes=pruned.kept_bytes,
+                    )
+                    self._core.metrics.actions.labels("Prune", "ok").inc()
 
     async def _save_last_use(self) -> None:
         while True:

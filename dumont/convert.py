@@ -206,4 +206,6 @@ def node(message: node_service_pb2.Node) -> types.Node:
         heartbeat_time=time(message, "heartbeat_time"),
         findings=tuple(types.Finding(f.check, f.passed, f.message) for f in message.findings),
         object_store=message.object_store,
+        snapshot_bytes=message.snapshot_bytes,
+        snapshot_limit_bytes=message.snapshot_limit_bytes,
     )

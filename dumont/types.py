@@ -283,7 +283,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Node:
-    """A snapshotd and the machine it runs on. ``object_store``: where it publishes snapshots, or empty."""
+    """A snapshotd and the machine it runs on. ``object_store``: where it publishes snapshots, or empty.
+
+    Its own snapshots take ``snapshot_bytes`` and may take ``snapshot_limit_bytes``, 0 for no limit.
+    """
 
     name: str
     endpoint: str
@@ -297,3 +300,5 @@ class Node:
     heartbeat_time: datetime | None
     findings: tuple[Finding, ...]
     object_store: str
+    snapshot_bytes: int = 0
+    snapshot_limit_bytes: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ INHERITED = ("LD_LIBRARY_PATH", "PYTHONPATH")
 STORE_SECONDS = 10.0
 # Of the node's memory; the rest is for snapshots, parked processes and everything else that runs.
 WEIGHT_CACHE_SHARE = 0.4
+# Of the file system that the node's own snapshots are on.
+FILE_SYSTEM_SHARE = 0.25
+OWN_FILE_SYSTEM_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -306,6 +310,15 @@ async def check_repository(repository: Repository) -> None:
         log.warning("object_store_unusable", reason=error.reason, error=error.message)
 
 
+def snapshot_limit(settings: Settings) -> int:
+    """Bytes that the node's own snapshots may take; 0: no limit."""
+    if settings.cache_bytes is not None:
+        return settings.cache_bytes
+    directory = settings.cache_dir or settings.state_dir
+    share = OWN_FILE_SYSTEM_SHARE if settings.cache_dir and directory.is_mount() else FILE_SYSTEM_SHARE
+    return int(shutil.disk_usage(directory).total * share)
+
+
 def open_snapshots(
     store: SnapshotStore, repository: Repository | None, settings: Settings, instances: Instances
 ) -> Snapshots:
@@ -326,7 +339,7 @@ def open_snapshots(
         store,
         remote,
         settings.state_dir / "damaged",
-        settings.cache_bytes,
+        snapshot_limit(settings),
         instances,
         instances.node.disk,
     )

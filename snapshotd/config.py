@@ -48,10 +48,11 @@ class Settings(BaseSettings):
     cache_dir: Path | None = Field(
         None, description="the node's own snapshots, on disk or tmpfs; unset: in the state directory"
     )
-    cache_bytes: int = Field(
-        0,
+    cache_bytes: int | None = Field(
+        None,
         ge=0,
-        description="bytes they may take; beyond it published ones leave, oldest use first; 0: no limit",
+        description="bytes they may take; beyond it those used longest ago leave, published ones first; "
+        "unset: a quarter of their file system, or nine tenths of one of their own; 0: no limit",
     )
     disk_reserve_bytes: int | None = Field(
         None,

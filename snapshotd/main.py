@@ -66,7 +66,9 @@ async def run(settings: Settings) -> None:
             await check_repository(remote.repository)
         operations = rpc_operations.Operations(DOMAIN)
         inference = Inference(instances)
-        node_servicer = NodeServicer(parts.node, node_id(settings), findings, settings.store_url)
+        node_servicer = NodeServicer(
+            parts.node, node_id(settings), findings, settings.store_url, parts.snapshots.budget
+        )
 
         ownership = Ownership(settings.state_dir / "controller")
         server = new_server(DOMAIN, ServerLimits(), (OwnershipInterceptor(ownership),))

@@ -348,6 +348,7 @@ def _facts(node: Node) -> dict[str, Any]:
         "checkpoint_capable": node.checkpoint_capable,
         "findings": [[f.check, f.passed, f.message] for f in node.findings],
         "object_store": node.object_store,
+        "snapshot_limit_bytes": node.snapshot_limit_bytes,
         "heartbeat_time": node.heartbeat_time,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from controller import convert
 from controller.core import Core
+from controller.model import Node
 from dumont import names
 from dumont.controller.v1 import node_service_pb2 as pb
 from dumont.controller.v1 import node_service_pb2_grpc as pb_grpc
@@ -44,10 +45,11 @@ class NodeService(pb_grpc.NodeServiceServicer):
         return pb.HeartbeatResponse()
 
     async def GetNode(self, request: pb.GetNodeRequest, context: object) -> pb.Node:
-        return convert.node_message(self._inventory.node(names.parse(request.name, "nodes", "name")))
+        return self._message(self._inventory.node(names.parse(request.name, "nodes", "name")))
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: object) -> pb.ListNodesResponse:
         found, token = page(self._inventory.nodes, request.page_size, request.page_token)
-        return pb.ListNodesResponse(
-            nodes=[convert.node_message(node) for node in found], next_page_token=token
-        )
+        return pb.ListNodesResponse(nodes=[self._message(node) for node in found], next_page_token=token)
+
+    def _message(self, node: Node) -> pb.Node:
+        return convert.node_message(node, self._inventory.held_bytes(node.id))

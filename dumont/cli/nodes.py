@@ -6,6 +6,7 @@ import typer
 
 from dumont import sync
 from dumont.cli.output import Endpoint, Json, age, command, print_json, print_table, short, size
+from dumont.types import Node
 
 app = typer.Typer(help="The machines that run models.", no_args_is_help=True)
 
@@ -25,7 +26,18 @@ def ls(json: Json = False, endpoint: Endpoint = None) -> None:
         print_json(found)
         return
     print_table(
-        ("NODE", "STATE", "ENDPOINT", "GPUS", "MEMORY FREE", "CPUS", "CHECKPOINTS", "LAST SEEN", "VERSION"),
+        (
+            "NODE",
+            "STATE",
+            "ENDPOINT",
+            "GPUS",
+            "MEMORY FREE",
+            "CPUS",
+            "SNAPSHOTS",
+            "CHECKPOINTS",
+            "LAST SEEN",
+            "VERSION",
+        ),
         (
             (
                 short(node.name),
@@ -34,6 +46,7 @@ def ls(json: Json = False, endpoint: Endpoint = None) -> None:
                 ", ".join(node.gpu_models) or "none",
                 f"{size(node.memory_available_bytes)} of {size(node.memory_total_bytes)}",
                 str(node.cpu_count),
+                kept(node),
                 "yes" if node.checkpoint_capable else "no",
                 age(node.heartbeat_time),
                 node.version,
@@ -41,3 +54,9 @@ def ls(json: Json = False, endpoint: Endpoint = None) -> None:
             for node in found
         ),
     )
+
+
+def kept(node: Node) -> str:
+    """What its own snapshots take, of what they may."""
+    limit = size(node.snapshot_limit_bytes) if node.snapshot_limit_bytes else "no limit"
+    return f"{size(node.snapshot_bytes)} of {limit}"

@@ -100,6 +100,7 @@ async def _register(
             cpu_count=described.cpu_count,
             checkpoint_capable=described.checkpoint_capable,
             object_store=described.object_store,
+            snapshot_limit_bytes=described.snapshot_limit_bytes,
             findings=[
                 pb2.NodeFinding(check=finding.check, passed=finding.passed, message=finding.message)
                 for finding in described.findings

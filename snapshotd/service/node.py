@@ -20,11 +20,23 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class NodeServicer(pb2_grpc.NodeServiceServicer):
-    def __init__(self, node: Node, node_id: str, findings: Sequence[Finding], object_store: str = "") -> None:
+    """
+    Args:
+        node: what it runs.
+        node_id: its id.
+        findings: of the checks at its start.
+        object_store: its URL; empty: none.
+        limit: bytes that its own snapshots may take; 0: no limit.
+    """
+
+    def __init__(
+        self, node: Node, node_id: str, findings: Sequence[Finding], object_store: str = "", limit: int = 0
+    ) -> None:
         self.node = node
         self.node_id = node_id
         self.findings = findings
         self.object_store = object_store
+        self.snapshot_limit = limit
 
     async def GetNode(self, request: pb2.GetNodeRequest, context: Context) -> pb2.Node:
         return self.describe()
@@ -47,4 +59,5 @@ class NodeServicer(pb2_grpc.NodeServiceServicer):
             findings=convert.findings(self.findings),
             checkpoint_capable=all(finding.passed for finding in self.findings),
             object_store=self.object_store,
+            snapshot_limit_bytes=self.snapshot_limit,
         )

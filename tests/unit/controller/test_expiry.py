@@ -11,12 +11,14 @@ from controller.expiry import (
     Facts,
     Forget,
     GiveUp,
+    Held,
     KeepWarm,
     Park,
     Plan,
     Stop,
     plan,
     plan_node,
+    plan_room,
 )
 from controller.model import (
     Checkpoint,
@@ -243,3 +245,27 @@ def test_a_failed_action_is_put_off() -> None:
 def test_a_wall_clock_that_jumps_moves_no_idle_timer() -> None:
     known = facts(instances=(instance(),))
     assert plan(known, Moment(WALL + 3600, STEADY + 10)).actions == ()
+
+
+def held(identifier: str, last_use: float, *, in_use: bool = False, **changes: object) -> Held:
+    return Held(snapshot(identifier, size_bytes=10, **changes), last_use, in_use)
+
+
+def test_beyond_a_node_s_limit_what_was_used_longest_ago_goes_and_no_more() -> None:
+    limited = Node("n1", "x:1", snapshot_limit_bytes=25)
+    kept = [held("old", 1.0), held("older", 0.5), held("new", 2.0)]
+    assert [action.snapshot for action in plan_room(limited, kept)] == ["older"]
+    assert plan_room(replace(limited, snapshot_limit_bytes=30), kept) == ()
+    assert plan_room(replace(limited, snapshot_limit_bytes=0), kept) == ()
+
+
+def test_what_is_used_or_not_ours_stays_and_what_is_published_is_the_node_s_own_to_let_go() -> None:
+    limited = Node("n1", "x:1", snapshot_limit_bytes=15)
+    kept = [
+        held("orphan", 0.0, owner=None),
+        held("restored from", 1.0, in_use=True),
+        held("published", 2.0, published=True),
+        held("here alone", 3.0),
+        held("newest", 4.0),
+    ]
+    assert [action.snapshot for action in plan_room(limited, kept)] == ["here alone", "newest"]

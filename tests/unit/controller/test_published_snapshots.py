@@ -269,3 +269,34 @@ async def test_a_damaged_copy_is_restored_from_the_store_in_the_same_start(two_n
     assert info.tier is Tier.REMOTE
     assert len(two_nodes.nodes.named("restore")) == 2
     assert two_nodes.nodes.named("start") == two_nodes.nodes.named("start")[:1]
+
+
+async def test_each_object_store_is_pruned_by_one_of_its_nodes_by_itself(world) -> None:
+    await world.controller.close()
+    await world.boot(prune_every=3600)
+    for name, store in (("n1", "s3://one"), ("n2", "s3://one"), ("n3", "s3://two"), ("n4", "")):
+        await world.node(name, object_store=store)
+    # When one of the stores refuses, the other one is pruned all the same, and both are the next time
+    world.nodes.fail("prune", FailedPrecondition("PRUNE_BLOCKED", "a manifest cannot be read"))
+    await world.advance(3700)
+    await world.advance(3700)
+    pruned = [node for _, node, _ in world.nodes.named("prune")]
+    assert sorted(pruned) == ["n2", "n2", "n3", "n3"]
+
+
+async def test_a_node_over_its_limit_loses_what_was_used_longest_ago(world) -> None:
+    await world.node("n1")
+    limited = replace(world.inventory.nodes["n1"], snapshot_limit_bytes=25)
+    world.inventory.put_node(limited)
+    for name in ("a", "b", "c"):
+        await world.deploy(identifier=name)
+        await world.ask(name)
+        world.nodes.lose("n1", world.inventory.instances_of(name)[0].id)
+        await world.advance(10)
+    # Given that each of the snapshots takes ten bytes
+    held = world.nodes.world["n1"].snapshots
+    held.update({key: replace(value, size_bytes=10) for key, value in held.items()})
+    await world.controller.core.fleet.refresh_snapshots("n1")
+    await world.settle()
+    assert sorted(snapshot.deployment for snapshot in held.values()) == ["b", "c"]
+    assert world.inventory.held_bytes("n1") == 20
