@@ -24,8 +24,10 @@ SOURCES = (
     "proto", "dumont", "controller", "snapshotd", "model_host", "deploy/services",
 )  # fmt: skip
 SERVICES_ONLY = (
-    "controller/", "snapshotd/", "model_host/", "dumont/benchmarks/", "dumont/up.py", "dumont/cli/up.py",
+    "controller/", "snapshotd/", "model_host/", "dumont/aio.py", "dumont/benchmarks/",
+    "dumont/up.py", "dumont/cli/up.py",
     "dumont/cli/bench.py", "dumont/model_directory.py", "dumont/model_host/", "dumont/snapshotd/",
+    "dumont/state_directory.py",
 )  # fmt: skip
 
 GENERATE = """
