@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from snapshotd.preflight import cache_directory, find_criu
+from tests.helpers.models import make_model
 from tests.helpers.s3_server import S3Server
 from tests.helpers.s3_server import s3_server as run_s3_server
 
@@ -114,6 +115,15 @@ def instruct_model() -> Path:
 def embedding_model() -> Path:
     """A directory with a small sentence embedding model."""
     return _model("sentence-transformers/all-MiniLM-L6-v2")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model of random weights that loads in a moment.
+
+    It is for tests that need an answer to be the same and not to be good; its answers depend on all weights.
+    """
+    return make_model(tmp_path_factory.mktemp("models") / "small", hidden=128, layers=2)
 
 
 @pytest.fixture(scope="session")

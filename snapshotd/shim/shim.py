@@ -257,7 +257,9 @@ class Shim:
         """To the model host, which answers itself."""
         self._must_run()
         forwarded = message["message"] | {"id": message.get("id")}
-        os.write(self.pipes.to_host, json.dumps(forwarded).encode() + b"\n")
+        # It is ending: the daemon is told how as soon as it has ended, which answers this as well.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.pipes.to_host, json.dumps(forwarded).encode() + b"\n")
 
     def _answer(self, message: Message, command: Callable[[Message], Message | None]) -> None:
         answer: Message = {"id": message.get("id")}

@@ -106,15 +106,16 @@ def refused(daemon: Daemon, instance: str, snapshot: str = "one", digest: str = 
     try:
         restore(daemon, instance, snapshot, digest)
     except DumontError as error:
-        left = [
-            found.name
-            for found in daemon.instances.ListInstances(instances_pb2.ListInstancesRequest()).instances
-        ]
-        if f"instances/{instance}" in left:
+        if instance in instances(daemon):
             assert daemon.get(instance).state == instances_pb2.Instance.STATE_FAILED
             daemon.stop_instance(instance)
         return error
     raise AssertionError(f"snapshots/{snapshot} was restored")
+
+
+def instances(daemon: Daemon) -> list[str]:
+    answer = daemon.instances.ListInstances(instances_pb2.ListInstancesRequest())
+    return [instance.name.removeprefix("instances/") for instance in answer.instances]
 
 
 def listed(daemon: Daemon) -> dict[str, Snapshot]:

@@ -45,9 +45,9 @@ def traced(pid: int) -> Iterator[None]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def node(
-    criu: Path, instruct_model: Path, tmp_path_factory: pytest.TempPathFactory
+    criu: Path, small_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[NodeUnderTest]:
-    under_test = NodeUnderTest(tmp_path_factory.mktemp("node"), instruct_model)
+    under_test = NodeUnderTest(tmp_path_factory.mktemp("node"), small_model)
     yield under_test
     await under_test.close()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dumont
-from tests.systemd_unit import environment
+from tests.helpers.systemd_unit import environment
 
 pytestmark = pytest.mark.node
 

@@ -36,9 +36,9 @@ def daemon(
 
 
 @pytest.fixture(scope="module")
-def instance(daemon: Daemon, instruct_model: Path) -> str:
+def instance(daemon: Daemon, small_model: Path) -> str:
     """An instance that has answered, with a snapshot taken before."""
-    daemon.start_instance("one", instruct_model)
+    daemon.start_instance("one", small_model)
     request = pb2.CaptureInstanceRequest(name="instances/one", snapshot_id="one")
     snapshot = snapshots_pb2.Snapshot()
     daemon.wait(daemon.instances.CaptureInstance(request), snapshot)
@@ -127,7 +127,7 @@ def test_a_killed_shim_leaves_neither_file_nor_cgroup(daemon: Daemon, instance: 
 
 @pytest.mark.parametrize("step", ["prepare", "drain", "quiesce", "dump", "wake", "commit"])
 def test_a_crash_in_the_middle_of_a_capture_leaves_the_source_serving(
-    daemon: Daemon, instance: str, instruct_model: Path, step: str
+    daemon: Daemon, instance: str, small_model: Path, step: str
 ) -> None:
     # given: a source that nobody has asked anything
     source = pb2.Instance()
@@ -178,22 +178,22 @@ def test_a_crash_in_the_middle_of_a_restore_leaves_nothing(daemon: Daemon, insta
     daemon.stop_instance("half")
 
 
-def test_the_same_start_twice_is_one_start(daemon: Daemon, instruct_model: Path) -> None:
-    request = pb2.StartInstanceRequest(instance_id="twice", model=str(instruct_model))
+def test_the_same_start_twice_is_one_start(daemon: Daemon, small_model: Path) -> None:
+    request = pb2.StartInstanceRequest(instance_id="twice", model=str(small_model))
     first = daemon.instances.StartInstance(request)
     second = daemon.instances.StartInstance(request)
     assert first.name == second.name
     daemon.wait(first, pb2.Instance())
 
-    other = pb2.StartInstanceRequest(instance_id="twice", model=str(instruct_model), deployment="other")
+    other = pb2.StartInstanceRequest(instance_id="twice", model=str(small_model), deployment="other")
     error = refusal(lambda: daemon.instances.StartInstance(other))
     assert (error.reason, error.field) == ("INSTANCE_EXISTS", "instance_id")
     daemon.stop_instance("twice")
     assert isinstance(refusal(lambda: daemon.get("twice")), NotFound)
 
 
-def test_an_instance_that_is_starting_can_be_stopped(daemon: Daemon, instruct_model: Path) -> None:
-    request = pb2.StartInstanceRequest(instance_id="short", model=str(instruct_model))
+def test_an_instance_that_is_starting_can_be_stopped(daemon: Daemon, small_model: Path) -> None:
+    request = pb2.StartInstanceRequest(instance_id="short", model=str(small_model))
     operation = daemon.instances.StartInstance(request)
     for change in daemon.instances.WatchInstances(pb2.WatchInstancesRequest()):
         if change.instance.name == "instances/short":
@@ -237,8 +237,8 @@ def test_what_runs_on_the_cpu_goes_to_no_gpu(daemon: Daemon, instance: str) -> N
     assert daemon.get(instance).gpu == ""
 
 
-def test_a_start_on_a_gpu_that_is_not_here_is_refused(daemon: Daemon, instruct_model: Path) -> None:
-    request = pb2.StartInstanceRequest(instance_id="nowhere", model=str(instruct_model), gpu="0")
+def test_a_start_on_a_gpu_that_is_not_here_is_refused(daemon: Daemon, small_model: Path) -> None:
+    request = pb2.StartInstanceRequest(instance_id="nowhere", model=str(small_model), gpu="0")
     error = refusal(lambda: daemon.wait(daemon.instances.StartInstance(request), pb2.Instance()))
     assert (error.reason, error.field) == ("GPU_UNKNOWN", "gpu")
     daemon.stop_instance("nowhere")

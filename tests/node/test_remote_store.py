@@ -47,7 +47,7 @@ def bucket(s3_server: S3Server) -> Iterator[S3Server]:
 @pytest.fixture(scope="module")
 def nodes(
     criu: Path,
-    instruct_model: Path,
+    small_model: Path,
     bucket: S3Server,
     free_port: Callable[[], int],
     tmp_path_factory: pytest.TempPathFactory,
@@ -55,7 +55,7 @@ def nodes(
     """A snapshot that node ``a`` has captured and published; nothing else is left of ``a``."""
     made = StoreNodes(tmp_path_factory.mktemp("nodes"), free_port, f"s3://{bucket.bucket}/nodes")
     with made.node("a") as a:
-        a.start_instance("source", instruct_model)
+        a.start_instance("source", small_model)
         captured = capture(a)
         assert (captured.local, captured.published) == (True, False)
         assert publish(a).published
@@ -136,16 +136,14 @@ def test_another_manifest_than_the_one_asked_for_is_refused(b: Daemon) -> None:
     assert error.reason == "MANIFEST_REPLACED"
 
 
-def test_a_fetched_snapshot_leaves_a_full_cache_and_comes_again(
-    nodes: StoreNodes, instruct_model: Path
-) -> None:
+def test_a_fetched_snapshot_leaves_a_full_cache_and_comes_again(nodes: StoreNodes, small_model: Path) -> None:
     with nodes.node("small", "--cache-bytes", str(300 << 20)) as small:
         restore(small, "one")
         small.stop_instance("one")
         assert listed(small)["one"].local
 
         # when: another snapshot needs the room, and is published
-        small.start_instance("source", instruct_model)
+        small.start_instance("source", small_model)
         capture(small, snapshot="two")
         publish(small, "two")
         restore(small, "two", "two")
@@ -163,10 +161,10 @@ def test_a_fetched_snapshot_leaves_a_full_cache_and_comes_again(
 
 
 def test_deleted_here_is_deleted_everywhere_and_pruned_later(
-    nodes: StoreNodes, instruct_model: Path, bucket: S3Server
+    nodes: StoreNodes, small_model: Path, bucket: S3Server
 ) -> None:
     with nodes.node("c", "--store-grace-seconds", "0", store=f"s3://{bucket.bucket}/deleted") as c:
-        c.start_instance("source", instruct_model)
+        c.start_instance("source", small_model)
         capture(c)
         publish(c)
         assert prune(c, dry_run=True).object_count == 0
@@ -182,7 +180,7 @@ def test_deleted_here_is_deleted_everywhere_and_pruned_later(
 
 
 def test_nothing_of_an_encrypted_snapshot_can_be_read_without_its_key(
-    nodes: StoreNodes, instruct_model: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
+    nodes: StoreNodes, small_model: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # given: a model host whose memory holds a marker, and nodes with and without the key
     marker = f"marker-{os.urandom(16).hex()}".encode()
@@ -192,7 +190,7 @@ def test_nothing_of_an_encrypted_snapshot_can_be_read_without_its_key(
     key.chmod(0o600)
     store = f"s3://{bucket.bucket}/encrypted"
     with nodes.node("d", "--encryption-key-file", str(key), store=store) as d:
-        d.start_instance("source", instruct_model)
+        d.start_instance("source", small_model)
         capture(d)
         assert readable(nodes.root / "d/snapshots", marker) == ["one"]
         nodes.copy_snapshots("d", "plain")
@@ -240,10 +238,10 @@ def test_a_store_that_stumbles_delays_a_restore_and_does_not_fail_it(
 
 
 def test_while_the_store_is_down_what_is_here_serves_and_the_rest_is_unavailable(
-    nodes: StoreNodes, proxy: FaultProxy, b: Daemon, instruct_model: Path
+    nodes: StoreNodes, proxy: FaultProxy, b: Daemon, small_model: Path
 ) -> None:
     # given: one snapshot is here, one only there
-    b.start_instance("source", instruct_model)
+    b.start_instance("source", small_model)
     capture(b, snapshot="here")
     proxy.down()
 
@@ -304,12 +302,12 @@ def test_a_disk_that_fills_up_in_the_middle_refuses_a_fetch_and_the_node_serves_
 
 
 def test_a_full_disk_refuses_a_capture_whose_source_serves_on(
-    nodes: StoreNodes, instruct_model: Path, tmp_path: Path
+    nodes: StoreNodes, small_model: Path, tmp_path: Path
 ) -> None:
     subprocess.run(("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(tmp_path)), check=True)
     try:
         with nodes.node("brimful", "--cache-dir", str(tmp_path / "cache")) as brimful:
-            brimful.start_instance("source", instruct_model)
+            brimful.start_instance("source", small_model)
             with pytest.raises(DumontError) as refused:
                 capture(brimful)
             assert (refused.value.reason, refused.value.code) == ("DISK_FULL", "RESOURCE_EXHAUSTED")

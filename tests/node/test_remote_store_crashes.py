@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
-from dumont.errors import Unavailable
-from snapshotd.failpoints import CRASHED
+from snapshotd.repository.repository import Repository
+from tests.contracts.store_process import collect, open_store
 from tests.node.daemon import Daemon
 from tests.node.store_nodes import StoreNodes, capture, delete, listed, prune, publish, restore
 
@@ -23,13 +23,14 @@ FETCH = ["restore.fetch", "fetch.chunk", "fetch.chunk.after", "restore.fetch.aft
 DELETE = ["delete.tombstone", "delete.manifest", "delete.manifest.after"]
 PRUNE = ["prune.chunk", "prune.chunk.after", "prune.tombstone", "prune.tombstone.after"]
 
+PRUNES_AT_ONCE = ("--store-grace-seconds", "0")
 SNAPSHOTD = Path(__file__).parents[2] / "snapshotd"
 
 
 def test_every_point_that_the_store_names_is_walked() -> None:
     named = {
         point
-        for path in (SNAPSHOTD / "store").glob("*.py")
+        for path in (SNAPSHOTD / "repository").glob("*.py")
         for point in re.findall(r'failpoints\.hit\("([a-z_.]+)"\)', path.read_text())
     }
     assert named
@@ -39,57 +40,67 @@ def test_every_point_that_the_store_names_is_walked() -> None:
 @pytest.fixture(scope="module")
 def nodes(
     criu: Path,
-    instruct_model: Path,
+    small_model: Path,
     free_port: Callable[[], int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> StoreNodes:
-    """Node ``a`` has captured one snapshot, and nothing is published."""
+    """What a node and the store held at three moments of a life.
+
+    ``captured`` has the snapshot ``one``, and nothing is published. ``published`` has published it, to
+    ``bucket-published``. In ``bucket-deleted`` there is also what is left of ``two``, which was deleted.
+    """
     root = tmp_path_factory.mktemp("crashes")
     made = StoreNodes(root, free_port, f"file://{root}/bucket")
     with made.node("a") as a:
-        made.fill(a, instruct_model)
+        made.fill(a, small_model)
+        made.copy_snapshots("a", "captured")
+        publish(a)
+        made.copy_snapshots("a", "published")
+        shutil.copytree(root / "bucket", root / "bucket-published")
+        restore(a, "second")
+        capture(a, "second", "two")
+        publish(a, "two")
+        delete(a, "two")
+    (root / "bucket").rename(root / "bucket-deleted")
     return made
 
 
 @pytest.fixture
-def a(nodes: StoreNodes) -> Iterator[str]:
-    """The name of a node as ``a`` was before anything was published, with an empty store."""
+def bucket(nodes: StoreNodes) -> Iterator[Path]:
+    """The store's directory, which does not exist yet."""
+    yield nodes.root / "bucket"
     shutil.rmtree(nodes.root / "bucket", ignore_errors=True)
-    nodes.copy_snapshots("a", "a-again")
-    yield "a-again"
-    shutil.rmtree(nodes.root / "a-again")
-    shutil.rmtree(nodes.root / "b", ignore_errors=True)
+    for node in ("a-again", "b"):
+        shutil.rmtree(nodes.root / node, ignore_errors=True)
 
 
 @pytest.fixture
-def published(nodes: StoreNodes, a: str) -> str:
-    """The same, and the snapshot is published."""
-    with nodes.node(a) as daemon:
-        publish(daemon)
-    return a
+def published(nodes: StoreNodes, bucket: Path) -> None:
+    """The store holds ``one``."""
+    shutil.copytree(nodes.root / "bucket-published", bucket)
 
 
-def crash(daemon: Daemon, work: Callable[[], object]) -> None:
-    """Do what makes the daemon reach its failpoint, and see it end there."""
-    daemon.start()
-    process = daemon.process
-    assert process is not None
-    with pytest.raises((grpc.RpcError, Unavailable)):
-        work()
-    assert process.wait(timeout=30) == CRASHED
-    daemon.process = None
-    daemon.channel.close()
-    daemon.output.close()
+def as_it_was(nodes: StoreNodes, moment: str, *flags: str) -> Daemon:
+    """A node that holds what the first one held then."""
+    nodes.copy_snapshots(moment, "a-again")
+    return nodes.node("a-again", *flags)
+
+
+def repository(nodes: StoreNodes) -> Repository:
+    """The store as another node sees it that trusts the first."""
+    return open_store(str(nodes.root / "bucket"), nodes.root / "a" / "signing.key")
 
 
 def check_all_is_well(nodes: StoreNodes) -> None:
-    """Every listed snapshot restores on a new node, and after a prune nothing is there that none needs."""
-    with nodes.node("b", "--store-grace-seconds", "0") as b:
-        for snapshot in listed(b):
-            restore(b, f"from-{snapshot}", snapshot)
-            assert b.generate(f"from-{snapshot}") == nodes.answer
-        prune(b)
-        prune(b)
+    """Every byte of what is listed can be fetched, and after a prune nothing is there that none needs."""
+
+    async def fetch_and_prune(store: Repository) -> None:
+        for snapshot in await store.list():
+            await store.verify(snapshot)
+        await collect(store)
+        await collect(store)
+
+    asyncio.run(fetch_and_prune(repository(nodes)))
     bucket = nodes.root / "bucket"
     needed = {
         chunk
@@ -101,83 +112,83 @@ def check_all_is_well(nodes: StoreNodes) -> None:
 
 
 @pytest.mark.parametrize("point", UPLOAD)
-def test_an_upload_goes_on_after_a_crash(nodes: StoreNodes, a: str, point: str) -> None:
-    daemon = nodes.node(a, "--failpoints", f"{point}=exit")
-    crash(daemon, lambda: publish(daemon))
-    assert (nodes.root / a / "uploads" / "one.json").exists()
+def test_an_upload_goes_on_after_a_crash(nodes: StoreNodes, bucket: Path, point: str) -> None:
+    with as_it_was(nodes, "captured") as a:
+        a.crash(point, lambda: publish(a))
+        assert (a.state_dir / "uploads" / "one.json").exists()
 
-    # Nothing half-written is listed.
-    with nodes.node("b") as b:
-        assert list(listed(b)) == (["one"] if point == "upload.manifest.after" else [])
-    shutil.rmtree(nodes.root / "b")
+        # Nothing half-written is listed.
+        there = [snapshot.manifest.id for snapshot in asyncio.run(repository(nodes).list())]
+        assert there == (["one"] if point == "upload.manifest.after" else [])
 
-    with nodes.node(a) as again:
         # The upload was resumed when it started; this joins it, or finds it done.
-        assert publish(again).published
-        assert not (nodes.root / a / "uploads" / "one.json").exists()
-        assert listed(again)["one"].published
+        a.start()
+        assert publish(a).published
+        assert not (a.state_dir / "uploads" / "one.json").exists()
+        assert listed(a)["one"].published
     check_all_is_well(nodes)
 
 
 @pytest.mark.parametrize("point", FETCH)
-def test_a_fetch_leaves_nothing_half_there(nodes: StoreNodes, published: str, point: str) -> None:
-    daemon = nodes.node("b", "--failpoints", f"{point}=exit")
-    crash(daemon, lambda: restore(daemon, "victim"))
-
+def test_a_fetch_leaves_nothing_half_there(nodes: StoreNodes, published: None, point: str) -> None:
     with nodes.node("b") as b:
+        b.crash(point, lambda: restore(b, "victim"))
+
+        b.start()
         known = listed(b)["one"]
         assert known.published
         assert known.local is (point in ("restore.fetch.after", "restore.verify"))
-        assert list((nodes.root / "b/snapshots").glob(".staged-*")) == []
+        assert list((b.state_dir / "snapshots").glob(".staged-*")) == []
         restore(b, "back")
         assert b.generate("back") == nodes.answer
-    shutil.rmtree(nodes.root / "b")
     check_all_is_well(nodes)
 
 
 @pytest.mark.parametrize("point", DELETE)
-def test_a_deletion_can_be_repeated(nodes: StoreNodes, published: str, point: str) -> None:
-    daemon = nodes.node(published, "--failpoints", f"{point}=exit")
-    crash(daemon, lambda: delete(daemon))
+def test_a_deletion_can_be_repeated(nodes: StoreNodes, published: None, bucket: Path, point: str) -> None:
+    with as_it_was(nodes, "published", *PRUNES_AT_ONCE) as a:
+        a.crash(point, lambda: delete(a))
 
-    with nodes.node(published, "--store-grace-seconds", "0") as again:
-        assert list(listed(again)) == ["one"]
-        restore(again, "back")
-        again.stop_instance("back")
-        delete(again)
-        assert listed(again) == {}
+        a.start()
+        assert list(listed(a)) == ["one"]
+        restore(a, "back")
+        a.stop_instance("back")
+        delete(a)
+        assert listed(a) == {}
     check_all_is_well(nodes)
-    assert list((nodes.root / "bucket" / "chunks").glob("*/*/*")) == []
+    assert list((bucket / "chunks").glob("*/*/*")) == []
 
 
 @pytest.mark.parametrize("point", PRUNE)
-def test_a_prune_can_be_killed(nodes: StoreNodes, published: str, instruct_model: Path, point: str) -> None:
+def test_a_prune_can_be_killed(nodes: StoreNodes, bucket: Path, point: str) -> None:
     # given: one snapshot stays, another was deleted
-    with nodes.node(published) as daemon:
-        restore(daemon, "source")
-        capture(daemon, snapshot="two")
-        publish(daemon, "two")
-        delete(daemon, "two")
+    shutil.copytree(nodes.root / "bucket-deleted", bucket)
 
-    daemon = nodes.node(published, "--store-grace-seconds", "0", "--failpoints", f"{point}=exit")
+    with as_it_was(nodes, "published", *PRUNES_AT_ONCE) as a:
 
-    def prune_twice() -> None:
-        prune(daemon)
-        prune(daemon)
+        def prune_twice() -> None:
+            prune(a)
+            prune(a)
 
-    crash(daemon, prune_twice)
+        a.crash(point, prune_twice)
 
     check_all_is_well(nodes)
-    assert [path for path in (nodes.root / "bucket" / "deleted").rglob("*") if path.is_file()] == []
+    assert [snapshot.manifest.id for snapshot in asyncio.run(repository(nodes).list())] == ["one"]
+    assert [path for path in (bucket / "deleted").rglob("*") if path.is_file()] == []
 
 
-def test_an_upload_that_was_cut_sends_no_chunk_twice(nodes: StoreNodes, a: str) -> None:
-    daemon = nodes.node(a, "--failpoints", "upload.manifest=exit")
-    crash(daemon, lambda: publish(daemon))
-    before = {path: path.stat().st_mtime_ns for path in (nodes.root / "bucket/chunks").glob("*/*/*")}
-    assert len(before) > 10
+def test_an_upload_that_was_cut_sends_no_chunk_twice_and_serves_on_another_node(
+    nodes: StoreNodes, bucket: Path
+) -> None:
+    with as_it_was(nodes, "captured") as a:
+        a.crash("upload.manifest", lambda: publish(a))
+        before = {path: path.stat().st_mtime_ns for path in (bucket / "chunks").glob("*/*/*")}
+        assert len(before) > 10
 
-    with nodes.node(a) as again:
-        publish(again)
+        a.start()
+        publish(a)
+        assert {path: path.stat().st_mtime_ns for path in (bucket / "chunks").glob("*/*/*")} == before
 
-    assert {path: path.stat().st_mtime_ns for path in (nodes.root / "bucket/chunks").glob("*/*/*")} == before
+    with nodes.node("b") as b:
+        restore(b, "back")
+        assert b.generate("back") == nodes.answer

@@ -171,7 +171,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Bucket], None], str]] = {
 @pytest.fixture(scope="module")
 def nodes(
     criu: Path,
-    instruct_model: Path,
+    small_model: Path,
     free_port: Callable[[], int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> StoreNodes:
@@ -179,7 +179,7 @@ def nodes(
     root = tmp_path_factory.mktemp("tampered")
     made = StoreNodes(root, free_port, f"file://{root}/bucket")
     with made.node("a", store=f"file://{root}/pristine") as a:
-        a.start_instance("source", instruct_model)
+        a.start_instance("source", small_model)
         made.digest = capture(a).manifest_digest
         capture(a, snapshot="two")
         publish(a)

@@ -13,7 +13,17 @@ from snapshotd.system.mounts import UNSEALED_SOURCE
 from snapshotd.system.tmpfs import Tmpfs
 from tests.node.daemon import Daemon
 from tests.node.markers import readable
-from tests.node.store_nodes import StoreNodes, capture, delete, listed, publish, refused, restore, verify
+from tests.node.store_nodes import (
+    StoreNodes,
+    capture,
+    delete,
+    instances,
+    listed,
+    publish,
+    refused,
+    restore,
+    verify,
+)
 from tests.unit.snapshotd.repository.world import a_key_file
 
 pytestmark = pytest.mark.node
@@ -47,7 +57,7 @@ def marker() -> Iterator[bytes]:
 @pytest.fixture(scope="module")
 def nodes(
     criu: Path,
-    instruct_model: Path,
+    small_model: Path,
     marker: bytes,
     free_port: Callable[[], int],
     tmp_path_factory: pytest.TempPathFactory,
@@ -57,17 +67,34 @@ def nodes(
     made = StoreNodes(root, free_port, f"file://{root}/bucket")
     a_key_file(root / "key")
     with sealed(made, "a") as a:
-        made.fill(a, instruct_model)
+        made.fill(a, small_model)
     return made
 
 
-@pytest.fixture
-def a(nodes: StoreNodes) -> Iterator[Daemon]:
-    """A node that holds what ``a`` does, before anything was published."""
-    nodes.copy_snapshots("a", "a-again")
-    with sealed(nodes, "a-again") as daemon:
+@pytest.fixture(scope="module")
+def shared(nodes: StoreNodes) -> Iterator[Daemon]:
+    """Node ``a`` itself."""
+    with sealed(nodes, "a") as daemon:
         yield daemon
-    shutil.rmtree(nodes.root / "a-again")
+
+
+@pytest.fixture
+def a(shared: Daemon) -> Iterator[Daemon]:
+    """Node ``a``, running, for tests that leave it the snapshot ``one`` as it was, and no other."""
+    if shared.process is None:
+        shared.start()
+    yield shared
+    for instance in instances(shared):
+        shared.stop_instance(instance)
+
+
+@pytest.fixture
+def own(nodes: StoreNodes) -> Iterator[Daemon]:
+    """A node that holds what ``a`` does and can be changed for good."""
+    nodes.copy_snapshots("a", "own")
+    with sealed(nodes, "own") as daemon:
+        yield daemon
+    shutil.rmtree(nodes.root / "own")
     shutil.rmtree(nodes.root / "bucket", ignore_errors=True)
 
 
@@ -83,11 +110,11 @@ def unsealed(daemon: Daemon) -> list[str]:
 
 
 def test_a_marker_in_a_model_host_s_memory_is_readable_nowhere_once_it_is_captured(
-    nodes: StoreNodes, marker: bytes, instruct_model: Path
+    nodes: StoreNodes, marker: bytes, small_model: Path
 ) -> None:
     # given: a node that does not encrypt, where the search finds it, in compressed chunks as well
     with nodes.node("plain") as plain:
-        plain.start_instance("source", instruct_model)
+        plain.start_instance("source", small_model)
         capture(plain)
         assert readable(nodes.root / "plain", marker) == ["snapshots"]
         publish(plain)
@@ -96,7 +123,7 @@ def test_a_marker_in_a_model_host_s_memory_is_readable_nowhere_once_it_is_captur
 
     # when: captured, and its instance goes on
     with sealed(nodes, "b") as b:
-        b.start_instance("source", instruct_model)
+        b.start_instance("source", small_model)
         capture(b)
         assert b.generate("source") == nodes.answer
 
@@ -153,6 +180,8 @@ def test_an_instance_goes_on_under_the_next_daemon_and_can_be_captured_there(
 
     restore(a, "back", "two")
     assert a.generate("back") == nodes.answer
+    a.stop_instance("back")
+    delete(a, "two")
 
 
 def test_the_memory_is_root_s_alone_never_swapped_and_given_back_at_exit(
@@ -177,7 +206,7 @@ def test_with_another_key_it_is_refused_before_criu_is_called(
 ) -> None:
     a.terminate()
     a_key_file(nodes.root / "another-key")
-    with sealed(nodes, "a-again", "another-key") as other:
+    with sealed(nodes, "a", "another-key") as other:
         assert listed(other)["one"].local
         refusal = refused(other, "victim")
         assert (refusal.reason, refusal.metadata["step"]) == ("KEY_MISSING", "restore.verify")
@@ -190,11 +219,11 @@ def test_with_another_key_it_is_refused_before_criu_is_called(
 
 
 def test_a_damaged_chunk_is_refused_before_criu_is_called_and_the_snapshot_quarantined(
-    nodes: StoreNodes, a: Daemon
+    nodes: StoreNodes, own: Daemon
 ) -> None:
-    verify(a)
+    verify(own)
     chunk = max(
-        (a.state_dir / "snapshots/.sealed/one/chunks").rglob("*/*/*"), key=lambda path: path.stat().st_size
+        (own.state_dir / "snapshots/.sealed/one/chunks").rglob("*/*/*"), key=lambda path: path.stat().st_size
     )
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
@@ -202,15 +231,15 @@ def test_a_damaged_chunk_is_refused_before_criu_is_called_and_the_snapshot_quara
     chunk.unlink()
     chunk.write_bytes(data)
 
-    refusal = refused(a, "victim")
+    refusal = refused(own, "victim")
 
     assert (refusal.reason, refusal.metadata["step"]) == ("CHUNK_DAMAGED", "restore.verify")
-    assert refused(a, "again").reason == "SNAPSHOT_QUARANTINED"
-    assert unsealed(a) == []
+    assert refused(own, "again").reason == "SNAPSHOT_QUARANTINED"
+    assert unsealed(own) == []
 
 
-def test_a_fetched_snapshot_is_encrypted_here_as_well(nodes: StoreNodes, marker: bytes, a: Daemon) -> None:
-    publish(a)
+def test_a_fetched_snapshot_is_encrypted_here_as_well(nodes: StoreNodes, marker: bytes, own: Daemon) -> None:
+    publish(own)
     with sealed(nodes, "c") as c:
         fetched = restore(c, "back")
         assert [phase.name for phase in fetched.phases][:3] == ["check", "fetch", "verify"]

@@ -12,7 +12,8 @@ from tests.node.store_nodes import capture, restore
 
 pytestmark = pytest.mark.node
 
-SHARED = ("unshare", "--mount", "--propagation", "shared")
+# Shared with no namespace that is there already: what others mount meanwhile does not come in.
+SHARED = ("unshare", "--mount", "sh", "-c", 'mount --make-rshared / && exec "$@"', "sh")
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ NAME = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def room(instruct_model: Path) -> str:
+def room(small_model: Path) -> str:
     """A budget for the weights of one model, in bytes."""
-    return str(occupied((instruct_model / NAME).stat().st_size))
+    return str(occupied((small_model / NAME).stat().st_size))
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def mapped(pid: int) -> bool:
 
 
 def test_what_an_instance_uses_is_there_after_a_crash_and_stays(
-    daemon: Daemon, instruct_model: Path, tmp_path: Path
+    daemon: Daemon, small_model: Path, tmp_path: Path
 ) -> None:
     # given: an instance, a crash, and a file that was not whole yet
-    daemon.start_instance("one", instruct_model)
+    daemon.start_instance("one", small_model)
     answer = daemon.generate("one")
     [digest] = cached(daemon)
     daemon.kill()
@@ -55,7 +55,7 @@ def test_what_an_instance_uses_is_there_after_a_crash_and_stays(
 
     # then: the cache is the same one, and another model finds no room in it
     assert cached(daemon) == [digest]
-    assert not mapped(daemon.start_instance("two", another(instruct_model, tmp_path)).pid)
+    assert not mapped(daemon.start_instance("two", another(small_model, tmp_path)).pid)
     assert mapped(daemon.get("one").pid)
     assert daemon.generate("one") == answer
     daemon.stop_instance("two")
@@ -63,9 +63,9 @@ def test_what_an_instance_uses_is_there_after_a_crash_and_stays(
 
 
 def test_its_memory_is_given_back_at_exit_unless_an_instance_uses_it(
-    daemon: Daemon, instruct_model: Path
+    daemon: Daemon, small_model: Path
 ) -> None:
-    daemon.start_instance("one", instruct_model)
+    daemon.start_instance("one", small_model)
     assert daemon.terminate() == 0
     assert mount.mounted(daemon.state_dir / "weights")
 
@@ -78,10 +78,8 @@ def test_its_memory_is_given_back_at_exit_unless_an_instance_uses_it(
     daemon.start()
 
 
-def test_a_daemon_without_a_cache_unmounts_that_of_an_earlier_one(
-    daemon: Daemon, instruct_model: Path
-) -> None:
-    daemon.start_instance("one", instruct_model)
+def test_a_daemon_without_a_cache_unmounts_that_of_an_earlier_one(daemon: Daemon, small_model: Path) -> None:
+    daemon.start_instance("one", small_model)
     answer = daemon.generate("one")
     daemon.kill()
     flags, daemon.flags = daemon.flags, ()
@@ -95,11 +93,11 @@ def test_a_daemon_without_a_cache_unmounts_that_of_an_earlier_one(
 
 
 def test_a_snapshot_finds_its_weights_in_the_cache_of_another_node(
-    criu: Path, instruct_model: Path, free_port: Callable[[], int], tmp_path: Path, room: str
+    criu: Path, small_model: Path, free_port: Callable[[], int], tmp_path: Path, room: str
 ) -> None:
     nodes = StoreNodes(tmp_path, free_port, f"file://{tmp_path}/bucket")
     with nodes.node("a", "--weight-cache-bytes", room) as a:
-        a.start_instance("source", instruct_model)
+        a.start_instance("source", small_model)
         capture(a)
         publish(a)
         nodes.answer = a.generate("source")

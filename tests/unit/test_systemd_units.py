@@ -11,7 +11,7 @@ import pytest
 from controller import config as controller
 from snapshotd import config as snapshotd
 from tests.conftest import require
-from tests.systemd_unit import UNITS, environment, read
+from tests.helpers.systemd_unit import UNITS, environment, read
 
 NAMES = ("dumont-controller", "dumont-snapshotd")
 SYSTEM_UNITS = Path("/usr/lib/systemd/system")

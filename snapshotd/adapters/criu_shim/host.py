@@ -192,7 +192,7 @@ class ShimHost:
             self._of_host.add(number)
         command = message.get("message", message)["do"]
         try:
-            if self._reading.done():
+            if self._reading.done() or (message["do"] == "host" and self.lost.is_set()):
                 raise self._gone(command)
             self._writer.write(json.dumps(message | {"id": number}).encode() + b"\n")
             async with asyncio.timeout(timeout):

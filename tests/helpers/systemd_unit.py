@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-UNITS = Path(__file__).parents[1] / "deploy" / "systemd"
+UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 
 
 def read(name: str) -> dict[str, list[str]]:
