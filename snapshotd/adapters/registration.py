@@ -80,6 +80,11 @@ async def keep_registered(
                     )
                 registered = False
                 pause = RETRY_SECONDS
+            except Exception:
+                # A full disk, say, must not keep a node that serves from being heard of for good.
+                log.exception("registration_failed", controller=controller)
+                registered = False
+                pause = RETRY_SECONDS
             await asyncio.sleep(pause)
 
 
