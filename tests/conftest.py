@@ -129,6 +129,11 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that returns a TCP port nobody listens on, another one at each call."""
+    return pick_port()
+
+
+def pick_port() -> Callable[[], int]:
+    """See ``free_port``."""
     # Not of the range from which the kernel gives connections theirs: it would give them away again.
     # And at random: other workers look for ports at the same time.
     ports = iter(random.SystemRandom().sample(PORTS, len(PORTS)))
