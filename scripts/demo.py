@@ -1,7 +1,7 @@
-"""What scripts/demo runs once everything is set up.
+"""What scripts/demo runs after the set-up.
 
-Each round measures a plain transformers script, then deploys the same model, asks it cold, stops it, asks
-again (restored), parks it and asks a third time (resumed). The numbers are medians over the rounds.
+Each round measures a plain transformers script, deploys the same model, asks it (cold), stops it, asks again
+(restored), parks it and asks a third time (resumed). The results are the medians of the rounds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ progress = Console(stderr=True, highlight=False)
 
 
 class CheckFailed(Exception):
-    """Something that the demo promises did not happen."""
+    """Something that the demo promises has not happened."""
 
 
 def check(holds: bool, failure: str) -> None:
@@ -56,12 +56,14 @@ class Round:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object last, and all else on standard error"
+        "--json",
+        action="store_true",
+        help="print one JSON object at the end, and everything else on standard error",
     )
     arguments = parser.parse_args()
     model = Path(os.environ["DUMONT_CACHE"]) / "models" / MODEL
     try:
-        progress.print("one plain run that does not count, so that the files are in memory for all")
+        progress.print("one plain run that does not count, so that files are in memory for all runs")
         plain_cold_start(model)
         with tempfile.TemporaryDirectory(prefix="dumont-demo-") as state, services(Path(state)) as client:
             rounds = [play(client, model, number) for number in range(1, ROUNDS + 1)]
@@ -77,14 +79,14 @@ def main() -> int:
 
 def plain_cold_start(model: Path) -> float:
     """Seconds from the start of a plain script's process to its first token."""
-    said = plain.measure(model, PROMPT, MAX_NEW_TOKENS)
-    check(EXPECTED in said.text, f"the plain script answered {said.text!r}, without {EXPECTED}")
-    return said.sample.seconds
+    measured = plain.measure(model, PROMPT, MAX_NEW_TOKENS)
+    check(EXPECTED in measured.text, f"the plain script answered {measured.text!r}, without {EXPECTED}")
+    return measured.sample.seconds
 
 
 @contextmanager
 def services(state: Path) -> Iterator[dumont.Client]:
-    """Both services on free ports with embedded defaults; at the end nothing of them is left."""
+    """Both services on free ports with built-in defaults; nothing of them is left afterwards."""
     controller, snapshotd = free_ports(2)
     command = [
         str(Path(sys.executable).with_name("dumont")), "up", "--json", "--state-dir", str(state),
@@ -93,9 +95,12 @@ def services(state: Path) -> Iterator[dumont.Client]:
     up = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
         assert up.stdout is not None
-        # One line: where both serve, or why they do not.
-        said = json.loads(up.stdout.readline() or "{}")
-        check("controller" in said, f"the services did not start: {said.get('error', {}).get('message')}")
+        # One line: the addresses of both services, or why they do not serve.
+        addresses = json.loads(up.stdout.readline() or "{}")
+        check(
+            "controller" in addresses,
+            f"the services did not start: {addresses.get('error', {}).get('message')}",
+        )
         with dumont.Client(f"127.0.0.1:{controller}") as client:
             yield client
     finally:
@@ -129,7 +134,8 @@ def play(client: dumont.Client, model: Path, number: int) -> Round:
     check(source.alive(), f"{first.name} answered, but its process {first.pid} is not there")
     client.instances.stop(first.name)
     check(
-        not source.alive(), f"process {first.pid} of the first answer lives on, so nothing would be restored"
+        not source.alive(),
+        f"process {first.pid} of the first answer still runs, so nothing would be restored",
     )
 
     restored = ask(deployment, "local")
@@ -155,7 +161,7 @@ def ask(deployment: dumont.Deployment, tier: str) -> dumont.Generation:
 
 
 class Process:
-    """One process, told from a later one of the same pid by its start time."""
+    """A process, distinguished from a later one of the same pid by its start time."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -218,12 +224,12 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(start, f"{seconds:.3f}", f"{plain / seconds:.1f}")
     console.print(table)
     console.print(
-        f"Medians of {result['rounds']} rounds. The plain script counts from the start of its process, the "
-        f"others from the request, as the client sees it. {result['cold_capture_seconds']:.2f} s of cold are "
-        f"the capture, which pauses the process for {result['capture_pause_seconds']:.2f} s; the snapshot "
-        f"has {result['snapshot_bytes'] / 1e6:.0f} MB.\n"
-        f"Checked each time: the answer ({result['cold_answer']!r}, never another), the tier it came from, "
-        "and that the process of the first answer was gone before the restore began."
+        f"Medians of {result['rounds']} rounds. The plain script is timed from the start of its process, the "
+        f"others from the client's request. {result['cold_capture_seconds']:.2f} s of cold are the capture, "
+        f"which pauses the process for {result['capture_pause_seconds']:.2f} s; the snapshot has "
+        f"{result['snapshot_bytes'] / 1e6:.0f} MB.\n"
+        f"Checked in every round: the answer (always {result['cold_answer']!r}), its tier, and that the "
+        "process of the first answer had ended before the restore began."
     )
 
 
