@@ -1,11 +1,11 @@
 """A load generator: a process that sends requests at a given moment and notes when the answers come.
 
-    python -m dumont.benchmarks.load TARGET NAME
+    python -m dumont.benchmarks.load TARGET NAMES
 
-``NAME``: ``deployments/{id}`` of a controller, ``instances/{id}`` of a snapshotd, empty for a model host. It
-writes one line when it is connected. Then it reads a wave as one line of JSON from standard input (``at``,
-``prompts``, ``answer_tokens``), and writes one line when the wave is over. Messages are only noted while they
-come, and read afterwards, so that it keeps up.
+``NAMES``: ``deployments/{id}`` of a controller, ``instances/{id}`` of a snapshotd, empty for a model host;
+several of a kind, by comma, are asked in turn. It writes one line when it is connected. Then it reads a wave
+as one line of JSON from standard input (``at``, ``prompts``, ``answer_tokens``), and writes one line when the
+wave is over. Messages are only noted while they come, and read afterwards, so that it keeps up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any, Final
 
 import grpc
@@ -36,25 +38,26 @@ Frames = list[tuple[float, bytes]]
 
 
 class Load:
-    """Requests to one target, all for the same model.
+    """Requests to one target.
 
     Args:
         channel: to it.
-        name: ``deployments/{id}`` of a controller, ``instances/{id}`` of a snapshotd, empty for a model host.
+        names: ``deployments/{id}`` of a controller or ``instances/{id}`` of a snapshotd, asked in turn; one
+            that is empty for a model host.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
-        self._name = name
-        method = METHODS[name.partition("/")[0]]
+    def __init__(self, channel: grpc.aio.Channel, names: Sequence[str]) -> None:
+        self._names = names
+        method = METHODS[names[0].partition("/")[0]]
         self._generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(method)
 
     async def wave(self, at: float, prompts: list[str], answer_tokens: int) -> dict[str, Any]:
         """Send a request for each prompt at monotonic time ``at``; every answer has all its tokens."""
         requests = [
             pb.GenerateRequest(
-                deployment=self._name, prompt=prompt, max_new_tokens=answer_tokens, ignore_eos=True
+                deployment=name, prompt=prompt, max_new_tokens=answer_tokens, ignore_eos=True
             ).SerializeToString()
-            for prompt in prompts
+            for name, prompt in zip(cycle(self._names), prompts, strict=False)
         ]
         await asyncio.sleep(at - time.monotonic())
         cpu, began = _cpu_seconds(), time.monotonic()
@@ -96,11 +99,11 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-async def main(target: str, name: str) -> None:
+async def main(target: str, names: str) -> None:
     """Send the requests that standard input asks for, and print when the answers came."""
     async with open_channel(target) as channel:
         await channel.channel_ready()
-        load = Load(channel, name)
+        load = Load(channel, names.split(","))
         sys.stdout.write("{}\n")
         sys.stdout.flush()
         while line := await asyncio.to_thread(sys.stdin.readline):

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,7 @@ from dumont.benchmarks.serving import DIRECT, SERVICES, Percentiles, Wave
 from dumont.errors import DeadlineExceeded
 
 CONFIG: Final = "qwen3-tiny"
-DEPLOYMENT: Final = "relay"
+STREAMS_PER_INSTANCE: Final = 64
 INTERVAL: Final = 0.02
 SECONDS: Final = 5.0
 # Answers of one message each, one after the other, for what the path adds to the first token.
@@ -74,45 +75,54 @@ def measure(streams: Sequence[int], directory: Path, say: Say) -> Iterator[Relay
     model = directory / "model"
     say("making a model and starting the services")
     configs.build(CONFIG, model)
-    with Services(directory / "node") as services, sync.Client(services.controller) as client:
-        client.deploy(str(model), "warm", name=DEPLOYMENT, prewarm=True)
-        socket = _serving(client, services)
-        # Replaces the socket that the instance serves on; the services cannot tell the difference.
-        command = [sys.executable, "-m", "dumont.benchmarks.frames", socket.name, str(INTERVAL)]
-        with Program(command, directory / "frames.log", cwd=socket.parent) as host:
-            watched = {**services.pids(), "model host": host.pid}
-            ways = {
-                SERVICES: ((services.controller, f"deployments/{DEPLOYMENT}"), None),
-                DIRECT: (("unix:host.sock", ""), socket.parent),
-            }
-            for path, (arguments, cwd) in ways.items():
-                with Generators(arguments, _generators(streams), cwd) as generators:
-                    generators.wave(["warm"] * 8, 8)
-                    yield _row(path, [generators.wave(["x"], 1) for _ in range(PROBES)], 0.0, {})
-                    for count in streams:
-                        say(f"{path}: {count} streams")
-                        yield _loaded(path, count, generators, watched)
+    # An instance on the CPU takes no more at once.
+    deployments = [f"relay-{number}" for number in range(-(-max(streams) // STREAMS_PER_INSTANCE))]
+    with ExitStack() as stack:
+        services = stack.enter_context(Services(directory / "node"))
+        client = stack.enter_context(sync.Client(services.controller))
+        sockets = [_serving(client, services, model, deployment) for deployment in deployments]
+        hosts = [stack.enter_context(_frames(socket, directory)) for socket in sockets]
+        watched = {name: [pid] for name, pid in services.pids().items()}
+        watched["model host"] = [host.pid for host in hosts]
+        names = ",".join(f"deployments/{deployment}" for deployment in deployments)
+        ways = {
+            SERVICES: ((services.controller, names), None),
+            DIRECT: (("unix:host.sock", ""), sockets[0].parent),
+        }
+        for path, (arguments, cwd) in ways.items():
+            with Generators(arguments, _generators(streams), cwd) as generators:
+                generators.wave(["warm"] * 8, 8)
+                yield _row(path, [generators.wave(["x"], 1) for _ in range(PROBES)], 0.0, {})
+                for count in streams:
+                    say(f"{path}: {count} streams")
+                    yield _loaded(path, count, generators, watched | {"client": generators.pids()})
+
+
+def _frames(socket: Path, directory: Path) -> Program:
+    """Answers in the place of the instance that serves on ``socket``; the services see no difference."""
+    command = [sys.executable, "-m", "dumont.benchmarks.frames", socket.name, str(INTERVAL)]
+    return Program(command, directory / "frames.log", cwd=socket.parent)
 
 
 def _generators(streams: Sequence[int]) -> int:
     return max(1, min(len(os.sched_getaffinity(0)) // 4, max(streams) // 16))
 
 
-def _serving(client: sync.Client, services: Services) -> Path:
+def _serving(client: sync.Client, services: Services, model: Path, deployment: str) -> Path:
+    client.deploy(str(model), "warm", name=deployment, prewarm=True)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        for instance in client.instances.find(DEPLOYMENT):
+        for instance in client.instances.find(deployment):
             if instance.state == "serving":
                 return services.socket(instance.name)
         time.sleep(0.2)
     raise DeadlineExceeded("STEP_TIMEOUT", f"no instance served within {START_SECONDS:.0f} seconds")
 
 
-def _loaded(path: str, count: int, generators: Generators, watched: Mapping[str, int]) -> RelayRow:
-    watched = {**watched, "client": generators.pids()[0]} if len(generators.pids()) == 1 else watched
-    before = {name: _cpu_seconds(pid) for name, pid in watched.items()}
+def _loaded(path: str, count: int, generators: Generators, watched: Mapping[str, Sequence[int]]) -> RelayRow:
+    before = {name: sum(map(_cpu_seconds, pids)) for name, pids in watched.items()}
     wave = generators.wave(["x"] * count, round(SECONDS / INTERVAL))
-    used = {name: _cpu_seconds(pid) - before[name] for name, pid in watched.items()}
+    used = {name: sum(map(_cpu_seconds, pids)) - before[name] for name, pids in watched.items()}
     return _row(path, [wave], count / INTERVAL, used)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import ipaddress
 import os
 import signal
@@ -199,10 +200,20 @@ async def run_until_signalled(
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, signalled, number.name)
+    _keep_what_there_is()
     await stop.wait()
     health.draining.set()
     await health.enter_graceful_shutdown()
     await server.stop(grace_seconds)
+
+
+def _keep_what_there_is() -> None:
+    """Take what was imported and built until now out of the garbage collector's sight.
+
+    There are 140,000 such objects, and each look at all of them stops every stream for a tenth of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def remaining(context: grpc.aio.ServicerContext[Any, Any], margin: float = 0.05) -> float | None:

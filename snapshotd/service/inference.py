@@ -119,7 +119,8 @@ class _Exchange:
         try:
             await self._order(host_pb2.ExchangeRequest(call=number, generate=request, timeout=timeout or 0))
         except BaseException:
-            del self._calls[number]
+            # The order may have gone before its caller left.
+            self._leave(number, ended=False)
             raise
         return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -346,6 +347,9 @@ async def test_health_and_reflection_cover_each_service_and_draining_shows() -> 
 
         # then it serves only once it says so
         assert await statuses() == {NOT_SERVING}
+        # and the collector does not look any more at what was imported, which would stop every stream
+        assert gc.get_freeze_count() > 10_000
+        gc.unfreeze()
         await health.set_all(True)
         assert await statuses() == {SERVING}
 
