@@ -65,6 +65,8 @@ WEIGHT_CACHE_SHARE = 0.4
 # Of the file system that the node's own snapshots are on.
 FILE_SYSTEM_SHARE = 0.25
 OWN_FILE_SYSTEM_SHARE = 0.9
+# Of the node's memory, what one model host may take: the rest keeps the node itself alive.
+HOST_MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
         criu.binary,
         criu.pycriu,
         weight_cache.directory if weight_cache else None,
+        host_memory(settings),
     )
     stack.push_async_callback(hosts.close)
     node = Node(
@@ -158,6 +161,13 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
     instances = Instances(node, journal, observers, failpoints)
     snapshots = open_snapshots(store, repository, settings, instances)
     return Parts(node, instances, snapshots, observers, hosts, weights, cuda, loader)
+
+
+def host_memory(settings: Settings) -> int:
+    """Bytes that one model host may take; 0: no limit."""
+    if settings.host_memory_bytes is not None:
+        return settings.host_memory_bytes
+    return int(psutil.virtual_memory().total * HOST_MEMORY_SHARE)
 
 
 def prepare_state(directory: Path) -> None:

@@ -119,6 +119,12 @@ class Settings(BaseSettings):
         ge=1,
         description="threads of store workers; unset: one for each core that snapshotd may use",
     )
+    host_memory_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="memory that one model host may take; beyond it that one is ended; unset: nine tenths of "
+        "all; 0: no limit",
+    )
     host_threads: int = Field(0, ge=0, description="compute threads of a model host; 0: one for each core")
     max_queue: int = Field(64, ge=1, description="requests that one model host holds before it refuses more")
     max_new_tokens: int = Field(4096, ge=1, description="largest max_new_tokens of a request")

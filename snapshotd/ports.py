@@ -44,6 +44,8 @@ class Host(Protocol):
     pid: int
     lost: asyncio.Event
     end: str
+    # Of the errors that say so: HOST_LOST, or HOST_OUT_OF_MEMORY where the node's limit ended it.
+    lost_reason: str
 
     async def launch(
         self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]

@@ -431,7 +431,7 @@ class Instances:
             # The job under way fails by itself, with a better reason.
             return
         how = f": {host.end}" if host.end else ""
-        await self._end(record, Event.LOST, "HOST_LOST", f"its process ended by itself{how}")
+        await self._end(record, Event.LOST, host.lost_reason, f"its process ended by itself{how}")
 
     def _publish(self, record: Record) -> None:
         instance = record.instance

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dumont.errors import DataLoss, FailedPrecondition, ResourceExhausted
+import structlog
+
+from dumont.errors import DataLoss, DumontError, FailedPrecondition, ResourceExhausted
 from snapshotd import compatibility
 from snapshotd.gpu import placement
 from snapshotd.images.missing_mounts import without_mounts
@@ -15,6 +17,12 @@ from snapshotd.jobs import actions
 from snapshotd.jobs.context import Node, Subject, uses_cuda
 from snapshotd.jobs.executor import Action, Step
 from snapshotd.model import MappedFile, Model, Snapshot, Weights
+from snapshotd.ports import Host
+
+log = structlog.get_logger(__name__)
+
+# Why a restore is tried again with another shim, once: CRIU, or the shim itself, was killed at it.
+KILLED = frozenset({"CRIU_LOST", "HOST_LOST"})
 
 
 @dataclass(frozen=True)
@@ -125,19 +133,26 @@ def restore(
             images = directory / "images"
             await asyncio.to_thread(without_mounts, node.images, origin, absent, images)
             mounts = tuple(mount for mount in mounts if mount not in absent)
-        subject.host = await node.hosts.take()
-        await subject.host.restore(
-            instance.id,
-            directory,
-            images,
-            origin,
-            mounts,
-            manifest.pipes,
-            node.deadlines.restore,
-        )
+
+        async def attempt() -> Host:
+            subject.host = host = await node.hosts.take()
+            await host.restore(
+                instance.id, directory, images, origin, mounts, manifest.pipes, node.deadlines.restore
+            )
+            return host
+
+        try:
+            host = await attempt()
+        except DumontError as error:
+            # Somebody killed CRIU, or the kernel did for want of memory. That says nothing of the snapshot.
+            if error.reason not in KILLED:
+                raise
+            log.warning("restore_repeated", instance=instance.id, reason=error.reason, error=error.message)
+            await actions.release(subject)
+            host = await attempt()
         subject.instance = replace(
             subject.instance,
-            pid=subject.host.pid,
+            pid=host.pid,
             device=manifest.device,
             canary=manifest.canary,
             versions=manifest.compatibility,

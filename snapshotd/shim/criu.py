@@ -19,10 +19,16 @@ from snapshotd.system import linux
 
 # Level 4 writes megabytes; level 2 says what went wrong.
 LOG_LEVEL = 2
+# From the end of CRIU's connection to that of its process.
+ENDING_SECONDS = 1.0
 
 
 class CriuFailed(Exception):
     """CRIU refused or broke off; the message ends with its last words."""
+
+
+class CriuLost(CriuFailed):
+    """CRIU ended without an answer: somebody killed it. Part of what it did may be left."""
 
 
 class CriuTimeout(CriuFailed):
@@ -154,7 +160,11 @@ def _run(
         return getattr(client, verb)()
     except pycriu.CRIUExceptionExternal as error:
         raise CriuFailed(f"criu {verb} failed: {last_words(log) or error}") from error
-    except pycriu.CRIUExceptionInternal as error:
+    except (pycriu.CRIUExceptionInternal, ConnectionError) as error:
+        if (status := _ended(worker.process)) is not None:
+            raise CriuLost(
+                f"criu {verb} ended without an answer (status {status}): {last_words(log) or error}"
+            ) from error
         raise CriuTimeout(
             f"criu {verb} gave no answer within {timeout:.0f} s: {last_words(log) or error}"
         ) from error
@@ -162,6 +172,14 @@ def _run(
         os.close(images_fd)
         os.close(work_fd)
         worker.close()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """Its status, if it has ended: the end of its connection shows a moment before."""
+    try:
+        return process.wait(ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def last_words(log: Path) -> str:

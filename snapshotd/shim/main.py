@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--criu", type=Path, required=True)
     parser.add_argument("--pycriu", type=Path, help="directory of pycriu; left out: the usual path")
     parser.add_argument("--weights", type=Path, help="the node's weight cache; left out: it has none")
+    parser.add_argument("--memory", type=int, default=0, help="bytes that it may take; 0: no limit")
     parser.add_argument("--daemon", type=int, required=True, help="pid of the snapshotd that starts it")
     arguments = parser.parse_args()
     # A daemon that dies before it connects would leave a process that nobody knows.
@@ -42,7 +43,7 @@ def main() -> None:
     folder, name = arguments.socket.parent.resolve(), arguments.socket.name
     scratch = folder / f"{name}.root"
     scratch.mkdir(mode=0o700, exist_ok=True)
-    shim = Shim(scratch, arguments.criu, pycriu, arguments.weights)
+    shim = Shim(scratch, arguments.criu, pycriu, arguments.weights, arguments.memory)
     # Relative, because a socket's path may have 107 bytes and a state directory may be deep.
     os.chdir(folder)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

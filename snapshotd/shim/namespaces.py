@@ -18,6 +18,8 @@ from snapshotd.system import linux, mounts
 
 CONTROL_IN = 3
 CONTROL_OUT = 4
+# Of 1000: as if it had half of the node's memory more than it has.
+OOM_SCORE = "500"
 
 
 @dataclass
@@ -128,6 +130,9 @@ def _become_host(
     os.dup2(control_in, CONTROL_IN, inheritable=True)
     os.dup2(control_out, CONTROL_OUT, inheritable=True)
     os.umask(0o077)
+    # Where memory cannot be bound: when the node has none left, this ends before the node's own services.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

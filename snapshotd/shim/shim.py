@@ -19,6 +19,7 @@ from snapshotd.shim.hostlog import HostLog
 from snapshotd.shim.json_lines import JsonLines, Message
 from snapshotd.system import linux, mounts
 from snapshotd.system.freezer import Freezer
+from snapshotd.system.memory_limit import MemoryLimit
 
 
 class CommandRefused(Exception):
@@ -32,11 +33,15 @@ class OriginGone(CommandRefused):
 class Shim:
     """One model host and the way to it."""
 
-    def __init__(self, scratch: Path, criu_binary: Path, pycriu: Any, weights: Path | None) -> None:
+    def __init__(
+        self, scratch: Path, criu_binary: Path, pycriu: Any, weights: Path | None, memory_bytes: int = 0
+    ) -> None:
         """
         Args:
             weights: the node's weight cache; None: it has none.
+            memory_bytes: that the model host may take; 0: no limit.
         """
+        self.memory_bytes = memory_bytes
         self.pycriu = pycriu
         self.dumper = Dumper(criu_binary, pycriu)
         self.selector = selectors.DefaultSelector()
@@ -47,6 +52,7 @@ class Shim:
         self.exit_status: int | None = None
         self.frozen = False
         self.freezer: Freezer | None = None
+        self.memory: MemoryLimit | None = None
         self.log: HostLog | None = None
         self.released = False
         # What asked for a dump to be prepared, until it is.
@@ -129,7 +135,7 @@ class Shim:
                 directory,
                 message["timeout"],
             )
-        except criu.CriuTimeout:
+        except (criu.CriuTimeout, criu.CriuLost):
             # Nobody is left to end the half of the tree that it had made.
             linux.kill_children()
             raise
@@ -272,6 +278,8 @@ class Shim:
             answer["error"] = {"reason": "ORIGIN_GONE", "message": str(error)}
         except CommandRefused as error:
             answer["error"] = {"reason": "SHIM_REFUSED", "message": str(error)}
+        except criu.CriuLost as error:
+            answer["error"] = {"reason": "CRIU_LOST", "message": str(error)}
         except criu.CriuTimeout as error:
             answer["error"] = {"reason": "CRIU_TIMEOUT", "message": str(error)}
         except criu.CriuFailed as error:
@@ -343,6 +351,7 @@ class Shim:
     def _adopt(self, instance: str, directory: Path) -> None:
         self.instance = instance
         self.freezer = Freezer.create(self.group, self.pid)
+        self.memory = MemoryLimit.create(self.group, self.pid, self.memory_bytes)
         self.pipes.close_host_ends()
         self.log = HostLog(directory / "host.log")
         os.set_blocking(self.pipes.log, False)
@@ -353,6 +362,9 @@ class Shim:
     def _ended(self, status: int) -> None:
         self.exit_status = status
         self.frozen = False
+        exceeded = self.memory is not None and self.memory.exceeded()
+        if self.memory is not None:
+            self.memory.remove()
         if self.freezer is not None:
             self.freezer.remove()
         said = ""
@@ -361,7 +373,10 @@ class Shim:
             while self.pipes.log in self.selector.get_map() and select.select([self.pipes.log], [], [], 0)[0]:
                 self._from_log(self.pipes.log)
             said = self.log.last_line()
-        self._send({"event": "exited", "status": status, "said": said})
+        event: Message = {"event": "exited", "status": status, "said": said}
+        if exceeded:
+            event["memory_limit"] = self.memory_bytes
+        self._send(event)
 
     def _places(self) -> dict[str, Path]:
         """Less what was unmounted since this process started, perhaps long before it was taken."""

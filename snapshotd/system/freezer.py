@@ -22,10 +22,11 @@ def cgroup2_root() -> Path | None:
 def remove_group(name: str) -> None:
     """Remove the cgroup of a process that has ended together with its shim, which would have removed it."""
     if (root := cgroup2_root()) is not None:
-        Freezer(_group(root, name), 0).remove()
+        Freezer(group_below(root, name), 0).remove()
 
 
-def _group(root: Path, name: str) -> Path:
+def group_below(root: Path, name: str) -> Path:
+    """The cgroup of the model host of the shim ``name``, in the hierarchy mounted at ``root``."""
     return root / "dumont" / name
 
 
@@ -47,7 +48,7 @@ class Freezer:
         root = cgroup2_root()
         if root is None:
             return cls(None, pid)
-        group = _group(root, name)
+        group = group_below(root, name)
         try:
             group.mkdir(parents=True, exist_ok=True)
             (group / "cgroup.procs").write_text(str(pid))

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -41,6 +43,14 @@ def traced(pid: int) -> Iterator[None]:
         assert tracer.stdout.readline() == "0\n"
         yield
         tracer.communicate("\n")
+
+
+def waiting_criu(host: ShimHost) -> int:
+    """The process of CRIU that a shim has started for a restore to come."""
+    peer = host._writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    shim, _, _ = struct.unpack("iII", peer)
+    children = Path(f"/proc/{shim}/task/{shim}/children").read_text().split()
+    return next(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == "criu")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -370,3 +380,42 @@ def _parent(pid: int) -> int:
 def _cpu_ticks(pid: int) -> int:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
+
+
+async def test_a_restore_whose_criu_is_killed_is_tried_again(node: NodeUnderTest, snapshot: Snapshot) -> None:
+    # Given a restore that CRIU is at
+    assert node.hosts._spare is not None
+    spare = await asyncio.shield(node.hosts._spare)
+    criu = waiting_criu(spare)
+    os.kill(criu, signal.SIGSTOP)
+    restoring = asyncio.create_task(node.restore("again", snapshot))
+    while not node.node.instance_directory("again").exists():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+
+    # When it is killed
+    os.kill(criu, signal.SIGKILL)
+
+    # Then another one does it
+    instance = await restoring
+    assert instance.state is State.SERVING
+    assert await node.generate("again") == node.answer
+    await node.instances.stop("again")
+
+
+async def test_criu_that_was_killed_is_not_told_as_one_that_took_too_long(
+    node: NodeUnderTest, snapshot: Snapshot, tmp_path: Path
+) -> None:
+    host = await node.hosts.take()
+    criu = waiting_criu(host)
+    os.kill(criu, signal.SIGKILL)
+    images = await node.store.images(snapshot)
+    manifest = snapshot.manifest
+
+    error = await refused(
+        host.restore("gone", tmp_path, images, images, manifest.mounts, manifest.pipes, 120)
+    )
+
+    assert error.reason == "CRIU_LOST"
+    assert "120 s" not in error.message
+    await host.release()

@@ -46,6 +46,23 @@ def instance(daemon: Daemon, small_model: Path) -> str:
     return "one"
 
 
+def test_a_model_host_that_needs_too_much_memory_is_ended_by_name(
+    criu: Path, free_port: Callable[[], int], embedding_model: Path, tmp_path: Path
+) -> None:
+    # Given a node that gives a model host less than any needs
+    flags = ("--host-memory-bytes", str(64 << 20))
+    with Daemon(tmp_path / "state", free_port(), *flags) as daemon:
+        # When one is started
+        with pytest.raises(DumontError) as refused:
+            daemon.start_instance("small", embedding_model)
+
+        # Then it alone ends, and says of what
+        assert refused.value.reason == "HOST_OUT_OF_MEMORY"
+        assert f"{64 << 20} bytes" in refused.value.message
+        assert daemon.get("small").state == pb2.Instance.STATE_FAILED
+        assert daemon.get("small").failure_reason == "HOST_OUT_OF_MEMORY"
+
+
 def test_models_live_through_a_crash_of_snapshotd_and_are_taken_over(daemon: Daemon, instance: str) -> None:
     # given
     before = daemon.get(instance)

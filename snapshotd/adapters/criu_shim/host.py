@@ -18,6 +18,7 @@ import structlog
 from dumont.errors import ERRORS, Aborted, DumontError, Unavailable
 from snapshotd.model import Json
 from snapshotd.system.freezer import remove_group
+from snapshotd.system.memory_limit import remove_memory_group
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +42,7 @@ class ShimHost:
         self.lost = asyncio.Event()
         # How the model host ended, as far as its shim could tell.
         self.end = ""
+        self.lost_reason = "HOST_LOST"
         self._writer = writer
         self._waiting: dict[int, asyncio.Future[Json]] = {}
         self._of_host: set[int] = set()
@@ -217,6 +219,12 @@ class ShimHost:
                 message = json.loads(line)
                 if message.get("event") == "exited":
                     self.end = _described(message["status"], message.get("said", ""))
+                    if bound := message.get("memory_limit"):
+                        self.lost_reason = "HOST_OUT_OF_MEMORY"
+                        self.end = (
+                            f"it needed more memory than the {bound} bytes that it may have; choose a "
+                            f"smaller model, or raise --host-memory-bytes ({self.end})"
+                        )
                     log.info("model host ended", shim=self.shim, status=message["status"])
                     self._lose(self._of_host)
                 elif (future := self._waiting.get(message["id"])) is not None and not future.done():
@@ -236,7 +244,7 @@ class ShimHost:
 
     def _gone(self, command: str) -> DumontError:
         return Unavailable(
-            "HOST_LOST",
+            self.lost_reason,
             f"the model host ended before it answered {command}{self.end and f': {self.end}'}",
             metadata={"shim": self.shim},
         )
@@ -256,6 +264,7 @@ def forget(path: Path, keep_log: bool = False) -> None:
     with contextlib.suppress(OSError):
         path.with_name(f"{path.name}.root").rmdir()
     remove_group(path.stem)
+    remove_memory_group(path.stem)
 
 
 def _described(status: int, said: str) -> str:

@@ -19,6 +19,7 @@ from dumont.names import new_id
 from snapshotd.adapters.criu_shim.host import ShimHost, forget, until_ended
 from snapshotd.system import mounts
 from snapshotd.system.freezer import remove_group
+from snapshotd.system.memory_limit import remove_memory_group
 
 log = structlog.get_logger(__name__)
 
@@ -28,18 +29,27 @@ SHIM_READY_TIMEOUT = 30.0
 class ShimPool:
     """The Hosts port: starts shims, keeps one spare, finds those of an earlier daemon."""
 
-    def __init__(self, directory: Path, criu: Path, pycriu: Path | None, weights: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        criu: Path,
+        pycriu: Path | None,
+        weights: Path | None = None,
+        memory_bytes: int = 0,
+    ) -> None:
         """
         Args:
             directory: where the shims' sockets lie; private to root.
             criu: the CRIU binary.
             pycriu: directory that holds the package pycriu; None: it is on Python's path.
             weights: the node's weight cache, mounted before the first shim is started; None: it has none.
+            memory_bytes: that one model host may take; 0: no limit.
         """
         self.directory = directory
         self.criu = criu
         self.pycriu = pycriu
         self.weights = weights
+        self.memory_bytes = memory_bytes
         self._spare: asyncio.Task[ShimHost] | None = None
         self._hosts: set[ShimHost] = set()
         self._ends: set[asyncio.Task[None]] = set()
@@ -134,6 +144,8 @@ class ShimPool:
             command += ["--pycriu", str(self.pycriu)]
         if self.weights is not None:
             command += ["--weights", str(self.weights)]
+        if self.memory_bytes:
+            command += ["--memory", str(self.memory_bytes)]
         process = _spawn(command, path.with_suffix(".log"))
         ended = asyncio.create_task(_wait(process), name=f"{shim}-ended")
         # Held here: the loop alone would let it be collected.
@@ -194,6 +206,7 @@ async def _end_orphan(pid: int, homes: AbstractSet[tuple[int, int]]) -> None:
             log.warning("model host without a shim was ended", pid=pid, shim=shim)
             if shim.startswith("shim-"):
                 remove_group(shim)
+                remove_memory_group(shim)
     except (ProcessLookupError, FileNotFoundError):
         # It has ended by itself.
         pass

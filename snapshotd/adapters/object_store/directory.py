@@ -21,6 +21,8 @@ from snapshotd.repository.ports import BytesLike, Run
 
 T = TypeVar("T")
 
+ATTEMPTS = 10
+
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
@@ -60,13 +62,13 @@ class DirectoryObjects:
 
     def _put(self, key: str, data: bytes) -> None:
         with self._written(key, data) as (scratch, path):
-            scratch.replace(path)
+            _move(scratch.replace, path)
 
     def _create(self, key: str, data: bytes) -> None:
         with self._written(key, data) as (scratch, path):
             try:
                 # A link, unlike a rename, never replaces what is there.
-                path.hardlink_to(scratch)
+                _move(lambda path: path.hardlink_to(scratch), path)
             except FileExistsError:
                 raise AlreadyExists("OBJECT_EXISTS", f"{key} exists", metadata={"key": key}) from None
 
@@ -75,8 +77,7 @@ class DirectoryObjects:
         """The bytes, durable, under a temporary name; its directory is made durable afterwards."""
         path = self._path(key)
         scratch = self.root / TEMPORARY / f"{os.getpid()}-{os.urandom(8).hex()}"
-        for folder in (scratch.parent, path.parent):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        scratch.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -84,7 +85,8 @@ class DirectoryObjects:
                 file.flush()
                 os.fsync(descriptor)
             yield scratch, path
-            _sync(path.parent)
+            with contextlib.suppress(FileNotFoundError):  # deleted again by another node
+                _sync(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
 
@@ -122,12 +124,38 @@ class DirectoryObjects:
                     yield info
 
     def _delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        path = self._path(key)
+        path.unlink(missing_ok=True)
+        for folder in path.parents:
+            # Those of all snapshots and all chunks stay: they are nobody's own.
+            if folder.parent == self.root or folder == self.root or not _remove_empty(folder):
+                break
 
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key):
             raise InvalidArgument("INVALID_KEY", f"{key[:120]!r} is no key", metadata={"key": key[:120]})
         return self.root / key
+
+
+def _move(move: Callable[[Path], object], path: Path) -> None:
+    """Have ``move`` make ``path``, in a directory that another node may remove as an empty one meanwhile."""
+    for attempt in range(ATTEMPTS):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            move(path)
+        except FileNotFoundError:
+            if attempt == ATTEMPTS - 1:
+                raise
+        else:
+            return
+
+
+def _remove_empty(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:  # there is something in it, or it is gone
+        return False
+    return True
 
 
 def _guarded(work: Callable[..., T], *args: object) -> T:

@@ -39,6 +39,7 @@ class FakeHost:
         self.pid = 42
         self.lost = asyncio.Event()
         self.end = ""
+        self.lost_reason = "HOST_LOST"
         self.state = "SERVING"
         self.frozen = False
         self.prepared = False

@@ -38,7 +38,7 @@ def test_a_log_that_was_drained_since_it_was_seen_is_left_alone(tmp_path: Path) 
     shim.pipes = Pipes(-1, -1, -1, -1, reading, writing)
     shim.selector = selectors.DefaultSelector()
     shim.selector.register(reading, selectors.EVENT_READ, shim._from_log)
-    shim.freezer = shim.client = None
+    shim.freezer = shim.client = shim.memory = None
     shim.log = HostLog(tmp_path / "host.log")
     os.write(writing, b"hello\nnot today\n")
     os.close(writing)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from dumont.errors import AlreadyExists
 from snapshotd.adapters.object_store.directory import DirectoryObjects
 
 
@@ -40,3 +43,33 @@ async def test_a_cancelled_writer_leaves_no_file_in_a_directory_removed_after_it
     # then: nothing comes after it
     await asyncio.get_running_loop().shutdown_default_executor()
     assert not (tmp_path / "objects").exists()
+
+
+async def test_a_deleted_object_leaves_no_directory_of_its_own(tmp_path: Path) -> None:
+    objects = DirectoryObjects(tmp_path / "objects")
+    await objects.create("snapshots/one/manifest", b"1")
+    await objects.create("snapshots/two/manifest", b"2")
+    await objects.put("chunks/ab/abc", b"3")
+
+    await objects.delete("snapshots/one/manifest")
+    await objects.delete("chunks/ab/abc")
+    await objects.delete("chunks/ab/abc")
+
+    left = {path.relative_to(objects.root).as_posix() for path in objects.root.rglob("*") if path.is_dir()}
+    assert left == {"snapshots", "snapshots/two", "chunks", "tmp"}
+
+
+def test_a_directory_that_another_node_removes_is_made_again(tmp_path: Path) -> None:
+    """One creates and another deletes the same name, again and again, as two nodes may."""
+    objects = DirectoryObjects(tmp_path / "objects")
+
+    def create() -> None:
+        with contextlib.suppress(AlreadyExists):
+            objects._create("snapshots/one/manifest", b"1")
+
+    def delete() -> None:
+        objects._delete("snapshots/one/manifest")
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(100) for work in (create, delete)]:
+            done.result()
