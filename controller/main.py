@@ -105,6 +105,7 @@ async def _serve(settings: Config, state_dir: Path) -> None:
     address = bind(server, settings.listen, insecure_ok=settings.insecure)
     registry = await open_registry(settings.database_url)
     try:
+        await registry.lock(settings.listen)
         await _serve_registry(settings, state_dir, server, health, address, registry)
     finally:
         await registry.close()

@@ -26,7 +26,7 @@ from controller.model import (
     Weights,
 )
 from controller.ports import Stored
-from dumont.errors import Aborted, AlreadyExists, Unavailable
+from dumont.errors import Aborted, AlreadyExists, FailedPrecondition, Unavailable
 
 METADATA = sa.MetaData()
 DEPLOYMENTS = sa.Table(
@@ -84,11 +84,53 @@ CONTROLLER = sa.Table(
 )
 
 
+# Of PostgreSQL's advisory locks: "dumont" in ASCII.
+LOCK = 0x64756D6F6E74
+HOLDER = sa.text(
+    "SELECT activity.application_name, COALESCE(host(activity.client_addr), 'this machine') "
+    "FROM pg_locks AS locks JOIN pg_stat_activity AS activity ON activity.pid = locks.pid "
+    "WHERE locks.locktype = 'advisory' AND locks.granted AND locks.database = "
+    "(SELECT oid FROM pg_database WHERE datname = current_database()) "
+    "AND ((locks.classid::bigint << 32) | locks.objid::bigint) = :key"
+)
+
+
 class SqlRegistry:
     """A registry that runs each call in a transaction of its own. ``open_registry`` makes it."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self._lock: AsyncConnection | None = None
+
+    async def lock(self, address: str) -> None:
+        """Keep other controllers off this database, as long as this registry is open.
+
+        A file of SQLite is locked by who opens it, before it is touched; this is for a server's database.
+
+        Args:
+            address: where this controller listens, for whoever comes second.
+
+        Raises:
+            FailedPrecondition: STATE_IN_USE, another controller has it; the message says which one.
+        """
+        if self._engine.dialect.name != "postgresql":
+            return
+        # The server drops the lock when this connection ends, however it ends.
+        async with _errors():
+            connection = await self._engine.connect()
+            connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
+            name = sa.select(sa.func.set_config("application_name", f"dumont-controller on {address}", False))
+            await connection.execute(name)
+            taken = (await connection.execute(sa.select(sa.func.pg_try_advisory_lock(LOCK)))).scalar()
+            holder = (await connection.execute(HOLDER, {"key": LOCK})).first()
+        if taken:
+            self._lock = connection
+            return
+        await connection.close()
+        who = f"{holder[0]}, from {holder[1]}," if holder is not None else "another controller"
+        raise FailedPrecondition(
+            "STATE_IN_USE", f"{who} uses this database; stop it, or choose another --database"
+        )
 
     async def identity(self) -> Identity | None:
         async with self._transaction() as connection:
@@ -208,6 +250,8 @@ class SqlRegistry:
             await connection.execute(sa.delete(CAPTURED).where(CAPTURED.c.id == snapshot))
 
     async def close(self) -> None:
+        if self._lock is not None:
+            await self._lock.close()
         await self._engine.dispose()
 
     async def _checkpoint(self) -> None:
@@ -247,12 +291,12 @@ async def open_registry(url: str) -> SqlRegistry:
     return SqlRegistry(engine)
 
 
-def migrate(connection: sa.Connection) -> None:
-    """Run the revisions that the database lacks."""
+def migrate(connection: sa.Connection, revision: str = "head") -> None:
+    """Run the revisions that the database lacks, up to ``revision``."""
     config = AlembicConfig()
     config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)
 
 
 def _tune_sqlite(engine: AsyncEngine) -> None:

@@ -12,7 +12,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from controller.adapters.registry_sql import METADATA, open_registry
+from controller.adapters.registry_sql import DEPLOYMENTS, METADATA, _row, migrate, open_registry
+from controller.identity import Identity
 from controller.model import (
     Captured,
     Checkpoint,
@@ -25,7 +26,7 @@ from controller.model import (
     Weights,
 )
 from controller.ports import Registry
-from dumont.errors import Aborted, AlreadyExists, Unavailable
+from dumont.errors import Aborted, AlreadyExists, FailedPrecondition, Unavailable
 from tests.fakes.memory_registry import MemoryRegistry
 
 POSTGRES = os.environ.get("DUMONT_TEST_POSTGRES_URL", "")
@@ -222,3 +223,43 @@ async def test_the_migrated_schema_is_the_one_the_code_uses(tmp_path: Path) -> N
         for name, table in METADATA.tables.items()
     }
     assert mode == "wal"
+
+
+if POSTGRES:
+
+    async def test_a_second_controller_on_a_server_s_database_is_told_who_has_it() -> None:
+        first, second = await open_registry(POSTGRES), await open_registry(POSTGRES)
+        await first.lock("10.0.0.1:7070")
+        with pytest.raises(FailedPrecondition) as refusal:
+            await second.lock("10.0.0.2:7070")
+        assert refusal.value.reason == "STATE_IN_USE"
+        assert "dumont-controller on 10.0.0.1:7070, from 127.0.0.1" in refusal.value.message
+        await first.close()
+        await second.lock("10.0.0.2:7070")
+        await second.close()
+
+
+async def test_captured_snapshots_of_an_older_version_find_their_deployments(tmp_path: Path) -> None:
+    """Those of deployments that are gone become orphans, which nobody deletes."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/c.db")
+    async with engine.begin() as connection:
+        await connection.run_sync(migrate, "0003")
+        await connection.execute(sa.insert(DEPLOYMENTS).values(**_row(deployment(uid="its uid"))))
+        for name, owner in (("s1", "qa"), ("s2", "gone")):
+            await connection.execute(
+                sa.text("INSERT INTO captured (id, deployment, manifest_digest) VALUES (:id, :owner, 'd')"),
+                {"id": name, "owner": owner},
+            )
+    await engine.dispose()
+    registry = await open_registry(f"sqlite+aiosqlite:///{tmp_path}/c.db")
+    stored = await registry.load()
+    assert stored.captured == (Captured("s1", "qa", "its uid", "d"),)
+    assert await registry.identity() is None
+    await registry.close()
+
+
+async def test_whose_database_it_is_is_remembered(registry: Registry, reopen: Reopen) -> None:
+    assert await registry.identity() is None
+    for starts in (1, 2):
+        await registry.save_identity(Identity("me", starts))
+        assert await (await reopen()).identity() == Identity("me", starts)
