@@ -237,8 +237,20 @@ class FakeController(
         return snapshot
 
     async def ListSnapshots(self, request: Any, context: Any) -> snapshots.ListSnapshotsResponse:
+        if request.orphans:
+            lost = snapshots.Snapshot(name="snapshots/lost", deployment="deployments/gone", orphan=True)
+            return snapshots.ListSnapshotsResponse(snapshots=[lost])
         named = snapshots.GetSnapshotRequest(name="snapshots/one")
         return snapshots.ListSnapshotsResponse(snapshots=[await self.GetSnapshot(named, context)])
+
+    async def AdoptSnapshot(self, request: Any, context: Any) -> snapshots.Snapshot:
+        self.requests.append(request)
+        owner = request.deployment or "deployments/gone"
+        return snapshots.Snapshot(name=request.name, deployment=owner)
+
+    async def UndeleteSnapshot(self, request: Any, context: Any) -> snapshots.Snapshot:
+        self.requests.append(request)
+        return snapshots.Snapshot(name=request.name, published=True, orphan=True)
 
     async def DeleteSnapshot(self, request: Any, context: Any) -> Empty:
         if request.name != "snapshots/one":

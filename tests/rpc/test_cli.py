@@ -318,6 +318,17 @@ def test_a_snapshot_is_brought_to_a_node(cli: Cli, flags: tuple[str, ...], node:
     assert "node+store" in cli("snapshot", "prefetch", "one", *flags).stdout
 
 
+def test_orphans_are_shown_adopted_and_brought_back(cli: Cli) -> None:
+    assert "orphan" in cli("snapshot", "ls", "--orphans").stdout
+    assert [one["name"] for one in cli.document("snapshot", "ls", "--orphans")] == ["snapshots/lost"]
+    assert not cli.document("snapshot", "ls")[0]["orphan"]
+    assert cli.document("snapshot", "adopt", "lost")["deployment"] == "deployments/gone"
+    adopted = cli.document("snapshot", "adopt", "lost", "--deployment", "qa")
+    assert (adopted["deployment"], adopted["orphan"]) == ("deployments/qa", False)
+    assert cli.document("snapshot", "undelete", "lost")["orphan"]
+    assert "orphan" in cli("snapshot", "undelete", "lost").stdout
+
+
 def test_a_damaged_snapshot_fails_its_verification_by_name(cli: Cli) -> None:
     result = cli("snapshot", "verify", "two", "--json")
     assert result.exit_code == 1
