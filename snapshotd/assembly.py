@@ -64,6 +64,7 @@ STORE_SECONDS = 10.0
 WEIGHT_CACHE_SHARE = 0.4
 # Of the file system that the node's own snapshots are on.
 FILE_SYSTEM_SHARE = 0.25
+MODELS_SHARE = 0.5
 OWN_FILE_SYSTEM_SHARE = 0.9
 # Of the node's memory, what one model host may take: the rest keeps the node itself alive.
 HOST_MEMORY_SHARE = 0.9
@@ -138,10 +139,11 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
         host_memory(settings),
     )
     stack.push_async_callback(hosts.close)
+    models = NodeModels(settings.models_dir, models_limit(settings))
     node = Node(
         hosts=hosts,
         store=store,
-        models=NodeModels(settings.models_dir),
+        models=models,
         weights=weights,
         images=ImageFormat(criu.pycriu),
         clock=clock,
@@ -159,6 +161,7 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
     )
     observers = Observers()
     instances = Instances(node, journal, observers, failpoints)
+    models.in_use = lambda: {instance.model for instance in instances.all()}
     snapshots = open_snapshots(store, repository, settings, instances)
     return Parts(node, instances, snapshots, observers, hosts, weights, cuda, loader)
 
@@ -318,6 +321,14 @@ async def check_repository(repository: Repository) -> None:
         log.warning("object_store_unusable", reason="STORE_UNAVAILABLE", error="no answer")
     except (Unavailable, Unauthenticated, ResourceExhausted) as error:
         log.warning("object_store_unusable", reason=error.reason, error=error.message)
+
+
+def models_limit(settings: Settings) -> int:
+    """Bytes that models fetched from the hub may take; 0: no limit."""
+    if settings.models_bytes is not None:
+        return settings.models_bytes
+    existing = next(path for path in (settings.models_dir, *settings.models_dir.parents) if path.exists())
+    return int(shutil.disk_usage(existing).total * MODELS_SHARE)
 
 
 def snapshot_limit(settings: Settings) -> int:

@@ -45,6 +45,12 @@ class Settings(BaseSettings):
     models_dir: Path = Field(
         default_factory=lambda: cache_directory() / "models", description="the node's models"
     )
+    models_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="bytes that models fetched from the hub may take; beyond it those used longest ago go, "
+        "unless instances run them; unset: half of the file system that they are on; 0: no limit",
+    )
     cache_dir: Path | None = Field(
         None, description="the node's own snapshots, on disk or tmpfs; unset: in the state directory"
     )

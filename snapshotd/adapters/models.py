@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +22,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from dumont import model_directory
-from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from dumont.model_directory import Unusable
+from snapshotd.eviction import Candidate, choose
 from snapshotd.model import Json, Model
 from snapshotd.system.threads import PatientThreads
 
@@ -38,11 +41,25 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class NodeModels:
-    """Models at ``<models>/<organisation>/<name>``, in the hub's cache beside them, or by path."""
+    """Models at ``<models>/<organisation>/<name>``, in the hub's cache beside them, or by path.
 
-    def __init__(self, directory: Path) -> None:
+    Those that were fetched from the hub are noted, and go again when others need their room; what was put
+    here by hand stays.
+
+    Args:
+        directory: of the models.
+        limit: bytes that fetched models may take; 0: no limit.
+        in_use: names of models that instances run, and that must stay.
+    """
+
+    def __init__(
+        self, directory: Path, limit: int = 0, in_use: Callable[[], AbstractSet[str]] = frozenset
+    ) -> None:
         self.directory = directory
         self.hub_cache = directory / "hub"
+        self.limit = limit
+        self.in_use = in_use
+        self._fetched = self.hub_cache / ".fetched"
         self._reading = PatientThreads("reading the model's files")
         self._asking = PatientThreads("the hub")
         self._fetching = PatientThreads("the download of the model", FETCHES)
@@ -103,15 +120,56 @@ class NodeModels:
     async def fetch(self, model: Model) -> Model:
         if model.directory is not None:
             return model
+        await self._reading.run(partial(self._make_room, model))
         log.info("fetching model", model=model.name, bytes=model.weights_bytes)
         try:
             download = partial(
                 snapshot_download, model.name, cache_dir=self.hub_cache, allow_patterns=list(WANTED)
             )
             folder = await self._fetching.run(download, FETCH_SECONDS)
+            await self._reading.run(partial(self._note_fetched, model.name))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise Unavailable("MODEL_FETCH_FAILED", f"{model.name} could not be fetched: {error}") from error
         return await self._reading.run(partial(_describe, model.name, Path(folder), model.engine))
+
+    def _note(self, name: str) -> Path:
+        """Says that a model was fetched, and by its time when it was used last."""
+        return self._fetched / name.replace("/", "--")
+
+    def _note_fetched(self, name: str) -> None:
+        self._fetched.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._note(name).write_text(name)
+
+    def _make_room(self, model: Model) -> None:
+        """Delete fetched models that were used longest ago, until this one fits.
+
+        Raises:
+            ResourceExhausted: MODELS_FULL, it does not fit even then.
+        """
+        if not self.limit:
+            return
+        in_use = self.in_use()
+        notes = {note.read_text(): note for note in self._fetched.glob("*")} if self._fetched.is_dir() else {}
+        held = [
+            Candidate(name, _size(self._hub_folder(name)), note.stat().st_mtime, name not in in_use)
+            for name, note in notes.items()
+        ]
+        leaving, excess = choose(held, self.limit, model.weights_bytes)
+        if excess:
+            raise ResourceExhausted(
+                "MODELS_FULL",
+                f"{model.name} takes {model.weights_bytes} bytes; fetched models may take {self.limit}, and "
+                f"those in use leave {excess} too few; raise --models-bytes, or stop instances",
+                metadata={"needed": str(model.weights_bytes), "limit": str(self.limit)},
+            )
+        for name in leaving:
+            log.info("model_evicted", model=name)
+            # Files that a process has mapped stay until it ends.
+            shutil.rmtree(self._hub_folder(name), ignore_errors=True)
+            notes[name].unlink(missing_ok=True)
+
+    def _hub_folder(self, name: str) -> Path:
+        return self.hub_cache / f"models--{name.replace('/', '--')}"
 
     def _find(self, name: str) -> Path | None:
         if name.startswith("/"):
@@ -130,7 +188,10 @@ class NodeModels:
         if (self.directory / name).is_dir():
             return self.directory / name
         try:
-            return Path(snapshot_download(name, cache_dir=self.hub_cache, local_files_only=True))
+            found = Path(snapshot_download(name, cache_dir=self.hub_cache, local_files_only=True))
+            if (note := self._note(name)).exists():
+                note.touch()
+            return found
         except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError):
             return None
 
@@ -151,6 +212,11 @@ class NodeModels:
         return Model(
             name, engine or _engine_of(config, False), None, (), sum(file.size or 0 for file in weights), 0
         )
+
+
+def _size(folder: Path) -> int:
+    # The hub's cache links each file to its one blob.
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def _weight_files(name: str, directory: Path) -> list[str]:

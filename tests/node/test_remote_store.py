@@ -262,7 +262,7 @@ def test_while_the_store_is_down_what_is_here_serves_and_the_rest_is_unavailable
 def test_a_full_disk_refuses_a_fetch_and_keeps_nothing_of_it(nodes: StoreNodes, tmp_path: Path) -> None:
     subprocess.run(("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(tmp_path)), check=True)
     try:
-        with nodes.node("full", "--cache-dir", str(tmp_path / "cache")) as full:
+        with nodes.node("full", "--cache-dir", str(tmp_path / "cache"), "--cache-bytes", "0") as full:
             assert refused(full, "victim").reason == "DISK_FULL"
             assert list((tmp_path / "cache").iterdir()) == []
             assert listed(full)["one"].published
@@ -286,7 +286,7 @@ def test_a_disk_that_fills_up_in_the_middle_refuses_a_fetch_and_the_node_serves_
     proxy.asked = fill
     subprocess.run(("mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(tmp_path)), check=True)
     try:
-        flags = ("--cache-dir", str(tmp_path / "cache"), "--threads", str(threads))
+        flags = ("--cache-dir", str(tmp_path / "cache"), "--cache-bytes", "0", "--threads", str(threads))
         with nodes.node(f"filled-{threads}", *flags) as filled:
             # then
             assert refused(filled, "victim").reason == "DISK_FULL"
@@ -306,7 +306,7 @@ def test_a_full_disk_refuses_a_capture_whose_source_serves_on(
 ) -> None:
     subprocess.run(("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(tmp_path)), check=True)
     try:
-        with nodes.node("brimful", "--cache-dir", str(tmp_path / "cache")) as brimful:
+        with nodes.node("brimful", "--cache-dir", str(tmp_path / "cache"), "--cache-bytes", "0") as brimful:
             brimful.start_instance("source", small_model)
             with pytest.raises(DumontError) as refused:
                 capture(brimful)

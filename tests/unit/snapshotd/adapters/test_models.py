@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, NotFound
+from dumont.errors import (
+    DumontError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from snapshotd.adapters.models import NodeModels
+from snapshotd.model import Model
 
 
 @pytest.fixture
@@ -162,3 +170,58 @@ async def test_the_digests_are_of_what_a_model_host_reads_besides_weights(models
         "tokenizer.json",
         "chat_template.jinja",
     }
+
+
+# The room of fetched models
+
+
+def fetched(models: NodeModels, name: str, size: int, used: float) -> Path:
+    """A model as a fetch leaves it."""
+    folder = models.hub_cache / f"models--{name.replace('/', '--')}" / "blobs"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"x" * size)
+    models._note_fetched(name)
+    os.utime(models._note(name), (used, used))
+    return folder
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Downloads that fail when all room has been made."""
+    asked: list[str] = []
+
+    def download(name: str, **_: object) -> str:
+        asked.append(name)
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr("snapshotd.adapters.models.snapshot_download", download)
+    return asked
+
+
+async def test_models_used_longest_ago_make_room_for_a_fetched_one(
+    tmp_path: Path, downloads: list[str]
+) -> None:
+    models = NodeModels(tmp_path, limit=100, in_use=lambda: {"org/running"})
+    running, old, recent = (
+        fetched(models, "org/running", 30, 1.0),
+        fetched(models, "org/old", 30, 2.0),
+        fetched(models, "org/recent", 30, 3.0),
+    )
+    by_hand = tmp_path / "hub" / "models--org--mine" / "blobs"
+    by_hand.mkdir(parents=True)
+    with pytest.raises(Unavailable):
+        await models.fetch(Model("org/new", "causal_lm", None, (), 40, 0))
+    assert downloads == ["org/new"]
+    assert [folder.exists() for folder in (running, old, recent, by_hand)] == [True, False, True, True]
+
+
+async def test_a_model_that_does_not_fit_is_refused_and_nothing_goes(
+    tmp_path: Path, downloads: list[str]
+) -> None:
+    models = NodeModels(tmp_path, limit=100)
+    kept = fetched(models, "org/old", 30, 1.0)
+    with pytest.raises(ResourceExhausted) as refusal:
+        await models.fetch(Model("org/huge", "causal_lm", None, (), 101, 0))
+    assert refusal.value.reason == "MODELS_FULL"
+    assert kept.exists()
+    assert downloads == []
