@@ -15,6 +15,7 @@ import structlog
 
 from dumont.errors import FailedPrecondition, ResourceExhausted, Unauthenticated, Unavailable
 from dumont.state_directory import locked, make_private
+from snapshotd import preflight
 from snapshotd.adapters.clock import SystemClock
 from snapshotd.adapters.criu_shim.pool import ShimPool
 from snapshotd.adapters.cuda import backend as cuda_backend
@@ -128,7 +129,7 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
     loader = open_loader(weight_cache, clock) if nvml and weight_cache and settings.weight_loader else None
     if loader is not None:
         stack.push_async_callback(loader.close)
-    cuda = cuda_backend.choose(settings.cuda_backend, settings.cuda_checkpoint) if nvml else None
+    cuda, unsuspendable = open_cuda(settings, nvml.driver) if nvml else (None, "")
     if cuda is not None:
         stack.push_async_callback(cuda.close)
     hosts = ShimPool(
@@ -157,7 +158,9 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
             drain=settings.drain_seconds,
         ),
         disk=DiskReservations(settings.disk_reserve_bytes),
-        gpus=Gpus(tuple(nvml.gpus()), nvml.facts(), nvml, cuda, loader) if nvml and cuda else None,
+        gpus=Gpus(tuple(nvml.gpus()), nvml.facts(), nvml, cuda, loader, unsuspendable=unsuspendable)
+        if nvml
+        else None,
     )
     observers = Observers()
     instances = Instances(node, journal, observers, failpoints)
@@ -389,6 +392,28 @@ def open_weight_cache(settings: Settings, on_gpus: bool) -> WeightCache | None:
     cache.open()
     log.info("weight_cache_opened", bytes=budget)
     return cache
+
+
+def open_cuda(settings: Settings, driver: str) -> tuple[CudaAgent | CudaCheckpoint | None, str]:
+    """What suspends CUDA processes; or None, and why nothing does: models then start cold on the node's GPUs.
+
+    Args:
+        driver: version of the NVIDIA driver.
+
+    Raises:
+        FailedPrecondition: NO_CUDA_BACKEND, the one that the settings name is not here.
+    """
+    asked_for = settings.cuda_backend != "auto"
+    why = "" if asked_for else preflight.driver_problem(driver)
+    if not why:
+        try:
+            return cuda_backend.choose(settings.cuda_backend, settings.cuda_checkpoint), ""
+        except FailedPrecondition as error:
+            if asked_for:
+                raise
+            why = error.message
+    log.warning("gpu_processes_not_suspended", why=why)
+    return None, why
 
 
 def open_loader(cache: WeightCache, clock: Clock) -> weight_loader.LoaderProcess | None:

@@ -20,6 +20,7 @@ from snapshotd.model import Finding
 
 OLDEST_CRIU = (4, 0)
 OLDEST_DRIVER = 570
+DRIVER_VERSION = Path("/sys/module/nvidia/version")
 ARCHITECTURES = ("x86_64", "aarch64")
 
 
@@ -135,19 +136,27 @@ def _check_cgroup() -> Finding:
     return Finding("cgroup2", True, "no writable cgroup v2; instances are parked by SIGSTOP instead")
 
 
+def driver_problem(driver: str) -> str:
+    """Why this version of the NVIDIA driver cannot suspend processes; empty if it can."""
+    if int(driver.split(".")[0]) >= OLDEST_DRIVER:
+        return ""
+    return (
+        f"NVIDIA driver {driver} cannot checkpoint processes, and {OLDEST_DRIVER} is the oldest that can; "
+        "update the driver"
+    )
+
+
 def _check_gpu() -> Finding:
-    version = Path("/sys/module/nvidia/version")
-    if not version.exists():
+    if not DRIVER_VERSION.exists():
         return Finding("gpu", True, "no NVIDIA driver; models run on the CPU")
-    driver = version.read_text().strip()
-    problem = ""
-    if int(driver.split(".")[0]) < OLDEST_DRIVER:
-        problem = f" cannot checkpoint; {OLDEST_DRIVER} is the oldest that can"
-    elif importlib.util.find_spec("pynvml") is None:
-        problem = (
-            ", but nvidia-ml-py is not installed; install 'dumont-services[gpu]', or choose --device cpu"
-        )
-    return Finding("gpu", not problem, f"NVIDIA driver {driver}{problem}")
+    driver = DRIVER_VERSION.read_text().strip()
+    problem = driver_problem(driver)
+    if not problem and importlib.util.find_spec("pynvml") is None:
+        problem = "nvidia-ml-py is not installed, so its GPUs are not known; install 'dumont-services[gpu]'"
+    if problem:
+        # Models run on the GPUs all the same, and start cold.
+        return Finding("gpu", False, f"{problem}; until then models start cold on GPUs", needed=False)
+    return Finding("gpu", True, f"NVIDIA driver {driver}")
 
 
 def _check_sharing() -> list[Finding]:

@@ -406,7 +406,7 @@ class Instances:
     def _check_unshared(self, record: Record, event: Event) -> None:
         """Refuse a job that GPU sharing rules out, unless the event is illegal; nothing has changed."""
         advance(record.instance.state, event)
-        actions.check_not_shared(self.node, record.instance.device)
+        actions.check_suspendable(self.node, record.instance.device)
 
     def _advance(self, record: Record, event: Event, reason: str = "", message: str = "") -> None:
         """Put an instance into its next state, and tell the journal and all listeners."""

@@ -29,7 +29,8 @@ async def recover(node: Node, instance: Instance, host: Host) -> Instance:
         raise Aborted("INTERRUPTED", f"the instance was {instance.state.name} when its snapshotd ended")
     if (await host.status())["frozen"]:
         return replace(instance, pid=host.pid, state=State.PARKED)
-    if uses_cuda(instance.device):
+    # Where nothing can suspend its CUDA, nothing has.
+    if uses_cuda(instance.device) and node.gpus is not None and node.gpus.cuda is not None:
         instance = await actions.recover_gpu_state(node, instance, host)
         if instance.state is State.PARKED:
             return replace(instance, pid=host.pid)

@@ -17,10 +17,14 @@ from snapshotd.gpu import placement
 from snapshotd.jobs.context import Gpus, Node, Subject, uses_cuda
 from snapshotd.jobs.executor import Action, Step
 from snapshotd.model import Canary, Capacity, Gpu, Instance, Json, Load, State
-from snapshotd.ports import Host
+from snapshotd.ports import Cuda, Host
 from snapshotd.system.mounts import WEIGHTS_MOUNT
 
 log = structlog.get_logger(__name__)
+
+UNSUSPENDABLE = (
+    "instances on this node's GPUs can start and serve, but not be captured, restored, parked or resumed"
+)
 
 SOCKET = "/run/dumont/host.sock"
 LOADER_SOCKET = f"{WEIGHTS_MOUNT}/loader.sock"
@@ -75,13 +79,13 @@ async def quiesce(node: Node, subject: Subject) -> None:
 
 async def cuda_pids(node: Node, host: Host) -> list[int]:
     """The pids of a model host's CUDA processes, parents before children."""
-    return await suspension.find(gpus_of(node).cuda, node.process_tree(host.pid))
+    return await suspension.find(cuda_of(node), node.process_tree(host.pid))
 
 
 async def suspend_cuda(node: Node, subject: Subject) -> None:
     """Copy the GPU memory of an instance to host memory, and free the GPU."""
     pids = await cuda_pids(node, host_of(subject))
-    await suspension.suspend(gpus_of(node).cuda, pids, node.deadlines.cuda_lock)
+    await suspension.suspend(cuda_of(node), pids, node.deadlines.cuda_lock)
 
 
 async def trim(node: Node, subject: Subject) -> None:
@@ -97,7 +101,7 @@ async def resume_cuda(node: Node, subject: Subject, devices: Mapping[str, str]) 
         devices: old GPU UUIDs to new ones, for every GPU of the node; empty for the same GPUs.
     """
     await order_weights(node, subject)
-    await suspension.resume(gpus_of(node).cuda, await cuda_pids(node, host_of(subject)), devices)
+    await suspension.resume(cuda_of(node), await cuda_pids(node, host_of(subject)), devices)
 
 
 async def recover_cuda(node: Node, subject: Subject) -> None:
@@ -110,7 +114,7 @@ async def recover_cuda(node: Node, subject: Subject) -> None:
 async def _recover_cuda(node: Node, host: Host, pids: Sequence[int]) -> None:
     # The model host answers only when it has finished earlier commands: a trim must not race with the driver.
     await host.call("status", node.deadlines.quiesce)
-    await suspension.recover(gpus_of(node).cuda, pids)
+    await suspension.recover(cuda_of(node), pids)
 
 
 async def order_weights(node: Node, subject: Subject) -> None:
@@ -143,7 +147,7 @@ async def recover_gpu_state(node: Node, instance: Instance, host: Host) -> Insta
     Raises:
         DumontError: it can be neither.
     """
-    cuda, pids = gpus_of(node).cuda, await cuda_pids(node, host)
+    cuda, pids = cuda_of(node), await cuda_pids(node, host)
     if instance.state is State.PARKED and {await cuda.state(pid) for pid in pids} == {"checkpointed"}:
         return instance
     await _recover_cuda(node, host, pids)
@@ -172,21 +176,39 @@ def with_gpu_usage(node: Node, instance: Instance, pids: Sequence[int]) -> Insta
     return replace(instance, gpu=gpu, gpu_bytes=used[gpu])
 
 
-def check_not_shared(node: Node, device: str) -> None:
-    """Refuse to suspend CUDA processes while MIG or MPS is in use, before anything has changed.
+def cuda_of(node: Node) -> Cuda:
+    """What suspends CUDA processes on this node.
 
     Raises:
-        FailedPrecondition: GPU_MIG or GPU_MPS; the GPU is named.
+        FailedPrecondition: NO_GPU, or GPU_NOT_SUSPENDABLE: nothing here can.
     """
-    if node.gpus is None or not uses_cuda(device):
+    gpus = gpus_of(node)
+    if gpus.cuda is None:
+        raise _unsuspendable(gpus.unsuspendable)
+    return gpus.cuda
+
+
+def check_suspendable(node: Node, device: str) -> None:
+    """Refuse to suspend a CUDA process where that cannot be done, before anything has changed.
+
+    Raises:
+        FailedPrecondition: GPU_NOT_SUSPENDABLE, GPU_MIG or GPU_MPS; the GPU is named.
+    """
+    if not uses_cuda(device):
         return
+    if node.gpus is None:
+        raise _unsuspendable("this node's GPUs are not known to it; see the findings of 'dumont doctor'")
+    cuda_of(node)
     for sharing in node.gpus.status.sharing():
         raise FailedPrecondition(
             f"GPU_{sharing.kind}",
-            f"instances on this node's GPUs can start and serve, but not be captured, restored, parked or "
-            f"resumed: {sharing.message}",
+            f"{UNSUSPENDABLE}: {sharing.message}",
             metadata={"gpu": sharing.gpu} if sharing.gpu else {},
         )
+
+
+def _unsuspendable(why: str) -> FailedPrecondition:
+    return FailedPrecondition("GPU_NOT_SUSPENDABLE", f"{UNSUSPENDABLE}: {why}")
 
 
 def reserve_gpu(node: Node, instance: Instance, home: Gpu | None, wanted: str, needed: int) -> str:

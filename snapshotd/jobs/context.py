@@ -61,6 +61,8 @@ class Gpus:
     Attributes:
         devices: in the driver's order; at least one.
         facts: what a snapshot of a CUDA process is bound to.
+        cuda: None: nothing here can suspend a CUDA process; it starts, serves and stops.
+        unsuspendable: why, and how to change that.
         loader: None: model hosts copy their weights to a GPU themselves.
         reservations: GPU memory set aside for jobs under way.
     """
@@ -68,9 +70,10 @@ class Gpus:
     devices: tuple[Gpu, ...]
     facts: Mapping[str, str]
     status: GpuStatus
-    cuda: Cuda
+    cuda: Cuda | None
     loader: WeightLoader | None = None
     reservations: Reservations = field(default_factory=Reservations)
+    unsuspendable: str = ""
 
     def free(self, gpu: str) -> int:
         """Bytes of a GPU, by its UUID, that are neither in use nor reserved."""

@@ -68,7 +68,7 @@ def restore(
         captured = {name: fact for name, fact in manifest.compatibility.items() if name != "weights"}
         compatibility.check(manifest.id, captured, node.facts_of(manifest.device))
         if uses_cuda(manifest.device):
-            actions.check_not_shared(node, manifest.device)
+            actions.check_suspendable(node, manifest.device)
             subject.instance = replace(subject.instance, gpu=place())
         node.store.pin(instance.id, manifest.id)
         if detached:

@@ -204,6 +204,27 @@ async def test_beside_mig_and_mps_an_instance_serves_and_nothing_is_touched(
     assert world.instances.get("one").state is State.SERVING
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("job", ["capture", "park"])
+async def test_where_nothing_can_suspend_cuda_an_instance_starts_and_serves_and_nothing_is_touched(
+    world: World, known: bool, job: str
+) -> None:
+    # Given a node with an old driver, or one that does not even know its GPUs
+    host = await world.serving()
+    node = world.instances.node
+    assert node.gpus is not None
+    gpus = replace(node.gpus, cuda=None, unsuspendable="the driver is too old") if known else None
+    world.instances.node = replace(node, gpus=gpus)
+
+    with pytest.raises(FailedPrecondition) as refusal:
+        await (world.instances.park("one") if job == "park" else world.instances.capture("one", "first"))
+
+    assert refusal.value.reason == "GPU_NOT_SUSPENDABLE"
+    assert "too old" in refusal.value.message or not known
+    assert host.asked == []
+    assert world.instances.get("one").state is State.SERVING
+
+
 @pytest.mark.parametrize("sharing", [MIG, MPS])
 async def test_beside_mig_and_mps_what_is_parked_stays_parked(world: World, sharing: Sharing) -> None:
     await world.serving()
