@@ -68,8 +68,8 @@ def establish(
                 "DATABASE_EMPTY",
                 f"the database is empty, and controller {remembered.id} was started {remembered.starts} "
                 "times with one that was not; restore it from a backup, or start once with "
-                "--accept-database: then nothing is deleted, and dumont snapshot ls --orphans shows what can "
-                "be adopted",
+                "--accept-database (DUMONT_CONTROLLER_ACCEPT_DATABASE=true): then nothing is deleted, and "
+                "dumont snapshot ls --orphans shows what can be adopted",
                 metadata={"controller": remembered.id},
             )
         if stored is not None and stored.id != remembered.id:

@@ -66,6 +66,8 @@ def plan(
                 "--listen", snapshotd,
                 "--state-dir", str(state_dir / "snapshotd"),
                 "--controller", controller,
+                # The node is this controller's whatever has become of the controller's state directory.
+                "--accept-controller",
                 "--device", device,
                 "--drain-seconds", str(DRAIN_SECONDS),
                 "--stop-instances-on-exit",

@@ -79,6 +79,10 @@ def test_the_plan_keeps_all_state_below_one_directory(tmp_path: Path) -> None:
     assert "--models-dir" not in plan(tmp_path, 1, 2)[1].arguments
 
 
+def test_the_node_takes_a_controller_that_has_lost_its_state(tmp_path: Path) -> None:
+    assert "--accept-controller" in plan(tmp_path, 1, 2)[1].arguments
+
+
 def test_the_services_take_the_flags_they_are_given(tmp_path: Path) -> None:
     controller, snapshotd = plan(tmp_path, 1, 2, tmp_path / "models", "cpu")
     assert load(controller.arguments).listen == controller.endpoint
