@@ -192,8 +192,10 @@ class Fleet:
         if victim == "snapshotd":
             return node.service.pid
         for process in self._of_node(node):
-            if self._kind(process) == victim:
-                return process.pid
+            # One that has just ended is none.
+            with contextlib.suppress(psutil.Error):
+                if self._kind(process) == victim:
+                    return process.pid
         return 0
 
     def _of_node(self, node: Node) -> Iterator[psutil.Process]:
