@@ -209,6 +209,9 @@ class Fleet:
                         self._ask_again(identifier, listed.store_silence)
                     synchronized = True
                     log.info("node_ready", node=identifier, instances=len(reports))
+                    if orphans := sum(copy.orphan for copy in self._inventory.held_on(identifier)):
+                        remedy = "see dumont snapshot ls --orphans; adopt or delete them"
+                        log.warning("orphans_kept", node=identifier, snapshots=orphans, remedy=remedy)
                 elif isinstance(change, Removed):
                     self._inventory.removed(change.instance)
                 elif synchronized:
