@@ -119,7 +119,8 @@ class Snapshots:
         self.disk = disk or DiskReservations()
         self._fetches: dict[str, _Fetching] = {}
         self._published: dict[str, PublishedSnapshot] = {}
-        self._listing: asyncio.Task[_Published] | None = None
+        # The listing under way, and the loop's time at which it began.
+        self._listing: tuple[asyncio.Task[_Published], float] | None = None
         self._listed = _Published()
         # Why the last list may be out of date; empty if it is not.
         self.store_silence = ""
@@ -219,22 +220,30 @@ class Snapshots:
     async def _list_published(self) -> _Published:
         """The published snapshots, or those of the last list if the store takes longer than LIST_SECONDS.
 
-        The listing goes on in the background, and the next caller waits for the same one.
+        The listing goes on in the background, and the next caller waits for it before it begins its own: one
+        that began before the call may lack what its caller has just published or deleted.
         """
-        if self._listing is None:
-            self._listing = asyncio.create_task(self._ask_published(), name="list what is published")
-        listing = self._listing
-        done, _ = await asyncio.wait([listing], timeout=LIST_SECONDS)
-        if not done:
-            self.store_silence = f"the object store did not answer within {LIST_SECONDS:g} s"
-        else:
+        loop = asyncio.get_running_loop()
+        called = loop.time()
+        began = -1.0
+        while began < called:
+            if self._listing is None:
+                task = asyncio.create_task(self._ask_published(), name="list what is published")
+                self._listing = (task, loop.time())
+            listing = self._listing
+            task, began = listing
+            done, _ = await asyncio.wait([task], timeout=max(0.0, called + LIST_SECONDS - loop.time()))
+            if not done:
+                self.store_silence = f"the object store did not answer within {LIST_SECONDS:g} s"
+                break
             if self._listing is listing:
                 self._listing = None
-            error = listing.exception()
+            error = task.exception()
             if error is None:
-                self._listed, self.store_silence = listing.result(), ""
+                self._listed, self.store_silence = task.result(), ""
             elif isinstance(error, DumontError):
                 self.store_silence = f"{error.reason}: {error.message}"
+                break
             else:
                 raise error
         if self.store_silence:
@@ -258,8 +267,8 @@ class Snapshots:
     async def close(self) -> None:
         """Cancel a listing under way."""
         if self._listing is not None:
-            self._listing.cancel()
-            await asyncio.wait([self._listing])
+            self._listing[0].cancel()
+            await asyncio.wait([self._listing[0]])
 
     async def _rejected(self, known: set[str]) -> Sequence[RejectedSnapshot]:
         assert self.remote is not None

@@ -339,6 +339,35 @@ async def test_a_slow_store_keeps_its_place_in_the_list(
     assert fresh.store_silence == ""
 
 
+async def test_a_list_has_what_was_published_before_it_was_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given: a listing that has read the store and has not come back yet
+    node, holder = world.node("a"), world.node("b")
+    assert node.remote is not None
+    read, told = asyncio.Event(), asyncio.Event()
+    listing = node.remote.repository.list
+
+    async def late() -> object:
+        found = await listing()
+        read.set()
+        await told.wait()
+        return found
+
+    monkeypatch.setattr(node.remote.repository, "list", late)
+    first = asyncio.create_task(node.list())
+    await read.wait()
+    # when: something is published meanwhile, and somebody asks then
+    await world.capture(holder)
+    await holder.publish("s1", silent)
+    second = asyncio.create_task(node.list())
+    await asyncio.sleep(0)
+    told.set()
+    # then
+    assert (await first)[0] == []
+    assert [one.manifest.id for one in (await second)[0]] == ["s1"]
+
+
 def slow(listing: Callable[[], Awaitable[object]], told: asyncio.Event) -> Callable[[], Awaitable[object]]:
     async def wait() -> object:
         await told.wait()
