@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 # Rows of the graphs. Up to some thirty rows a step takes as long as with one: it is bound by launches, or by
 # reading the weights.
-BUCKETS: Final = (16, 32, 64, 128, 256, 512)
+BUCKETS: Final = (32, 64, 128, 256, 512)
 ROWS: Final = BUCKETS[-1]
 SEQUENCES: Final = 256
 # Addresses cost nothing; what the graphs of the largest models need is a few GiB.
@@ -53,6 +53,8 @@ SCRATCH_ADDRESSES: Final = 64 << 30
 # Memory for keys and values comes in pieces of this many bytes, as sequences need it.
 PIECE: Final = 1 << 30
 MOST_BIASES: Final = 2048
+# Values that a block of the kernel ``gate`` computes.
+GATE_BLOCK: Final = 1024
 
 # Rows of the state, as in kernels.py.
 (TOKEN, POSITION, SLOT, START, LENGTH, FLAGS, TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE,
@@ -511,6 +513,13 @@ def fuse(model: Any, kernels: dict[str, cuda.Kernel]) -> list[str]:
         norm.forward = _fused_norm(norm)
     if norms:
         done.append(f"{len(norms)} norms")
+    gated = []
+    if "gate" in kernels:
+        gated = [m for m in model.modules() if _is_plain_gate(m, kernels["gate"])]
+    for layer in gated:
+        layer.forward = _fused_gate(layer, kernels["gate"])
+    if gated:
+        done.append(f"{len(gated)} gates")
     module = sys.modules[type(model).__module__]
     plain = getattr(module, "apply_rotary_pos_emb", None)
     if plain is not None and "rotate" in kernels:
@@ -542,6 +551,35 @@ def _is_plain_norm(norm: Any) -> bool:
     states = torch.randn(1, 3, weight.shape[0], dtype=weight.dtype, device=weight.device)
     try:
         return _close(norm(states), _fused_norm(norm)(states))
+    except (RuntimeError, TypeError):
+        return False
+
+
+def _fused_gate(layer: Any, kernel: cuda.Kernel) -> Patch:
+    def forward(states: Tensor) -> Tensor:
+        gates, ups = layer.gate_proj(states), layer.up_proj(states)
+        result = torch.empty_like(gates)
+        kernel.launch(
+            torch.cuda.current_stream().cuda_stream,
+            (-(-gates.numel() // GATE_BLOCK), 1),
+            *_pointers(gates, ups, result),
+            *_ints(gates.numel()),
+            *NO_SCRATCH,
+        )
+        projected: Tensor = layer.down_proj(result)
+        return projected
+
+    return forward
+
+
+def _is_plain_gate(layer: Any, kernel: cuda.Kernel) -> bool:
+    parts = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(part, torch.nn.Linear) for part in parts) or not hasattr(layer, "act_fn"):
+        return False
+    weight = layer.gate_proj.weight
+    states = torch.randn(1, 3, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        return weight.dtype in TRITON_TYPES and _close(layer(states), _fused_gate(layer, kernel)(states))
     except (RuntimeError, TypeError):
         return False
 

@@ -235,7 +235,21 @@ def rotate(  # type: ignore[no-untyped-def]
     tl.store(at + HALF, turned.to(kind), mask=inside)
 
 
+@triton.jit
+def gate(gates, ups, result, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SiLU of one half of a layer's inner values times the other half."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.load(gates + at, mask=at < size, other=0.0)
+    kind = first.dtype
+    wide = first.to(tl.float32)
+    # Rounded where torch rounds: the activation, then the product.
+    active = (wide / (1.0 + tl.exp(-wide))).to(kind).to(tl.float32)
+    second = tl.load(ups + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(result + at, (active * second).to(kind), mask=at < size)
+
+
 MOST_BIASES: Final = 2048
+GATE_BLOCK: Final = 1024
 
 
 def compile_for(
@@ -261,6 +275,13 @@ def compile_for(
             {"MOST_BIASES": MOST_BIASES, "BLOCK": 4096},
         )
     ]  # fmt: skip
+    made.append(
+        _compile(
+            capability, gate, "gate", 4,
+            {"gates": p, "ups": p, "result": p, "size": "i32", "BLOCK": "constexpr"},
+            {"BLOCK": GATE_BLOCK},
+        )
+    )  # fmt: skip
     for heads, key, value in shapes:
         made.append(
             _compile(

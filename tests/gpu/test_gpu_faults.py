@@ -53,7 +53,8 @@ def meddling(node: GpuNode, operation: str, after: float, strike: Callable[[], N
     """Have somebody strike in the middle of the node's next such operation."""
     meddler = Meddler(node, operation, after, strike)
     whole = node.instances.node
-    node.instances.node = replace(whole, cuda=meddler)
+    assert whole.gpus is not None
+    node.instances.node = replace(whole, gpus=replace(whole.gpus, cuda=meddler))
     try:
         yield meddler
     finally:
