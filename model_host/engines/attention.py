@@ -21,7 +21,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 NAME: Final = "dumont"
 # What an attention layer may ask for without changing what is computed here.
-HARMLESS: Final = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "is_causal"})
+HARMLESS: Final = frozenset(
+    {
+        "position_ids", "use_cache", "output_attentions", "output_router_logits", "cache_position",
+        "is_causal",
+    }
+)  # fmt: skip
 # FlashAttention's window on the side that causal attention does not look at.
 NO_LIMIT: Final = -1
 
@@ -124,16 +129,12 @@ class KeysAndValues:
 
 
 # One model computes in a process, on one thread.
-_current: list[tuple[Pass, KeysAndValues | None]] = []
+_current: list[tuple[Pass, KeysAndValues]] = []
 
 
 @contextmanager
-def computing(what: Pass, cache: KeysAndValues | None) -> Iterator[Any]:
-    """Inside, the model computes ``what``; gives the object to pass as ``past_key_values``.
-
-    Args:
-        cache: None only to learn the shapes: one sequence that looks at nothing but itself.
-    """
+def computing(what: Pass, cache: KeysAndValues) -> Iterator[Any]:
+    """Inside, the model computes ``what``; gives the object to pass as ``past_key_values``."""
     _current.append((what, cache))
     try:
         yield _cache_object(what, cache)
@@ -141,7 +142,7 @@ def computing(what: Pass, cache: KeysAndValues | None) -> Iterator[Any]:
         _current.pop()
 
 
-def _cache_object(what: Pass, cache: KeysAndValues | None) -> Any:
+def _cache_object(what: Pass, cache: KeysAndValues) -> Any:
     from transformers.cache_utils import Cache
 
     class Writer(Cache):
@@ -149,17 +150,12 @@ def _cache_object(what: Pass, cache: KeysAndValues | None) -> Any:
 
         def __init__(self) -> None:
             super().__init__(layers=[])
-            self.shapes: dict[int, LayerShape] = {}
 
         def update(
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
         ) -> tuple[Tensor, Tensor]:
             what.layer = layer_idx
-            if cache is None:
-                heads, key, value = key_states.shape[1], key_states.shape[3], value_states.shape[3]
-                self.shapes[layer_idx] = LayerShape(heads, key, value)
-            else:
-                cache.write(layer_idx, key_states[0], value_states[0], what.slots)
+            cache.write(layer_idx, key_states[0], value_states[0], what.slots)
             return key_states, value_states
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -220,27 +216,10 @@ def attend(
     if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise NotBatchable("it looks ahead")
     what, cache = _current[-1]
-    if cache is None:
-        return _alone(query, key, value, scaling, sliding_window), None
     keys, values = cache.keys[what.layer], cache.values[what.layer]
     if what.rows is not None:
         return _flash(query, keys, values, what.rows, scaling, sliding_window), None
     return _by_segments(query, keys, values, what.segments, scaling, sliding_window), None
-
-
-def _alone(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    length = query.shape[2]
-    mask = None if window is None or window >= length else _mask(length, length, window, query.device)
-    found = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None and length > 1,
-        scale=scaling,
-        enable_gqa=True,
-    )
-    return found.transpose(1, 2)
 
 
 def _by_segments(

@@ -85,20 +85,20 @@ class Backend(Protocol):
         """Undo ``quiesce``."""
 
 
-def shapes(model: Any, device: torch.device) -> list[LayerShape]:
+def shapes(model: Any, cache: Any) -> list[LayerShape]:
     """The shapes of the keys and values of a model's layers, in order.
+
+    Args:
+        cache: transformers' own, which the model has filled.
 
     Raises:
         NotBatchable: layers do not all keep keys and values, or share them.
     """
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    slots = torch.zeros(2, dtype=torch.long, device=device)
-    with attention.computing(Pass(slots), None) as cache:
-        forward(model, ids, torch.arange(2, device=device).unsqueeze(0), cache)
+    kept = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
     layers = model.config.get_text_config().num_hidden_layers
-    if sorted(cache.shapes) != list(range(layers)):
-        raise NotBatchable(f"{len(cache.shapes)} of {layers} layers keep keys and values")
-    return [cache.shapes[layer] for layer in range(layers)]
+    if len(kept) != layers:
+        raise NotBatchable(f"{len(kept)} of {layers} layers keep keys and values")
+    return [LayerShape(one.keys.shape[1], one.keys.shape[3], one.values.shape[3]) for one in kept]
 
 
 def forward(
@@ -222,18 +222,23 @@ class Together:
 
 
 class Alone:
-    """Each sequence in a pass of its own, with transformers' own cache: right for every model that it knows.
+    """Each sequence in a pass of its own, with transformers' own cache.
 
     Args:
         model: as transformers made it.
+        in_pieces: whether a prompt may be computed in pieces. Some models with a state instead of keys and
+            values begin anew with each piece; their prompts are computed whole, when the last piece comes.
     """
 
     rows = CPU_ROWS
     prompt_rows = CPU_PROMPT_ROWS
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, *, in_pieces: bool = True) -> None:
         self._model = model
         self._device = device
+        self._in_pieces = in_pieces
+        takes = inspect.signature(model.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
         self._caches: dict[TokenSequence, Any] = {}
 
     def reach(self, extent: Extent) -> None:
@@ -256,6 +261,8 @@ class Alone:
         results: list[Result] = []
         answered: list[Chunk] = []
         for chunk in chunks:
+            if not (self._in_pieces or chunk.sampled):
+                continue
             try:
                 logits = self._logits(chunk)
                 found = choose_rows(logits, [chunk]) if chunk.sampled else []
@@ -269,8 +276,10 @@ class Alone:
 
     def _logits(self, chunk: Chunk) -> torch.Tensor:
         """After the last token of the chunk; shape (1, vocabulary)."""
-        ids = chunk.sequence.slice(chunk.first, chunk.count)
-        options: dict[str, Any] = {}
+        of_prompt = chunk.first < len(chunk.sequence.prompt)
+        first = 0 if of_prompt and not self._in_pieces else chunk.first
+        ids = chunk.sequence.slice(first, chunk.first + chunk.count - first)
+        options: dict[str, Any] = {self._cache_name: self._caches[chunk.sequence]}
         if _keeps_logits(self._model) and len(ids) > 1:
             # As an index, which selects a compact copy. A count would leave a strided view, for which torch
             # 2.13 on the CPU copies the whole output matrix: 130 ms for a vocabulary of 49,152.
@@ -278,7 +287,6 @@ class Alone:
             options["logits_to_keep"] = torch.tensor([len(ids) - 1]) if on_cpu else 1
         output = self._model(
             input_ids=torch.tensor([ids], dtype=torch.long, device=self._device),
-            past_key_values=self._caches[chunk.sequence],
             use_cache=True,
             **options,
         )

@@ -51,7 +51,8 @@ def llama(folder: Path) -> Path:
 def load(folder: Path, **settings: Any) -> CausalLM:
     return causal_lm.load(
         model_files.read(folder),
-        Settings(**{"device": "cpu", "max_new_tokens_limit": 100, **settings}),
+        # One thread: what is to be computed is too small for two to take turns at it.
+        Settings(**{"device": "cpu", "max_new_tokens_limit": 100, "threads": 1, **settings}),
         Phases(),
     )
 

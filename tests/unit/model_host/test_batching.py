@@ -1,0 +1,172 @@
+"""Many requests at a time say what each says alone, and what transformers' ``generate`` says."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from model_host.engine import Generation, Work
+from model_host.engines.backends import Alone, Together
+from model_host.engines.causal_lm import CausalLM
+from tests.unit.model_host.tiny_models import VOCABULARY, answers, load, save, words
+
+CONTEXT = 512
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "bos_token_id": None, "eos_token_id": None,
+    "pad_token_id": None, "initializer_range": 0.5,
+}  # fmt: skip
+GROUPED: dict[str, Any] = {**COMMON, "num_key_value_heads": 2, "head_dim": 8}
+# Shorter than most prompts.
+WINDOWED: dict[str, Any] = {**GROUPED, "sliding_window": 16}
+
+ARCHITECTURES: dict[str, tuple[Callable[[], Any], type]] = {
+    "Llama": (lambda: transformers.LlamaConfig(**GROUPED), Together),
+    "Qwen2": (lambda: transformers.Qwen2Config(**COMMON, num_key_value_heads=2), Together),
+    "Qwen3": (lambda: transformers.Qwen3Config(**GROUPED), Together),
+    "Mistral": (lambda: transformers.MistralConfig(**WINDOWED), Together),
+    "Gemma3": (lambda: transformers.Gemma3TextConfig(**WINDOWED), Together),
+    "GPT-NeoX": (lambda: transformers.GPTNeoXConfig(**COMMON, tie_word_embeddings=False), Together),
+    "Phi": (lambda: transformers.PhiConfig(**COMMON), Together),
+    "GPT-2": (
+        lambda: transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, bos_token_id=None,
+            eos_token_id=None, initializer_range=0.5,
+        ),
+        Together,
+    ),
+    "Mixtral": (lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=4), Together),
+    # Its attention caps scores, which is not computed in batches.
+    "Gemma2": (lambda: transformers.Gemma2Config(**WINDOWED), Alone),
+    # It has a state instead of keys and values.
+    "Mamba": (
+        lambda: transformers.MambaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=None,
+            eos_token_id=None, pad_token_id=None, initializer_range=0.5,
+        ),
+        Alone,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Model:
+    """An engine, and what transformers itself says."""
+
+    engine: CausalLM
+    reference: Any
+
+    def said(self, prompt: list[int], count: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        output = self.reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return tokens
+
+
+def make(name: str, folder: Path, **settings: Any) -> Model:
+    config, _ = ARCHITECTURES[name]
+    torch.manual_seed(3)
+    save(transformers.AutoModelForCausalLM.from_config(config()), folder)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return Model(load(folder, **settings), reference)
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@dataclass
+class Request:
+    """A prompt, and after how many tokens its caller leaves or the answer meets a stop token."""
+
+    prompt: list[int]
+    count: int
+    leaves_after: int | None = None
+    expected: list[int] | None = None
+    stop: tuple[int, ...] = ()
+
+    def work(self, engine: CausalLM) -> Work:
+        return engine.generate(
+            Generation(prompt=words(self.prompt), max_new_tokens=self.count, stop_token_ids=self.stop)
+        )
+
+
+def mixed(model: Model, seed: int, count: int = 16) -> Iterator[Request]:
+    """Prompts of one to several hundred tokens, some of which begin alike; some leave, some are stopped."""
+    dice = random.Random(seed)
+    shared = [dice.randrange(VOCABULARY) for _ in range(60)]
+    for number in range(count):
+        length = (1, 2, 17, 40, 130, 400)[number % 6]
+        prompt = [dice.randrange(VOCABULARY) for _ in range(length)]
+        if number % 3 == 0:
+            prompt = shared[: dice.randint(20, 60)] + prompt[:60]
+        request = Request(prompt, dice.randint(1, 12))
+        request.expected = model.said(prompt, request.count)
+        if number % 4 == 1:
+            request.leaves_after = dice.randrange(request.count)
+        elif number % 4 == 2:
+            request.stop = (request.expected[dice.randrange(request.count)],)
+            request.expected = request.expected[: request.expected.index(request.stop[0])]
+        yield request
+
+
+def drive(engine: CausalLM, requests: list[Request], seed: int) -> list[list[int]]:
+    """Let requests in at random while others run, in order; each one's tokens."""
+    dice = random.Random(seed)
+    works = [request.work(engine) for request in requests]
+    waiting = list(range(len(works)))
+    computed: dict[Work, list[Any]] = defaultdict(list)
+    running: dict[Work, Request] = {}
+    while waiting or running:
+        for _ in range(dice.randint(0, 3)):
+            if waiting and engine.admit(works[waiting[0]]):
+                index = waiting.pop(0)
+                running[works[index]] = requests[index]
+        for output in engine.step() if running else ():
+            computed[output.work].append(output.item)
+            if output.last:
+                del running[output.work]
+        for work, request in list(running.items()):
+            if request.leaves_after is not None and len(computed[work]) >= request.leaves_after:
+                engine.drop(work)
+                del running[work]
+    assert engine.load.sequences == engine.load.kv_tokens == 0
+    return [answers(work, computed[work])[0].tokens for work in works]
+
+
+def test_each_says_what_it_says_alone_and_what_transformers_says(
+    model: Model, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, name = model.engine, request.node.callspec.params["model"]
+    assert type(engine._backend) is ARCHITECTURES[name][1]
+    # given few rows, so that prompts come in pieces beside answers
+    monkeypatch.setattr(engine._backend, "rows", 96)
+    monkeypatch.setattr(engine._backend, "prompt_rows", 32)
+    requests = list(mixed(model, seed=1))
+
+    # when they run together, come and go
+    found = drive(engine, requests, seed=2)
+
+    # then each has its own tokens
+    for asked, tokens in zip(requests, found, strict=True):
+        assert asked.expected is not None
+        if asked.leaves_after is None:
+            assert tokens == asked.expected
+        else:
+            assert len(tokens) >= min(asked.leaves_after, len(asked.expected))
+            assert tokens == asked.expected[: len(tokens)]
