@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from dumont import limits
-from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
+from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted
+from model_host import cuda
 from model_host.engine import (
     DEFAULT_MAX_NEW_TOKENS,
     Canary,
@@ -636,8 +637,13 @@ class CausalLM:
 
     def wake(self) -> None:
         self._workspace.regain()
-        self._backend.wake()
-        self._weights.attach()
+        try:
+            self._backend.wake()
+            self._weights.attach()
+        except cuda.CudaError as error:
+            raise ResourceExhausted(
+                "GPU_MEMORY", f"the GPU has no room left for this model: {error}", retry_after=1.0
+            ) from error
 
     def versions(self) -> dict[str, str]:
         return library_versions()

@@ -310,7 +310,7 @@ async def test_a_real_process_that_computes_on_and_on_cannot_be_locked_in_time(
     real: CudaAgent | CudaCheckpoint,
 ) -> None:
     with CudaProcess() as process:
-        process.tell("spin 20")
+        assert process.ask("spin 20") == "spinning"
         with refused("CUDA_LOCK_TIMEOUT"):
             await real.lock(process.pid, 0.5)
         # What a timed-out lock leaves is the driver's to say; nothing may keep it from being undone.

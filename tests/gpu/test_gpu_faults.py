@@ -198,7 +198,9 @@ async def test_a_gpu_that_fills_after_it_was_looked_at_leaves_it_serving_or_clea
             await super().restore(pid, devices)
 
     whole = node.instances.node
-    node.instances.node = replace(whole, cuda=Filling(node, "", 0, lambda: None))
+    assert whole.gpus is not None
+    filling = Filling(node, "", 0, lambda: None)
+    node.instances.node = replace(whole, gpus=replace(whole.gpus, cuda=filling))
     with hogs:
         try:
             error = await refused(perform(node, job, snapshot))
@@ -260,7 +262,7 @@ async def test_a_process_that_computes_on_and_on_is_not_suspended_and_computes_o
     assert node.cuda is not None
     with CudaProcess() as busy, CudaProcess() as quiet:
         before = quiet.ask("sum")
-        busy.tell("spin 5")
+        assert busy.ask("spin 5") == "spinning"
         error = await refused(suspension.suspend(node.cuda, [quiet.pid, busy.pid], lock_timeout=0.5))
         assert error.reason == "CUDA_LOCK_TIMEOUT"
         # Both, also the one that was locked before it.

@@ -1,7 +1,7 @@
 """A process that computes on GPUs and answers over pipes, for tests that drive its CUDA state from outside.
 
 Run as a program it takes commands, one a line: ``sum`` answers what its tensors on every GPU add up to;
-``spin SECONDS`` keeps the first GPU busy for about that long and answers nothing; ``fill MIB`` takes the
+``spin SECONDS`` keeps the first GPU busy for about that long and answers when it has begun; ``fill MIB`` takes the
 first GPU's memory but for so much and answers when it has; ``fork`` starts a child with CUDA state of its own
 and answers its pid; ``child COMMAND`` answers what that child does.
 """
@@ -84,7 +84,7 @@ def main(devices: int, mib: int) -> None:
         elif command == "spin":
             # About 1.5 GHz: seconds need not be exact, only longer than a lock waits.
             torch.cuda._sleep(int(float(arguments[0]) * 1.5e9))  # type: ignore[no-untyped-call]
-            continue
+            sys.stdout.write("spinning\n")
         elif command == "fill":
             room = torch.cuda.mem_get_info(0)[0] - int(arguments[0]) * MIB
             tensors.append(torch.empty(max(room, 0), dtype=torch.uint8, device="cuda:0"))
