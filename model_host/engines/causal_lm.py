@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -163,6 +163,8 @@ class Answering:
             reason = step.reason
         if reason is not None:
             ready += text.flush()
+            if text.stopped:
+                reason = FinishReason.STOP
         items: list[Piece | Finish] = []
         if ready or (reason is not None and text.pending):
             logprobs = tuple(map(self._logprob, text.pending)) if self._wants_logprobs else ()
@@ -528,7 +530,8 @@ class CausalLM:
         for index, sequence in enumerate(work.sequences):
             if not self._place(sequence):
                 for admitted in taken:
-                    self._leave(admitted)
+                    self._release(admitted, keep=False)
+                    admitted.computed = admitted.cached = 0
                 return False
             taken.append(sequence)
             self._running[sequence] = (work, index)
@@ -570,14 +573,26 @@ class CausalLM:
     def _leave(self, sequence: TokenSequence) -> None:
         """Take a sequence out; what it has computed is kept for others that begin alike."""
         sequence.ended = True
+        self._release(sequence, keep=True)
+
+    def _release(self, sequence: TokenSequence, *, keep: bool) -> None:
         if self._running.pop(sequence, None) is None:
             return
         self._backend.end(sequence)
         extent, sequence.extent = sequence.extent, None
-        if extent is not None and (free := self._prefixes.keep(extent, sequence.tokens())) is not None:
-            self._extents.give_back(free)
+        if extent is not None:
+            free = self._prefixes.keep(extent, sequence.tokens()) if keep else extent
+            if free is not None:
+                self._extents.give_back(free)
 
     def step(self) -> Sequence[Output]:
+        try:
+            return self._advance()
+        except Exception:
+            _distrust(self._running)
+            raise
+
+    def _advance(self) -> list[Output]:
         flight, self._flight = self._flight, None
         if flight is None:
             flight = self._launch()
@@ -606,6 +621,7 @@ class CausalLM:
     def _take(self, sequence: TokenSequence, result: Chosen | DumontError) -> list[Output]:
         work, index = self._running[sequence]
         if isinstance(result, DumontError):
+            _distrust(work.sequences)
             self.drop(work)
             return [Output(work, result, last=True)]
         before = len(sequence.answer)
@@ -647,6 +663,12 @@ class CausalLM:
 
     def versions(self) -> dict[str, str]:
         return library_versions()
+
+
+def _distrust(sequences: Iterable[TokenSequence]) -> None:
+    """Let nobody reuse what was computed for these: it may be wrong, or not be there."""
+    for sequence in sequences:
+        sequence.computed = 0
 
 
 def _room(sequence: TokenSequence) -> int:

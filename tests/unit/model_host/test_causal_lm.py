@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from dumont.errors import FailedPrecondition, InvalidArgument
-from model_host.engine import Finish, FinishReason, Generation, Load, Message
-from model_host.engines.causal_lm import CausalLM
-from tests.unit.model_host.tiny_models import CONTEXT, WORDS, llama, load, run
+from dumont.errors import FailedPrecondition, Internal, InvalidArgument
+from model_host.engine import Capacity, Finish, FinishReason, Generation, Load, Message, Piece
+from model_host.engines.backends import Together
+from model_host.engines.batch import TokenSequence
+from model_host.engines.causal_lm import Answering, CausalLM, Step
+from model_host.engines.kv import FILLER
+from model_host.engines.sampling import Chosen, Sampling
+from model_host.scheduler import Scheduler
+from tests.unit.model_host.tiny_models import CONTEXT, WORDS, answers, llama, load, run, run_all, words
 
 PROMPT = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
 PROMPT_TOKENS = list(range(1, 10))
@@ -176,3 +184,318 @@ def test_a_changed_weight_changes_the_canary(folder: Path) -> None:
         engine._model.model.layers[1].mlp.down_proj.weight[0].mul_(50)
 
     assert engine.canary() != before
+
+
+def said(engine: CausalLM, **fields: Any) -> list[list[int]]:
+    """The tokens of each of ``n`` answers to a request that is alone."""
+    work = engine.generate(Generation(**fields))
+    return [answer.tokens for answer in answers(work, run_all(engine, [work])[work])]
+
+
+def test_answers_are_drawn_with_seeds_that_follow_each_other(engine: CausalLM) -> None:
+    alone = [said(engine, prompt=PROMPT, max_new_tokens=8, temperature=2.0, seed=seed) for seed in (5, 6, 7)]
+
+    together = said(engine, prompt=PROMPT, max_new_tokens=8, temperature=2.0, seed=5, n=3)
+
+    assert together == [tokens for [tokens] in alone]
+    assert len(set(map(tuple, together))) == 3
+
+
+def test_a_drawn_answer_is_the_same_beside_others(engine: CausalLM) -> None:
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_new_tokens": 8, "temperature": 2.0, "seed": 5}
+    [alone] = said(engine, **fields)
+
+    works = [engine.generate(Generation(**fields)), engine.generate(Generation(prompt=PROMPT))]
+    computed = run_all(engine, works)
+
+    assert answers(works[0], computed[works[0]])[0].tokens == alone
+
+
+def test_each_answer_has_its_own_end(engine: CausalLM) -> None:
+    work = engine.generate(Generation(prompt=PROMPT, max_new_tokens=4, temperature=2.0, seed=5, n=2))
+
+    found = answers(work, run_all(engine, [work])[work])
+
+    for index, answer in enumerate(found):
+        assert answer.finish == Finish(FinishReason.LENGTH, 9, 4, index=index)
+        assert {piece.index for piece in answer.pieces} == {index}
+
+
+def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(engine: CausalLM, expected: list[int]) -> None:
+    answer = run(engine, prompt=PROMPT, max_new_tokens=12, stop_token_ids=(expected[3],))
+
+    until = expected.index(expected[3])
+    assert answer.tokens == expected[:until]
+    assert answer.finish == Finish(FinishReason.STOP, prompt_tokens=9, output_tokens=until)
+
+
+@pytest.fixture
+def ending(folder: Path, expected: list[int], tmp_path: Path) -> CausalLM:
+    """A model whose end mark is the second token that it would say."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).hardlink_to(file)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": expected[1]}))
+    return load(tmp_path)
+
+
+def test_the_end_mark_can_be_ignored(ending: CausalLM, expected: list[int]) -> None:
+    answer = run(ending, prompt=PROMPT, max_new_tokens=12, ignore_eos=True)
+
+    assert answer.tokens == expected
+
+
+def test_an_answer_has_its_least_length(ending: CausalLM, expected: list[int]) -> None:
+    answer = run(ending, prompt=PROMPT, max_new_tokens=12, min_new_tokens=5)
+
+    assert len(answer.tokens) >= 5
+    assert expected[1] not in answer.tokens
+    assert answer.tokens[0] == expected[0]
+
+
+def test_log_probabilities_come_with_their_tokens(
+    engine: CausalLM, folder: Path, expected: list[int]
+) -> None:
+    answer = run(engine, prompt=PROMPT, max_new_tokens=4, logprobs=2)
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    logits = model(torch.tensor([PROMPT_TOKENS + expected[:4]])).logits[0, 8:12].detach()
+    plain = torch.log_softmax(logits, -1)
+    told = [logprob for piece in answer.pieces for logprob in piece.logprobs]
+    assert [(t.token_id, t.text) for t in told] == [(token, WORDS[token]) for token in expected[:4]]
+    for place, token in enumerate(told):
+        assert token.logprob == pytest.approx(float(plain[place, expected[place]]), abs=1e-4)
+        likeliest = plain[place].topk(2)
+        assert [(top.token_id, top.text) for top in token.top] == [
+            (index, WORDS[index]) for index in likeliest.indices.tolist()
+        ]
+        assert [top.logprob for top in token.top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
+
+
+def test_a_token_that_the_model_does_not_have_is_named(engine: CausalLM) -> None:
+    for name, value in (("logit_bias", {64: 1.0}), ("stop_token_ids", (64,))):
+        with pytest.raises(InvalidArgument) as refused:
+            engine.generate(Generation(prompt=PROMPT, **{name: value}))
+        assert (refused.value.reason, refused.value.field) == ("INVALID_TOKEN_ID", name)
+
+
+def test_a_biased_token_is_said(engine: CausalLM) -> None:
+    assert run(engine, prompt=PROMPT, max_new_tokens=3, logit_bias={17: 100.0}).tokens == [17, 17, 17]
+
+
+# Room
+
+
+def tokens_of_room(folder: Path, tokens: int) -> CausalLM:
+    """An engine whose cache has room for so many tokens."""
+    values = 2 * 2 * 2 * 8  # two layers, keys and values, two heads, eight values each
+    return load(folder, kv_cache=(FILLER + tokens) * values * 4)
+
+
+def test_what_can_never_fit_is_refused_by_name(folder: Path) -> None:
+    small = tokens_of_room(folder, 32)
+
+    assert small.context_length == 31
+    assert small.capacity == Capacity(sequences=64, kv_tokens=32)
+    with pytest.raises(InvalidArgument) as refused:
+        small.generate(Generation(prompt="w1 " * 31))
+    assert (refused.value.reason, refused.value.field) == ("PROMPT_TOO_LONG", "prompt")
+    with pytest.raises(InvalidArgument) as refused:
+        small.generate(Generation(prompt=PROMPT, max_new_tokens=10, n=2))
+    assert (refused.value.reason, refused.value.field) == ("TOO_MANY_ANSWERS", "n")
+
+
+def test_what_does_not_fit_now_waits_and_is_answered(folder: Path, expected: list[int]) -> None:
+    small = tokens_of_room(folder, 32)
+    scheduler = Scheduler(small, max_queue=8)
+
+    jobs = [scheduler.submit(small.generate(Generation(prompt=PROMPT, max_new_tokens=12))) for _ in range(3)]
+    found = [[item for item in job if isinstance(item, Piece)] for job in jobs]
+    scheduler.close()
+
+    assert [[token for piece in pieces for token in piece.token_ids] for pieces in found] == [expected] * 3
+
+
+def test_answers_of_which_some_had_no_room_are_admitted_later(folder: Path) -> None:
+    # given room for one more, when two come
+    small = tokens_of_room(folder, 64)
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_new_tokens": 8, "temperature": 2.0, "seed": 5, "n": 2}
+    alone = said(load(folder), **fields)
+    first = small.generate(Generation(prompt="w9 " * 20, max_new_tokens=10))
+    second = small.generate(Generation(**fields))
+    assert small.admit(first)
+    assert not small.admit(second)
+
+    # then neither of the two holds anything, and once there is room both are answered
+    assert small.load.sequences == 1
+    assert small.load.kv_tokens == 32
+    small.drop(first)
+    found = answers(second, run_all(small, [second])[second])
+
+    assert [answer.tokens for answer in found] == alone
+
+
+# What is shared
+
+
+def test_a_prompt_that_begins_alike_is_not_computed_again(engine: CausalLM, folder: Path) -> None:
+    engine._forget_prefixes()
+    shared = "w5 w6 w7 w8 w9 " * 4
+    first = run(engine, prompt=shared + "w1", max_new_tokens=4)
+    second = run(engine, prompt=shared + "w2", max_new_tokens=6)
+    again = run(engine, prompt=shared + "w1", max_new_tokens=4)
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[5, 6, 7, 8, 9] * 4 + [2]])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert second.tokens == output[0, 21:].tolist()
+    assert first.tokens == again.tokens
+    cached = [answer.finish.cached_prompt_tokens for answer in (first, second, again) if answer.finish]
+    # At least the last token is computed, because one is chosen after it.
+    assert cached == [0, 20, 20]
+
+
+def test_kept_prefixes_make_room_for_requests(folder: Path, expected: list[int]) -> None:
+    small = tokens_of_room(folder, 48)
+    for word in ("w20 ", "w21 ", "w22 "):
+        run(small, prompt=word * 20, max_new_tokens=4)
+    assert small._prefixes.tokens > 0
+
+    assert run(small, prompt=PROMPT, max_new_tokens=12).tokens == expected
+    assert run(small, prompt="w1 " * 40, max_new_tokens=4).finish is not None
+
+
+def test_what_a_failed_step_was_to_compute_is_not_reused(
+    engine: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a step that failed before all layers had their keys and values
+    prompt = "w31 w32 w33 w34 " * 5
+    engine._forget_prefixes()
+    right = run(engine, prompt=prompt, max_new_tokens=6).tokens
+    engine._forget_prefixes()
+    run(engine, prompt="w40 " * 30, max_new_tokens=6)  # what lies in the cache now is another's
+    engine._forget_prefixes()
+    work = engine.generate(Generation(prompt=prompt, max_new_tokens=6))
+    assert engine.admit(work)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._model.model.layers[1], "forward", broken)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.drop(work)
+
+    # when the same prompt comes again, then its answer is right
+    assert run(engine, prompt=prompt, max_new_tokens=6).tokens == right
+
+
+def broken(*_: Any, **__: Any) -> None:
+    raise ZeroDivisionError
+
+
+def test_what_is_no_number_ends_one_alone_and_is_not_reused(
+    engine: CausalLM, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given one of two requests whose keys and values are no numbers
+    engine._forget_prefixes()
+    prompt = "w31 w32 w33 w34 " * 5
+    right = run(engine, prompt=prompt, max_new_tokens=6).tokens
+    engine._forget_prefixes()
+    sound = engine.generate(Generation(prompt=PROMPT, max_new_tokens=12))
+    ill = engine.generate(Generation(prompt=prompt, max_new_tokens=6))
+    assert engine.admit(sound)
+    assert engine.admit(ill)
+    backend = engine._backend
+    assert isinstance(backend, Together)
+    engine.step()
+    [sequence] = cast(Answering, ill).sequences
+    assert sequence.extent is not None
+    backend._cache.memory[sequence.extent.start : sequence.extent.end] = torch.nan
+
+    # when they are computed, then one ends and the other goes on
+    outputs = engine.step()
+    failed = [output for output in outputs if output.work is ill]
+    assert [(type(output.item), output.last) for output in failed] == [(Internal, True)]
+    computed = [output.item for output in outputs if output.work is sound]
+    while engine.load.sequences:
+        computed += [output.item for output in engine.step()]
+    assert [step.chosen.token for step in computed] == expected[1:]
+
+    # and the next with the same prompt is answered
+    assert run(engine, prompt=prompt, max_new_tokens=6).tokens == right
+
+
+# Sleep
+
+
+def test_no_prompt_survives_quiescence_and_the_engine_wakes(folder: Path, expected: list[int]) -> None:
+    engine = load(folder)
+    canary = engine.canary()
+    backend = engine._backend
+    assert isinstance(backend, Together)
+    memory = weakref.ref(backend._cache.memory.untyped_storage())
+    scheduler = Scheduler(engine, max_queue=8)
+    marker = [53, 59, 61]
+    for tail in (" w1", " w2"):
+        list(scheduler.submit(engine.generate(Generation(prompt=words(marker * 8) + tail, max_new_tokens=4))))
+    assert holders(marker)
+    assert engine._prefixes.tokens
+
+    scheduler.call(engine.quiesce)
+
+    assert not holders(marker)
+    assert memory() is None
+    assert engine.load == Load()
+    assert engine._prefixes.tokens == engine._extents.used == 0
+    scheduler.call(engine.wake)
+    assert engine.canary() == canary
+    scheduler.close()
+    assert run(engine, prompt=PROMPT, max_new_tokens=12).tokens == expected
+
+
+def holders(marker: list[int]) -> list[list[int]]:
+    """Every list in this process that begins with what only a prompt has."""
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) is list and found[: 3 * 8] == marker * 8]
+
+
+# Text
+
+
+class HalfCharacters:
+    """Decodes token 1 to "ab" and the beginning of a character."""
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join("ab\ufffd" if token == 1 else "." for token in tokens)
+
+
+def test_a_stop_string_in_what_was_held_back_ends_the_answer() -> None:
+    sequence = TokenSequence([0], 1, Sampling(), answer=[1])
+    work = Answering(cast(Any, HalfCharacters()), Generation(stop=("b",)), [sequence])
+
+    [answer] = answers(work, [Step(0, Chosen(1), FinishReason.LENGTH)])
+
+    assert answer.text == "a"
+    assert answer.finish == Finish(FinishReason.STOP, prompt_tokens=1, output_tokens=1)
+
+
+def test_tokens_of_several_steps_are_one_piece(engine: CausalLM, expected: list[int]) -> None:
+    work = engine.generate(Generation(prompt=PROMPT, max_new_tokens=12))
+    computed = run_all(engine, [work])[work]
+
+    first, *_ = work.receive(computed[:1]).items
+    rest, finish = work.receive(computed[1:]).items
+
+    assert (first.token_ids, rest.token_ids) == ((expected[0],), tuple(expected[1:]))
+    assert (first.text + rest.text).split() == [WORDS[token] for token in expected]
+    assert isinstance(finish, Finish)
+
+
+def test_what_comes_after_a_stop_string_is_nobodys(engine: CausalLM, expected: list[int]) -> None:
+    stop = " " + WORDS[expected[2]]
+    work = engine.generate(Generation(prompt=PROMPT, max_new_tokens=12, stop=(stop,)))
+    computed = run_all(engine, [work])[work]
+
+    reply = work.receive(computed[:6])
+
+    assert reply.ended
+    assert isinstance(reply.items[-1], Finish)
+    assert work.receive(computed[6:]).items == []
