@@ -1,9 +1,9 @@
 """A process that computes on GPUs and answers over pipes, for tests that drive its CUDA state from outside.
 
 Run as a program it takes commands, one a line: ``sum`` answers what its tensors on every GPU add up to;
-``spin SECONDS`` keeps the first GPU busy for about that long and answers when it has begun; ``fill MIB`` takes the
-first GPU's memory but for so much and answers when it has; ``fork`` starts a child with CUDA state of its own
-and answers its pid; ``child COMMAND`` answers what that child does.
+``spin SECONDS`` keeps the first GPU busy for about so long and answers when it has begun; ``fill MIB`` takes
+the first GPU's memory but for so much and answers when it has; ``fork`` starts a child with CUDA state of its
+own and answers its pid; ``child COMMAND`` answers what that child does.
 """
 
 from __future__ import annotations
