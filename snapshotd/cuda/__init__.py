@@ -1,5 +1,5 @@
-"""CUDA state of processes: lock, checkpoint, restore, unlock, from outside them.
+"""Lock, checkpoint, restore and unlock the CUDA state of processes from outside, and load weights to GPUs.
 
-One agent process per node holds the driver, so that no operation pays for its start-up: the calls cost
-0.7 ms instead of 15 for a lock, 0.42 s instead of 0.66 for a restore, against the command line tool.
+One agent process for each node keeps the driver open, so that no operation pays for its start. Compared with
+the command line tool, a lock takes 0.7 ms instead of 15, and a restore 0.42 s instead of 0.66.
 """

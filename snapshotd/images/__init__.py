@@ -1,4 +1,4 @@
-"""CRIU's image files: what is in them, and what need not be."""
+"""CRIU's image files: read, written by a page server, and rewritten so that a restore has less to do."""
 
-# What a page server says when a dump may begin; anything else is why it may not.
+# The page server sends this when a dump may begin, or else the reason why it may not.
 PAGE_SERVER_READY = b"\1"

@@ -1,7 +1,7 @@
-"""Rewrite an image so that a restore has little to read: zero pages dropped, the rest to be mapped.
+"""Rewrite an image so that a restore has little to read: drop zero pages, and let the others be mapped.
 
-Up to half of a model host's touched memory is zeros, and a restore is bound by the pages that it reads.
-``layout`` decides where every page goes; this module looks at the pages and moves them.
+Up to half of the memory that a model host has touched is zeros, and the time of a restore depends on the
+pages that it reads. ``layout`` decides where every page goes. This module examines the pages and copies them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from snapshotd.images.format import PAGE, ImageFormat, Kind, Vma
 from snapshotd.images.layout import Flags, Layout, Piece, Source, lay_out
 from snapshotd.system.mounts import MEMORY_MOUNT
 
-# Pages looked at together: small enough for the cache, large enough that Python does not matter.
+# Pages examined at a time: few enough for the CPU's cache, and enough that Python's overhead does not matter.
 BLOCK = 512
-# More do not make it faster: memory is the limit.
+# More threads are no faster, because memory is the limit.
 MOST_THREADS = 8
 WORDS = PAGE // 8
 # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
@@ -34,7 +34,7 @@ PUNCH_HOLE = 0x03
 
 @dataclass(frozen=True)
 class Compacted:
-    """What compaction did, in bytes."""
+    """The bytes of an image before and after its compaction."""
 
     before: int
     after: int
@@ -42,7 +42,11 @@ class Compacted:
 
 @dataclass(frozen=True)
 class _Process:
-    """One process of an image, and its new layout."""
+    """One process of an image, and its new layout.
+
+    Attributes:
+        origin: the memory file that it was restored from; empty if it was started.
+    """
 
     name: str
     pages_id: int
@@ -58,14 +62,14 @@ def compact(images: ImageFormat, directory: Path, origin: Path | None, threads: 
     """Rewrite the memory of every process in ``directory``, in place.
 
     Args:
-        origin: holds the memory files that the processes were restored from; None: they were started.
+        origin: holds the memory files that the processes were restored from; None if they were started.
 
     Raises:
-        DataLoss: the dump is incomplete.
+        DataLoss: IMAGE_INCOMPLETE or IMAGE_DAMAGED.
     """
     known = images.memory_files(directory, MEMORY_MOUNT)
     processes = [
-        _look(images, directory, pagemap, known, threads)
+        _analyze(images, directory, pagemap, known, threads)
         for pagemap in sorted(directory.glob("pagemap-[0-9]*.img"))
     ]
     before = after = 0
@@ -73,7 +77,7 @@ def compact(images: ImageFormat, directory: Path, origin: Path | None, threads: 
         pages = directory / f"pages-{process.pages_id}.img"
         before += pages.stat().st_size
         memory = directory / process.memory_file
-        _move(process, pages, memory, origin)
+        _rewrite(process, pages, memory, origin)
         read = [piece.run for piece in process.layout.read]
         images.write_pagemap(directory / f"pagemap-{process.name}.img", process.pages_id, read)
         after += pages.stat().st_size + memory.stat().st_blocks * 512
@@ -86,11 +90,10 @@ def compact(images: ImageFormat, directory: Path, origin: Path | None, threads: 
 
 
 def check(images: ImageFormat, directory: Path) -> None:
-    """Check that every pagemap in ``directory`` describes its pages file exactly, and no mapping ends
-    beyond its memory file.
+    """Check that pagemaps describe their pages files exactly and that no mapping exceeds its memory file.
 
     Raises:
-        DataLoss: a file is missing, cut short or of another dump.
+        DataLoss: IMAGE_INCOMPLETE, a file is missing, cut short or of another dump.
     """
     names = {path.name for path in directory.iterdir()}
     pagemaps = sorted(directory.glob("pagemap-[0-9]*.img"))
@@ -124,7 +127,7 @@ def _check_mapping(vma: Vma, file: Path) -> None:
         )
 
 
-def _look(
+def _analyze(
     images: ImageFormat, directory: Path, pagemap: Path, known: dict[int, str], threads: int
 ) -> _Process:
     name = pagemap.stem.removeprefix("pagemap-")
@@ -141,8 +144,8 @@ def _look(
 def _nonzero_pages(file: int, threads: int) -> Flags:
     """For each page of ``file``, whether any byte of it is not zero; shape (pages,).
 
-    Read and not mapped: taking pages in and out of an address space that many threads share costs more than
-    copying them.
+    The file is read and not mapped, because changing an address space that many threads share costs more than
+    copying the pages.
     """
     pages = os.fstat(file).st_size // PAGE
     result = np.empty(pages, dtype=bool)
@@ -153,7 +156,7 @@ def _nonzero_pages(file: int, threads: int) -> Flags:
         for start in range(worker * BLOCK, pages, threads * BLOCK):
             count = min(BLOCK, pages - start)
             _fill(file, start * PAGE, block[:count].data.cast("B"))
-            # Most pages that are not zero show it in their first words.
+            # The first words of most pages with data are not all zero.
             found: Flags = np.asarray(block[:count, :8].any(axis=1))
             rest = np.flatnonzero(~found)
             found[rest] = block[rest].any(axis=1)
@@ -172,8 +175,8 @@ def _fill(file: int, offset: int, view: memoryview) -> None:
         offset, view = offset + got, view[got:]
 
 
-def _move(process: _Process, pages: Path, memory: Path, origin: Path | None) -> None:
-    """Make the dump's pages file the memory file, and a new pages file of what a restore still reads."""
+def _rewrite(process: _Process, pages: Path, memory: Path, origin: Path | None) -> None:
+    """Turn the dump's pages file into the memory file, and copy what a restore reads to a new pages file."""
     layout = process.layout
     dumped = pages.stat().st_size // PAGE
     pages.rename(memory)
@@ -181,13 +184,13 @@ def _move(process: _Process, pages: Path, memory: Path, origin: Path | None) -> 
         sources = {Source.DUMP: stack.enter_context(memory.open("r+b")).fileno()}
         if process.origin:
             if origin is None:
-                raise DataLoss("IMAGE_INCOMPLETE", f"{process.origin} was mapped and nobody says from where")
+                raise DataLoss("IMAGE_INCOMPLETE", f"{process.origin} was mapped from an unknown directory")
             sources[Source.ORIGIN] = stack.enter_context((origin / process.origin).open("rb")).fileno()
         target = stack.enter_context(pages.open("xb")).fileno()
         mapped = sources[Source.DUMP]
         _copy(sources, target, _one_behind_the_other(layout.read))
         os.truncate(mapped, layout.memory_pages * PAGE)
-        for source in (Source.ORIGIN, Source.DUMP):  # what was written after what it was written over
+        for source in (Source.ORIGIN, Source.DUMP):  # pages that the process has written replace the original
             added = [(place, piece) for place, piece in layout.added if piece.source is source]
             _copy(sources, mapped, added)
         for first, count in _gaps(layout.kept, dumped):
@@ -203,7 +206,7 @@ def _one_behind_the_other(pieces: Iterable[Piece]) -> Iterator[tuple[int, Piece]
 
 
 def _gaps(ranges: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
-    """The ranges (first, count) below ``end`` that are in none of ``ranges``, which ascend."""
+    """The ranges (first, count) below ``end`` that none of the ascending ``ranges`` covers."""
     position = 0
     for first, count in [*ranges, (end, 0)]:
         if first > position:
@@ -212,10 +215,10 @@ def _gaps(ranges: Iterable[tuple[int, int]], end: int) -> Iterator[tuple[int, in
 
 
 def _punch(file: int, offset: int, length: int) -> None:
-    """Give the space of a range back to the file system; it reads as zeros from now on."""
+    """Make a range of a file a hole, which takes no space and reads as zeros."""
     if _libc().fallocate(file, PUNCH_HOLE, offset, length) != 0:
         error = ctypes.get_errno()
-        # A file system without holes keeps the bytes; nothing maps them.
+        # A file system without holes keeps the bytes, which nothing maps.
         if error != errno.EOPNOTSUPP:
             raise OSError(error, os.strerror(error))
 
@@ -228,7 +231,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _copy(sources: dict[Source, int], target: int, places: Iterable[tuple[int, Piece]]) -> None:
-    """Copy pages to their places in ``target``; by one thread, because writers to a file take turns."""
+    """Copy pages to their places in ``target``. One thread does it, because writers to a file take turns."""
     for place, piece in places:
         source, offset, to = sources[piece.source], piece.position * PAGE, place * PAGE
         length = piece.run.pages * PAGE

@@ -1,8 +1,8 @@
-"""The framing of CRIU's image files, and those of them that describe memory.
+"""Read and write CRIU's image files: their framing, and the messages that describe memory, files and mounts.
 
-An image file is two little-endian magic numbers, then messages, each behind its length (u32).
-pycriu's own reader fails under protobuf 7; its generated messages do not, so only the framing is here.
-Source: CRIU's ``include/image-desc`` magic list, as shipped in ``pycriu.images.magic``.
+An image file consists of two little-endian magic numbers and of messages, each preceded by its length (u32).
+pycriu's own reader fails with protobuf 7. Its generated messages work, so only the framing is implemented
+here. Source: CRIU's ``include/image-desc`` magic list, as shipped in ``pycriu.images.magic``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dumont.errors import DataLoss
 from snapshotd.system import criu_bindings
 
 PAGE = 4096
-# The field of a pagemap entry that had 32 bits; CRIU 4.2 has another in its place.
+# The 32-bit field of a pagemap entry that CRIU 4.2 has replaced.
 COUNT_BEFORE_4_2 = "compat_nr_pages"
 
 # Values of CRIU's include/image.h.
@@ -30,8 +30,8 @@ VMA_ANON_PRIVATE = 1 << 9
 PAGE_IN_PARENT = 1 << 0
 PAGE_PRESENT = 1 << 2
 
-# What an anonymous mapping may be without being lost as a private file mapping: the kernel takes other
-# flags (growing stacks, locked and huge pages) and other advice (wiped on fork) for anonymous memory only.
+# Flags and advice with which an anonymous mapping can become a private file mapping. The kernel accepts
+# others, for growing stacks, locked and huge pages, and memory wiped on fork, for anonymous memory only.
 MAP_NORESERVE = 0x4000
 PLAIN_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_STACK | MAP_NORESERVE
 PLAIN_ADVICE = sum(
@@ -42,7 +42,7 @@ PLAIN_ADVICE = sum(
 
 @dataclass(frozen=True)
 class PageRun:
-    """Consecutive pages of a process: where they belong and how many."""
+    """Consecutive pages of a process, by the address of the first and their number."""
 
     start: int
     pages: int
@@ -50,17 +50,17 @@ class PageRun:
 
     @property
     def present(self) -> bool:
-        """True when their bytes are in the pages file."""
+        """Whether their bytes are in the pages file."""
         return bool(self.flags & PAGE_PRESENT)
 
 
 class Kind(Enum):
-    """What an absent page of a mapping comes back as, and what may be done about it."""
+    """What a page of a mapping is restored as if the image does not contain it, and how that may change."""
 
-    ANONYMOUS = auto()  # zeros; its pages may as well be mapped from a file
-    ZEROS = auto()  # zeros, but it must stay anonymous
+    ANONYMOUS = auto()  # zeros; its pages may be mapped from a file instead
+    ZEROS = auto()  # zeros, but the mapping must stay anonymous
     MAPPED = auto()  # the bytes of a memory file
-    OTHER = auto()  # bytes that are none of ours
+    OTHER = auto()  # other bytes; the mapping must stay as it is
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Vma:
     """A mapping of a process.
 
     Attributes:
-        start: its first address; ``end``: the one behind its last.
+        start: its first address.
+        end: the address after its last.
         offset: where it begins in its memory file, in bytes.
         entry: CRIU's own description.
     """
@@ -82,7 +83,7 @@ class Vma:
 
 @dataclass(frozen=True)
 class Mount:
-    """Something mounted at ``point``, below the mount ``parent``; ``entry`` is CRIU's own description."""
+    """A file system mounted at ``point``, below the mount ``parent``; ``entry`` is CRIU's own description."""
 
     id: int
     parent: int
@@ -94,7 +95,7 @@ class ImageFormat:
     """Reads and writes image files with pycriu's messages.
 
     Args:
-        pycriu: directory that holds the package pycriu; None: it is on Python's path.
+        pycriu: directory that holds the package pycriu; None if it is on Python's path.
     """
 
     def __init__(self, pycriu: Path | None) -> None:
@@ -110,7 +111,7 @@ class ImageFormat:
         }
 
     def read_pagemap(self, path: Path) -> tuple[int, list[PageRun]]:
-        """The id of the pages file, and the runs in the order in which it holds them."""
+        """The id of the pages file, and its runs in order."""
         messages = self._messages(path, "PAGEMAP")
         head = self._pagemap.pagemap_head.FromString(messages[0])
         entries = map(self._pagemap.pagemap_entry.FromString, messages[1:])
@@ -122,16 +123,16 @@ class ImageFormat:
         for run in runs:
             entry = self._pagemap.pagemap_entry(vaddr=run.start, nr_pages=run.pages, flags=run.flags)
             if COUNT_BEFORE_4_2 in entry.DESCRIPTOR.fields_by_name:
-                # Required there still, and of no meaning.
+                # Still required by that version, but ignored.
                 setattr(entry, COUNT_BEFORE_4_2, 0)
             messages.append(entry.SerializeToString())
         self._write(path, "PAGEMAP", messages)
 
     def read_vmas(self, path: Path, memory_files: Iterable[int]) -> list[Vma]:
-        """The mappings of a process, ascending.
+        """The mappings of a process, in ascending order.
 
         Args:
-            memory_files: ids of the files of :meth:`memory_files`.
+            memory_files: ids of the memory files, as :meth:`memory_files` finds them.
         """
         (message,) = self._messages(path, "MM")
         known = set(memory_files)
@@ -141,10 +142,10 @@ class ImageFormat:
         ]
 
     def write_vmas(self, path: Path, vmas: Iterable[Vma], memory_file: int) -> None:
-        """Replace the mappings that :meth:`read_vmas` read.
+        """Replace the mappings of a process.
 
         Args:
-            memory_file: id of the file behind those that are ``MAPPED``.
+            memory_file: id of the file from which those of kind ``MAPPED`` are mapped.
         """
         (message,) = self._messages(path, "MM")
         mm = self._mm.mm_entry.FromString(message)
@@ -153,7 +154,7 @@ class ImageFormat:
         self._write(path, "MM", [mm.SerializeToString()])
 
     def memory_files(self, directory: Path, mount: str) -> dict[int, str]:
-        """Name, by id, of each file directly below ``mount`` that a process had mapped."""
+        """The files directly below ``mount`` that the processes had mapped: names by id."""
         entries = map(self._files.file_entry.FromString, self._messages(directory / "files.img", "FILES"))
         prefix = f"{mount}/"
         return {
@@ -163,16 +164,16 @@ class ImageFormat:
         }
 
     def replace_memory_files(self, directory: Path, mount: str, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Name other files below ``mount`` than the dump did.
+        """Replace the files below ``mount`` that the image names.
 
         Args:
-            sizes: bytes of each, by name.
+            sizes: bytes of each new file, by name.
 
         Returns:
-            The id of each, by name.
+            The id of each new file, by name.
 
         Raises:
-            DataLoss: the process had nothing mounted there.
+            DataLoss: IMAGE_INCOMPLETE, the image has no mount there.
         """
         path = directory / "files.img"
         old = self.memory_files(directory, mount)
@@ -197,7 +198,7 @@ class ImageFormat:
         return ids
 
     def read_mounts(self, path: Path) -> list[Mount]:
-        """What is mounted in the mount namespace that ``path`` describes."""
+        """The mounts of the mount namespace that ``path`` describes."""
         entries = map(self._mounts.mnt_entry.FromString, self._messages(path, "MNTS"))
         return [
             Mount(entry.mnt_id, entry.parent_mnt_id, "/" + entry.mountpoint.lstrip("./"), entry)
@@ -209,7 +210,7 @@ class ImageFormat:
         self._write(path, "MNTS", [mount.entry.SerializeToString() for mount in mounts])
 
     def mounts_in_use(self, directory: Path) -> dict[int, str]:
-        """A file that the processes have open or mapped, by the id of the mount that it is on."""
+        """For each mount on which the processes have open or mapped files, by its id, one of those files."""
         entries = map(self._files.file_entry.FromString, self._messages(directory / "files.img", "FILES"))
         return {entry.reg.mnt_id: entry.reg.name for entry in entries if entry.HasField("reg")}
 
@@ -236,9 +237,7 @@ class ImageFormat:
             (length,) = struct.unpack_from("<I", data, position)
             position += 4
             if position + length > len(data):
-                raise DataLoss(
-                    "IMAGE_DAMAGED", f"{path.name} ends in the middle", metadata={"file": path.name}
-                )
+                raise DataLoss("IMAGE_DAMAGED", f"{path.name} is cut short", metadata={"file": path.name})
             messages.append(data[position : position + length])
             position += length
         return messages

@@ -1,8 +1,8 @@
-"""Where each page of a captured process goes: dropped, mapped from a memory file, or read at restore.
+"""Decide for each page of a captured process: drop it, map it from a memory file, or read it at restore.
 
-A restore that reads memory pays for every page of it. One that maps it pays for the pages that the process
-then touches, and the kernel brings sixteen at a time. So whatever is large enough goes to a memory file, and
-only crumbs are left to read.
+A restore that reads memory pays for every page. A restore that maps it pays only for the pages that the
+process touches later, and the kernel reads sixteen of them at a time. So ranges that are large enough go to a
+memory file, and only small ones are left to read.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from numpy.typing import NDArray
 from dumont.errors import DataLoss
 from snapshotd.images.format import PAGE, PAGE_PRESENT, Kind, PageRun, Vma
 
-# A gap of at most so many zero pages is kept: a restore pays more for another mapping than for its pages.
+# A gap of at most this many zero pages is kept: another mapping would cost a restore more than these pages.
 LARGEST_GAP: Final = 8
 # The fewest pages that are worth a mapping.
 SMALLEST_MAPPING: Final = 16
-# The kernel lets a process have 65,530 (vm.max_map_count), and it needs some of them for itself. SmolLM2 on
-# the CPU has 900 of ours, a 7.6B model on a GPU not many more.
+# The kernel allows a process 65,530 mappings (vm.max_map_count), some of which the process needs for itself.
+# SmolLM2 on the CPU gets 900 from this layout, a 7.6B model on a GPU not many more.
 MOST_MAPPINGS: Final = 16_000
 
 Flags = NDArray[np.bool_]
 
 
 class Source(Enum):
-    """Where pages lie before they are laid out."""
+    """The file that pages are copied or mapped from."""
 
     DUMP = auto()  # the dump's pages file
     ORIGIN = auto()  # the memory file that the process itself was restored from
@@ -40,11 +40,11 @@ class Source(Enum):
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive pages that lie one behind the other in their source.
+    """Pages with consecutive addresses that are also consecutive in their source.
 
     Attributes:
         run: their addresses.
-        position: the first one's place in the source, in pages.
+        position: the place of the first page in the source, in pages.
     """
 
     run: PageRun
@@ -54,15 +54,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """A process's memory, laid out anew. The dump's pages file becomes its memory file.
+    """The new layout of a process's memory. The pages file of the dump becomes its memory file.
 
     Attributes:
-        vmas: its mappings.
-        read: what a restore reads, ascending.
-        added: what is copied into the memory file, each with its place there, in pages; what comes from
-            the dump is written over what comes from the origin.
-        kept: ranges (first, count) of the dump's pages that are mapped where they are, ascending.
-        memory_pages: size of the memory file.
+        vmas: the mappings of the process.
+        read: the pieces that a restore reads, in ascending order.
+        added: the pieces that are copied into the memory file, each with its place there, in pages. Those
+            from the dump are written after, and over, those from the origin.
+        kept: ranges (first, count) of pages of the dump that are mapped where they are, in ascending order.
+        memory_pages: the size of the memory file, in pages.
     """
 
     vmas: list[Vma]
@@ -73,27 +73,27 @@ class Layout:
 
 
 def lay_out(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags) -> Layout:
-    """Decide for every page.
+    """Make the layout of a process's memory.
 
     Args:
-        vmas: ascending.
+        vmas: the mappings, in ascending order.
         runs: in the order of the pages file, which is ascending.
         nonzero: for each page of the pages file, whether any of its bytes is not zero.
 
     Raises:
-        DataLoss: the runs describe another number of pages.
+        DataLoss: IMAGE_INCOMPLETE, the runs describe another number of pages.
     """
     coarseness = 1
     while True:
         layout = _lay_out(vmas, runs, nonzero, coarseness)
-        # Memory that is full of holes is cut more coarsely, up to not at all.
+        # Memory with very many holes is cut more coarsely, or finally not at all.
         if len(layout.vmas) <= max(MOST_MAPPINGS, len(vmas)) or coarseness > len(nonzero):
             return layout
         coarseness *= 2
 
 
 def _lay_out(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags, coarseness: int) -> Layout:
-    """As :func:`lay_out`, with gaps and mappings that many times larger."""
+    """:func:`lay_out`, with limits for gaps and mappings that are multiplied by ``coarseness``."""
     starts = [vma.start for vma in vmas]
     layout = Layout([], [], [], [], len(nonzero))
     regions: dict[int, list[tuple[int, int, int]]] = {}
@@ -126,7 +126,8 @@ def _lay_out(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags, coars
     end = len(nonzero)
     for index, vma in enumerate(vmas):
         if vma.kind is Kind.MAPPED:
-            # Put together anew at the end of the file: what it was restored from, then what it wrote.
+            # Assembled at the end of the file: the memory it was restored from, then the pages it has
+            # written.
             pages = (vma.end - vma.start) // PAGE
             whole = Piece(PageRun(vma.start, pages, PAGE_PRESENT), Source.ORIGIN, vma.offset // PAGE)
             layout.added.append((end, whole))
@@ -139,7 +140,7 @@ def _lay_out(vmas: Sequence[Vma], runs: Sequence[PageRun], nonzero: Flags, coars
 
 
 def _by_vma(run: PageRun, vmas: Sequence[Vma], starts: Sequence[int]) -> Iterator[tuple[PageRun, int]]:
-    """Cut a run at the borders of mappings; each part with the index of its own, -1 outside any."""
+    """Cut a run at the borders of mappings. Each part comes with the index of its mapping, or -1."""
     address, end = run.start, run.start + run.pages * PAGE
     while address < end:
         index = bisect_right(starts, address) - 1
@@ -153,7 +154,7 @@ def _by_vma(run: PageRun, vmas: Sequence[Vma], starts: Sequence[int]) -> Iterato
 
 
 def _kept_ranges(nonzero: Flags, coarseness: int) -> Iterator[tuple[int, int]]:
-    """Ranges (first, count) that cover every True, joined over gaps too short to be worth a run."""
+    """Ranges (first, count) that cover every True, joined across gaps that are too short for a run."""
     pages = np.flatnonzero(nonzero)
     if len(pages) == 0:
         return
@@ -165,7 +166,7 @@ def _kept_ranges(nonzero: Flags, coarseness: int) -> Iterator[tuple[int, int]]:
 
 
 def _cut(vma: Vma, regions: Iterable[tuple[int, int, int]]) -> Iterator[Vma]:
-    """A mapping as parts: ``regions`` (start, end, offset) of the memory file, zeros between them."""
+    """Cut a mapping into ``regions`` (start, end, offset) of the memory file, and zeros between them."""
     if vma.kind is Kind.ANONYMOUS or vma.kind is Kind.MAPPED:
         address = vma.start
         for start, end, offset in regions:

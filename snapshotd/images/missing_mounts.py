@@ -1,7 +1,7 @@
-"""Images for a node that lacks something which was mounted where they were captured.
+"""Images for a node that lacks a mount of the node where they were captured.
 
-A process sees all of its node's mounts, and most have nothing to do with it: volumes of others, removable
-disks. What it has no file open on, it can come back without.
+A process sees all mounts of its node. Most have nothing to do with it, such as the volumes of other programs.
+It can be restored without a mount on which it has no open file.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from snapshotd.images.format import ImageFormat
 
 
 def without_mounts(images: ImageFormat, source: Path, absent: AbstractSet[str], target: Path) -> None:
-    """Make the directory ``target``: the images in ``source``, but for the mounts at ``absent``.
+    """Make the directory ``target`` with the images in ``source``, without the mounts at ``absent``.
 
     Raises:
-        FailedPrecondition: MOUNT_MISSING, a process uses a file there, or something else is mounted below.
+        FailedPrecondition: MOUNT_MISSING, a process uses a file on such a mount, or another mount is below
+            it.
     """
     in_use = images.mounts_in_use(source)
     target.mkdir(mode=0o700)

@@ -1,11 +1,11 @@
-"""The page server's process: takes the memory of a dump from CRIU and writes the files that CRIU would write.
+"""The page server, a process that receives the memory of a dump from CRIU and writes CRIU's memory files.
 
 ``python -m snapshotd.images.page_server --socket FD --directory DIR --expect BYTES [--pycriu DIR]``.
 
-CRIU copies memory into a file page by page, each allocated at that moment, while the process stands still.
-To a page server it hands references to the pages; this one copies them into memory that it had allocated
-before, beside CRIU, which goes on to the next ones. It says with a byte that it is ready, or why it is not,
-and ends with the connection.
+On its own, CRIU copies memory into a file page by page, allocating each page at that moment, while the dumped
+process is stopped. To a page server it only passes references to the pages. This one copies them into memory
+that it has allocated in advance, while CRIU goes on to the next pages. It sends one byte when it is ready, or
+the reason why it is not, and ends when the connection ends.
 
 Source of the protocol: CRIU's ``criu/page-xfer.c``.
 """
@@ -27,12 +27,12 @@ from typing import Final
 from snapshotd.images import PAGE_SERVER_READY
 from snapshotd.images.format import PAGE, ImageFormat, PageRun
 
-# Command and flags, pages, address, whose. CRIU 4.2 counts pages in 64 bits.
+# Command and flags, number of pages, address, owner. CRIU 4.2 counts pages in 64 bits.
 HEADER: Final = struct.Struct("<IIQQ")
 LONG_HEADER: Final = struct.Struct("<I4xQQQ")
 COMMAND_BITS: Final = 16
 OPEN, ADD, CLOSE, FORCE_CLOSE = 4, 6, 0x1023, 0x1024
-# Whose memory follows: a process's by its pid, or shared memory by its id.
+# The owner of memory: a process by its pid, or shared memory by its id.
 KIND_BITS: Final = 8
 PROCESS, SHARED = 1, 2
 
@@ -47,18 +47,18 @@ ENDED_EARLY: Final = "the connection ended early"
 
 
 class Broken(Exception):
-    """CRIU closed the connection, or says what this does not understand."""
+    """CRIU closed the connection early, or broke the protocol."""
 
 
 class Memory:
-    """The memory of one process, or shared memory: its bytes, and where they belong.
+    """The memory of one process, or shared memory.
 
     Args:
-        number: of its pages file in ``directory``.
-        expected: bytes that are allocated now. More is allocated when it comes.
+        number: number of its pages file in ``directory``.
+        expected: bytes to allocate now. More are allocated when they arrive.
 
     Raises:
-        OSError: there is no room for them.
+        OSError: there is too little space.
     """
 
     def __init__(self, directory: Path, number: int, expected: int = 0) -> None:
@@ -67,7 +67,7 @@ class Memory:
         self._size = 0
         self._runs: list[PageRun] = []
         self._file = (directory / f"pages-{number}.img").open("x+b")
-        # Mapped beyond what is expected: it costs nothing where nothing is allocated; moving it later would.
+        # Mapped beyond the expected size, which costs nothing, because moving the mapping later would.
         self._file.truncate(max(2 * expected, SMALLEST))
         self._bytes = mmap.mmap(self._file.fileno(), 0)
         if expected:
@@ -75,7 +75,7 @@ class Memory:
         self._view = memoryview(self._bytes)
 
     def take(self, connection: socket.socket, run: PageRun) -> None:
-        """Receive the pages of ``run``, if there are any."""
+        """Receive the pages of ``run``, if their bytes follow."""
         self._runs.append(run)
         end = self._size + (run.pages * PAGE if run.present else 0)
         if end > len(self._bytes):
@@ -89,27 +89,28 @@ class Memory:
             self._size += count
 
     def close(self, images: ImageFormat, directory: Path) -> None:
-        """Write its pagemap, if it is somebody's."""
+        """Write its pagemap, if it has an owner."""
         self._file.truncate(self._size)
         if self.name:
             images.write_pagemap(directory / f"pagemap-{self.name}.img", self.number, self._runs)
 
 
 def _allocate(memory: mmap.mmap, size: int) -> None:
-    # Not held by the mapping, which could not grow then.
+    # An address and no view, with which the mapping could not grow.
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
     part = -(-size // (threads * PAGE)) * PAGE
 
     def populate(offset: int) -> int:
-        # The mmap module's own call holds the interpreter's lock.
+        # Called by ctypes, because the mmap module's own call holds the interpreter's lock.
         length = min(part, size - offset)
         done = _libc.madvise(ctypes.c_void_p(start + offset), ctypes.c_size_t(length), MADV_POPULATE_WRITE)
         return ctypes.get_errno() if done else 0
 
     with ThreadPoolExecutor(threads) as pool:
         for failure in pool.map(populate, range(0, size, part)):
-            # A kernel before 5.14 cannot; memory is then allocated as it comes. Others have none.
+            # A kernel before 5.14 answers EINVAL; its memory is allocated as pages arrive. Other errors mean
+            # no space.
             if failure not in (0, errno.EINVAL):
                 raise OSError(failure, os.strerror(failure))
 
@@ -117,21 +118,21 @@ def _allocate(memory: mmap.mmap, size: int) -> None:
 def serve(
     connection: socket.socket, load_format: Callable[[], ImageFormat], directory: Path, expected: int
 ) -> None:
-    """Take a dump, or return if there is none.
+    """Receive a dump, or return if the connection ends without one.
 
     Args:
-        load_format: called when whoever waits for this to be ready waits no more.
-        directory: of its images.
-        expected: bytes of the first process.
+        load_format: makes the image format; called after the page server has said that it is ready.
+        directory: where the images go.
+        expected: bytes of memory of the first process.
 
     Raises:
-        Broken, OSError: what is there of the dump is of no use.
+        Broken, OSError: the dump failed; its files are useless.
     """
-    # CRIU sends shared memory first, so not whatever comes first is what this is for.
+    # CRIU sends shared memory first, so the prepared memory is kept for the first process.
     try:
         prepared = Memory(directory, 1, expected)
     except OSError as error:
-        connection.sendall(f"no room for {expected} bytes of memory: {error}".encode())
+        connection.sendall(f"there is no space for {expected} bytes of memory: {error}".encode())
         raise
     memories = [prepared]
     connection.sendall(PAGE_SERVER_READY)
@@ -141,7 +142,7 @@ def serve(
     data, header = _receive(connection, HEADER.size), HEADER
     word, *_, whose = HEADER.unpack(data)
     if _command(word) == OPEN and not whose:
-        # What is opened must be somebody's.
+        # An opened memory must have an owner, so this is the longer header of CRIU 4.2.
         data, header = data + _receive(connection, LONG_HEADER.size - HEADER.size), LONG_HEADER
     current = prepared
     while True:
@@ -159,14 +160,14 @@ def serve(
         elif command == ADD:
             current.take(connection, PageRun(address, pages, word >> COMMAND_BITS))
         elif command in (CLOSE, FORCE_CLOSE):
-            # The latter also if CRIU refused the dump before it sent anything.
+            # CRIU sends FORCE_CLOSE also if it refuses the dump before it has sent anything.
             break
         else:
             raise Broken(f"unknown command {command}")
         data = _receive(connection, header.size)
     for memory in memories:
         memory.close(images, directory)
-    # CRIU lets the process run on when it has this.
+    # On this answer CRIU lets the process run on.
     connection.sendall(DONE)
 
 
@@ -189,6 +190,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 
 def main() -> None:
+    """The command of the process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", type=int, required=True, help="descriptor of a connection to CRIU")
     parser.add_argument("--directory", type=Path, required=True, help="of the images")

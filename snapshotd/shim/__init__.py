@@ -1,5 +1,5 @@
-"""The shim: one small process per instance, parent of the model host.
+"""The shim: one small process for each instance, the parent of its model host.
 
-It is single-threaded and imports no gRPC, so that forking and pycriu are safe in it, and it
-outlives snapshotd, so that a restart of the daemon kills no model.
+It has a single thread and does not import gRPC, so that it can fork and use pycriu safely. It outlives
+snapshotd, so that a restart of the daemon ends no model host.
 """

@@ -1,6 +1,6 @@
-"""CRIU through pycriu: dump a model host, restore one.
+"""Dump and restore a model host with CRIU.
 
-``criu swrk`` is started with ``subprocess`` and pycriu only speaks to it: pycriu's own way of
+``criu swrk`` is started with ``subprocess``, and pycriu only sends requests to it. pycriu's own way of
 starting CRIU forks by hand and waits without a deadline.
 """
 
@@ -17,14 +17,14 @@ from typing import Any
 
 from snapshotd.system import linux
 
-# Level 4 writes megabytes; level 2 says what went wrong.
+# Level 2 says what went wrong; level 4 writes megabytes.
 LOG_LEVEL = 2
 # From the end of CRIU's connection to that of its process.
 ENDING_SECONDS = 1.0
 
 
 class CriuFailed(Exception):
-    """CRIU refused or broke off; the message ends with its last words."""
+    """CRIU refused or failed; the message ends with the errors in its log."""
 
 
 class CriuLost(CriuFailed):
@@ -37,9 +37,9 @@ class CriuTimeout(CriuFailed):
 
 @dataclass
 class Worker:
-    """One ``criu swrk`` waiting for its only request.
+    """A ``criu swrk`` that waits for its only request.
 
-    Start it ahead of time: loading CRIU then is not part of a restore.
+    It is started in advance, so that a restore need not wait until CRIU is loaded.
     """
 
     process: subprocess.Popen[bytes]
@@ -47,7 +47,11 @@ class Worker:
 
     @classmethod
     def start(cls, binary: Path, keep_fds: Sequence[int] = ()) -> Worker:
-        """Start CRIU; ``keep_fds`` are the descriptors a request may name, under the same numbers."""
+        """Start CRIU.
+
+        Args:
+            keep_fds: descriptors that it inherits, so that the request can refer to them by number.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             process = subprocess.Popen(
@@ -60,6 +64,7 @@ class Worker:
         return cls(process, ours)
 
     def close(self) -> None:
+        """Kill CRIU."""
         self.connection.close()
         self.process.kill()
         self.process.wait()
@@ -67,12 +72,11 @@ class Worker:
 
 @dataclass(frozen=True)
 class Layout:
-    """What of the node a model host's image is tied to, by name.
+    """The things outside an image that it refers to.
 
     Attributes:
-        mounts: external mounts, name to path; at dump the path is the model host's, at restore
-            the node's.
-        pipes: inode of each pipe at capture, by role.
+        mounts: external mounts by name. At dump each path is the model host's, at restore the node's.
+        pipes: the inode of each pipe at capture, by role.
     """
 
     mounts: Mapping[str, Path]
@@ -82,13 +86,14 @@ class Layout:
 def dump(
     worker: Worker, pycriu: Any, pid: int, images: Path, layout: Layout, pages: int, timeout: float
 ) -> None:
-    """Write the tree of ``pid`` into the existing directory ``images``; the tree runs on.
+    """Write the process tree of ``pid`` into the existing directory ``images``; the tree runs on.
 
     Args:
-        pages: descriptor, open in the worker, of a connection to the page server.
+        pages: a descriptor, open in the worker, of a connection to the page server.
+        timeout: seconds that CRIU may take.
 
     Raises:
-        CriuFailed: nothing was kept and the tree runs on, unless CRIU had to be killed.
+        CriuFailed: the tree runs on, unless CRIU had to be killed.
     """
     options = _options(pycriu, layout)
     options.pid = pid
@@ -107,12 +112,13 @@ def restore(
     work: Path,
     timeout: float,
 ) -> int:
-    """Bring back the tree in ``images`` as a child of this process.
+    """Restore the process tree in ``images`` as a child of this process.
 
     Args:
-        root: a bind mount of the node's root, which becomes the tree's root.
-        pipes: descriptors, open in the worker, that take the place of the captured pipes, by role.
+        root: a bind mount of the node's root, which becomes the root of the tree.
+        pipes: descriptors, open in the worker, that replace the captured pipes, by role.
         work: where CRIU's log goes; not ``images``, which other restores read at the same time.
+        timeout: seconds that CRIU may take.
 
     Returns:
         The pid of the tree's root as this process sees it.
@@ -122,7 +128,7 @@ def restore(
     """
     options = _options(pycriu, layout)
     options.root = str(root)
-    # A child of this process, not of CRIU, so that it can be waited for.
+    # The tree becomes a child of this process and not of CRIU, so that this process can wait for it.
     options.rst_sibling = True
     for role, inode in layout.pipes.items():
         options.inherit_fd.add(key=f"pipe:[{inode}]", fd=pipes[role])
@@ -133,7 +139,7 @@ def _options(pycriu: Any, layout: Layout) -> Any:
     options = pycriu.rpc.criu_opts()
     for name, path in layout.mounts.items():
         options.ext_mnt.add(key=name, val=str(path))
-    # The net namespace is made empty again, so there is nothing to lock; CRIU would run iptables.
+    # The restored net namespace is empty, so there is nothing to lock; CRIU would run iptables for that.
     options.empty_ns = linux.CLONE_NEWNET
     options.network_lock = pycriu.rpc.SKIP
     options.manage_cgroups_mode = pycriu.rpc.IGNORE
@@ -154,7 +160,7 @@ def _run(
         client = pycriu.criu()
         client.opts = options
         client.use_fd(worker.connection.fileno())
-        # Set on the socket itself, because pycriu reads through a duplicate of the descriptor.
+        # Set as an option of the socket, because pycriu reads through a duplicate of the descriptor.
         deadline = struct.pack("ll", int(timeout), int(timeout % 1 * 1_000_000))
         worker.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, deadline)
         return getattr(client, verb)()
@@ -183,7 +189,7 @@ def _ended(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def last_words(log: Path) -> str:
-    """The errors in a CRIU log, shortened; paths and pids in it are this node's own."""
+    """The first errors in a CRIU log, shortened."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a dump needs besides the process: CRIU, and a page server that takes the process's memory from it."""
+"""The two processes that a dump needs: CRIU, and a page server that receives the memory from it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from snapshotd.images import PAGE_SERVER_READY
 from snapshotd.shim.criu import CriuFailed, Layout, Worker, dump
 from snapshotd.system import linux
 
-# Bytes of references on their way to the page server, so that CRIU need not wait for it. With the kernel's
-# 208 KiB, which nobody without CAP_NET_ADMIN may exceed, nothing is gained.
+# Size of the send buffer, in bytes of referenced memory, so that CRIU need not wait for the page server. The
+# kernel's default of 208 KiB, which only CAP_NET_ADMIN may exceed, would gain nothing.
 IN_FLIGHT = 64 << 20
 SO_SNDBUFFORCE = 32
 LONGEST_REASON = 4096
@@ -23,16 +23,18 @@ LONGEST_REASON = 4096
 
 @dataclass
 class Dumper:
-    """Both, started ahead of time: a process stands still while it is dumped.
+    """Starts both processes in advance, because the dumped process is stopped during the dump.
 
     Args:
-        binary: CRIU.
+        binary: the CRIU program.
         pycriu: the package.
+
+    Attributes:
+        connection: to the page server, until it is ready.
     """
 
     binary: Path
     pycriu: Any
-    # To the page server, until it is ready.
     connection: socket.socket | None = None
     _worker: Worker | None = None
     _pages: int = -1
@@ -41,7 +43,7 @@ class Dumper:
     def prepare(self, pid: int, images: Path) -> None:
         """Start the page server for one dump of ``pid`` into the directory ``images``.
 
-        When ``connection`` can be read from, :meth:`complete` is due.
+        Once ``connection`` is readable, call :meth:`complete`.
         """
         self.abandon()
         self.connection, theirs = socket.socketpair()
@@ -49,10 +51,10 @@ class Dumper:
             self._server = self._start_server(theirs.fileno(), images, linux.anonymous_memory(pid))
 
     def complete(self) -> None:
-        """Start CRIU, once the page server has said that it is ready.
+        """Receive the page server's answer and, if it is ready, start CRIU.
 
         Raises:
-            CriuFailed: it is not, and has ended; what it had allocated is in the directory.
+            CriuFailed: the page server has failed. Its files are still in the directory.
         """
         assert self.connection is not None
         answer = self.connection.recv(LONGEST_REASON)
@@ -67,10 +69,10 @@ class Dumper:
             self._worker = Worker.start(self.binary, [self._pages])
 
     def dump(self, pid: int, images: Path, layout: Layout, timeout: float) -> None:
-        """As :func:`criu.dump`, into the directory that was prepared.
+        """Dump into the prepared directory; see :func:`criu.dump`.
 
         Raises:
-            CriuFailed: also when none was.
+            CriuFailed: the dump failed, or was not prepared.
         """
         if self._worker is None:
             raise CriuFailed("no dump was prepared")
@@ -78,7 +80,7 @@ class Dumper:
         dump(worker, self.pycriu, pid, images, layout, self._pages, timeout)
 
     def abandon(self) -> None:
-        """There will be no dump; nothing that was prepared for it runs any more."""
+        """End what was prepared for a dump, if anything."""
         if self.connection is not None:
             self.connection.close()
             self.connection = None
@@ -91,7 +93,7 @@ class Dumper:
             self._server = None
 
     def reap(self) -> None:
-        """Notice that the page server has ended; after a dump nobody waits for it to let go of its memory."""
+        """Collect the page server if it has ended. Nobody waits for that after a dump."""
         if self._server is not None and self._server.poll() is not None:
             self._server = None
 

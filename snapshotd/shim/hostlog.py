@@ -1,4 +1,4 @@
-"""What a model host prints, kept in two files of bounded size."""
+"""The log of a model host's output, in two files of bounded size."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 LIMIT = 4 << 20
-# Characters of a line that are told.
+# Characters of a line that go into a message.
 LONGEST_LINE = 300
 
 
 class HostLog:
-    """Appends to ``path``; when that is full it becomes ``path.1`` and a new one begins."""
+    """Appends to ``path``. When that file is full, it is renamed to ``path.1`` and a new one begins."""
 
     def __init__(self, path: Path, limit: int = LIMIT) -> None:
         self.path = path
@@ -20,12 +20,12 @@ class HostLog:
         self.fd = self._open()
 
     def write(self, data: bytes) -> None:
-        """Append ``data``, or lose it: a disk that is full must not end the model that printed it."""
+        """Append ``data``, or drop it: a full disk must not end the model host that printed it."""
         with contextlib.suppress(OSError):
             self._write(data)
 
     def last_line(self) -> str:
-        """The last line with anything in it, cut to what fits a message; empty: there is none."""
+        """The last line that is not blank, cut to fit into a message; empty if there is none."""
         try:
             text = self.path.read_bytes()[-64 * LONGEST_LINE :].decode(errors="replace")
         except OSError:

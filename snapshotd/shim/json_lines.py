@@ -1,4 +1,4 @@
-"""JSON objects, one a line: how the shim speaks with the daemon and with the model host."""
+"""JSON lines over a descriptor: the protocol between the shim, the daemon and the model host."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Message = dict[str, Any]
 
 
 class JsonLines:
-    """JSON objects, one a line, over a descriptor."""
+    """A connection on which each message is a JSON object on a line."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.buffer = b""
 
     def receive(self) -> list[Message] | None:
-        """The whole messages that have arrived; None at the end of file."""
+        """The complete messages that have arrived; None at the end of file."""
         try:
             data = os.read(self.fd, 1 << 20)
         except ConnectionError:
@@ -28,9 +28,11 @@ class JsonLines:
         return [json.loads(line) for line in lines]
 
     def send(self, message: Message) -> None:
+        """Send a message, and block until all of it is written."""
         data = json.dumps(message).encode() + b"\n"
         while data:
             data = data[os.write(self.fd, data) :]
 
     def close(self) -> None:
+        """Close the descriptor."""
         os.close(self.fd)

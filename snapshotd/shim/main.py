@@ -1,13 +1,14 @@
 """The shim's process: ``python -m snapshotd.shim.main --socket NAME --criu PATH --pycriu DIR``.
 
-It prepares everything that a start or a restore would otherwise wait for (mount namespace, pipes,
-a waiting CRIU), then listens on its socket. Each message is one JSON object on a line:
+It prepares everything that a start or a restore would otherwise wait for (a mount namespace, pipes, a waiting
+CRIU) and then listens on its socket. Each message is one JSON object on a line:
 
 - ``{"id": 1, "do": "launch", ...}`` answered by ``{"id": 1, "ok": {...}}`` or ``{"id": 1, "error": ...}``;
 - ``do: host`` passes its ``message`` to the model host, whose answer comes back the same way;
-- ``{"event": "exited", "status": 256, "said": "…"}`` when the model host ends: how, and its last words.
+- ``{"event": "exited", "status": 256, "said": "…"}`` reports the end of the model host: its wait status and
+  the last line of its log.
 
-snapshotd may go and come back at any time; ``do: status`` tells a new one what is here.
+snapshotd may disconnect and connect again at any time. ``do: status`` tells a new one what is here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from snapshotd.system import criu_bindings, linux, mounts
 
 
 def main() -> None:
+    """The command of the process."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--socket", type=Path, required=True, help="where to listen; made when everything is ready"
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=0, help="bytes that it may take; 0: no limit")
     parser.add_argument("--daemon", type=int, required=True, help="pid of the snapshotd that starts it")
     arguments = parser.parse_args()
-    # A daemon that dies before it connects would leave a process that nobody knows.
+    # If the daemon dies before it connects, nobody knows this process, so it must end too.
     linux.end_with_parent(signal.SIGKILL)
     if os.getppid() != arguments.daemon:
         raise SystemExit("the snapshotd that started this is gone")
@@ -48,7 +50,7 @@ def main() -> None:
     os.chdir(folder)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     os.umask(0o077)
-    # It gets its name once it listens, so that whoever sees the name can connect.
+    # The socket gets its name once it listens, so that whoever sees the name can connect.
     listener.bind(f".{name}")
     listener.listen()
     Path(f".{name}").rename(name)
@@ -58,7 +60,7 @@ def main() -> None:
         (folder / name).unlink(missing_ok=True)
         linux.unmount(scratch)
         scratch.rmdir()
-    # Where standard error went; one that ends otherwise leaves it to be read.
+    # The log of this process's standard error, which stays if the process ends in any other way.
     (folder / name).with_suffix(".log").unlink(missing_ok=True)
 
 

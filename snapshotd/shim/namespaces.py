@@ -1,7 +1,7 @@
 """Start a process in namespaces of its own: pid, mount, net and ipc.
 
-Its own pid namespace lets two copies of one snapshot carry the same pids; its own net namespace
-lets both hold the CUDA driver's abstract socket and leaves a model without a network.
+With pid namespaces of their own, two copies of a snapshot can have the same pids. With net namespaces of
+their own, both can hold the CUDA driver's abstract socket, and a model has no network.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ OOM_SCORE = "500"
 
 @dataclass
 class Pipes:
-    """The model host's three pipes: commands to it, replies from it, and what it prints.
+    """The three pipes of a model host: commands to it, replies from it, and its output.
 
-    Pipes and no sockets: a socket would belong to the node's net namespace, where CRIU does not
-    find it. Each restore gets fresh ones in place of those that were open at capture.
+    They are not sockets, because a socket would belong to the node's net namespace, where CRIU does not find
+    it. A restored process gets new pipes in place of those that it had at capture.
     """
 
     host_in: int
@@ -39,21 +39,23 @@ class Pipes:
 
     @classmethod
     def create(cls) -> Pipes:
+        """Make the pipes."""
         host_in, to_host = os.pipe()
         from_host, host_out = os.pipe()
         log, host_log = os.pipe()
         return cls(host_in, to_host, from_host, host_out, log, host_log)
 
     def inodes(self) -> dict[str, int]:
-        """The names under which a dump of the model host knows its ends."""
+        """The inodes by which a dump knows the model host's ends, by role."""
         ends = {"control_in": self.host_in, "control_out": self.host_out, "log": self.host_log}
         return {name: os.fstat(fd).st_ino for name, fd in ends.items()}
 
     def host_ends(self) -> dict[str, int]:
+        """The descriptors of the model host's ends, by role."""
         return {"control_in": self.host_in, "control_out": self.host_out, "log": self.host_log}
 
     def close_host_ends(self) -> None:
-        """After the model host has them: its exit must show as end of file on ours."""
+        """Close the model host's ends once it has them, so that its exit ends the file on our ends."""
         for fd in (self.host_in, self.host_out, self.host_log):
             os.close(fd)
 
@@ -68,10 +70,10 @@ def launch(
     """Start ``command`` in new namespaces as a child of this process.
 
     Args:
-        root, places: as :func:`mounts.enter_root` takes them.
+        root, places: as for :func:`mounts.enter_root`.
 
     Returns:
-        Its pid as this process sees it; inside it is 1.
+        The pid of the command as this process sees it; inside its namespace it is 1.
 
     Raises:
         OSError: a namespace, a mount or the command was refused; nothing runs.
@@ -91,7 +93,7 @@ def launch(
         except BaseException as error:
             os.write(report_write, f"{getattr(error, 'errno', 0) or 0} {error}".encode())
             os._exit(1)
-    # The middle process exits at once; as subreaper this process inherits the model host.
+    # The middle process exits at once, and this process, a subreaper, inherits the model host.
     os.close(report_write)
     os.close(pid_write)
     os.waitpid(middle, 0)
@@ -116,15 +118,15 @@ def _become_host(
     root: Path,
     places: Mapping[str, Path],
 ) -> None:
-    # CRIU dumps a pid namespace only from a session leader.
+    # CRIU can dump a pid namespace only if its first process is a session leader.
     os.setsid()
     mounts.enter_root(root, places)
-    # Opened inside the new mount namespace, else CRIU cannot tell which mount it is on.
+    # Opened in the new mount namespace, or CRIU could not tell which mount it is on.
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(pipes.host_log, 1)
     os.dup2(pipes.host_log, 2)
-    # Moved out of the way first: a pipe end may already sit on 3 or 4.
+    # Duplicated to higher numbers first, because an end may be on descriptor 3 or 4 already.
     control_in = _above(pipes.host_in, 32)
     control_out = _above(pipes.host_out, 32)
     os.dup2(control_in, CONTROL_IN, inheritable=True)
@@ -136,7 +138,7 @@ def _become_host(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    # Whatever else came down from a parent must not be open in the model host: CRIU would refuse it.
+    # Other inherited descriptors must not be open in the model host, because CRIU would refuse to dump them.
     for name in Path("/proc/self/fd").iterdir():
         if int(name.name) > CONTROL_OUT:
             with contextlib.suppress(OSError):

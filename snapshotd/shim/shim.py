@@ -1,4 +1,4 @@
-"""One model host and the way to it: what a shim does when it is told to, and when something happens to it."""
+"""A model host and the commands and events that concern it."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from snapshotd.system.memory_limit import MemoryLimit
 
 
 class CommandRefused(Exception):
-    """The command does not fit what is here."""
+    """The command does not fit the state of the shim."""
 
 
 class OriginGone(CommandRefused):
-    """What most of the model host's memory is mapped from is not there any more."""
+    """The snapshot from which most of the model host's memory is mapped has been deleted."""
 
 
 class Shim:
-    """One model host and the way to it."""
+    """A model host, and the connections to it and to snapshotd.
+
+    Args:
+        scratch: a directory for the model host's root.
+        criu_binary: the CRIU program.
+        pycriu: the package.
+        weights: the node's weight cache; None if it has none.
+        memory_bytes: memory that the model host may take; 0 for no limit.
+    """
 
     def __init__(
         self, scratch: Path, criu_binary: Path, pycriu: Any, weights: Path | None, memory_bytes: int = 0
     ) -> None:
-        """
-        Args:
-            weights: the node's weight cache; None: it has none.
-            memory_bytes: that the model host may take; 0: no limit.
-        """
         self.memory_bytes = memory_bytes
         self.pycriu = pycriu
         self.dumper = Dumper(criu_binary, pycriu)
@@ -55,18 +58,19 @@ class Shim:
         self.memory: MemoryLimit | None = None
         self.log: HostLog | None = None
         self.released = False
-        # What asked for a dump to be prepared, until it is.
+        # The command that asked for a dump to be prepared, until it is.
         self.preparing: Message | None = None
-        # The images that the model host was restored from, and maps its memory from.
+        # The snapshot's directory that the model host was restored from and maps its memory from.
         self.origin: Path | None = None
         self.origin_identity = (0, 0)
-        # What else than its root the model host has mounted, by mount point.
+        # The mount points of the model host, besides its root.
         self.mounts: list[str] = []
 
-        # What a model host sees besides its root, and where that was on the node when this process started.
+        # The mount points that a model host gets, and their directories on the node when this process
+        # started.
         self.places = {name: Path(name) for name in mounts.node_mounts()}
         self.root = scratch
-        # Of its own, because two daemons may each have an instance of the same id.
+        # Named after the shim, because two daemons may each have an instance of the same id.
         self.group = scratch.name.partition(".")[0]
         self.pipes = namespaces.Pipes.create()
         self.inodes = self.pipes.inodes()
@@ -92,13 +96,13 @@ class Shim:
             "release": self.release,
         }
 
-    # Commands: each takes the message's fields and returns the fields of its answer; None: it answers later.
+    # Commands. Each takes a message and returns the fields of its answer, or None if it answers later.
 
     def launch(self, message: Message) -> Message:
-        """Start the model host ``command`` in its namespaces."""
+        """Start the model host ``command`` in namespaces of its own."""
         self._must_be_empty()
         directory = Path(message["directory"])
-        # It has no images; what is mounted in their place is of no matter.
+        # It has no images, so it does not matter which directory is mounted in their place.
         own = {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: directory}
         places = self._places() | own
         self.mounts = sorted(places)
@@ -110,8 +114,9 @@ class Shim:
         return {"pid": self.pid}
 
     def restore(self, message: Message) -> Message:
-        """Bring the model host back from ``images``, its memory mapped from the snapshot at ``origin``; its
-        pipes at capture are named in ``pipes``.
+        """Restore the model host from ``images``, with its memory mapped from the snapshot at ``origin``.
+
+        ``pipes`` names the pipes that it had at capture.
         """
         self._must_be_empty()
         directory, origin = Path(message["directory"]), Path(message["origin"])
@@ -136,7 +141,7 @@ class Shim:
                 message["timeout"],
             )
         except (criu.CriuTimeout, criu.CriuLost):
-            # Nobody is left to end the half of the tree that it had made.
+            # CRIU has ended, so nobody else ends the part of the tree that it had made.
             linux.kill_children()
             raise
         self.origin, self.origin_identity = origin, mounts.identity(origin)
@@ -145,7 +150,7 @@ class Shim:
         return {"pid": self.pid}
 
     def prepare(self, message: Message) -> None:
-        """Start what a dump into ``images`` needs, while the model host still serves, and is served here."""
+        """Prepare a dump into ``images``, while the model host still serves."""
         self._must_run()
         self._abandon()
         self.dumper.prepare(self.pid, Path(message["images"]))
@@ -153,12 +158,12 @@ class Shim:
         self.selector.register(self._page_server(), selectors.EVENT_READ, self._prepared)
 
     def abandon(self, message: Message) -> Message:
-        """End what was prepared, if there was no dump."""
+        """Undo :meth:`prepare`, unless a dump has followed it."""
         self._abandon()
         return {}
 
     def dump(self, message: Message) -> Message:
-        """Write the model host into ``images``; it runs on. Answers what a restore must be told."""
+        """Write the model host into ``images``; it runs on. The answer is what a restore needs."""
         self._must_run()
         if self.origin is not None and mounts.identity(self.origin) != self.origin_identity:
             raise OriginGone(
@@ -171,17 +176,19 @@ class Shim:
         return {"mounts": self.mounts, "pipes": self.inodes, "origin": origin}
 
     def freeze(self, message: Message) -> Message:
+        """Stop the model host from running."""
         self._must_run().freeze()
         self.frozen = True
         return {}
 
     def thaw(self, message: Message) -> Message:
+        """Let the model host run again."""
         self._must_run().thaw()
         self.frozen = False
         return {}
 
     def kill(self, message: Message) -> Message:
-        """End the model host with everything in its pid namespace, and wait until it is gone."""
+        """End the model host and everything else in its pid namespace, and wait until it has ended."""
         if self.pid and self.exit_status is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -192,6 +199,7 @@ class Shim:
         return {}
 
     def status(self, message: Message) -> Message:
+        """The state of the model host, for a daemon that takes it over."""
         return {
             "instance": self.instance,
             "pid": self.pid,
@@ -205,10 +213,10 @@ class Shim:
         self.released = True
         return {}
 
-    # Events.
+    # Events
 
     def serve(self, listener: socket.socket) -> None:
-        """Run until released."""
+        """Handle commands and events until released."""
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         os.set_blocking(wake_read, False)
@@ -222,10 +230,10 @@ class Shim:
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
-        # From now on the end of the connection tells of the daemon's.
+        # From now on the end of the connection shows that the daemon has ended.
         linux.end_with_parent(0)
         if self.client is not None:
-            # The newest snapshotd owns the instance; an older one has lost its lock on the state.
+            # The newest snapshotd owns the instance. An older one has lost its lock on the state directory.
             self._disconnect()
         self.client = JsonLines(connection.detach())
         self.selector.register(self.client.fd, selectors.EVENT_READ, self._from_client)
@@ -235,17 +243,17 @@ class Shim:
             self.selector.unregister(self.client.fd)
             self.client.close()
             self.client = None
-            # Whoever prepared it will not dump.
+            # The daemon that prepared a dump will not ask for it any more.
             self._abandon()
 
     def _from_client(self, fd: int) -> None:
         if self.client is None:
-            # Lost since the selector saw it.
+            # Disconnected since the selector reported it.
             return
         messages = self.client.receive()
         if messages is None:
             self._disconnect()
-            # Without a model host there is nothing to outlive the daemon for.
+            # Without a model host there is no reason to outlive the daemon.
             self.released = not self.pid
             return
         for message in messages:
@@ -260,10 +268,10 @@ class Shim:
             self._answer(message, _refuse)
 
     def _pass_on(self, message: Message) -> None:
-        """To the model host, which answers itself."""
+        """Pass a message on to the model host, which answers it."""
         self._must_run()
         forwarded = message["message"] | {"id": message.get("id")}
-        # It is ending: the daemon is told how as soon as it has ended, which answers this as well.
+        # The model host is ending. The report of its end answers this message as well.
         with contextlib.suppress(BrokenPipeError):
             os.write(self.pipes.to_host, json.dumps(forwarded).encode() + b"\n")
 
@@ -290,7 +298,7 @@ class Shim:
 
     def _prepared(self, connection: socket.socket) -> None:
         if self.preparing is None or connection is not self.dumper.connection:
-            # Abandoned since the selector saw it.
+            # Abandoned since the selector reported it.
             return
         message, self.preparing = self.preparing, None
         self.selector.unregister(connection)
@@ -321,7 +329,7 @@ class Shim:
 
     def _from_log(self, fd: int) -> None:
         if fd not in self.selector.get_map():
-            # It was drained to its end since the selector saw it.
+            # Drained to its end since the selector reported it.
             return
         try:
             data = os.read(fd, 65536)
@@ -369,7 +377,8 @@ class Shim:
             self.freezer.remove()
         said = ""
         if self.log is not None and os.WIFEXITED(status) and status:
-            # It may have said why. That is still in the pipe, and soon nobody will be able to read it.
+            # Its log may say why. The last lines are still in the pipe, so they are read before they are
+            # lost.
             while self.pipes.log in self.selector.get_map() and select.select([self.pipes.log], [], [], 0)[0]:
                 self._from_log(self.pipes.log)
             said = self.log.last_line()
@@ -379,7 +388,7 @@ class Shim:
         self._send(event)
 
     def _places(self) -> dict[str, Path]:
-        """Less what was unmounted since this process started, perhaps long before it was taken."""
+        """The places that are still mounted on the node. This process may have started long ago."""
         still = {*mounts.node_mounts(), mounts.WEIGHTS_MOUNT}
         return {name: place for name, place in self.places.items() if name in still}
 

@@ -160,7 +160,7 @@ def test_who_waits_for_it_learns_that_there_is_no_room(images: ImageFormat, tmp_
     with ours, theirs:
         with pytest.raises(FileNotFoundError):
             page_server.serve(theirs, lambda: images, tmp_path / "gone", PAGE)
-        assert b"no room for 4096 bytes of memory: [Errno 2]" in ours.recv(200)
+        assert b"there is no space for 4096 bytes of memory: [Errno 2]" in ours.recv(200)
 
 
 def test_a_dump_that_never_comes_is_no_failure(dump: Dump) -> None:
