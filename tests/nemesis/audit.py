@@ -8,10 +8,10 @@ from pathlib import Path
 import psutil
 from minio import Minio
 
-from snapshotd.system.freezer import cgroup2_root
 from tests.helpers.s3_server import BUCKET
 from tests.nemesis.fleet import Fleet, descendants
 
+CGROUPS = Path("/sys/fs/cgroup")
 # What a node keeps for the next daemon: who it is, what it knows of models, and its empty folders.
 KEPT = frozenset({"controller", "lock", "node_id", "signing.key", "signing.pub", "weights.json"})
 
@@ -38,9 +38,10 @@ def on_machine(fleet: Fleet) -> list[str]:
     ]
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     found += [f"mount: {line.split()[4]}" for line in mounts if str(fleet.root) in line]
-    if (groups := cgroup2_root()) is not None:
-        there = {path.name for path in (groups / "dumont").glob("*/")}
-        found += [f"cgroup: {name}" for name in sorted(there & fleet.shims)]
+    # Of version 2, alone or beside version 1, and of each hierarchy of version 1.
+    for depth in ("", "*/"):
+        groups = CGROUPS.glob(f"{depth}dumont/shim-*/")
+        found += [f"cgroup: {path}" for path in sorted(groups) if path.name in fleet.shims]
     return found
 
 
