@@ -30,6 +30,14 @@ def group_below(root: Path, name: str) -> Path:
     return root / "dumont" / name
 
 
+def processes_in(group: Path) -> list[int]:
+    """The pids in a cgroup; none where it does not exist."""
+    try:
+        return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+    except OSError:
+        return []
+
+
 @dataclass(frozen=True)
 class Freezer:
     """Freezes one process tree.

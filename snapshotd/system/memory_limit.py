@@ -56,7 +56,7 @@ class MemoryLimit:
 
 def remove_memory_group(name: str) -> None:
     """Remove what the shim of that name made, and could not remove itself."""
-    if (root := _v1_root()) is not None:
+    if (root := memory_root()) is not None:
         MemoryLimit(group_below(root, name), 0).remove()
 
 
@@ -72,7 +72,7 @@ def _v2(name: str) -> Path | None:
 
 
 def _v1(name: str) -> Path | None:
-    root = _v1_root()
+    root = memory_root()
     if root is None:
         return None
     group = group_below(root, name)
@@ -81,7 +81,7 @@ def _v1(name: str) -> Path | None:
     return group if group.is_dir() else None
 
 
-def _v1_root() -> Path | None:
+def memory_root() -> Path | None:
     """Where the memory hierarchy of cgroup v1 is mounted; None if it is not."""
     with Path("/proc/self/mountinfo").open() as lines:
         for line in lines:

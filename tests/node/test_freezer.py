@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from snapshotd.adapters.criu_shim.host import forget
 from snapshotd.system.freezer import Freezer, cgroup2_root
+from snapshotd.system.memory_limit import MemoryLimit
 
 pytestmark = pytest.mark.node
 
@@ -43,6 +45,23 @@ def test_with_cgroups_it_is_frozen_in_a_group_of_its_own(process: subprocess.Pop
     process.wait()
     freezer.remove()
     assert freezer.group is None or not freezer.group.exists()
+
+
+async def test_what_a_dead_shim_left_is_ended_before_its_cgroups_are_removed(
+    process: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    shim = f"shim-test-{process.pid}"
+    freezer = Freezer.create(shim, process.pid)
+    limit = MemoryLimit.create(shim, process.pid, 1 << 30)
+    (tmp_path / f"{shim}.sock").touch()
+
+    await forget(tmp_path / f"{shim}.sock")
+
+    assert list(tmp_path.iterdir()) == []
+    for group in (freezer.group, limit.group):
+        assert group is None or not group.exists()
+    # Without a cgroup nobody knows what the shim's was.
+    assert freezer.group is None or process.wait(10) == -signal.SIGKILL
 
 
 def test_without_cgroups_it_is_stopped(process: subprocess.Popen[str]) -> None:

@@ -17,8 +17,8 @@ import structlog
 
 from dumont.errors import ERRORS, Aborted, DumontError, Unavailable
 from snapshotd.model import Json
-from snapshotd.system.freezer import remove_group
-from snapshotd.system.memory_limit import remove_memory_group
+from snapshotd.system.freezer import cgroup2_root, group_below, processes_in, remove_group
+from snapshotd.system.memory_limit import memory_root, remove_memory_group
 
 log = structlog.get_logger(__name__)
 
@@ -145,7 +145,7 @@ class ShimHost:
         except Unavailable:
             log.warning("shim was gone before its release", shim=self.shim)
             await self._end_orphan()
-            forget(self._path)
+            await forget(self._path)
         # The shim closes the connection when it has removed its mounts and ends.
         await self._reading
         await self.disconnect()
@@ -250,13 +250,19 @@ class ShimHost:
         )
 
 
-def forget(path: Path, keep_log: bool = False) -> None:
-    """Remove the files and the cgroup of a shim that is gone.
+async def forget(path: Path, keep_log: bool = False) -> None:
+    """End what a shim that is gone has left, and remove its files and cgroups.
 
     Args:
         path: of its socket.
         keep_log: leave what it said at its end.
     """
+    for root in (cgroup2_root(), memory_root()):
+        if root is not None:
+            group = group_below(root, path.stem)
+            # A cgroup can be removed once the last process in it has ended, and one that ends takes a while.
+            for pid in processes_in(group):
+                await _end(pid, group)
     path.unlink(missing_ok=True)
     path.with_name(f".{path.name}").unlink(missing_ok=True)
     if not keep_log:
@@ -265,6 +271,22 @@ def forget(path: Path, keep_log: bool = False) -> None:
         path.with_name(f"{path.name}.root").rmdir()
     remove_group(path.stem)
     remove_memory_group(path.stem)
+
+
+async def _end(pid: int, group: Path) -> None:
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        # Again, now that the number cannot become another's.
+        if pid in processes_in(group):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            await until_ended(process)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(process)
 
 
 def _described(status: int, said: str) -> str:

@@ -80,22 +80,22 @@ class ShimPool:
         paths = sorted(self.directory.glob("*.sock"))
         found = [host for host in await asyncio.gather(*map(self._find, paths)) if host is not None]
         self._hosts |= set(found)
-        self._clear({host.shim for host in found})
+        await self._clear({host.shim for host in found})
         return found
 
-    def _clear(self, living: AbstractSet[str]) -> None:
+    async def _clear(self, living: AbstractSet[str]) -> None:
         """Remove what shims left that ended, or were ended, before they had a socket."""
         for path in list(self.directory.iterdir()):
             shim = path.name.removeprefix(".").partition(".")[0]
             if shim not in living:
-                forget(self.directory / f"{shim}.sock")
+                await forget(self.directory / f"{shim}.sock")
 
     async def _find(self, path: Path) -> ShimHost | None:
         try:
             host = await ShimHost.connect(path)
         except OSError:
             # No shim listens any more; its mounts went with it.
-            forget(path)
+            await forget(path)
             return None
         try:
             if await host.adopt():
@@ -105,7 +105,7 @@ class ShimPool:
             log.error("shim did not answer and is ended", shim=host.shim, reason=error.reason)
             host.kill()
             await host.disconnect()
-            forget(path)
+            await forget(path)
         return None
 
     async def end_orphans(self, instances: Path) -> None:
@@ -165,7 +165,7 @@ class ShimPool:
         except BaseException as error:
             # Also when whoever waits for it is cancelled: nobody would know of it.
             process.kill()
-            forget(path, keep_log=isinstance(error, DumontError))
+            await forget(path, keep_log=isinstance(error, DumontError))
             if isinstance(error, TimeoutError):
                 raise Internal(
                     "SHIM_FAILED", f"the shim was not ready within {SHIM_READY_TIMEOUT:g} s"

@@ -14,7 +14,7 @@ from snapshotd.system.memory_limit import MemoryLimit
 def v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a kernel with cgroup v2 alone shows of the group of a shim."""
     monkeypatch.setattr(memory_limit, "cgroup2_root", lambda: tmp_path)
-    monkeypatch.setattr(memory_limit, "_v1_root", lambda: None)
+    monkeypatch.setattr(memory_limit, "memory_root", lambda: None)
     group = tmp_path / "dumont" / "shim-a"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("max")
@@ -24,7 +24,7 @@ def v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def v1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(memory_limit, "cgroup2_root", lambda: None)
-    monkeypatch.setattr(memory_limit, "_v1_root", lambda: tmp_path)
+    monkeypatch.setattr(memory_limit, "memory_root", lambda: tmp_path)
     return tmp_path / "dumont" / "shim-a"
 
 
@@ -57,7 +57,7 @@ def test_an_end_for_want_of_memory_is_told_from_others(tmp_path: Path, name: str
 
 def test_a_machine_without_either_sets_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_limit, "cgroup2_root", lambda: None)
-    monkeypatch.setattr(memory_limit, "_v1_root", lambda: None)
+    monkeypatch.setattr(memory_limit, "memory_root", lambda: None)
 
     assert MemoryLimit.create("shim-a", 42, 1000) == MemoryLimit(None, 0)
 
