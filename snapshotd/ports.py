@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from dumont.errors import DumontError
 from snapshotd.model import CacheEntry, ImageFile, Json, Manifest, MappedFile, Model, Sharing, Snapshot
 
 
@@ -326,6 +327,11 @@ class SnapshotStore(Protocol):
 
     async def list(self) -> list[Snapshot]:
         """Every snapshot whose manifest can be read, by id."""
+        ...
+
+    @property
+    def unreadable(self) -> Mapping[str, DumontError]:
+        """The snapshots that the last list left out, and why."""
         ...
 
 

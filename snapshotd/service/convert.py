@@ -115,12 +115,13 @@ def weights(value: instances_pb2.Weights.ValueType) -> Weights:
 
 
 def rejected(fact: RejectedSnapshot) -> snapshots_pb2.Snapshot:
-    """Published under a snapshot's name, and so little to be trusted that nothing else is known of it."""
+    """Something under a snapshot's name, and so little to be trusted that nothing else is known of it."""
     return snapshots_pb2.Snapshot(
         name=names.build("snapshots", fact.snapshot),
         state=snapshots_pb2.Snapshot.STATE_QUARANTINED,
         quarantine_reason=fact.reason,
-        published=True,
+        local=fact.local,
+        published=not fact.local,
     )
 
 

@@ -44,11 +44,13 @@ class RejectedSnapshot:
 
     snapshot: str
     reason: str
+    # Whether it is this node's copy, or the one in the object store.
+    local: bool = False
 
     @classmethod
-    def because(cls, snapshot: str, error: DumontError) -> RejectedSnapshot:
+    def because(cls, snapshot: str, error: DumontError, local: bool = False) -> RejectedSnapshot:
         """The rejection of a snapshot for an error."""
-        return cls(snapshot, f"{error.reason}: {error.message}")
+        return cls(snapshot, f"{error.reason}: {error.message}", local)
 
 
 @dataclass(frozen=True)
@@ -194,9 +196,14 @@ class Snapshots:
             if self._trusts(found):
                 held[found.manifest.id] = found
             else:
-                untrusted_here.append(RejectedSnapshot.because(found.manifest.id, untrusted(found.signer)))
+                untrusted_here.append(
+                    RejectedSnapshot.because(found.manifest.id, untrusted(found.signer), local=True)
+                )
+        damaged_here = [
+            RejectedSnapshot.because(name, error, local=True) for name, error in self.store.unreadable.items()
+        ]
         if self.remote is None:
-            return sorted(held.values(), key=_id), untrusted_here
+            return sorted(held.values(), key=_id), [*untrusted_here, *damaged_here]
         published = await self._list_published()
         there = {name: self._as_snapshot(found) for name, found in published.found.items()}
         for name, reason in published.damaged.items():
@@ -210,7 +217,11 @@ class Snapshots:
                 # again.
                 found_here[name] = replace(found, published=whole or (found.published and self._silent(name)))
         known = {*held, *(one.snapshot for one in untrusted_here)}
-        rejected = [*untrusted_here, *(one for one in published.rejected if one.snapshot not in known)]
+        elsewhere = [one for one in published.rejected if one.snapshot not in known]
+        listed = {*there, *(one.snapshot for one in elsewhere)}
+        # A damaged copy of this node is not listed beside the published one.
+        here_alone = [one for one in damaged_here if one.snapshot not in listed]
+        rejected = [*untrusted_here, *elsewhere, *here_alone]
         return sorted((there | found_here).values(), key=_id), rejected
 
     def _silent(self, snapshot: str) -> bool:

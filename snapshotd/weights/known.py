@@ -15,7 +15,9 @@ log = structlog.get_logger(__name__)
 def identify(path: Path) -> str:
     """What the file system says of a file: a write, or another file in its place, changes it."""
     status = path.stat()
-    told = f"{path.resolve()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    # The change time too: whoever writes may set the other one back, as rsync does.
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    told = f"{path.resolve()} {status.st_ino} {status.st_size} {times}"
     return blake3(told.encode()).hexdigest()
 
 

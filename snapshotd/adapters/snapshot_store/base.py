@@ -38,6 +38,7 @@ class StoreBase(ABC):
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.unreadable: dict[str, DumontError] = {}
 
     @abstractmethod
     async def get(self, snapshot: str) -> Snapshot:
@@ -48,15 +49,18 @@ class StoreBase(ABC):
         """Where the manifest of a snapshot lies. The snapshot exists if this file does."""
 
     async def list(self) -> list[Snapshot]:
-        """See :meth:`SnapshotStore.list`. A snapshot that cannot be read is logged and left out."""
-        found = []
+        """See :meth:`SnapshotStore.list`. A snapshot that cannot be read is logged, once, and left out."""
+        found, unreadable = [], {}
         for folder in self._folders():
             try:
                 found.append(await self.get(folder.name))
             except DumontError as error:
-                log.error(
-                    "snapshot_unreadable", snapshot=folder.name, reason=error.reason, error=error.message
-                )
+                unreadable[folder.name] = error
+                if folder.name not in self.unreadable:
+                    log.error(
+                        "snapshot_unreadable", snapshot=folder.name, reason=error.reason, error=error.message
+                    )
+        self.unreadable = unreadable
         return found
 
     async def entries(self) -> Sequence[CacheEntry]:

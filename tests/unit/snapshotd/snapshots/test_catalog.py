@@ -532,3 +532,46 @@ async def test_a_node_without_a_store_says_so(tmp_path: Path) -> None:
     assert refusal.value.reason == "OBJECT_STORE_NOT_CONFIGURED"
     with pytest.raises(NotFound):
         await node.get("s1")
+
+
+@pytest.mark.parametrize(
+    ("tamper", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "cannot be read"),
+        (lambda text: text.replace('"version": 1', '"version": 9'), "version"),
+        (lambda text: text.replace("s1", "s2"), "snapshots/s2"),
+        (lambda text: text.replace("pages-1.img", "../pages-1"), "not allowed"),
+        (lambda text: text.replace('"size": ', '"size": -'), "impossible"),
+    ],
+    ids=["cut short", "another version", "another snapshot's", "a path", "a negative size"],
+)
+async def test_what_is_wrong_with_a_manifest_of_this_node_is_listed(
+    world: World, tamper: Callable[[str], str], said: str
+) -> None:
+    # Given a snapshot whose manifest somebody changed
+    node = world.node("one")
+    await world.capture(node)
+    manifest = world.root / "one" / "snapshots" / "s1" / "manifest.json"
+    before = manifest.read_text()
+    manifest.write_text(tamper(before))
+    assert manifest.read_text() != before
+
+    # When the daemon after that lists its snapshots
+    found, rejected = await world.node("one").list()
+
+    # Then it is not among them, and the list says why
+    assert found == []
+    assert [(one.snapshot, one.local) for one in rejected] == [("s1", True)]
+    assert said in rejected[0].reason
+
+
+async def test_a_published_copy_is_listed_in_place_of_a_damaged_one(world: World) -> None:
+    node = world.node("one")
+    await world.capture(node)
+    await node.publish("s1", silent)
+    (world.root / "one" / "snapshots" / "s1" / "manifest.json").write_text("{}")
+
+    found, rejected = await world.node("one").list()
+
+    assert [(one.manifest.id, one.local) for one in found] == [("s1", False)]
+    assert rejected == []

@@ -393,3 +393,19 @@ async def test_a_file_written_to_in_place_is_told_from_one_that_was_replaced(
         file.write(b"W")
     os.utime(paths[1], ns=(0, mapped[1].modified_ns + 1))
     assert await files.overwritten(mapped) == str(paths[1])
+
+
+async def test_weights_that_were_written_to_and_made_to_look_old_are_read_again(
+    files: NodeWeightFiles, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    model = Model("m", "causal_lm", tmp_path, (path,), 7, 0)
+    before, status = await files.digest(model), path.stat()
+
+    path.write_bytes(b"WEIGHTS")
+    # Again, until the kernel's clock has ticked.
+    while path.stat().st_ctime_ns == status.st_ctime_ns:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    assert await files.digest(model) != before
