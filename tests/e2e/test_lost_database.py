@@ -41,6 +41,10 @@ class Site:
         self.node = Grpcurl(grpcurl, self.node_address)
         self._exits = exits
         self.controller: subprocess.Popen[bytes]
+        # What the deployment answers, what the node holds for it, and the database from before it.
+        self.text = ""
+        self.before: tuple[list[str], list[str]] = ([], [])
+        self.backup = b""
 
     def start(self, *arguments: str, program: str, log: str) -> subprocess.Popen[bytes]:
         """Run a service until the tests end; its log goes to a file."""
@@ -123,6 +127,7 @@ def site(
             program="dumont-snapshotd", log="snapshotd.log",
         )  # fmt: skip
         made.wait_for_node()
+        made.backup = made.database.read_bytes()
         with dumont.Client(made.address) as client:
             deployment = client.deploy(str(instruct_model), name="qa", checkpoint={"storage": "s3"})
             made.text = deployment.generate(PROMPT, max_new_tokens=8).text
@@ -170,6 +175,29 @@ def test_a_damaged_log_of_the_database_loses_no_deployment(site: Site, damage: s
     assert site.held() == site.before
 
 
+def test_a_database_from_before_the_deployment_deletes_nothing(site: Site) -> None:
+    # Given a controller whose database is a backup from before there was any deployment
+    site.kill_controller()
+    for log in site.state.glob("controller.db-*"):
+        log.unlink()
+    lost = site.database.read_bytes()
+    site.database.write_bytes(site.backup)
+    site.start_controller()
+    site.wait_for_node()
+    time.sleep(PATIENCE)
+    # Then what there is is shown, and is there when the right one is found again
+    assert [one["name"] for one in site.dumont("snapshot", "ls", "--orphans")] == site.before[1]
+    assert site.held() == site.before
+    site.kill_controller()
+    for log in site.state.glob("controller.db-*"):
+        log.unlink()
+    site.database.write_bytes(lost)
+    site.start_controller()
+    site.wait_for_node()
+    assert site.dumont("snapshot", "ls", "--orphans") == []
+    assert site.held() == site.before
+
+
 def test_a_stranger_s_controller_can_do_nothing_to_the_node(site: Site) -> None:
     # Given a controller that nobody told the node about
     stranger = site.start(
@@ -195,7 +223,6 @@ def test_a_stranger_s_controller_can_do_nothing_to_the_node(site: Site) -> None:
     while f"belongs to controller {owner}" not in (site.directory / "stranger.log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(PATIENCE)
     _end(stranger)
     assert site.held() == site.before
 
