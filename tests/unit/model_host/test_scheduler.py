@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from dumont.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted
 from dumont.errors import Internal as InternalError
+from model_host.engine import Load, Reply
 from model_host.scheduler import Job, Scheduler
 from tests.fakes.step_engine import Hold, Script, StepEngine
 
@@ -295,3 +296,100 @@ def test_closing_cancels_what_waits_and_what_runs(engine: StepEngine, clock: Clo
         with pytest.raises(Cancelled):
             list(job)
     assert scheduler.load.sequences == 0
+
+
+# What a caller receives, and when
+
+
+class Batches:
+    """Work that writes down what it was asked to join."""
+
+    def __init__(self) -> None:
+        self.joined: list[list[Any]] = []
+
+    def receive(self, computed: Sequence[Any]) -> Reply:
+        self.joined.append(list(computed))
+        return Reply(computed)
+
+
+def test_the_first_token_comes_at_once_and_later_ones_together() -> None:
+    work = Batches()
+    job = Job(work, None, lambda: None)
+    items = iter(job)
+
+    job.put(1)
+    assert next(items) == 1
+    for item in (2, 3, 4):
+        job.put(item)
+    assert [next(items) for _ in range(3)] == [2, 3, 4]
+
+    assert work.joined == [[1], [2, 3, 4]]
+
+
+def test_the_end_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_host.scheduler.SEND_INTERVAL", 3600)
+    work = Batches()
+    job = Job(work, None, lambda: None)
+    items = iter(job)
+    job.put(1)
+    next(items)
+
+    job.put(2)
+    job.end(InvalidArgument("WRONG", "no"))
+
+    assert next(items) == 2
+    with pytest.raises(InvalidArgument):
+        next(items)
+
+
+def test_a_reader_who_looks_is_told_of_the_first_token_and_the_end() -> None:
+    told: list[str] = []
+    job = Job(Batches(), None, lambda: None, lambda: told.append("look"))
+
+    job.put(1)
+    assert told == ["look"]
+    job.put(2)
+    assert told == ["look"]
+    assert job.take() == ([1, 2], False, None)
+    job.end()
+
+    assert told == ["look", "look"]
+    assert job.take() == ([], True, None)
+
+
+def test_what_comes_after_the_end_is_not_kept() -> None:
+    job = Job(Batches(), None, lambda: None)
+    job.end()
+
+    job.put(1)
+    job.end(InvalidArgument("WRONG", "no"))
+
+    assert job.take() == ([], True, None)
+
+
+def test_a_caller_who_has_all_it_asked_for_stops_the_computation(
+    scheduler: Scheduler, engine: StepEngine
+) -> None:
+    class Satisfied(Script):
+        def receive(self, computed: Sequence[Any]) -> Reply:
+            return Reply(computed[:1], ended=True)
+
+    hold = Hold()
+    script = Satisfied([0, hold, 1, 2, 3])
+
+    assert list(scheduler.submit(script)) == [0]
+    hold.go_on()
+    assert script.left.wait(5)
+    assert engine.dropped == [script]
+
+
+def test_readers_who_never_read_hold_up_nobody(scheduler: Scheduler, engine: StepEngine) -> None:
+    unread = scheduler.submit(Script(range(500)))
+    scheduler.submit(Script(range(50)))
+
+    assert list(scheduler.submit(Script(range(100)))) == list(range(100))
+
+    # What is held for them is their own work's and no more, and their room is free again.
+    settle(scheduler)
+    assert unread.take() == (list(range(500)), True, None)
+    assert engine.load == Load()
