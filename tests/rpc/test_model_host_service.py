@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import stat
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
 import pytest
+from google.rpc.status_pb2 import Status
 
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, Unavailable
 from dumont.inference.v1 import inference_pb2
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
-from dumont.rpc.status import from_rpc_error
+from dumont.rpc.status import from_rpc_error, from_status
 from model_host.engine import (
+    Capacity,
     Embedded,
     Finish,
     FinishReason,
@@ -316,3 +321,151 @@ def test_what_an_engine_cannot_do_is_a_precondition(
     monkeypatch.setattr(engine, "embed", refuse)
 
     assert failure(lambda: stub.Embed(pb2.EmbedRequest(inputs=["a"]))).reason == "ENGINE_CANNOT_EMBED"
+
+
+# Many calls on one stream
+
+
+class Stream:
+    """A stream of ``Exchange``, and what was received on it."""
+
+    def __init__(self, stub: pb2_grpc.ModelHostServiceStub) -> None:
+        self._orders: SimpleQueue[pb2.ExchangeRequest | None] = SimpleQueue()
+        self.call: Any = stub.Exchange(iter(self._orders.get, None))
+        self.said: dict[int, list[str]] = defaultdict(list)
+        self.finished: set[int] = set()
+        self.failures: dict[int, DumontError] = {}
+
+    def generate(self, call: int, prompt: str, timeout: float = 0) -> None:
+        request = pb2.GenerateRequest(prompt=prompt).SerializeToString()
+        self.order(pb2.ExchangeRequest(call=call, generate=request, timeout=timeout))
+
+    def order(self, order: pb2.ExchangeRequest) -> None:
+        self._orders.put(order)
+
+    def receive(self, *calls: int) -> None:
+        """Read until these calls are over."""
+        while not self.finished.issuperset(calls):
+            self.receive_some()
+
+    def receive_some(self) -> None:
+        """Read one message."""
+        for frame in next(self.call).frames:
+            assert frame.call not in self.finished
+            self._take(frame)
+
+    def _take(self, frame: Any) -> None:
+        for message in map(pb2.GenerateResponse.FromString, frame.messages):
+            if message.HasField("chunk"):
+                self.said[frame.call].append(message.chunk.text)
+        if frame.last:
+            self.finished.add(frame.call)
+        if frame.status:
+            self.failures[frame.call] = from_status(Status.FromString(frame.status))
+
+    def close(self) -> None:
+        self._orders.put(None)
+        self.call.cancel()
+
+
+@pytest.fixture
+def stream(stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine) -> Iterator[Stream]:
+    engine.capacity = Capacity(sequences=2)
+    made = Stream(stub)
+    yield made
+    made.close()
+
+
+def test_calls_on_one_stream_are_answered_each_in_its_order(stream: Stream, gate: Gate) -> None:
+    stream.generate(1, "one two")
+    stream.generate(2, "three four five")
+
+    stream.receive(1, 2)
+
+    assert stream.said == {1: ["one", "two"], 2: ["three", "four", "five"]}
+    assert stream.failures == {}
+    assert gate.wait_empty(5)
+
+
+def test_a_call_that_is_refused_says_why_and_others_go_on(stream: Stream, gate: Gate) -> None:
+    stream.generate(1, "wrong")
+    stream.order(pb2.ExchangeRequest(call=2, generate=b"\xff\xff"))
+    stream.generate(3, "break")
+    stream.receive(1, 2, 3)
+    stream.generate(4, "one two")
+    stream.receive(4)
+
+    reasons = {call: failure.reason for call, failure in stream.failures.items()}
+    assert reasons == {1: "EMPTY_PROMPT", 2: "MALFORMED_REQUEST", 3: "COMPUTE_FAILED"}
+    assert "secret" not in stream.failures[3].message
+    assert stream.said == {4: ["one", "two"]}
+    assert gate.wait_empty(5)
+
+
+def test_what_does_not_fit_in_the_queue_is_refused_alone(stream: Stream, engine: ScriptedEngine) -> None:
+    engine.capacity = Capacity(sequences=1)
+    stream.generate(1, "wait more")
+    assert engine.hold.reached.wait(5)
+    stream.generate(2, "waits")
+    stream.generate(3, "too many")
+
+    while not stream.finished:
+        stream.receive_some()
+    engine.hold.go_on()
+    stream.receive(1, 2, 3)
+
+    [(refused, failure)] = stream.failures.items()
+    assert (failure.reason, failure.retry_after is not None) == ("QUEUE_FULL", True)
+    assert set(stream.said) == {1, 2, 3} - {refused}
+
+
+def test_a_cancelled_call_stops_and_others_go_on(stream: Stream, engine: ScriptedEngine) -> None:
+    stream.generate(1, ENDLESS)
+    assert engine.hold.reached.wait(5)
+    stream.generate(2, "one two")
+
+    stream.order(pb2.ExchangeRequest(call=1, cancel=True))
+    engine.hold.go_on()
+    stream.receive(1, 2)
+
+    assert stream.failures[1].code == "CANCELLED"
+    assert engine.works[0].left.wait(5)
+    assert not engine.works[0].finished
+    assert stream.said[2] == ["one", "two"]
+
+
+def test_a_call_on_a_stream_has_its_own_deadline(stream: Stream, engine: ScriptedEngine) -> None:
+    stream.generate(1, ENDLESS, timeout=0.4)
+    threading.Timer(0.5, engine.hold.go_on).start()
+
+    stream.receive(1)
+
+    assert stream.failures[1].code == "DEADLINE_EXCEEDED"
+    assert not engine.works[0].finished
+
+
+def test_a_stream_that_breaks_ends_its_calls(
+    stream: Stream, engine: ScriptedEngine, scheduler: Scheduler, gate: Gate
+) -> None:
+    stream.generate(1, ENDLESS)
+    stream.generate(2, ENDLESS)
+    assert engine.hold.reached.wait(5)
+
+    stream.call.cancel()
+    engine.hold.go_on()
+
+    assert gate.wait_empty(5)
+    assert engine.works[0].left.wait(5)
+    for _ in range(2):  # what was cancelled is looked at between two steps
+        scheduler.call(lambda: None)
+    assert (scheduler.running, scheduler.queued) == (0, 0)
+    assert not any(work.finished for work in engine.works)
+
+
+def test_a_draining_host_refuses_calls_on_a_stream(stream: Stream, gate: Gate) -> None:
+    gate.set_open(False)
+
+    stream.generate(1, "one")
+    stream.receive(1)
+
+    assert stream.failures[1].reason == "INSTANCE_DRAINING"
