@@ -228,6 +228,9 @@ class Alone:
         model: as transformers made it.
         in_pieces: whether a prompt may be computed in pieces. Some models with a state instead of keys and
             values begin anew with each piece; their prompts are computed whole, when the last piece comes.
+
+    Raises:
+        NotBatchable: the model takes no such cache.
     """
 
     rows = CPU_ROWS
@@ -238,7 +241,10 @@ class Alone:
         self._device = device
         self._in_pieces = in_pieces
         takes = inspect.signature(model.forward).parameters
-        self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
+        names = [name for name in ("past_key_values", "cache_params") if name in takes]
+        if not names:
+            raise NotBatchable("it takes no cache of transformers' own")
+        self._cache_name = names[0]
         self._caches: dict[TokenSequence, Any] = {}
 
     def reach(self, extent: Extent) -> None:

@@ -291,18 +291,20 @@ class CausalLM:
             return self._alone(right), self._most_tokens()
 
     def _alone(self, right: Right) -> Alone:
+        wrong = ""
         for in_pieces in (True, False):
-            backend = Alone(self._model, self._device, in_pieces=in_pieces)
             try:
+                backend = Alone(self._model, self._device, in_pieces=in_pieces)
                 self._check(backend, right, slack=ALONE_SLACK)
             except NotBatchable as error:
-                log.warning("prompts are %s: %s", "computed whole" if in_pieces else "wrong", str(error))
+                wrong = str(error)
+                log.warning("prompts cannot be computed %s: %s", "in pieces" if in_pieces else "whole", wrong)
                 continue
             return backend
         raise FailedPrecondition(
             "MODEL_UNSUPPORTED",
-            f"{type(self._model).__name__} says something else with transformers' cache than without it, so "
-            "its answers would be wrong. Deploy another model.",
+            f"{type(self._model).__name__} cannot be computed token by token with transformers' cache: "
+            f"{wrong}. Its answers would be wrong; deploy another model.",
             field="model",
         )
 

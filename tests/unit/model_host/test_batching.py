@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ import pytest
 import torch
 import transformers
 
-from model_host.engine import Generation, Work
+from dumont.errors import Cancelled, DeadlineExceeded, FailedPrecondition
+from model_host.engine import Generation, Load, Output, Piece, Work
 from model_host.engines.backends import Alone, Together
 from model_host.engines.causal_lm import CausalLM
+from model_host.scheduler import Job, Scheduler
 from tests.unit.model_host.tiny_models import VOCABULARY, answers, load, save, words
 
 CONTEXT = 512
+AUTO: Any = transformers.AutoModelForCausalLM
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "bos_token_id": None, "eos_token_id": None,
@@ -80,9 +83,8 @@ class Model:
 def make(name: str, folder: Path, **settings: Any) -> Model:
     config, _ = ARCHITECTURES[name]
     torch.manual_seed(3)
-    save(transformers.AutoModelForCausalLM.from_config(config()), folder)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    return Model(load(folder, **settings), reference)
+    save(AUTO.from_config(config()), folder)
+    return Model(load(folder, **settings), AUTO.from_pretrained(folder).eval())
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
@@ -170,3 +172,77 @@ def test_each_says_what_it_says_alone_and_what_transformers_says(
         else:
             assert len(tokens) >= min(asked.leaves_after, len(asked.expected))
             assert tokens == asked.expected[: len(tokens)]
+
+
+def test_a_model_that_no_way_computes_right_is_refused(tmp_path: Path) -> None:
+    # given a model that has no cache
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=CONTEXT
+    )
+    torch.manual_seed(3)
+    save(AUTO.from_config(config), tmp_path)
+
+    with pytest.raises(FailedPrecondition) as refused:
+        load(tmp_path)
+
+    assert (refused.value.reason, refused.value.field) == ("MODEL_UNSUPPORTED", "model")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_callers_who_leave_or_are_late_change_nothing_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given more callers than have room, of whom some leave and some have little time
+    model = make("Llama", tmp_path, kv_cache=1200 * 2 * 2 * 2 * 8 * 4)
+    clock = Clock()
+    scheduler = Scheduler(model.engine, max_queue=100, clock=clock)
+    requests = list(mixed(model, seed=5, count=24))
+    leaving, late = range(1, 24, 4), range(2, 24, 6)
+    works = [request.work(model.engine) for request in requests]
+    deadlines = [1.0 if number in late else None for number in range(len(works))]
+    step, steps = model.engine.step, 0
+    jobs: list[Job] = []
+
+    def counted() -> Sequence[Output]:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            for number in leaving:
+                jobs[number].cancel()
+        if steps == 5:
+            clock.now = 1.0
+        return step()
+
+    # when they run together
+    monkeypatch.setattr(model.engine, "step", counted)
+    scheduler.call(lambda: jobs.extend(map(scheduler.submit, works, deadlines)))
+    found: list[list[int]] = []
+    ends: list[type[Exception] | None] = []
+    for job in jobs:
+        tokens: list[int] = []
+        end: type[Exception] | None = None
+        try:
+            for item in job:
+                tokens += item.token_ids if isinstance(item, Piece) else ()
+        except (Cancelled, DeadlineExceeded) as stopped:
+            end = type(stopped)
+        found.append(tokens)
+        ends.append(end)
+    scheduler.close()
+
+    # then those who stayed have all their tokens, and the others none that is wrong
+    for request, tokens, end in zip(requests, found, ends, strict=True):
+        assert request.expected is not None
+        assert tokens == (request.expected if end is None else request.expected[: len(tokens)])
+    assert {number for number, end in enumerate(ends) if end is Cancelled} <= {*leaving}
+    assert {number for number, end in enumerate(ends) if end is DeadlineExceeded} <= {*late}
+    assert ends.count(Cancelled) >= 3
+    assert ends.count(DeadlineExceeded) >= 2
+    # and nothing is left of anybody
+    assert model.engine.load == Load()

@@ -39,7 +39,7 @@ def engine(folder: Path) -> CausalLM:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[int]:
     """Twelve greedy tokens from transformers' own generate."""
-    model = LlamaForCausalLM.from_pretrained(folder)
+    model: Any = LlamaForCausalLM.from_pretrained(folder)
     output = model.generate(torch.tensor([PROMPT_TOKENS]), max_new_tokens=12, do_sample=False, pad_token_id=0)
     tokens: list[int] = output[0, len(PROMPT_TOKENS) :].tolist()
     return tokens
@@ -258,7 +258,7 @@ def test_log_probabilities_come_with_their_tokens(
 ) -> None:
     answer = run(engine, prompt=PROMPT, max_new_tokens=4, logprobs=2)
 
-    model = LlamaForCausalLM.from_pretrained(folder)
+    model: Any = LlamaForCausalLM.from_pretrained(folder)
     logits = model(torch.tensor([PROMPT_TOKENS + expected[:4]])).logits[0, 8:12].detach()
     plain = torch.log_softmax(logits, -1)
     told = [logprob for piece in answer.pieces for logprob in piece.logprobs]
@@ -273,10 +273,14 @@ def test_log_probabilities_come_with_their_tokens(
 
 
 def test_a_token_that_the_model_does_not_have_is_named(engine: CausalLM) -> None:
-    for name, value in (("logit_bias", {64: 1.0}), ("stop_token_ids", (64,))):
+    for request in (
+        Generation(prompt=PROMPT, logit_bias={64: 1.0}),
+        Generation(prompt=PROMPT, stop_token_ids=(64,)),
+    ):
         with pytest.raises(InvalidArgument) as refused:
-            engine.generate(Generation(prompt=PROMPT, **{name: value}))
-        assert (refused.value.reason, refused.value.field) == ("INVALID_TOKEN_ID", name)
+            engine.generate(request)
+        assert refused.value.reason == "INVALID_TOKEN_ID"
+        assert refused.value.field == ("logit_bias" if request.logit_bias else "stop_token_ids")
 
 
 def test_a_biased_token_is_said(engine: CausalLM) -> None:
@@ -345,7 +349,7 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(engine: CausalLM, fold
     second = run(engine, prompt=shared + "w2", max_new_tokens=6)
     again = run(engine, prompt=shared + "w1", max_new_tokens=4)
 
-    model = LlamaForCausalLM.from_pretrained(folder)
+    model: Any = LlamaForCausalLM.from_pretrained(folder)
     ids = torch.tensor([[5, 6, 7, 8, 9] * 4 + [2]])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     assert second.tokens == output[0, 21:].tolist()

@@ -38,7 +38,8 @@ def engine(folder: Path) -> Embedding:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Any:
     """The mean of a text's states, computed by transformers alone."""
-    model = BertModel.from_pretrained(folder).eval()
+    model: Any = BertModel.from_pretrained(folder)
+    model.eval()
 
     def embed(text: str) -> list[float]:
         ids = torch.tensor([[int(word[1:]) for word in text.split()]])
@@ -63,7 +64,7 @@ def run_all(engine: Embedding, works: list[Work]) -> dict[Work, list[Embedded]]:
 
 
 def vectors(work: Work, computed: list[Embedded]) -> list[list[float]]:
-    found = []
+    found: list[list[float]] = []
     for item in work.receive(computed).items:
         assert item.first == len(found)
         found += item.embeddings
