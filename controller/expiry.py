@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import ClassVar, Final
 
 from controller.model import (
     Deployment,
@@ -74,95 +74,68 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class OnInstance:
-    """An action on an instance; ``target`` is what the action is retried and delayed by."""
+class _Action:
+    """What is to be done with the instance, snapshot, deployment or node of this id, and why."""
 
-    instance: str
+    TARGET: ClassVar[str]
+    id: str
     reason: str
 
     @property
     def target(self) -> str:
-        """The name under which the action is retried and delayed."""
-        return f"instances/{self.instance}"
+        """The name under which the action is delayed and retried."""
+        return self.TARGET.format(self.id)
 
 
-class Park(OnInstance):
+class Park(_Action):
     """Freeze an idle instance."""
 
     __slots__ = ()
+    TARGET = "instances/{}"
 
 
-class Stop(OnInstance):
+class Stop(_Action):
     """End an instance."""
 
     __slots__ = ()
+    TARGET = "instances/{}"
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteSnapshot:
+class DeleteSnapshot(_Action):
     """Delete a snapshot wherever it is."""
 
-    snapshot: str
-    reason: str
-
-    @property
-    def target(self) -> str:
-        """The name under which the action is retried and delayed."""
-        return f"snapshots/{self.snapshot}"
+    __slots__ = ()
+    TARGET = "snapshots/{}"
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(_Action):
     """Have a snapshot uploaded to the object store."""
 
-    snapshot: str
-    reason: str
-
-    @property
-    def target(self) -> str:
-        """The name under which the action is retried and delayed."""
-        # Not the snapshot's own name: an upload under way must not delay deleting the snapshot.
-        return f"snapshots/{self.snapshot}/upload"
+    __slots__ = ()
+    # Not the snapshot's own name: an upload under way must not delay deleting the snapshot.
+    TARGET = "snapshots/{}/upload"
 
 
-@dataclass(frozen=True, slots=True)
-class KeepWarm:
+class KeepWarm(_Action):
     """Start an instance of a deployment that must always have one."""
 
-    deployment: str
-    reason: str
-
-    @property
-    def target(self) -> str:
-        """The name under which the action is retried and delayed."""
-        # Not the deployment's own name: waiting to restart it must not delay forgetting it.
-        return f"deployments/{self.deployment}/instances"
+    __slots__ = ()
+    # Not the deployment's own name: waiting to restart it must not delay forgetting it.
+    TARGET = "deployments/{}/instances"
 
 
-@dataclass(frozen=True, slots=True)
-class Forget:
+class Forget(_Action):
     """Remove a deployment that was being deleted and of which nothing is left."""
 
-    deployment: str
-    reason: str
-
-    @property
-    def target(self) -> str:
-        """The name under which the action is retried and delayed."""
-        return f"deployments/{self.deployment}"
+    __slots__ = ()
+    TARGET = "deployments/{}"
 
 
-@dataclass(frozen=True, slots=True)
-class GiveUp:
+class GiveUp(_Action):
     """Send nothing more to a node that has been silent for too long."""
 
-    node: str
-    reason: str
-
-    @property
-    def target(self) -> str:
-        """The name under which the action is retried and delayed."""
-        return f"nodes/{self.node}"
+    __slots__ = ()
+    TARGET = "nodes/{}"
 
 
 Action = Park | Stop | DeleteSnapshot | Publish | KeepWarm | Forget | GiveUp

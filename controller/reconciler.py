@@ -234,7 +234,7 @@ class Reconciler:
             log.warning("action_failed", action=kind, target=action.target, reason=error.reason)
             self._core.metrics.actions.labels(kind, "failed").inc()
             if isinstance(action, Park) and error.reason not in TRANSIENT:
-                self._core.inventory.refuse_parking(action.instance)
+                self._core.inventory.refuse_parking(action.id)
             self._backoff.failed(action.target, self._core.now())
         except Exception:
             log.exception("action_crashed", action=kind, target=action.target)
@@ -251,20 +251,20 @@ class Reconciler:
     async def _do(self, action: expiry.Action) -> None:
         match action:
             case Park():
-                await self._instances.park(action.instance)
+                await self._instances.park(action.id)
             case Stop():
-                await self._instances.stop(action.instance)
+                await self._instances.stop(action.id)
             case DeleteSnapshot():
-                await self._snapshots.delete(action.snapshot)
+                await self._snapshots.delete(action.id)
             case Publish():
-                await self._snapshots.publish(action.snapshot)
+                await self._snapshots.publish(action.id)
             case KeepWarm():
-                await self._keep_warm(action.deployment)
+                await self._keep_warm(action.id)
             case Forget():
-                await self._core.deployments.forget(action.deployment)
-                self._starts.failures.pop(action.deployment, None)
+                await self._core.deployments.forget(action.id)
+                self._starts.failures.pop(action.id, None)
             case GiveUp():
-                await self._core.fleet.give_up(action.node)
+                await self._core.fleet.give_up(action.id)
             case _:
                 assert_never(action)
 

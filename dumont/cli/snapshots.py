@@ -42,10 +42,7 @@ def create(
             status.update(f"{step.stage} {short(step.instance)}")
 
         snapshot = client.snapshots.create(deployment, snapshot_id=snapshot_id, progress=show)
-    if json:
-        print_json(snapshot)
-    else:
-        print_facts(describe(snapshot))
+    print_snapshot(snapshot, as_json=json)
 
 
 @app.command()
@@ -83,7 +80,7 @@ def ls(
 @app.command()
 @command
 def inspect(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
-    """Show one snapshot: its files, its sizes, and what must be equal where it is restored."""
+    """Show a snapshot: its files, its sizes, and what must be equal where it is restored."""
     with sync.Client(endpoint) as client:
         snapshot = client.snapshots.get(name)
     if json:
@@ -105,46 +102,39 @@ def inspect(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
 @command
 def adopt(
     name: Name,
-    deployment: Annotated[str | None, typer.Option(help="Else the one that the snapshot names.")] = None,
+    deployment: Annotated[
+        str | None, typer.Option(help="By default the one that the snapshot names.")
+    ] = None,
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Make an orphan a deployment's snapshot, in place of its earlier ones, or a new one's."""
+    """Make an orphan a deployment's snapshot. The deployment is created if it does not exist."""
     with sync.Client(endpoint) as client:
         snapshot = client.snapshots.adopt(name, deployment=deployment)
-    if json:
-        print_json(snapshot)
-    else:
-        print_facts(describe(snapshot))
+    print_snapshot(snapshot, as_json=json)
 
 
 @app.command()
 @command
 def undelete(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
-    """Publish a deleted snapshot again, within the object store's grace time. It is an orphan then."""
+    """Publish a deleted snapshot again, as an orphan, within the object store's grace time."""
     with sync.Client(endpoint) as client:
         snapshot = client.snapshots.undelete(name)
-    if json:
-        print_json(snapshot)
-    else:
-        print_facts(describe(snapshot))
+    print_snapshot(snapshot, as_json=json)
 
 
 @app.command()
 @command
 def prefetch(
     name: Name,
-    node: Annotated[str | None, typer.Option(help="Else where a start would restore it.")] = None,
+    node: Annotated[str | None, typer.Option(help="By default the node that a start would choose.")] = None,
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Bring a published snapshot to a node, so that the next start there is a local one."""
+    """Fetch a published snapshot to a node, so that the next start there is a local one."""
     with sync.Client(endpoint) as client, console(stderr=True).status("fetching"):
         snapshot = client.snapshots.prefetch(name, node=node)
-    if json:
-        print_json(snapshot)
-    else:
-        print_facts(describe(snapshot))
+    print_snapshot(snapshot, as_json=json)
 
 
 @app.command()
@@ -159,8 +149,8 @@ def verify(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
     print_facts(
         {
             "snapshot": short(name),
-            "on its node": f"{size(found.local_bytes)} read, all right" if found.local_bytes else "not there",
-            "object store": f"{size(found.published_bytes)} read, all right"
+            "on its node": f"{size(found.local_bytes)} read, intact" if found.local_bytes else "not there",
+            "object store": f"{size(found.published_bytes)} read, intact"
             if found.published_bytes
             else "not there",
         }
@@ -183,18 +173,26 @@ def prune(
     for name in found.objects if dry_run else ():
         console().print(name)
     verb = "would delete" if dry_run else "deleted"
-    kept = f"{size(found.kept_bytes)} of chunks stay"
+    kept = f"{size(found.kept_bytes)} of chunks remain"
     console().print(f"{verb} {found.object_count} objects, {size(found.size_bytes)}; {kept}")
 
 
 @app.command()
 @command
 def rm(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
-    """Delete a snapshot, on all nodes and in the object store."""
+    """Delete a snapshot on all nodes and in the object store."""
     with sync.Client(endpoint) as client:
         client.snapshots.delete(name)
     if json:
         print_json({"deleted": short(name)})
+
+
+def print_snapshot(snapshot: Snapshot, *, as_json: bool) -> None:
+    """Print a snapshot."""
+    if as_json:
+        print_json(snapshot)
+    else:
+        print_facts(describe(snapshot))
 
 
 def describe(snapshot: Snapshot) -> dict[str, str]:

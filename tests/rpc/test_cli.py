@@ -306,8 +306,8 @@ def test_every_command_offers_json(cli: Cli) -> None:
 def test_a_snapshot_is_verified_where_it_is_kept(cli: Cli) -> None:
     assert cli.document("snapshot", "verify", "one") == {"local_bytes": 2048, "published_bytes": 1024}
     shown = cli("snapshot", "verify", "one").stdout
-    assert "2.0 KiB read, all right" in shown
-    assert "1.0 KiB read, all right" in shown
+    assert "2.0 KiB read, intact" in shown
+    assert "1.0 KiB read, intact" in shown
 
 
 @pytest.mark.parametrize(("flags", "node"), [((), ""), (("--node", "one"), "nodes/one")])
@@ -343,7 +343,7 @@ def test_prune_says_what_it_deletes_or_would(
 ) -> None:
     shown = cli("snapshot", "prune", *flags).stdout
     assert shown.splitlines()[-1].startswith(verb)
-    assert "1 objects, 1.0 MiB; 3.0 MiB of chunks stay" in shown
+    assert "1 objects, 1.0 MiB; 3.0 MiB of chunks remain" in shown
     assert ("chunks/ab/ab12" in shown) is dry_run
     assert cli.served.controller.requests[-1].dry_run is dry_run
     document = cli.document("snapshot", "prune", *flags)

@@ -254,7 +254,7 @@ def held(identifier: str, last_use: float, *, in_use: bool = False, **changes: o
 def test_beyond_a_node_s_limit_what_was_used_longest_ago_goes_and_no_more() -> None:
     limited = Node("n1", "x:1", snapshot_limit_bytes=25)
     kept = [held("old", 1.0), held("older", 0.5), held("new", 2.0)]
-    assert [action.snapshot for action in plan_room(limited, kept)] == ["older"]
+    assert [action.id for action in plan_room(limited, kept)] == ["older"]
     assert plan_room(replace(limited, snapshot_limit_bytes=30), kept) == ()
     assert plan_room(replace(limited, snapshot_limit_bytes=0), kept) == ()
 
@@ -268,4 +268,4 @@ def test_what_is_used_or_not_ours_stays_and_what_is_published_is_the_node_s_own_
         held("here alone", 3.0),
         held("newest", 4.0),
     ]
-    assert [action.snapshot for action in plan_room(limited, kept)] == ["here alone", "newest"]
+    assert [action.id for action in plan_room(limited, kept)] == ["here alone", "newest"]
