@@ -56,6 +56,9 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
             return begun
         weights = convert.weights(request.weights)
         model = await self.instances.node.models.resolve(request.model, request.engine)
+        # The same request may have come again meanwhile.
+        if (begun := self._same(instance, request)) is not None:
+            return begun
         new = self._new(instance, request.deployment, request.model, model.engine, State.STARTING)
         self.instances.admit(replace(new, weights=weights))
 
@@ -74,6 +77,8 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         snapshot = await self.snapshots.get_exactly(
             names.parse(request.snapshot, "snapshots", "snapshot"), request.manifest_digest
         )
+        if (begun := self._same(instance, request)) is not None:
+            return begun
         manifest = snapshot.manifest
         deployment = request.deployment or manifest.deployment
         new = self._new(instance, deployment, manifest.model, manifest.engine, State.RESTORING)

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from controller.model import InstanceState, Phase, Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
 from controller.ports import Change, Clock, ListedSnapshots, Removed, Synchronized
-from dumont.errors import DataLoss, DumontError, FailedPrecondition, NotFound, Unavailable
+from dumont.errors import (
+    AlreadyExists,
+    DataLoss,
+    DumontError,
+    FailedPrecondition,
+    NotFound,
+    Unavailable,
+)
 
 
 @dataclass
@@ -55,6 +62,7 @@ class MemoryNodes:
         self._holds: dict[str, asyncio.Event] = {}
         self._called = asyncio.Event()
         self._creating: set[str] = set()
+        self._disconnected: set[str] = set()
 
     # Scripting
 
@@ -116,10 +124,10 @@ class MemoryNodes:
     # The port
 
     async def connect(self, node: str, endpoint: str) -> None:
-        return None
+        self._disconnected.discard(node)
 
     async def disconnect(self, node: str) -> None:
-        return None
+        self._disconnected.add(node)
 
     async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel:
         await self._call("resolve_model", node, model)
@@ -178,7 +186,9 @@ class MemoryNodes:
         source = self._find(node, instance)
         if any(instance in argument for method, _, argument in self.calls if method in {"generate", "embed"}):
             self.spoiled.append(instance)
-            raise FailedPrecondition("PROMPT_INSIDE", f"a prompt has entered instances/{instance}")
+            raise FailedPrecondition("INSTANCE_SERVED", f"a prompt has entered instances/{instance}")
+        if snapshot in {known.id for known in self._snapshots(node)}:
+            raise AlreadyExists("SNAPSHOT_EXISTS", f"snapshots/{snapshot} exists", field="snapshot_id")
         self.tell(node, replace(source, state=InstanceState.CAPTURING))
         try:
             await self._call("capture", node, instance)
@@ -201,11 +211,11 @@ class MemoryNodes:
 
     async def park(self, node: str, instance: str) -> Report:
         await self._call("park", node, instance)
-        return self._move(node, instance, InstanceState.PARKED)
+        return self._move(node, instance, InstanceState.SERVING, InstanceState.PARKED)
 
     async def resume(self, node: str, instance: str) -> Report:
         await self._call("resume", node, instance)
-        return self._move(node, instance, InstanceState.SERVING)
+        return self._move(node, instance, InstanceState.PARKED, InstanceState.SERVING)
 
     async def stop(self, node: str, instance: str) -> None:
         await self._call("stop", node, instance)
@@ -236,6 +246,8 @@ class MemoryNodes:
 
     async def publish(self, node: str, snapshot: str) -> Snapshot:
         await self._call("publish", node, snapshot)
+        if snapshot not in self.world[node].snapshots:
+            raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
         self.bucket[snapshot] = self.world[node].snapshots[snapshot]
         return next(known for known in self._snapshots(node) if known.id == snapshot)
 
@@ -329,7 +341,7 @@ class MemoryNodes:
 
     def _reach(self, node: str) -> MemoryNode:
         known = self.world.get(node)
-        if known is None or not known.up:
+        if known is None or not known.up or node in self._disconnected:
             raise _silent(node)
         return known
 
@@ -339,8 +351,11 @@ class MemoryNodes:
             raise NotFound("INSTANCE_NOT_FOUND", f"there is no instances/{instance}")
         return known
 
-    def _move(self, node: str, instance: str, state: InstanceState) -> Report:
-        moved = replace(self._find(node, instance), state=state)
+    def _move(self, node: str, instance: str, before: InstanceState, after: InstanceState) -> Report:
+        found = self._find(node, instance)
+        if found.state is not before:
+            raise FailedPrecondition("ILLEGAL_TRANSITION", f"instances/{instance} is {found.state.value}")
+        moved = replace(found, state=after)
         self.tell(node, moved)
         return moved
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dumont.errors import Aborted
+from dumont.errors import Aborted, Unavailable
 from snapshotd.failpoints import Failpoints
 from snapshotd.instances.journal import Journal
 from snapshotd.instances.manager import Instances
@@ -36,7 +36,7 @@ class FakeHost:
 
     def __init__(self, instance: str = "") -> None:
         self.instance = instance
-        self.pid = 42
+        self.pid = 42 if instance else 0
         self.lost = asyncio.Event()
         self.end = ""
         self.lost_reason = "HOST_LOST"
@@ -45,11 +45,16 @@ class FakeHost:
         self.prepared = False
         self.released = False
         self.gates: dict[str, asyncio.Event] = {}
-        self.failing: set[str] = set()
+        self.failing = {"stay silent"}
         self.reached = asyncio.Event()
         # What it answers to ``status`` beside its state.
         self.load: Json = {}
         self.asked = 0
+
+    def die(self, end: str = "") -> None:
+        """Its process ends by itself."""
+        self.end = end
+        self.lost.set()
 
     async def _do(self, command: str) -> None:
         if (gate := self.gates.get(command)) is not None:
@@ -62,7 +67,7 @@ class FakeHost:
         self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
     ) -> None:
         await self._do("launch")
-        self.instance = instance
+        self.instance, self.pid = instance, 42
 
     async def restore(self, *arguments: object) -> None:
         raise AssertionError("nothing here restores")
@@ -79,6 +84,8 @@ class FakeHost:
         raise AssertionError("nothing here captures")
 
     async def call(self, command: str, timeout: float, **arguments: object) -> Json:
+        if self.lost.is_set():
+            raise Unavailable("HOST_LOST", f"the model host ended before it answered {command}")
         await self._do(command)
         self.asked += command == "status"
         return {"load": LOADED | self.load, "status": {"state": self.state} | self.load}.get(command, {})
@@ -97,18 +104,24 @@ class FakeHost:
     async def release(self) -> None:
         await self._do("release")
         self.released = True
+        self.lost.set()
 
 
 @dataclass
 class FakeHosts:
     host: FakeHost = field(default_factory=FakeHost)
     found: list[FakeHost] = field(default_factory=list)
+    taken: list[FakeHost] = field(default_factory=list)
 
     async def take(self) -> FakeHost:
+        """``host``, and another one each time from then on."""
+        if self.taken:
+            self.host = FakeHost()
+        self.taken.append(self.host)
         return self.host
 
     async def find(self) -> list[FakeHost]:
-        return self.found
+        return [*self.found, *(host for host in self.taken if host.instance and not host.released)]
 
     async def end_orphans(self, instances: Path) -> None:
         return
