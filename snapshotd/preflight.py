@@ -1,4 +1,4 @@
-"""What this machine can do, as named checks. ``python -m snapshotd.preflight`` prints them."""
+"""Check what this machine can do. ``python -m snapshotd.preflight`` prints the findings."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ ARCHITECTURES = ("x86_64", "aarch64")
 
 @dataclass(frozen=True)
 class Criu:
-    """A CRIU that works here.
+    """A CRIU that works on this machine.
 
     Attributes:
-        pycriu: directory to import pycriu from; None: it is on Python's path.
+        binary: the program.
+        pycriu: directory from which pycriu is imported; None if it is on Python's path.
     """
 
     binary: Path
@@ -38,15 +39,15 @@ class Criu:
 
 
 def cache_directory() -> Path:
-    """Where scripts/setup puts what it fetches."""
+    """Where scripts/setup puts its downloads."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(os.environ.get("DUMONT_CACHE") or Path(base) / "dumont")
 
 
 def find_criu() -> tuple[Criu | None, list[Finding]]:
-    """The first CRIU that is new enough and passes its own check, and what was found on the way.
+    """The first CRIU that is new enough and passes its own check, and the findings.
 
-    Looked at in order: ``$DUMONT_CRIU``, ``criu`` on the PATH, the one that scripts/setup unpacked.
+    Candidates in order: ``$DUMONT_CRIU``, ``criu`` on the PATH, and the one that scripts/setup has unpacked.
     """
     candidates = [Path(os.environ["DUMONT_CRIU"])] if os.environ.get("DUMONT_CRIU") else []
     candidates += [Path(folder) / "criu" for folder in os.get_exec_path()]
@@ -74,7 +75,7 @@ def find_criu() -> tuple[Criu | None, list[Finding]]:
 
 
 def _criu_check(binary: Path) -> str:
-    """Why CRIU cannot work here, in its last words; empty when it can."""
+    """Why CRIU cannot work here, by the last line of its check; empty if it can."""
     try:
         checked = subprocess.run([binary, "check"], capture_output=True, text=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:
@@ -94,7 +95,7 @@ def _criu_version(binary: Path) -> str | None:
 
 
 def _find_pycriu(binary: Path) -> Path | None:
-    """The directory that holds pycriu; ``Path()`` when Python finds it by itself; None when it is nowhere."""
+    """The directory that holds pycriu; ``Path()`` if it is on Python's path, None if there is none."""
     prefix = binary.resolve().parent.parent
     if (prefix / "pycriu" / "__init__.py").exists():
         return prefix
@@ -171,7 +172,7 @@ def _check_sharing() -> list[Finding]:
 
 
 def open_nvml() -> Any:
-    """``pynvml``, initialised; None when there is no NVIDIA driver here, or no NVML package."""
+    """``pynvml``, initialised; None if there is no NVIDIA driver or no NVML package."""
     if importlib.util.find_spec("pynvml") is None:
         return None
     import pynvml
@@ -184,15 +185,17 @@ def open_nvml() -> Any:
 
 
 def findings() -> list[Finding]:
+    """The findings of all checks."""
     return [*check_machine(), *find_criu()[1]]
 
 
 def problems(found: Iterable[Finding]) -> list[str]:
-    """Why no model host can run here; empty when they can."""
+    """Why no model host can run here; empty if they can."""
     return [finding.message for finding in found if finding.needed and not finding.passed]
 
 
 def main() -> None:
+    """The command ``python -m snapshotd.preflight``."""
     parser = argparse.ArgumentParser(description="Check whether this machine can run snapshotd.")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument("--criu", action="store_true", help="print only the path of the CRIU that is used")

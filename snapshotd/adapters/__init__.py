@@ -1,0 +1,1 @@
+"""The adapters: what the ports of snapshotd and of its repository mean on a real machine."""

@@ -1,4 +1,4 @@
-"""The machine's clock."""
+"""The Clock port over the machine's clock."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 
 
 class SystemClock:
+    """The machine's clock."""
+
     def now(self) -> datetime:
         return datetime.now(UTC)
 

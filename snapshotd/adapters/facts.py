@@ -1,4 +1,4 @@
-"""The facts of this node that a snapshot is bound to."""
+"""The facts of this node that must be the same where a snapshot is restored."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from blake3 import blake3
 
 from snapshotd.compatibility import LAYOUT_VERSION
 
-# What a model host has loaded: a restored process maps these files again and must find them as they were.
+# Packages that a model host has loaded. A restored process maps their files again and must find them
+# unchanged.
 LIBRARIES = ("grpcio", "numpy", "protobuf", "safetensors", "tokenizers", "torch", "transformers")
 
 
 def node_facts(criu_version: str) -> dict[str, str]:
-    """Fact names and values; the same names stand in every manifest."""
+    """The facts by name, as every manifest records them."""
     return {
         "architecture": platform.machine(),
         "cpu_features": cpu_features(Path("/proc/cpuinfo").read_text()),
@@ -29,7 +30,7 @@ def node_facts(criu_version: str) -> dict[str, str]:
 
 
 def cpu_features(cpuinfo: str) -> str:
-    """A digest of the CPU's feature flags: libraries choose their code by them when they are loaded."""
+    """A digest of the CPU's feature flags, by which libraries choose their code when they are loaded."""
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):

@@ -1,8 +1,8 @@
-"""The agent's process: ``python -m snapshotd.cuda.agent``, JSON objects one a line on stdin and stdout.
+"""The agent's process: ``python -m snapshotd.cuda.agent``, with JSON lines on stdin and stdout.
 
 ``{"id": 1, "do": "lock", "pid": 42, "timeout_ms": 5000}`` is answered by ``{"id": 1, "ok": ...}`` or
-``{"id": 1, "error": "..."}``, in the order in which the operations end. It has no CUDA context, so it
-holds no GPU memory.
+``{"id": 1, "error": "..."}``, in the order in which the operations end. The agent has no CUDA context, so it
+takes no GPU memory.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from snapshotd.cuda.json_output import Message, claim_stdout
 
-# Operations of different processes run beside each other.
+# Operations on different processes run at the same time.
 THREADS = 8
 
 
 def commands(process: Callable[[int], Any]) -> dict[str, Callable[[Message], Any]]:
-    """What can be asked, over ``cuda.core.checkpoint.Process`` or something like it."""
+    """The operations by name, over ``cuda.core.checkpoint.Process`` or a class like it."""
     return {
         "state": lambda message: process(message["pid"]).state,
         "lock": lambda message: process(message["pid"]).lock(message["timeout_ms"]),
@@ -31,12 +31,12 @@ def commands(process: Callable[[int], Any]) -> dict[str, Callable[[Message], Any
 
 
 def _bare(devices: Mapping[str, str]) -> dict[str, str] | None:
-    """A device map as cuda-core takes it: NVML and the command line tool write ``GPU-`` before a UUID."""
+    """A device map as cuda-core takes it, without the ``GPU-`` that NVML writes before a UUID."""
     return {old.removeprefix("GPU-"): new.removeprefix("GPU-") for old, new in devices.items()} or None
 
 
 def serve(process: Callable[[int], Any]) -> None:
-    """Answer until stdin ends."""
+    """Answer requests until stdin ends."""
     known = commands(process)
     send = claim_stdout()
 
@@ -55,6 +55,7 @@ def serve(process: Callable[[int], Any]) -> None:
 
 
 def main() -> None:
+    """The command of the process."""
     from cuda.bindings import driver
     from cuda.core.checkpoint import Process
 

@@ -1,24 +1,27 @@
-"""Calls of the CUDA driver through its bindings, ``cuda.bindings.driver`` or something like it."""
+"""Call the CUDA driver through its bindings, ``cuda.bindings.driver`` or a module like it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What a call may be refused for and the next one work. After anything else the driver promises nothing: most
-# of its errors stay with the process until it ends.
+# Errors after which the next call may succeed. Most other errors of the driver stay with the process until it
+# ends.
 PASSING = ("CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_INVALID_VALUE")
 
 
 class LoaderError(Exception):
-    """An order cannot be carried out; the message goes to whoever gave it."""
+    """An order cannot be carried out. The message goes to the sender of the order."""
 
 
 class DriverError(LoaderError):
     """The driver refused a call.
 
     Args:
-        function: its name.
-        status: the driver's name of it.
+        function: the name of the function.
+        status: the driver's name of the error.
+
+    Attributes:
+        lasting: the driver can no longer be used in this process.
     """
 
     def __init__(self, function: str, status: str) -> None:
@@ -27,10 +30,10 @@ class DriverError(LoaderError):
 
 
 def call(function: Any, *arguments: Any) -> Any:
-    """Call the driver; its result without the status.
+    """Call a function of the driver, and return its result without the status.
 
     Raises:
-        DriverError: it refused.
+        DriverError: the driver refused.
     """
     status, *result = function(*arguments)
     if status.name != "CUDA_SUCCESS":

@@ -1,4 +1,4 @@
-"""The GPUs that the loader copies to."""
+"""The GPUs to which the loader copies."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 from snapshotd.cuda.driver import LoaderError, call
 
-# Bytes after which is seen whether they are still wanted: 5 ms of the bus.
+# Bytes after which the loader checks whether the order still stands: the bus copies them in 5 ms.
 STRIDE = 256 << 20
 
 Source = tuple[int, int, int]
 
 
 class Gpu:
-    """One GPU, its context, and a stream to copy on."""
+    """One GPU, with a context and a stream for copies."""
 
     def __init__(self, driver: Any, device: Any) -> None:
         self.device = device
         self._driver = driver
         self.context = call(driver.cuDevicePrimaryCtxRetain, device)
         self.enter()
-        # Nothing is computed here, so nothing needs stacks or heaps: they would take 0.3 GB of the GPU.
+        # Nothing is computed here, so no stacks and heaps are needed, which would take 0.3 GB of the GPU.
         for limit in (driver.CUlimit.CU_LIMIT_STACK_SIZE, driver.CUlimit.CU_LIMIT_MALLOC_HEAP_SIZE):
             driver.cuCtxSetLimit(limit, 0)
         self.stream = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
@@ -36,22 +36,23 @@ class Gpu:
         self._kind.requestedHandleTypes = self._handles
 
     def enter(self) -> None:
-        """Use it from the calling thread."""
+        """Make its context current in the calling thread."""
         call(self._driver.cuCtxSetCurrent, self.context)
 
     def load(self, size: int, pieces: Iterable[Source], check: Callable[[], None]) -> int:
-        """Copy into new memory; nothing is read from the sources any more when this returns or raises.
+        """Copy into new GPU memory. The sources are not read any more once this returns or raises.
 
         Args:
-            size: of the memory, a multiple of 2 MiB.
-            pieces: address in registered memory, bytes, place in the new memory.
-            check: called before memory is taken and between the copies; what it raises ends them.
+            size: bytes of GPU memory, a multiple of 2 MiB.
+            pieces: for each piece its address in registered memory, its bytes, and its place in the new
+                memory.
+            check: called before memory is allocated and between copies. If it raises, the copying ends.
 
         Returns:
-            A descriptor of it; nothing else holds it.
+            A descriptor of the memory, which nothing else refers to.
 
         Raises:
-            DriverError: the driver refused; the memory was given back.
+            DriverError: the driver refused; the memory has been freed.
         """
         driver = self._driver
         with ExitStack() as stack:
@@ -80,16 +81,16 @@ class Gpu:
 
 
 def strides(pieces: Iterable[Source]) -> Iterator[Source]:
-    """The same bytes, none longer than a stride."""
+    """Cut pieces so that none is longer than a stride."""
     for source, length, place in pieces:
         for start in range(0, length, STRIDE):
             yield source + start, min(STRIDE, length - start), place + start
 
 
 class Gpus:
-    """The node's GPUs, by UUID; a context only for those that are used, and for all once files come.
+    """The node's GPUs by UUID. Each gets a context when it is first used or a file is registered.
 
-    One that is set to let a single process in is left to the model host: what it lacks here it brings itself.
+    A GPU in an exclusive compute mode gets none, so that a model host can use it and copy its weights itself.
 
     Raises:
         DriverError: the driver cannot be used.
@@ -106,10 +107,10 @@ class Gpus:
         self._lock = threading.Lock()
 
     def get(self, uuid: str) -> Gpu:
-        """One GPU, in use from the calling thread.
+        """A GPU, with its context current in the calling thread.
 
         Raises:
-            LoaderError: there is none with that UUID, or it is not to be shared.
+            LoaderError: there is no GPU of that UUID, or its compute mode is exclusive.
             DriverError: it cannot be used.
         """
         with self._lock:
@@ -123,24 +124,24 @@ class Gpus:
         return gpu
 
     def open_all(self) -> None:
-        """Open every GPU, so that no order waits for that, and use one of them from the calling thread.
+        """Make a context on every GPU, so that no order waits for one, and make one of them current.
 
         Raises:
-            LoaderError: the last one cannot be used, and neither can any other.
+            LoaderError: no GPU can be used; the error is that of the last one.
         """
         refusal = None
         for uuid in self._devices:
             try:
                 self.get(uuid)
             except LoaderError as error:
-                # One that is full, or kept by somebody else; an order for it is refused then.
+                # The GPU is full, or another process has it for itself. An order for it will be refused.
                 sys.stderr.write(f"GPU {uuid} is not opened: {error}\n")
                 refusal = error
         if not self.enter_any() and refusal is not None:
             raise refusal
 
     def enter_any(self) -> bool:
-        """Use one that is open from the calling thread; False: none is."""
+        """Make any context current in the calling thread; False if there is none."""
         with self._lock:
             gpu = next(iter(self._open.values()), None)
         if gpu is None:
@@ -149,7 +150,7 @@ class Gpus:
         return True
 
     def _check_shared(self, uuid: str) -> None:
-        """Before a context keeps the GPU's own users out."""
+        """Refuse a GPU in an exclusive compute mode, where a context would keep out its other users."""
         attribute = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
         mode = call(self._driver.cuDeviceGetAttribute, attribute, self._devices[uuid])
         if mode != self._driver.CUcomputemode.CU_COMPUTEMODE_DEFAULT:
@@ -159,6 +160,6 @@ class Gpus:
 
 
 def uuid_of(driver: Any, device: Any) -> str:
-    """As NVML writes it."""
+    """The UUID of a device as NVML writes it."""
     text = bytes(call(driver.cuDeviceGetUuid, device).bytes).hex()
     return "GPU-" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))

@@ -1,4 +1,4 @@
-"""Standard output as a line of JSON each, for processes that snapshotd talks with."""
+"""JSON lines on standard output, for child processes of snapshotd."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Message = dict[str, Any]
 
 
 def claim_stdout() -> Callable[[Message], None]:
-    """Keep standard output for messages: whatever a library prints goes to standard error from here on.
+    """Reserve standard output for messages. From now on, what libraries print goes to standard error.
 
     Returns:
-        Says one message; any thread may call it.
+        Sends one message; any thread may call it.
     """
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,17 +1,17 @@
 """The loader's process: ``python -m snapshotd.cuda.loader --socket PATH --files DIRECTORY``.
 
-It keeps weight files registered with the GPUs and answers each order, one a connection: a line of JSON
-``{"gpu": UUID, "size": bytes, "pieces": [[file, offset, bytes, place], ...]}`` is answered, when everything
-is on that GPU, by a descriptor of the memory, which belongs to whoever asked from then on. Anything else
-that comes back says what went wrong. Who closes the connection wants it no more.
+It keeps weight files registered with the GPUs, and carries out orders, one for each connection. An order is a
+line of JSON, ``{"gpu": UUID, "size": bytes, "pieces": [[file, offset, bytes, place], ...]}``. Once everything
+is on that GPU, it is answered by a descriptor of the memory, which belongs to the sender from then on. Any
+other answer is an error message. Closing the connection cancels the order.
 
-On stdin and stdout it talks with snapshotd, a line of JSON each: ``{"id": 1, "left": true}`` says that files
-have left the directory and is answered by ``{"id": 1, "ok": true}`` once their memory is free;
-``{"id": 2, "register": NAME}`` that one has come. ``{"id": 2, "error": "..."}`` says what went wrong.
+The loader speaks with snapshotd in JSON lines on stdin and stdout. ``{"id": 1, "left": true}`` says that
+files have been evicted, and is answered by ``{"id": 1, "ok": true}`` once their memory is free. ``{"id": 2,
+"register": NAME}`` names a new file. ``{"id": 2, "error": "..."}`` says what went wrong.
 
-Registered memory is copied at the speed of the bus (54 GB/s on an H100), and registering 15 GB takes 0.4 s:
-too long for a restore, so it is done once, ahead of it, in a process that stays. The files must lie in a
-tmpfs. After an error of the driver that lasts the process ends, and snapshotd starts another.
+Registered memory is copied at the speed of the bus (54 GB/s on an H100), but registering 15 GB takes 0.4 s,
+too long for a restore. So it is done once, in advance, by a process that stays. The files must lie in a
+tmpfs. After a lasting error of the driver the process ends, and snapshotd starts another.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ from snapshotd.cuda.registered import Files, Registered, StillRegistered
 
 Piece = tuple[str, int, int, int]
 
-# Longest line of an order: a model of a thousand shards with a thousand tensors each is below it.
+# The longest line of an order; a model of a thousand shards with a thousand tensors each needs less.
 LONGEST_ORDER = 64 << 20
 ANSWER = b"{}"
 
 
 class Unwanted(Exception):
-    """Whoever gave the order has closed the connection."""
+    """The sender of the order has closed the connection."""
 
 
 @dataclass(frozen=True)
 class Loader:
-    """
+    """Carries out orders, and the messages of snapshotd.
+
     Args:
-        give_up: ends the process, for the reason it is given.
+        give_up: ends the process, for a given reason.
     """
 
     gpus: Gpus
@@ -72,7 +73,7 @@ class Loader:
                 os.close(descriptor)
 
     def answer(self, message: Message) -> Message:
-        """Do what snapshotd says, and the answer to it."""
+        """Do what a message of snapshotd asks for, and return the answer."""
         reply: Message = {"id": message["id"]}
         try:
             if "register" in message:
@@ -101,13 +102,15 @@ class Loader:
 
 
 def said(error: Exception) -> str:
+    """The text of an error, or its type if it has none."""
     return str(error) or type(error).__name__
 
 
 def check_wanted(connection: socket.socket) -> None:
-    """
+    """Check that the sender of an order still waits for it.
+
     Raises:
-        Unwanted: the other end is closed.
+        Unwanted: the other end has closed the connection.
     """
     try:
         gone = not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -120,10 +123,10 @@ def check_wanted(connection: socket.socket) -> None:
 
 
 def locate(files: Mapping[str, Registered], pieces: Sequence[Piece], size: int) -> list[tuple[int, int, int]]:
-    """Where each piece lies in memory, checked against the file and the block that it goes to.
+    """Find each piece in registered memory, and check it against its file and its destination.
 
     Raises:
-        LoaderError: one does not fit.
+        LoaderError: a piece does not fit.
     """
     found = []
     for path, offset, length, place in pieces:
@@ -135,15 +138,16 @@ def locate(files: Mapping[str, Registered], pieces: Sequence[Piece], size: int) 
 
 
 def reply(connection: socket.socket, data: bytes, descriptors: list[int]) -> None:
+    """Send an answer with descriptors."""
     try:
         socket.send_fds(connection, [data], descriptors)
     except OSError as error:
-        # Whoever asked is gone; what was loaded goes with the descriptor.
+        # The sender is gone. Closing the descriptor frees the memory.
         sys.stderr.write(f"an order was not taken: {error}\n")
 
 
 def listen(path: Path) -> socket.socket:
-    """Take the place of whatever an earlier loader left at ``path``."""
+    """Listen on a socket at ``path``, in place of one that an earlier loader left."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Relative, because a socket's path may have 107 bytes and a state directory may be deep.
     os.chdir(path.parent)
@@ -155,16 +159,16 @@ def listen(path: Path) -> socket.socket:
 
 
 def end(reason: str) -> NoReturn:
-    """End the process from any of its threads, and with it all that it holds."""
+    """End the process, from any thread, and free everything that it holds."""
     sys.stderr.write(f"the weight loader ends: {reason}\n")
     sys.stderr.flush()
     os._exit(1)
 
 
 def converse(loader: Loader, lines: Iterable[str], send: Callable[[Message], None]) -> None:
-    """Answer snapshotd until ``lines`` end.
+    """Answer snapshotd's messages until ``lines`` end.
 
-    Files that left are let go of beside the registering of others, which takes long.
+    Evicted files are released while others are being registered, which takes long.
     """
     registering, forgetting = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     for line in lines:
@@ -174,13 +178,14 @@ def converse(loader: Loader, lines: Iterable[str], send: Callable[[Message], Non
 
 
 def accept(listener: socket.socket, loader: Loader) -> None:
+    """Carry out the order of every connection in a thread of its own."""
     while True:
         connection, _ = listener.accept()
         threading.Thread(target=loader.serve, args=(connection,), daemon=True).start()
 
 
 def run(driver: Any) -> None:
-    """Serve until stdin ends, which is when snapshotd has.
+    """Serve until stdin ends, that is, until snapshotd ends.
 
     Args:
         driver: the CUDA driver's bindings.
@@ -198,11 +203,12 @@ def run(driver: Any) -> None:
     threading.Thread(target=accept, args=(listener, loader), daemon=True).start()
     send({"ready": True})
     converse(loader, sys.stdin, send)
-    # Whatever still runs is for nobody.
+    # Nobody waits for the orders that still run.
     os._exit(0)
 
 
 def main() -> None:
+    """The command of the process."""
     from cuda.bindings import driver
 
     run(driver)

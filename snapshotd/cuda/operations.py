@@ -1,4 +1,4 @@
-"""What both backends share: how long an operation may take, and what its failures are called."""
+"""What both CUDA backends share: how long an operation may take, and the errors of failed ones."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dumont.errors import Aborted, DumontError, ResourceExhausted
 
 # A checkpoint copies all GPU memory to the host.
 LIMIT: Final = 300.0
-# Beyond the lock's own timeout, and for what moves no memory.
+# For operations that copy no memory; a lock gets its own timeout in addition.
 SHORT_LIMIT: Final = 20.0
-# Seconds after which work that kept a process from being locked may have ended.
+# Seconds after which a process that was too busy to be locked may be idle.
 BUSY_RETRY: Final = 1.0
 
 BUSY: Final = re.compile(r"not[ _]ready|time[d]?[ _]?out", re.IGNORECASE)
@@ -19,11 +19,11 @@ FULL: Final = re.compile(r"out[ _]of[ _]memory", re.IGNORECASE)
 
 
 def limit(operation: str, most: float, lock_timeout: float = 0.0) -> float:
-    """Seconds that an operation is given before it counts as one that never ends.
+    """Seconds after which an operation is considered hung.
 
     Args:
-        most: for those that copy memory.
-        lock_timeout: the driver's own, in seconds.
+        most: for operations that copy memory.
+        lock_timeout: the driver's own timeout of a lock, in seconds.
     """
     if operation in ("checkpoint", "restore"):
         return most
@@ -31,7 +31,11 @@ def limit(operation: str, most: float, lock_timeout: float = 0.0) -> float:
 
 
 def refused(operation: str, pid: int, said: str) -> DumontError:
-    """The driver's refusal, in its own words, as the error it is to a caller."""
+    """The error for an operation that the driver refused.
+
+    Args:
+        said: the driver's message.
+    """
     metadata = {"operation": operation, "pid": str(pid)}
     if operation == "lock" and BUSY.search(said):
         return Aborted(
@@ -50,6 +54,7 @@ def refused(operation: str, pid: int, said: str) -> DumontError:
 
 
 def overdue(operation: str, pid: int, seconds: float) -> Aborted:
+    """The error for an operation that did not end in time."""
     return Aborted(
         "CUDA_TIMEOUT",
         f"CUDA {operation} of process {pid} did not end within {seconds:g} s; the driver's log may say why",
@@ -58,7 +63,12 @@ def overdue(operation: str, pid: int, seconds: float) -> Aborted:
 
 
 def lost(operation: str, pid: int, who: str, how: str) -> Aborted:
-    """Who performed the operation ended in the middle of it: only the process itself knows its state now."""
+    """The error for an operation whose performer has ended, so that the state of the process is unknown.
+
+    Args:
+        who: the performer.
+        how: how it ended.
+    """
     return Aborted(
         "CUDA_AGENT_LOST",
         f"{who} {how} during CUDA {operation} of process {pid}; it is started again at its next use",

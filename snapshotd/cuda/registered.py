@@ -1,4 +1,4 @@
-"""The weight files that GPUs can read from directly."""
+"""The weight files that are registered with the driver, so that GPUs can read them directly."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from snapshotd.cuda.driver import DriverError, LoaderError, call
 
 
 class StillRegistered(Exception):
-    """The driver does not let go of a file: only the end of this process frees its memory."""
+    """The driver does not release a file, so only the end of this process frees its memory."""
 
 
 @dataclass(eq=False)
 class Registered:
-    """A file in memory that the driver knows, and how many orders read from it."""
+    """A registered file, and the number of orders that read from it."""
 
     identity: tuple[int, int]
     mapping: mmap.mmap
@@ -30,7 +30,8 @@ class Registered:
 
     @classmethod
     def open(cls, driver: Any, path: Path) -> Registered:
-        """
+        """Map a file and register it.
+
         Raises:
             LoaderError: it is not among the node's weight files, or cannot be registered.
         """
@@ -48,10 +49,10 @@ class Registered:
         return cls(identity, mapping, address)
 
     def close(self, driver: Any) -> None:
-        """Give the file's memory back.
+        """Unregister the file and unmap it.
 
         Raises:
-            StillRegistered: the driver keeps it.
+            StillRegistered: the driver does not release it.
         """
         try:
             call(driver.cuMemHostUnregister, self.address)
@@ -61,16 +62,18 @@ class Registered:
 
 
 def identify(status: os.stat_result) -> tuple[int, int]:
+    """The inode and size of a file."""
     return status.st_ino, status.st_size
 
 
 class Files:
-    """The registered files, by name, all below one directory.
+    """The registered files of one directory, by name.
 
-    Each call is made by a thread that uses some GPU. One that is refused with ``StillRegistered`` leaves
-    nothing to be done but to end the process.
+    Each method must be called by a thread with a current context of some GPU. After ``StillRegistered`` the
+    process must end.
 
     Args:
+        directory: the node's weight cache.
         driver: the CUDA driver's bindings.
     """
 
@@ -78,22 +81,22 @@ class Files:
         self.directory = directory
         self._driver = driver
         self._open: dict[str, Registered] = {}
-        # Names of files that a thread registers now: 15 GB take 0.4 s, and nobody else waits for that.
+        # Names of files that a thread is registering. 15 GB take 0.4 s, for which other files do not wait.
         self._opening: set[str] = set()
-        # Files that left the directory while somebody reads from them.
+        # Evicted files that orders still read from.
         self._leaving: set[Registered] = set()
         self._changed = threading.Condition()
 
     @contextmanager
     def use(self, paths: Iterable[str]) -> Iterator[Mapping[str, Registered]]:
-        """Files as a model host knows them; they stay registered until this is left.
+        """Register files, unless they are, and keep them registered until the context ends.
 
         Args:
-            paths: of their directories only the name counts here.
+            paths: paths as a model host sees them, of which only the file names count.
 
         Raises:
             LoaderError: one is not among the node's weight files, or cannot be registered.
-            StillRegistered: one has left, but its memory cannot be given back.
+            StillRegistered: an evicted file cannot be released.
         """
         used: dict[str, Registered] = {}
         try:
@@ -108,22 +111,22 @@ class Files:
                 self._close_unused()
 
     def register(self, name: str) -> None:
-        """Register a file ahead of its first use; raises as ``use`` does."""
+        """Register a file before its first use; raises as :meth:`use` does."""
         with self.use([name]):
             pass
 
     def forget(self) -> None:
-        """Let go of files that have left the directory; their memory is free when this returns.
+        """Release files that have left the directory. Their memory is free when this returns.
 
         Raises:
-            StillRegistered: it is not.
+            StillRegistered: the driver does not release one.
         """
         with self._changed:
             self._forget_gone()
             self._changed.wait_for(lambda: not self._leaving and all(map(self._there, self._opening)))
 
     def _take(self, name: str) -> Registered:
-        """A file with one user more."""
+        """A registered file, with one more user."""
         with self._changed:
             self._forget_gone()
             self._changed.wait_for(lambda: name not in self._opening)
@@ -141,7 +144,7 @@ class Files:
                 self._opening.remove(name)
                 if registered is not None:
                     self._open[name] = registered
-                    # It may have left meanwhile.
+                    # It may have been evicted meanwhile.
                     self._forget_gone()
                 self._changed.notify_all()
 

@@ -1,8 +1,8 @@
-"""CUDA operations over all processes of an instance, all or none.
+"""Suspend and resume the CUDA processes of an instance, all or none of them.
 
-Every process is locked before the first is checkpointed, because one that still runs could talk to one
-that no longer does. What was done is undone in reverse when a later one fails, and what that is, the
-processes themselves are asked: whoever performed the failed operation may have ended in the middle of it.
+Every process is locked before the first is checkpointed, because one that still runs could communicate with
+one that does not. If an operation fails, the earlier ones are undone in reverse. Which ones those are, the
+processes themselves are asked, because the performer of the failed operation may have ended meanwhile.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from snapshotd.ports import Cuda
 
 log = structlog.get_logger(__name__)
 
-# What a process without CUDA is answered.
+# The reason with which the driver refuses a process that does not use CUDA.
 NOT_CUDA: Final = "CUDA_FAILED"
 
 
 async def find(cuda: Cuda, pids: Sequence[int]) -> list[int]:
-    """Those of a process and its descendants that use CUDA, in their order.
+    """The CUDA processes among a process and its descendants, in their order.
 
     Args:
-        family: pids, the model host's own first.
+        pids: the process tree, with the model host first.
     """
     if len(pids) == 1:
-        # It was loaded on a GPU: nobody else can be it.
+        # The model was loaded on a GPU, so a single process must be the one that uses CUDA.
         return list(pids)
     answers = await asyncio.gather(*map(cuda.state, pids), return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException) and getattr(answer, "reason", "") != NOT_CUDA:
             raise answer
     found = [pid for pid, answer in zip(pids, answers, strict=True) if isinstance(answer, str)]
-    # None at all: the driver says why when the first is locked.
+    # If there is none, locking the first one makes the driver say why.
     return found or list(pids[:1])
 
 
 async def suspend(cuda: Cuda, pids: Sequence[int], lock_timeout: float) -> None:
-    """Lock and checkpoint ``pids``: their GPU memory is released, their state is in host memory.
+    """Lock and checkpoint processes: their state goes to host memory, and their GPU memory is freed.
 
     Raises:
-        DumontError: none of them is suspended; all run as before, as far as the driver lets them.
+        DumontError: none of them is suspended. All run as before, as far as the driver allows.
     """
     touched: list[int] = []
     try:
@@ -58,18 +58,18 @@ async def suspend(cuda: Cuda, pids: Sequence[int], lock_timeout: float) -> None:
         try:
             await recover(cuda, touched)
         except DumontError as error:
-            log.error("CUDA state could not be undone", pids=touched, reason=error.reason)
+            log.error("cuda_suspension_not_undone", pids=touched, reason=error.reason)
         raise
 
 
 async def resume(cuda: Cuda, pids: Sequence[int], devices: Mapping[str, str]) -> None:
-    """Restore and unlock ``pids``.
+    """Restore and unlock suspended processes.
 
     Args:
-        devices: GPU UUIDs, old to new, every GPU of the node; empty: the same GPUs.
+        devices: old GPU UUIDs to new ones, for every GPU of the node; empty for the same GPUs.
 
     Raises:
-        DumontError: some are not running; the instance must be ended.
+        DumontError: some are not running, so the instance must be ended.
     """
     for pid in pids:
         await to_completion(cuda.restore(pid, devices))
@@ -78,10 +78,10 @@ async def resume(cuda: Cuda, pids: Sequence[int], devices: Mapping[str, str]) ->
 
 
 async def recover(cuda: Cuda, pids: Sequence[int]) -> None:
-    """Bring processes back to running from whatever state an interrupted operation left them in.
+    """Make processes run again, whatever state an interrupted operation has left them in.
 
     Raises:
-        DumontError: some are not running; all that could be done for the others is done.
+        DumontError: some are not running; the others are, as far as possible.
     """
     failures: list[DumontError] = []
     states: dict[int, str] = {}
@@ -89,9 +89,7 @@ async def recover(cuda: Cuda, pids: Sequence[int]) -> None:
         try:
             states[pid] = await to_completion(cuda.state(pid))
             if states[pid] == "failed":
-                raise Aborted(
-                    "CUDA_FAILED", f"process {pid} cannot be brought back: its CUDA state is failed"
-                )
+                raise Aborted("CUDA_FAILED", f"process {pid} cannot run again: its CUDA state is failed")
             if states[pid] == "checkpointed":
                 await to_completion(cuda.restore(pid, {}))
         except DumontError as error:

@@ -1,4 +1,4 @@
-"""What model hosts take at once and what they are at: asked now and then, and told to whoever follows."""
+"""Ask model hosts for their capacity and load regularly, and report changes to the watchers of instances."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ INTERVAL_SECONDS: Final = 2.0
 
 
 async def follow_load(instances: Instances, interval: float = INTERVAL_SECONDS) -> None:
-    """Ask every instance that serves, again and again; one that begins to serve is asked at once.
+    """Ask every serving instance until cancelled, and at once when it begins to serve.
 
     Args:
-        instances: of the node.
         interval: seconds between two rounds.
     """
     serving: set[str] = set()

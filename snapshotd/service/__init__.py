@@ -1,1 +1,1 @@
-"""The gRPC servicers: each method parses, calls and converts."""
+"""The gRPC services of snapshotd. Each method parses its request, calls the core and converts the result."""

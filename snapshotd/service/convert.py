@@ -1,4 +1,4 @@
-"""Facts to protobuf messages. The only place that knows both."""
+"""Convert facts to protobuf messages. Only this module knows both."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ WEIGHTS = {
     Weights.INCLUDED: instances_pb2.WEIGHTS_INCLUDED,
 }
 PAGE_BYTES = 4096
-# Objects of a prune that are named; all are counted.
+# A prune names at most this many objects, and counts all.
 MOST_NAMED = 1000
 
 
 def instance(fact: Instance) -> instances_pb2.Instance:
+    """An instance as its message."""
     return instances_pb2.Instance(
         name=names.build("instances", fact.id),
         deployment=fact.deployment,
@@ -68,6 +69,11 @@ def instance(fact: Instance) -> instances_pb2.Instance:
 
 
 def snapshot(fact: Snapshot, incompatibility: str = "") -> snapshots_pb2.Snapshot:
+    """A snapshot as its message.
+
+    Args:
+        incompatibility: why this node cannot restore it; empty if it can.
+    """
     manifest = fact.manifest
     state = (
         snapshots_pb2.Snapshot.STATE_QUARANTINED
@@ -99,10 +105,10 @@ def snapshot(fact: Snapshot, incompatibility: str = "") -> snapshots_pb2.Snapsho
 
 
 def weights(value: instances_pb2.Weights.ValueType) -> Weights:
-    """Where a request wants the weights.
+    """Where a request wants the weights to be.
 
     Raises:
-        InvalidArgument: it is neither.
+        InvalidArgument: INVALID_WEIGHTS.
     """
     if value == instances_pb2.WEIGHTS_UNSPECIFIED:
         return Weights.DETACHED
@@ -115,7 +121,7 @@ def weights(value: instances_pb2.Weights.ValueType) -> Weights:
 
 
 def rejected(fact: RejectedSnapshot) -> snapshots_pb2.Snapshot:
-    """Something under a snapshot's name, and so little to be trusted that nothing else is known of it."""
+    """A rejected snapshot, of which nothing is known but its name and the reason."""
     return snapshots_pb2.Snapshot(
         name=names.build("snapshots", fact.snapshot),
         state=snapshots_pb2.Snapshot.STATE_QUARANTINED,
@@ -126,6 +132,7 @@ def rejected(fact: RejectedSnapshot) -> snapshots_pb2.Snapshot:
 
 
 def stored(published: PublishedSnapshot, usage: Usage) -> snapshots_pb2.StoredSnapshot:
+    """The size of a published snapshot as its message."""
     return snapshots_pb2.StoredSnapshot(
         image_bytes=usage.image_bytes,
         data_bytes=usage.data_bytes,
@@ -138,6 +145,7 @@ def stored(published: PublishedSnapshot, usage: Usage) -> snapshots_pb2.StoredSn
 
 
 def prune(plan: PrunePlan) -> snapshots_pb2.PruneSnapshotsResponse:
+    """The plan of a prune as the response to its request."""
     doomed = [*plan.garbage, *plan.tombstones]
     return snapshots_pb2.PruneSnapshotsResponse(
         objects=[item.key for item in doomed[:MOST_NAMED]],
@@ -148,6 +156,7 @@ def prune(plan: PrunePlan) -> snapshots_pb2.PruneSnapshotsResponse:
 
 
 def model(fact: Model) -> nodes_pb2.Model:
+    """A model as its message."""
     return nodes_pb2.Model(
         model=fact.name,
         engine=fact.engine,
@@ -158,27 +167,31 @@ def model(fact: Model) -> nodes_pb2.Model:
 
 
 def findings(facts: Iterable[Finding]) -> list[nodes_pb2.Finding]:
+    """Findings of the preflight as messages."""
     return [nodes_pb2.Finding(check=fact.check, passed=fact.passed, message=fact.message) for fact in facts]
 
 
 def phases(facts: Iterable[Phase]) -> list[instances_pb2.Phase]:
+    """Phases as messages."""
     return [instances_pb2.Phase(name=fact.name, duration=duration(fact.seconds)) for fact in facts]
 
 
 def duration(seconds: float) -> Duration:
+    """Seconds as a message."""
     message = Duration()
     message.FromNanoseconds(round(seconds * 1e9))
     return message
 
 
 def timestamp(time: datetime) -> Timestamp:
+    """A time as a message."""
     message = Timestamp()
     message.FromDatetime(time)
     return message
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process; 0 when there is none."""
+    """Resident memory of a process, in bytes; 0 if there is no such process."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES if pid else 0
     except (OSError, IndexError):

@@ -32,6 +32,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InstanceServicer(pb2_grpc.InstanceServiceServicer):
+    """``dumont.snapshotd.v1.InstanceService`` over the instances of this node."""
+
     def __init__(
         self,
         instances: Instances,

@@ -25,6 +25,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
+    """``dumont.snapshotd.v1.SnapshotService`` over the catalog of snapshots."""
+
     def __init__(self, node: Node, snapshots: Snapshots, operations: Operations) -> None:
         self.node = node
         self.snapshots = snapshots
@@ -121,5 +123,5 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
 
 
 def byte_progress(progress: Progress) -> ByteProgress:
-    """Bytes as an operation shows them."""
+    """Report bytes as the progress of an operation."""
     return lambda done, total: progress.update(bytes_done=done, bytes_total=total)

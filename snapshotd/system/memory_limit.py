@@ -1,7 +1,7 @@
-"""Bound the memory of a process tree by a cgroup: beyond it the kernel ends that tree, and no other process.
+"""Limit the memory of a process tree by a cgroup. If it needs more, the kernel ends that tree and no other.
 
-With cgroup v2 the group is the one that the tree is frozen in; with v1 it is one of the memory hierarchy.
-What a process had before it came into the group, as after a restore, is not counted.
+With cgroup v2 this is the group in which the tree is frozen, with v1 a group of the memory hierarchy. Memory
+that a process had before it entered the group, as after a restore, does not count.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from snapshotd.system.freezer import cgroup2_root, group_below
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """The limit of one process tree.
+    """The memory limit of one process tree.
 
     Attributes:
-        group: its cgroup; None where memory cannot be bound.
-        bound: bytes that it may take; 0: no limit.
+        group: its cgroup; None where memory cannot be limited.
+        bound: bytes that it may take; 0 for no limit.
     """
 
     group: Path | None
@@ -27,18 +27,18 @@ class MemoryLimit:
 
     @classmethod
     def create(cls, name: str, pid: int, bound: int) -> MemoryLimit:
-        """Bound what ``pid`` and its descendants take from now on, if this machine lets us."""
+        """Limit the memory that ``pid`` and its descendants take from now on, where that is possible."""
         if bound:
             for find, limit in ((_v2, "memory.max"), (_v1, "memory.limit_in_bytes")):
                 group = find(name)
                 if group is not None and _write(group, limit, bound) and _write(group, "cgroup.procs", pid):
-                    # All of it at once: half a model host is of no use.
+                    # The kernel ends the whole tree, because part of a model host is of no use.
                     _write(group, "memory.oom.group", 1)
                     return cls(group, bound)
         return cls(None, 0)
 
     def exceeded(self) -> bool:
-        """Whether the kernel ended something in it for want of memory."""
+        """Whether the kernel has ended a process of the tree because the limit was reached."""
         if self.group is None:
             return False
         for name in ("memory.events", "memory.oom_control"):
@@ -48,20 +48,20 @@ class MemoryLimit:
         return False
 
     def remove(self) -> None:
-        """Remove the cgroup, once its processes are gone."""
+        """Remove the cgroup, once its processes have ended."""
         if self.group is not None:
             with contextlib.suppress(OSError):
                 self.group.rmdir()
 
 
 def remove_memory_group(name: str) -> None:
-    """Remove what the shim of that name made, and could not remove itself."""
+    """Remove the group that a shim has made, by the shim's name, and could not remove itself."""
     if (root := memory_root()) is not None:
         MemoryLimit(group_below(root, name), 0).remove()
 
 
 def _v2(name: str) -> Path | None:
-    """The group of the freezer, with the memory controller switched on for it."""
+    """The group of the freezer, with the memory controller enabled."""
     root = cgroup2_root()
     if root is None:
         return None

@@ -1,5 +1,6 @@
-"""The weight files of models: their digests, and the memory of the node in which model hosts map them.
+"""The weight files of models: their digests, and the weight cache in memory from which model hosts map them.
 
-A weight file that an instance uses lies in a tmpfs with huge pages, under the digest of its bytes, filled
-from the model's directory and shared by all instances. What does not fit is read from its own file.
+The cache is a tmpfs with huge pages. A file in it is named by the digest of its bytes, copied from the
+model's directory, and shared by all instances. A model host maps files that do not fit from the model's
+directory.
 """

@@ -1,4 +1,4 @@
-"""Which weight files the node holds in memory, and for whom."""
+"""The weight cache: which weight files are in memory, and who has pinned them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,17 @@ class _Entry:
 class WeightCache:
     """Files named by the BLAKE3 of their bytes, in a tmpfs at ``directory``.
 
-    A file has its name once all of it was copied and digested; until then it is a partial one, which the next
-    daemon removes. Who holds a file keeps it from leaving.
+    A file gets its name once all of it has been copied and hashed. Until then it is a partial file, which the
+    next daemon removes. A pinned file is not evicted.
 
     Args:
         budget: bytes that all files may take.
-        threads: that copy one file.
-        now: seconds since the epoch.
+        threads: threads that copy one file.
+        now: the time of day, in seconds since the epoch.
+
+    Attributes:
+        on_eviction: awaited after files were evicted. When it returns, nobody else holds their memory.
+        on_fill: called with the digest of a new file.
     """
 
     def __init__(
@@ -53,9 +57,7 @@ class WeightCache:
     ) -> None:
         self.directory = directory
         self.budget = budget
-        # Awaited when files have left: somebody else may keep their memory, and has given it up afterwards.
         self.on_eviction: Callable[[], Awaitable[None]] = _nothing
-        # Called with the digest of a file that has come.
         self.on_fill: Callable[[str], None] = lambda digest: None
         self.threads = threads
         self._now = now
@@ -67,19 +69,19 @@ class WeightCache:
         self._copying = asyncio.Semaphore(FILES_AT_ONCE)
 
     def open(self) -> None:
-        """Mount it, or take it over as an earlier daemon left it.
+        """Mount the cache, or take it over from an earlier daemon.
 
         Raises:
             FailedPrecondition: WEIGHT_CACHE_UNUSABLE.
         """
         self.directory.mkdir(mode=0o700, exist_ok=True)
-        # What instances of an earlier daemon use may be more, if its budget was.
+        # An earlier daemon may have had a larger budget, and its instances still use the files.
         there = mount.used(self.directory) if mount.mounted(self.directory) else 0
         mount.mount(self.directory, max(self.budget, there))
         self.read()
 
     def read(self) -> None:
-        """Learn what the directory holds, and remove what was never whole."""
+        """List the files in the directory, and remove partial ones."""
         for path in self.directory.iterdir():
             if DIGEST.fullmatch(path.name):
                 status = path.stat()
@@ -89,16 +91,16 @@ class WeightCache:
         self._show()
 
     def close(self) -> None:
-        """Give the memory back, unless an instance uses it: the next daemon takes it over then."""
+        """Unmount the cache, unless an instance uses it; then the next daemon takes it over."""
         if not self._pins:
             mount.unmount(self.directory)
 
     def digests(self) -> list[str]:
-        """The files that are here, whole, the one used last first."""
+        """The complete files, the most recently used first."""
         return sorted(self._entries, key=lambda digest: self._entries[digest].last_use, reverse=True)
 
     def pin(self, owner: str, digest: str) -> bool:
-        """Keep a file for ``owner``; False: it is not here."""
+        """Pin a file for ``owner``; False if it is not in the cache."""
         if digest not in self._entries:
             return False
         self._pins.setdefault(owner, set()).add(digest)
@@ -106,15 +108,15 @@ class WeightCache:
         return True
 
     def unpin(self, owner: str) -> None:
-        """``owner`` needs nothing any more; nothing happens if it held nothing."""
+        """Remove the pins of ``owner``, if it has any."""
         for digest in self._pins.pop(owner, ()):
             self._touch(digest)
 
     def reserve(self, size: int) -> bool:
-        """Make room for ``size`` bytes, that of files which nobody holds and were used longest ago.
+        """Reserve ``size`` bytes, evicting the least recently used files that nobody has pinned.
 
         Returns:
-            False: there is not that much room, and nothing has left.
+            False if there is too little space; then nothing has been evicted.
         """
         pinned = set().union(*self._pins.values())
         kept = [Candidate("", self._reserved, 0.0, removable=False)]
@@ -122,30 +124,31 @@ class WeightCache:
             Candidate(name, entry.size, entry.last_use, removable=name not in pinned)
             for name, entry in self._entries.items()
         ]
-        leaving, short = eviction.choose([*kept, *entries], self.budget, size)
+        evicted, short = eviction.choose([*kept, *entries], self.budget, size)
         if short > 0:
             return False
-        for digest in leaving:
-            # Its name is gone at once, its memory when somebody waits for it.
+        for digest in evicted:
+            # The file loses its name at once. Its memory is freed when somebody needs it.
             (self.directory / digest).rename(self.directory / f"{EVICTED}{digest}")
             del self._entries[digest]
             EVICTIONS.inc()
-            log.info("weights left the cache", digest=digest)
+            log.info("weights_evicted", digest=digest)
         self._reserved += size
         self._show()
         return True
 
     async def fill(self, source: Path, reserved: int, owners: Iterable[str]) -> str:
-        """Copy a file into the room that was reserved for it.
+        """Copy a file into the cache.
 
         Args:
-            owners: read when the file is there; it is kept for each of them from then on.
+            reserved: bytes that :meth:`reserve` has reserved for it.
+            owners: get the file pinned; read once the file is complete.
 
         Returns:
-            Its digest.
+            The file's digest.
 
         Raises:
-            OSError: it could not be read, or the machine had less memory than the budget says.
+            OSError: the file could not be read, or the machine has less memory than the budget.
         """
         self._partials += 1
         partial = self.directory / f"{PARTIAL}{self._partials}"
@@ -170,7 +173,7 @@ class WeightCache:
         return await asyncio.to_thread(copy, source, partial, self.threads)
 
     async def _remove_evicted(self) -> None:
-        """Have the memory of what left; the room for another file is there only then."""
+        """Free the memory of evicted files, which another file needs."""
         evicted = list(self.directory.glob(f"{EVICTED}*"))
         if evicted:
             await self.on_eviction()
@@ -179,7 +182,7 @@ class WeightCache:
     def _touch(self, digest: str) -> None:
         entry = self._entries[digest]
         entry.last_use = self._now()
-        # For the next daemon.
+        # Recorded in the file for the next daemon.
         os.utime(self.directory / digest, (entry.last_use, entry.last_use))
 
     def _show(self) -> None:
@@ -187,7 +190,7 @@ class WeightCache:
 
 
 async def _nothing() -> None:
-    """Nobody else keeps what left."""
+    """Do nothing: nobody else holds the memory of evicted files."""
 
 
 def _unlink(paths: Iterable[Path]) -> None:
@@ -196,5 +199,5 @@ def _unlink(paths: Iterable[Path]) -> None:
 
 
 def occupied(size: int) -> int:
-    """Bytes that a file of ``size`` bytes takes: whole huge pages."""
+    """Bytes that a file of ``size`` bytes takes, in whole huge pages."""
     return -(-size // mount.HUGE_PAGE) * mount.HUGE_PAGE

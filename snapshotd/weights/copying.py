@@ -1,4 +1,4 @@
-"""Copy a file into memory and digest it, in one read."""
+"""Copy a file into memory and hash it, reading it once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-# Mapped at a time by each thread: what is mapped counts as memory of this process.
+# Bytes that each thread maps at a time; mapped bytes count as memory of this process.
 PIECE = 8 << 20
 
 
@@ -18,18 +18,18 @@ def copy(source: Path, target: Path, threads: int) -> str:
     """Copy ``source`` to the new file ``target``, which should be on a tmpfs.
 
     Args:
-        threads: that copy; digesting takes those of the machine besides.
+        threads: threads that copy; hashing uses all cores in addition.
 
     Returns:
-        BLAKE3 of what ``target`` holds, in hex.
+        BLAKE3 of the content of ``target``, in hex.
 
     Raises:
-        OSError: ``source`` cannot be read or was cut short, or there is no room; ``target`` is half there.
+        OSError: ``source`` cannot be read or was cut short, or there is no space; ``target`` is incomplete.
     """
     hasher = blake3(max_threads=blake3.AUTO)
     with source.open("rb", buffering=0) as read, target.open("xb+", buffering=0) as written:
         size = os.fstat(read.fileno()).st_size
-        # All of it before anything is mapped: a page that cannot be had later would end this process.
+        # Allocated before anything is mapped: a lack of memory for a mapped page would kill this process.
         os.posix_fallocate(written.fileno(), 0, size)
 
         def copy_piece(start: int) -> slice:

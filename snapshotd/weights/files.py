@@ -1,4 +1,4 @@
-"""The WeightFiles port: each file is read once, for its digest and its place in the cache together."""
+"""The WeightFiles port. Each file is read once, both for its digest and for its copy in the weight cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HASH_SECONDS = 3600.0
 
 @dataclass
 class _Fill:
-    """A file on its way into the cache, and the instances that it is to be kept for."""
+    """A file that is being copied into the cache, and the instances that it will be pinned for."""
 
     task: asyncio.Task[str]
     owners: set[str] = field(default_factory=set)
@@ -44,34 +44,38 @@ class NodeWeightFiles:
     """The weight files of this node's models.
 
     Args:
-        digests: a file that remembers digests.
-        cache: None: instances map the files in the model's directory.
+        digests: the file that keeps digests.
+        cache: None if instances map the files in the model's directory.
     """
 
     def __init__(self, digests: Path, cache: WeightCache | None) -> None:
         self.cache = cache
         self._known = KnownDigests(digests)
         self._threads = PatientThreads("reading the model's weights")
-        # By what is read. They run to their end, whoever still waits: a thread cannot be stopped.
+        # By the identity of the file that is read. They run to their end, because a thread cannot be stopped.
         self._fills: dict[str, _Fill] = {}
         self._hashes: dict[str, asyncio.Task[str]] = {}
 
     async def mapped(self, model: Model) -> tuple[MappedFile, ...]:
+        """See :meth:`WeightFiles.mapped`."""
         return await self._threads.run(lambda: tuple(map(_mapped, model.weights)))
 
     async def overwritten(self, files: Sequence[MappedFile]) -> str:
+        """See :meth:`WeightFiles.overwritten`."""
         return await self._threads.run(lambda: next((file.path for file in files if _overwritten(file)), ""))
 
     async def digest(self, model: Model) -> str:
+        """See :meth:`WeightFiles.digest`."""
         hasher = blake3()
         for path in model.weights:
             hasher.update(f"{path.name} {await self._digest(path)}\n".encode())
         return hasher.hexdigest()
 
     async def pin(self, instance: str, model: Model) -> Mapping[str, str]:
+        """See :meth:`WeightFiles.pin`."""
         if self.cache is None:
             return {}
-        # A mount that hangs is noticed here, where a thread waits for it, before this one asks.
+        # A mount that hangs blocks one of these threads here, and not the event loop below.
         await self._threads.run(partial(_identify_all, model.weights))
         try:
             pinned = {path: self._pin(self.cache, instance, path) for path in model.weights}
@@ -84,7 +88,7 @@ class NodeWeightFiles:
                 outcome, files = "bypassed", {}
                 self.unpin(instance)
                 log.warning(
-                    "weights do not fit the cache and are read from their own files",
+                    "weights_do_not_fit_cache",
                     model=model.name,
                     bytes=model.weights_bytes,
                     budget=self.cache.budget,
@@ -96,18 +100,20 @@ class NodeWeightFiles:
             raise
 
     def repin(self, instance: str, files: Mapping[str, str]) -> None:
+        """See :meth:`WeightFiles.repin`."""
         if self.cache is not None:
             for digest in files.values():
                 self.cache.pin(instance, digest)
 
     def unpin(self, instance: str) -> None:
+        """See :meth:`WeightFiles.unpin`."""
         for fill in self._fills.values():
             fill.owners.discard(instance)
         if self.cache is not None:
             self.cache.unpin(instance)
 
     async def close(self) -> None:
-        """Wait for what is being read, and give the cache's memory back if no instance uses it."""
+        """Wait for files that are being read, and close the cache."""
         if reading := [*self._hashes.values(), *(fill.task for fill in self._fills.values())]:
             await asyncio.wait(reading)
         if self.cache is not None:
@@ -120,17 +126,18 @@ class NodeWeightFiles:
     async def _fill(
         self, cache: WeightCache, instance: str, paths: Sequence[Path]
     ) -> Mapping[Path, str | None]:
-        """Bring files into the cache for an instance, and wait for those that another one's start brings.
+        """Copy files into the cache for an instance, and wait for those that another start is copying.
 
         Returns:
-            The digest of each; None: it is not in the cache, for want of room.
+            The digest of each file; None if there was no space for it.
         """
         identities = {path: identify(path) for path in paths}
-        # Several names may lead to one file, as the links of a hub's cache do: it is filled once for all.
+        # Several names may refer to one file, as the links of the hub's cache do. It is copied once.
         new = {identity: path for path, identity in identities.items() if identity not in self._fills}
         sizes = {identity: occupied(path.stat().st_size) for identity, path in new.items()}
         if not cache.reserve(sum(sizes.values())):
-            # Perhaps they are there, and only nobody knows: a model's directory may be the copy of another.
+            # They may be in the cache without being recognized, if the model's directory is a copy of
+            # another.
             for path in paths:
                 await self._digest(path)
             return {path: self._pin(cache, instance, path) for path in paths}
@@ -139,14 +146,14 @@ class NodeWeightFiles:
         fills = {path: self._fills[identity] for path, identity in identities.items()}
         for fill in fills.values():
             fill.owners.add(instance)
-        # To the end of all, also when one fails: what still comes takes room.
+        # Wait for all of them even if one fails, because the others still take space.
         await asyncio.wait([fill.task for fill in fills.values()])
         try:
             return {path: fill.task.result() for path, fill in fills.items()}
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM):
                 raise
-            log.warning("this machine has less memory than its weight cache may take", error=str(error))
+            log.warning("weight_cache_exceeds_memory", error=str(error))
             return dict.fromkeys(paths)
 
     def _begin(self, cache: WeightCache, path: Path, identity: str, size: int) -> None:
@@ -205,6 +212,6 @@ def _identify_all(paths: Sequence[Path]) -> None:
 
 
 def _hear(task: asyncio.Task[str]) -> None:
-    """Its error is for those who wait; there may be none left, and then for the log."""
+    """Log the error of a task for which nobody may wait any more."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.warning("weights cannot be read", file=task.get_name(), error=str(error))
+        log.warning("weights_unreadable", file=task.get_name(), error=str(error))

@@ -1,4 +1,4 @@
-"""Digests of files that were read before, kept in a file."""
+"""The digests of files that have been read before, kept in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = structlog.get_logger(__name__)
 
 
 def identify(path: Path) -> str:
-    """What the file system says of a file: a write, or another file in its place, changes it."""
+    """A digest of a file's path, inode, size and time, which changes if the file is written or replaced."""
     status = path.stat()
     # The change time too: whoever writes may set the other one back, as rsync does.
     times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
@@ -22,16 +22,21 @@ def identify(path: Path) -> str:
 
 
 class KnownDigests:
-    """The digests of files, by what :func:`identify` said when they were read."""
+    """The digests of files, by their identity when they were read.
+
+    Args:
+        path: the file that keeps them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def get(self, identity: str) -> str | None:
+        """The digest of the file with this identity; None if it is not known."""
         return self._read().get(identity)
 
     def remember(self, identity: str, digest: str) -> None:
-        """Keep a digest; where it cannot be kept, the file is read again next time."""
+        """Keep a digest. If that fails, the file is read again next time."""
         known = self._read() | {identity: digest}
         scratch = self.path.with_suffix(".new")
         try:
@@ -48,7 +53,7 @@ class KnownDigests:
         except FileNotFoundError:
             return {}
         except ValueError:
-            # As a power cut may leave it. Reading the weights again is all it costs.
-            log.warning("remembered digests cannot be read", path=self.path.name)
+            # A power cut may have left it so. The weights are read again.
+            log.warning("remembered_digests_unreadable", path=self.path.name)
             return {}
         return known if isinstance(known, dict) else {}

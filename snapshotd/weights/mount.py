@@ -1,4 +1,4 @@
-"""The tmpfs of the weight cache. It outlives the daemon that mounted it, and the next one finds it."""
+"""The tmpfs of the weight cache, which outlives the daemon and which the next daemon finds again."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ HUGE_PAGE = 2 << 20
 
 
 def mount(directory: Path, size: int) -> None:
-    """Mount the cache at an existing directory, or give it its size if an earlier daemon mounted it.
+    """Mount the cache at an existing directory, or resize it if an earlier daemon has mounted it.
 
     Args:
-        size: bytes that it may take.
+        size: bytes that its files may take.
 
     Raises:
         FailedPrecondition: WEIGHT_CACHE_UNUSABLE.
@@ -28,25 +28,25 @@ def mount(directory: Path, size: int) -> None:
     try:
         if tmpfs.mounted():
             tmpfs.change(options)
-        # A kernel that refuses this knows no huge pages in a tmpfs at all.
+        # A kernel that refuses this option does not support huge pages in a tmpfs.
         elif why := tmpfs.mount(options, "huge=always"):
-            log.warning("weights are cached without huge pages", error=why)
+            log.warning("weight_cache_without_huge_pages", error=why)
     except OSError as error:
         raise FailedPrecondition(
             "WEIGHT_CACHE_UNUSABLE",
-            f"no tmpfs of {size} bytes can be had at {directory}: {error}; run without a weight cache "
+            f"no tmpfs of {size} bytes can be mounted at {directory}: {error}; run without a weight cache "
             "(--weight-cache-bytes 0)",
             metadata={"directory": str(directory), "bytes": str(size)},
         ) from error
 
 
 def unmount(directory: Path) -> None:
-    """Take it away; what is mapped of it stays until nobody maps it any more."""
+    """Unmount the cache, if it is mounted. Files that are mapped stay until nobody maps them."""
     _tmpfs(directory).unmount()
 
 
 def used(directory: Path) -> int:
-    """Bytes taken of the mount at ``directory``."""
+    """Bytes that the files of the cache at ``directory`` take."""
     return _tmpfs(directory).used()
 
 

@@ -1,4 +1,4 @@
-"""The Cuda port over the agent process, which is started when it is needed and again when it died."""
+"""The Cuda port over the agent process, which is started when it is needed, and again after it has died."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ START_TIMEOUT = 60.0
 
 
 class CudaAgent:
+    """Drives CUDA processes by the agent.
+
+    Args:
+        command: starts an agent with the protocol of ``snapshotd.cuda.agent``.
+        limit: seconds that one operation may take.
+    """
+
     def __init__(
         self,
         command: Sequence[str] = (sys.executable, "-m", "snapshotd.cuda.agent"),
         limit: float = operations.LIMIT,
     ) -> None:
-        """
-        Args:
-            command: starts an agent that speaks as ``snapshotd.cuda.agent`` says.
-            limit: seconds that one operation may take.
-        """
         self.command = command
         self.limit = limit
         self._agent: JsonProcess | None = None
@@ -77,7 +79,7 @@ class CudaAgent:
         return answer.get("ok")
 
     def _replace(self, agent: JsonProcess) -> None:
-        """Have the next operation start another."""
+        """Retire an agent; the next operation starts another."""
         if self._agent is agent:
             self._agent = None
         self._retired = {other for other in self._retired if other.process.returncode is None} | {agent}

@@ -1,4 +1,4 @@
-"""Which of the two backends drives CUDA processes here."""
+"""Choose the backend that drives CUDA processes on this node."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def choose(backend: str, program: Path | None) -> CudaAgent | CudaCheckpoint:
     """The backend for a node with a GPU.
 
     Args:
-        backend: "driver", "cli" or "auto", which takes the driver's API before the program.
-        program: ``cuda-checkpoint``; None: the one on the PATH.
+        backend: "driver", "cli", or "auto", which prefers the driver's API to the program.
+        program: ``cuda-checkpoint``; None for the one on the PATH.
 
     Raises:
-        FailedPrecondition: it is not here; the message says how to get it.
+        FailedPrecondition: NO_CUDA_BACKEND, the backend is missing; the message says how to install it.
     """
     missing = missing_for_driver() if backend != "cli" else ""
     if backend != "cli" and not missing:
@@ -46,7 +46,7 @@ def choose(backend: str, program: Path | None) -> CudaAgent | CudaCheckpoint:
 
 
 def missing_for_driver() -> str:
-    """What the agent would miss, and how to get it; empty when it can be started."""
+    """What the agent lacks, and how to install it; empty if the agent can be started."""
     try:
         present = importlib.util.find_spec("cuda.core.checkpoint") is not None
     except ImportError:
@@ -61,7 +61,7 @@ def missing_for_driver() -> str:
 
 
 def find_program(program: Path | None) -> Path | None:
-    """The program if it can be run."""
+    """The program, if it can be run."""
     if program is None:
         found = shutil.which(PROGRAM)
         return Path(found) if found else None

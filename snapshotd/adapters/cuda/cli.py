@@ -13,11 +13,14 @@ from snapshotd.cuda import operations
 
 
 class CudaCheckpoint:
+    """Drives CUDA processes by the program.
+
+    Args:
+        binary: the program.
+        limit: seconds that one operation may take.
+    """
+
     def __init__(self, binary: Path, limit: float = operations.LIMIT) -> None:
-        """
-        Args:
-            limit: seconds that one operation may take.
-        """
         self.binary = binary
         self.limit = limit
 
@@ -38,16 +41,16 @@ class CudaCheckpoint:
         await self._act("unlock", pid)
 
     async def prepare(self) -> None:
-        """Nothing to start before the first operation."""
+        """Do nothing: no process runs before the first operation."""
 
     async def close(self) -> None:
-        """Nothing runs between operations."""
+        """Do nothing: no process runs between operations."""
 
     async def _act(self, action: str, pid: int, *options: str, lock_timeout: float = 0.0) -> None:
         await self._run(action, pid, "--action", action, *options, lock_timeout=lock_timeout)
 
     async def _run(self, operation: str, pid: int, *arguments: str, lock_timeout: float = 0.0) -> str:
-        """What it prints."""
+        """Run the program and return its output."""
         seconds = operations.limit(operation, self.limit, lock_timeout)
         try:
             process = await asyncio.create_subprocess_exec(

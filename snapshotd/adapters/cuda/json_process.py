@@ -1,4 +1,4 @@
-"""A child process that is asked and answers in JSON objects, one a line on its stdin and stdout."""
+"""A child process that takes requests and answers them in JSON lines, on its stdin and stdout."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ log = structlog.get_logger(__name__)
 
 
 class NotStarted(Exception):
-    """The process ended, or said nothing in time; its reason is in the daemon's log."""
+    """The process ended, or was not ready in time. What it wrote to standard error is in the daemon's log."""
 
 
 class JsonProcess:
-    """A process that said that it is ready, and who waits for its answers."""
+    """A process that is ready, and the requests that wait for its answers.
+
+    Attributes:
+        retired: it has ended, or must not be asked any more.
+    """
 
     def __init__(self, process: Process, name: str) -> None:
         self.process = process
-        # Set when it ended, or may be asked nothing more.
         self.retired = False
         self._name = name
         self._waiting: dict[int, asyncio.Future[Json]] = {}
@@ -34,14 +37,14 @@ class JsonProcess:
 
     @classmethod
     async def start(cls, command: Sequence[str], name: str, seconds: float) -> JsonProcess:
-        """Start it and wait for ``{"ready": true}``.
+        """Start a process and wait until it sends ``{"ready": true}``.
 
         Args:
-            name: for the log.
-            seconds: that it may take.
+            name: names the process in the log.
+            seconds: how long to wait.
 
         Raises:
-            NotStarted: it did not say so.
+            NotStarted: it ended, or did not send that in time.
         """
         process = await asyncio.create_subprocess_exec(
             *command, stdin=PIPE, stdout=PIPE, start_new_session=True
@@ -60,10 +63,10 @@ class JsonProcess:
         raise NotStarted(f"{name} did not start; its reason is in the daemon's log")
 
     async def ask(self, message: Json, seconds: float) -> Json:
-        """Its answer, ``{"lost": how}`` when it ends first.
+        """Send a request and wait for its answer, which is ``{"lost": how}`` if the process ends first.
 
         Raises:
-            TimeoutError: there was none within ``seconds``.
+            TimeoutError: there was no answer within ``seconds``.
         """
         if self._reading.done():
             return {"lost": "had ended"}
@@ -80,12 +83,12 @@ class JsonProcess:
             self._end_if_idle()
 
     def retire(self) -> None:
-        """Let it answer whom it can and end: an operation that never ends holds one of its threads."""
+        """End the process once it has answered all requests, because one that hangs occupies a thread."""
         self.retired = True
         self._end_if_idle()
 
     async def end(self) -> None:
-        """Kill it; it is gone, and all that it held, when this returns."""
+        """Kill the process and wait until it has ended and everything that it held is free."""
         self.retired = True
         _kill(self.process)
         await asyncio.shield(self._reading)
@@ -99,7 +102,7 @@ class JsonProcess:
             self._answer(message.get("id"), message)
         status = await self.process.wait()
         if not self.retired:
-            log.error(f"{self._name} ended", status=status)
+            log.error("process_ended", process=self._name, status=status)
         self.retired = True
         for number in list(self._waiting):
             self._answer(number, {"lost": f"ended with status {status}"})
@@ -111,7 +114,7 @@ class JsonProcess:
 
 
 async def _next(process: Process, name: str) -> Json | None:
-    """What it says next, without what is no message; None: it ended."""
+    """The next message of a process; None if it has ended. Other lines are logged and skipped."""
     assert process.stdout is not None
     while True:
         line = b""
@@ -121,11 +124,11 @@ async def _next(process: Process, name: str) -> Json | None:
                 return None
             message = json.loads(line)
         except ValueError:
-            # Also of a line that is too long to be one.
+            # Not JSON, or a line that is too long.
             message = None
         if isinstance(message, dict):
             return message
-        log.warning(f"{name} said what is no message", line=line[:200].decode(errors="replace"))
+        log.warning("message_not_understood", process=name, line=line[:200].decode(errors="replace"))
 
 
 async def _end(process: Process) -> None:

@@ -1,4 +1,4 @@
-"""The GPUs of this node, through NVML. Only here: an NVML handle inside a model host breaks its dump."""
+"""The GpuStatus port over NVML. NVML is used only in snapshotd: in a model host it would break the dump."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Nvml:
-    """What NVML says. On a node without a driver there is none of it."""
+    """This node's GPUs as NVML shows them.
+
+    Attributes:
+        library: an initialised ``pynvml``.
+        driver: the driver's version.
+        cuda: the version of CUDA that the driver supports.
+    """
 
     library: Any
     driver: str
@@ -26,10 +32,10 @@ class Nvml:
 
     @classmethod
     def open(cls) -> Nvml | None:
-        """None when there is no NVIDIA driver here, or no NVML package."""
+        """Open NVML; None if this node has no NVIDIA driver or no NVML package."""
         pynvml = open_nvml()
         if pynvml is None:
-            log.info("no GPU")
+            log.info("no_gpu")
             return None
         version = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
         return cls(
@@ -42,7 +48,7 @@ class Nvml:
         return [self._describe(self.library.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
 
     def facts(self) -> dict[str, str]:
-        """What a snapshot of a CUDA process is bound to."""
+        """The facts that must be the same where a snapshot of a CUDA process is restored."""
         gpus = self.gpus()
         return {
             "cuda": self.cuda,

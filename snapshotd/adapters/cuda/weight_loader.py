@@ -1,4 +1,4 @@
-"""The WeightLoader port over the loader's process, which is started again when it died."""
+"""The WeightLoader port over the loader's process, which is started again after it has died."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SOCKET = "loader.sock"
 # Seconds.
 START_TIMEOUT = 60.0
 REGISTER_TIMEOUT = 60.0
-# An order that still reads a file which left takes a second at most.
+# An order that still reads an evicted file takes a second at most.
 LEAVE_TIMEOUT = 10.0
-# At least between two starts: what ended one loader often ends the next.
+# Seconds between two starts: what ended one loader often ends the next one too.
 PAUSE = 60.0
 
 
 def available() -> bool:
-    """Whether the package that the loader drives GPUs through is installed."""
+    """Whether the package is installed through which the loader drives GPUs."""
     try:
         return importlib.util.find_spec("cuda.bindings") is not None
     except ModuleNotFoundError:
@@ -34,7 +34,14 @@ def available() -> bool:
 
 
 class LoaderProcess:
-    """Serves orders on ``loader.sock`` in the directory of the node's weight files."""
+    """The loader, which takes orders on ``loader.sock`` in the directory of the node's weight cache.
+
+    Args:
+        directory: the weight cache.
+        cached: lists the files that are there, which a new loader registers.
+        command: starts a loader with the protocol of ``snapshotd.cuda.loader``.
+        leave_timeout: seconds in which it must release evicted files.
+    """
 
     def __init__(
         self,
@@ -44,13 +51,6 @@ class LoaderProcess:
         command: Sequence[str] = (sys.executable, "-m", "snapshotd.cuda.loader"),
         leave_timeout: float = LEAVE_TIMEOUT,
     ) -> None:
-        """
-        Args:
-            directory: the node's weight files.
-            cached: names of those that are there, for a loader that starts to register.
-            command: starts a loader that speaks as ``snapshotd.cuda.loader`` says.
-            leave_timeout: seconds in which it lets go of files that left.
-        """
         self.directory = directory
         self.command = [*command, "--socket", str(directory / SOCKET), "--files", str(directory)]
         self._clock = clock
@@ -58,20 +58,20 @@ class LoaderProcess:
         self._leave_timeout = leave_timeout
         self._process: JsonProcess | None = None
         self._starting: asyncio.Task[None] | None = None
-        # Of its last start.
+        # When it was last started.
         self._started = float("-inf")
         self._registering: set[asyncio.Task[None]] = set()
 
     async def ready(self) -> bool:
         if self._runs():
             return True
-        # A restore does not wait for it: the model host copies its weights itself this time.
+        # A restore does not wait for the start: the model host copies its weights itself this time.
         if self._clock.monotonic() - self._started >= PAUSE:
             self.begin()
         return False
 
     def begin(self) -> None:
-        """Have it started, unless it runs or starts already; nobody waits."""
+        """Start it in the background, unless it runs or is being started."""
         if not self._runs() and (self._starting is None or self._starting.done()):
             self._starting = asyncio.create_task(self._start(), name="weight loader's start")
 
@@ -82,14 +82,14 @@ class LoaderProcess:
             await asyncio.shield(self._starting)
 
     def file_came(self, digest: str) -> None:
-        """Have it register a file, so that the first order for it does not wait for that."""
+        """Register a new file in the background, so that the first order for it need not wait."""
         if self._process is not None and self._runs():
             task = asyncio.create_task(self._register(self._process, digest), name=f"register {digest}")
             self._registering.add(task)
             task.add_done_callback(self._registering.discard)
 
     async def files_left(self) -> None:
-        """Have it let go of files that left the directory; it keeps none of their memory afterwards."""
+        """Make it release evicted files. Afterwards it holds none of their memory."""
         if self._process is None or not self._runs():
             return
         try:
@@ -97,7 +97,7 @@ class LoaderProcess:
         except TimeoutError:
             answer = {"error": f"no answer within {self._leave_timeout:g} s"}
         if "error" in answer:
-            log.error("weight loader keeps memory of files that left, and is ended", error=answer["error"])
+            log.error("weight_loader_ended", why="it did not release evicted files", error=answer["error"])
             await self._process.end()
 
     async def close(self) -> None:
@@ -115,7 +115,7 @@ class LoaderProcess:
         try:
             self._process = await JsonProcess.start(self.command, "weight loader", START_TIMEOUT)
         except (NotStarted, OSError) as error:
-            log.error("model hosts copy their weights themselves", error=str(error))
+            log.error("weight_loader_not_started", error=str(error))
             return
         finally:
             self._started = self._clock.monotonic()
@@ -128,4 +128,4 @@ class LoaderProcess:
         except TimeoutError:
             answer = {"error": f"no answer within {REGISTER_TIMEOUT:g} s"}
         if said := answer.get("error") or answer.get("lost"):
-            log.warning("weights are not registered ahead", digest=digest, error=said)
+            log.warning("weights_not_registered", digest=digest, error=said)

@@ -96,11 +96,11 @@ async def test_rouse_brings_back_whatever_was_left_and_touches_nothing_that_runs
     assert cuda.calls == [("restore", 13), ("unlock", 13), ("unlock", 12)]
 
 
-async def test_rouse_tells_of_a_process_that_no_driver_brings_back_and_helps_the_others(
+async def test_recovery_names_a_process_that_cannot_run_again_and_helps_the_others(
     cuda: FakeCuda,
 ) -> None:
     cuda.states = {11: "locked", 12: "failed", 13: "checkpointed"}
-    with pytest.raises(Aborted, match="process 12 cannot be brought back"):
+    with pytest.raises(Aborted, match="process 12 cannot run again"):
         await suspension.recover(cuda, PIDS)
     assert cuda.states == {11: "running", 12: "failed", 13: "running"}
 
