@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 import structlog
@@ -24,6 +25,8 @@ from snapshotd.assembly import assemble, check_repository
 from snapshotd.config import Settings, node_id
 from snapshotd.failpoints import Failpoints
 from snapshotd.instances.load import follow_load
+from snapshotd.jobs.context import Node
+from snapshotd.model import Finding
 from snapshotd.service.inference import Inference
 from snapshotd.service.instances import InstanceServicer
 from snapshotd.service.node import NodeServicer
@@ -66,6 +69,7 @@ async def run(settings: Settings) -> None:
             await check_repository(remote.repository)
         operations = rpc_operations.Operations(DOMAIN)
         inference = Inference(instances)
+        findings += unsuspendable(parts.node, findings)
         node_servicer = NodeServicer(
             parts.node, node_id(settings), findings, settings.store_url, parts.snapshots.budget
         )
@@ -117,6 +121,13 @@ async def run(settings: Settings) -> None:
         stack.callback(watch.cancel)
         await run_until_signalled(server, health, settings.drain_seconds)
         end_within(STOP_SECONDS if settings.stop_instances_on_exit else CLEAN_UP_SECONDS)
+
+
+def unsuspendable(node: Node, findings: Sequence[Finding]) -> list[Finding]:
+    """What keeps CUDA processes from being suspended here, unless a check of the machine found it already."""
+    if node.gpus is None or node.gpus.cuda is not None or not all(finding.passed for finding in findings):
+        return []
+    return [Finding("cuda_backend", False, node.gpus.unsuspendable, needed=False)]
 
 
 def end_within(seconds: float) -> None:

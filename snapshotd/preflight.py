@@ -124,6 +124,7 @@ def check_machine(gpu: bool = True) -> list[Finding]:
             else f"{architecture} is not one of {ARCHITECTURES}",
         ),
         _check_cgroup(),
+        _check_memory_limit(),
         *([_check_gpu(), *_check_sharing()] if gpu else []),
     ]
 
@@ -135,6 +136,19 @@ def _check_cgroup() -> Finding:
     if root is not None and os.access(root, os.W_OK):
         return Finding("cgroup2", True, f"instances are parked by cgroup freeze at {root}")
     return Finding("cgroup2", True, "no writable cgroup v2; instances are parked by SIGSTOP instead")
+
+
+def _check_memory_limit() -> Finding:
+    from snapshotd.system.memory_limit import version
+
+    found = version()
+    if found:
+        return Finding("memory_limit", True, f"the memory of a model host is limited by cgroup v{found}")
+    return Finding(
+        "memory_limit",
+        True,
+        "no cgroup can limit memory here; when the node has none left, the kernel ends model hosts first",
+    )
 
 
 def driver_problem(driver: str) -> str:

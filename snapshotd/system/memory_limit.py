@@ -54,6 +54,15 @@ class MemoryLimit:
                 self.group.rmdir()
 
 
+def version() -> int:
+    """Of the cgroups that bound memory on this machine; 0: none do."""
+    root = cgroup2_root()
+    with contextlib.suppress(OSError):
+        if root is not None and "memory" in (root / "cgroup.controllers").read_text().split():
+            return 2
+    return 1 if memory_root() is not None else 0
+
+
 def remove_memory_group(name: str) -> None:
     """Remove the group that a shim has made, by the shim's name, and could not remove itself."""
     if (root := memory_root()) is not None:

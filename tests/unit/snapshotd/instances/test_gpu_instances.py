@@ -14,7 +14,8 @@ from dumont.errors import (
     FailedPrecondition,
     ResourceExhausted,
 )
-from snapshotd.model import Canary, Sharing, State
+from snapshotd.main import unsuspendable
+from snapshotd.model import Canary, Finding, Sharing, State
 from tests.unit.snapshotd.instances.gpu_world import (
     CUDA_FAULTS,
     FACTS,
@@ -223,6 +224,17 @@ async def test_where_nothing_can_suspend_cuda_an_instance_starts_and_serves_and_
     assert "too old" in refusal.value.message or not known
     assert host.asked == []
     assert world.instances.get("one").state is State.SERVING
+
+
+async def test_a_node_that_cannot_suspend_cuda_is_found_to_be_one(world: World) -> None:
+    node = world.instances.node
+    assert node.gpus is not None
+    unable = replace(node, gpus=replace(node.gpus, cuda=None, unsuspendable="nothing is installed"))
+    told = Finding("gpu", False, "the driver is too old", needed=False)
+
+    assert unsuspendable(unable, []) == [Finding("cuda_backend", False, "nothing is installed", needed=False)]
+    assert unsuspendable(unable, [told]) == []
+    assert unsuspendable(node, []) == []
 
 
 @pytest.mark.parametrize("sharing", [MIG, MPS])

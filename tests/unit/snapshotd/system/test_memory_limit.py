@@ -65,3 +65,16 @@ def test_a_machine_without_either_sets_no_limit(monkeypatch: pytest.MonkeyPatch)
 def test_no_limit_is_none(v2: Path) -> None:
     assert MemoryLimit.create("shim-a", 42, 0) == MemoryLimit(None, 0)
     assert (v2 / "memory.max").read_text() == "max"
+
+
+@pytest.mark.parametrize(
+    ("controllers", "v1", "found"), [("cpu memory", False, 2), ("cpu", True, 1), ("cpu", False, 0)]
+)
+def test_which_version_bounds_memory_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controllers: str, v1: bool, found: int
+) -> None:
+    (tmp_path / "cgroup.controllers").write_text(controllers)
+    monkeypatch.setattr(memory_limit, "cgroup2_root", lambda: tmp_path)
+    monkeypatch.setattr(memory_limit, "memory_root", lambda: tmp_path if v1 else None)
+
+    assert memory_limit.version() == found
