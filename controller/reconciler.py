@@ -122,7 +122,15 @@ class Reconciler:
             self._core.inventory.touch(f"deployments/{deployment}")
         while True:
             self._wake.clear()
-            await self._sleep(self.step())
+            try:
+                again_in = self.step()
+            except Exception:
+                self._failed("step")
+                again_in = self._defects.at["step"] - self._core.now()
+                await self._core.clock.sleep(again_in)
+                continue
+            self._defects.succeeded("step")
+            await self._sleep(again_in)
 
     def step(self) -> float | None:
         """Plan what is due and begin it.
@@ -138,9 +146,7 @@ class Reconciler:
                 plan = self._plan(subject, now)
             except Exception:
                 # A defect in one plan must not stop all the others. It is tried again, later each time.
-                log.exception("reconcile_failed", subject=subject)
-                self._core.metrics.reconciler_errors.inc()
-                self._defects.failed(subject, now.monotonic)
+                self._failed(subject)
                 self._agenda.put(subject, self._defects.at[subject])
                 continue
             self._defects.succeeded(subject)
@@ -153,6 +159,12 @@ class Reconciler:
             self._core.tasks.spawn(self._core.registry.drop_intents(departed), "drop intents")
         next_at = self._agenda.next_at()
         return None if next_at is None else max(0.0, next_at - now.monotonic)
+
+    def _failed(self, subject: str) -> None:
+        """Log and count an exception, and put off what raised it, longer each time."""
+        log.exception("reconcile_failed", subject=subject)
+        self._core.metrics.reconciler_errors.inc()
+        self._defects.failed(subject, self._core.now())
 
     def _plan(self, subject: str, now: Moment) -> expiry.Plan | None:
         kind, _, identifier = subject.partition("/")
@@ -295,6 +307,9 @@ class Reconciler:
                         "prune_failed", store=store, node=node, reason=error.reason, error=error.message
                     )
                     self._core.metrics.actions.labels("Prune", "failed").inc()
+                except Exception:
+                    log.exception("prune_crashed", store=store, node=node)
+                    self._core.metrics.actions.labels("Prune", "crashed").inc()
                 else:
                     log.info(
                         "object_store_pruned",

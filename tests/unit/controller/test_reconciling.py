@@ -418,6 +418,28 @@ async def test_a_defect_in_planning_ends_no_timer_for_good(world, monkeypatch) -
     assert counted(world, "reconciler_errors") == 3
 
 
+async def test_a_defect_outside_a_plan_does_not_end_the_loop_either(world, monkeypatch) -> None:
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    inventory = world.controller.core.inventory
+    failures = iter(range(3))
+    take = inventory.take_departed
+
+    def broken() -> list[str]:
+        if next(failures, None) is not None:
+            raise RuntimeError("a defect")
+        return take()
+
+    monkeypatch.setattr(inventory, "take_departed", broken)
+    for _ in range(10):
+        await world.advance(1)
+    await world.advance(301)
+
+    await world.until(lambda: world.states() == [PARKED])
+    assert counted(world, "reconciler_errors") == 3
+
+
 async def test_a_defect_in_an_action_is_counted_and_tried_again_later(world, monkeypatch) -> None:
     # given: parking raises what no node says
     await world.node()
