@@ -121,7 +121,7 @@ class NodeModels:
         if model.directory is not None:
             return model
         await self._reading.run(partial(self._make_room, model))
-        log.info("fetching model", model=model.name, bytes=model.weights_bytes)
+        log.info("model_download_started", model=model.name, bytes=model.weights_bytes)
         try:
             download = partial(
                 snapshot_download, model.name, cache_dir=self.hub_cache, allow_patterns=list(WANTED)

@@ -39,7 +39,7 @@ class Ownership:
             staged = self._path.with_suffix(".new")
             staged.write_text(controller)
             staged.replace(self._path)
-            log.info("node belongs to controller", controller=controller, before=self.controller)
+            log.info("node_owner_changed", controller=controller, before=self.controller)
             self.controller = controller
 
     def check(self, controller: str) -> None:

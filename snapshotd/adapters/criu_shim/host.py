@@ -143,7 +143,7 @@ class ShimHost:
         try:
             await self._ask({"do": "release"}, RELEASE_TIMEOUT)
         except Unavailable:
-            log.warning("shim was gone before its release", shim=self.shim)
+            log.warning("shim_gone_before_release", shim=self.shim)
             await self._end_orphan()
             await forget(self._path)
         # The shim closes the connection when it has removed its mounts and ends.
@@ -225,7 +225,7 @@ class ShimHost:
                             f"it needed more memory than the {bound} bytes that it may have; choose a "
                             f"smaller model, or raise --host-memory-bytes ({self.end})"
                         )
-                    log.info("model host ended", shim=self.shim, status=message["status"])
+                    log.info("model_host_ended", shim=self.shim, status=message["status"])
                     self._lose(self._of_host)
                 elif (future := self._waiting.get(message["id"])) is not None and not future.done():
                     future.set_result(message)

@@ -102,7 +102,7 @@ class ShimPool:
                 return host
             await host.release()
         except DumontError as error:
-            log.error("shim did not answer and is ended", shim=host.shim, reason=error.reason)
+            log.error("silent_shim_ended", shim=host.shim, reason=error.reason)
             host.kill()
             await host.disconnect()
             await forget(path)
@@ -203,7 +203,7 @@ async def _end_orphan(pid: int, homes: AbstractSet[tuple[int, int]]) -> None:
             shim = Path(f"/proc/{pid}/cgroup").read_text().rpartition("/")[2].strip()
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             await until_ended(descriptor)
-            log.warning("model host without a shim was ended", pid=pid, shim=shim)
+            log.warning("model_host_without_shim_ended", pid=pid, shim=shim)
             if shim.startswith("shim-"):
                 remove_group(shim)
                 remove_memory_group(shim)

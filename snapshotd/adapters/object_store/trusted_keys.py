@@ -44,9 +44,9 @@ class TrustedKeysFile:
             try:
                 self._keys = self._read()
             except DumontError as error:
-                log.error("trusted keys not read again", reason=error.reason, error=error.message)
+                log.error("trusted_keys_not_reloaded", reason=error.reason, error=error.message)
             else:
-                log.info("trusted keys read again", keys=len(self._keys.ids))
+                log.info("trusted_keys_reloaded", keys=len(self._keys.ids))
         return self._keys
 
     def _identify(self) -> Identity | None:
