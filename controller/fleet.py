@@ -181,7 +181,7 @@ class Fleet:
             try:
                 await self._synchronize(identifier)
             except DumontError as error:
-                log.info("node_watch_ended", node=identifier, reason=error.reason, message=error.message)
+                log.info("node_watch_ended", node=identifier, reason=error.reason, error=error.message)
             except Exception:
                 log.exception("node_watch_failed", node=identifier)
             state = self._inventory.nodes[identifier].state

@@ -327,6 +327,6 @@ class Reconciler:
             try:
                 await self._core.deployments.save_last_use()
             except DumontError as error:
-                log.warning("save_last_use_failed", reason=error.reason, message=error.message)
+                log.warning("save_last_use_failed", reason=error.reason, error=error.message)
             except Exception:
                 log.exception("save_last_use_crashed")

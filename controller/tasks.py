@@ -41,7 +41,7 @@ class Tasks:
         if task.cancelled() or (error := task.exception()) is None:
             return
         if isinstance(error, DumontError):
-            log.info("task_failed", task=task.get_name(), reason=error.reason, message=error.message)
+            log.info("task_failed", task=task.get_name(), reason=error.reason, error=error.message)
         else:
             log.error("task_failed", task=task.get_name(), exc_info=error)
 

@@ -163,7 +163,7 @@ class Operations:
         try:
             return await work(progress)
         except DumontError as error:
-            log.warning("operation_failed", operation=name, reason=error.reason, message=error.message)
+            log.warning("operation_failed", operation=name, reason=error.reason, error=error.message)
             return error
         except Exception:
             log.exception("operation_failed", operation=name, reason="INTERNAL")
