@@ -1,4 +1,4 @@
-"""The object store that this node is configured for, opened. Run as a program it says whether that works."""
+"""Open the object store that the settings name. Run as a program, this checks or measures the store."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from snapshotd.repository.signing import Signer, TrustedKeys
 from snapshotd.repository.workers import Limits, Workers
 
 SIGNING_KEY = "signing.key"
-# The line that other nodes need among their trusted keys to restore what this one captured.
+# The line that other nodes need among their trusted keys to restore snapshots that this node has captured.
 PUBLIC_KEY = "signing.pub"
 PASSES = 3
 
 
 def open_objects(settings: Settings) -> ObjectStore | None:
-    """The bucket or directory of ``store_url``; None when there is none. Nothing is sent yet.
+    """The bucket or directory of ``store_url``; None if that is empty. Nothing is sent yet.
 
     Raises:
-        InvalidArgument: the URL or the endpoint has the wrong form.
-        FailedPrecondition: there are no credentials for a bucket.
+        InvalidArgument: INVALID_STORE_URL or INVALID_ENDPOINT.
+        FailedPrecondition: STORE_CREDENTIALS_MISSING.
     """
     url = settings.store_url
     if not url:
@@ -64,7 +64,7 @@ def open_objects(settings: Settings) -> ObjectStore | None:
 
 
 def open_repository(settings: Settings, failpoints: Failpoints) -> Repository | None:
-    """Published snapshots as this node reads and writes them; None when no store is configured.
+    """The repository in the configured object store; None if no store is configured.
 
     Raises:
         InvalidArgument, FailedPrecondition: a setting or a key file is wrong.
@@ -89,7 +89,7 @@ def open_repository(settings: Settings, failpoints: Failpoints) -> Repository | 
 
 
 async def check(settings: Settings) -> list[dict[str, object]]:
-    """Whether the configured store can be used, as a list of one finding."""
+    """Check whether the configured store can be used, and return a list of one finding."""
     try:
         objects = open_objects(settings)
         if objects is None:
@@ -97,7 +97,7 @@ async def check(settings: Settings) -> list[dict[str, object]]:
         await check_conditional_create(objects)
     except DumontError as error:
         return _finding(False, f"{settings.store_url}: {error.message} ({error.reason})")
-    return _finding(True, f"{settings.store_url}: only one of two writers wins, as it must be")
+    return _finding(True, f"{settings.store_url}: only one of two writers wins, as it must")
 
 
 def _finding(passed: bool, message: str) -> list[dict[str, object]]:
@@ -105,10 +105,10 @@ def _finding(passed: bool, message: str) -> list[dict[str, object]]:
 
 
 async def measure(settings: Settings, snapshot: str) -> dict[str, float]:
-    """Megabytes a second that the store itself reads and writes, with as many calls at once as snapshots use.
+    """Measure the speed of the store itself, in megabytes a second, with as many calls as snapshots make.
 
-    Read are the very objects that a fetch of ``snapshot`` reads, and written are as many of the same sizes;
-    each three times, of which the fastest counts: connections are open by then.
+    This reads the objects that a fetch of ``snapshot`` reads, and writes as many of the same sizes. Each is
+    done three times, and the fastest one counts, with connections that are open already.
     """
     objects = open_objects(settings)
     if objects is None:
@@ -143,7 +143,7 @@ async def measure(settings: Settings, snapshot: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """``python -m snapshotd.object_store check`` or ``measure SNAPSHOT``: prints one line of JSON."""
+    """The command ``python -m snapshotd.object_store check`` or ``measure SNAPSHOT``, which prints JSON."""
     work: dict[str, Callable[[Settings], object]] = {
         "check": lambda settings: asyncio.run(check(settings)),
         "measure": lambda settings: asyncio.run(measure(settings, sys.argv[2])),

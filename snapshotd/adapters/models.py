@@ -1,4 +1,4 @@
-"""The Models port: directories on this node, and the hub for what is not there yet."""
+"""The Models port: models in directories of this node, or to be downloaded from the hub."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from snapshotd.system.threads import PatientThreads
 log = structlog.get_logger(__name__)
 
 ENGINES = ("causal_lm", "embedding")
-# What a model host reads; everything else on the hub (other formats, pictures) stays there.
+# The files that a model host reads. Others, such as other formats and pictures, are not downloaded.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 HUB_TIMEOUT = 5.0
-# Downloads at once, and how long one may take; whoever waits for it usually gives up before.
+# Downloads at the same time, and the seconds that one may take. Callers usually give up earlier.
 FETCHES = 4
 FETCH_SECONDS = 6 * 3600.0
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -201,9 +201,9 @@ class NodeModels:
         except (RepositoryNotFoundError, HFValidationError):
             raise _not_found(name, "neither this node nor the hub has it") from None
         except Exception as error:
-            # Whatever keeps the hub from answering: no route, a refusal, a proxy's page.
+            # The hub may not be reachable, or a proxy may answer in its place.
             raise _not_found(
-                name, f"this node does not have it and the hub gave no answer ({type(error).__name__})"
+                name, f"this node does not have it and the hub did not answer ({type(error).__name__})"
             ) from error
         config = info.config or {}
         weights = [file for file in info.siblings or [] if file.rfilename.endswith(".safetensors")]

@@ -38,7 +38,7 @@ Request = TypeVar("Request", pb2.GenerateRequest, pb2.EmbedRequest)
 SERVICE = "dumont.snapshotd.v1.InferenceService"
 HOST_SERVICE = "dumont.model_host.v1.ModelHostService"
 SOCKET_NAME = "host.sock"
-# What gRPC itself answers, without a reason, when a model host has more calls than it has threads for.
+# The answer of gRPC itself, without a reason, if a model host has more calls than threads.
 HOST_BUSY = "Concurrent RPC limit exceeded!"
 
 
@@ -73,14 +73,14 @@ class _Call:
         return frame.messages  # type: ignore[no-any-return]
 
     def cancel(self) -> None:
-        """Have the model host compute for this call no more."""
+        """Tell the model host to stop computing for this call."""
         if not self._left:
             self._left = True
             self._leave(ended=self._last)
 
 
 class _Exchange:
-    """The stream on which all calls to one model host travel; a broken one fails them all.
+    """The stream that carries all calls to one model host. If it breaks, they all fail.
 
     Args:
         channel: to the model host.
@@ -102,7 +102,7 @@ class _Exchange:
 
     @property
     def broken(self) -> bool:
-        """Whether no call can be made on it any more."""
+        """Whether the stream carries no more calls."""
         return self._broken is not None
 
     async def begin(self, request: bytes, timeout: float | None) -> _Call:
@@ -181,7 +181,7 @@ class _Connection:
     exchange: _Exchange | None = None
 
     def stream(self) -> _Exchange:
-        """The stream for calls, opened when it is first needed and anew after it broke."""
+        """The stream for calls, which is opened when it is first needed, and again after it has broken."""
         if self.exchange is None or self.exchange.broken:
             self.exchange = _Exchange(self.channel)
         return self.exchange
@@ -195,7 +195,7 @@ class _Connection:
 
 
 class Inference:
-    """Finds the model host of a request and keeps a channel to each."""
+    """Finds the model host of each request, and keeps a channel to each model host."""
 
     def __init__(self, instances: Instances) -> None:
         self.instances = instances
@@ -212,7 +212,7 @@ class Inference:
         )
 
     async def generate(self, request: bytes, context: Context) -> None:
-        """Pass message after message; no generator is in between, because each costs time for every token."""
+        """Pass on each message. There is no generator in between, which would cost time for every token."""
         connection = await self._connection(_parse(pb2.GenerateRequest(), request).name)
         call = await connection.stream().begin(request, remaining(context))
         writer = PatientWriter(context, WRITE_SECONDS, call.cancel)
@@ -223,7 +223,7 @@ class Inference:
                     for message in messages:
                         await write(message)
         finally:
-            # However the caller's stream ended: the model host must not compute for nobody.
+            # However the caller's stream has ended, the model host must not go on computing.
             call.cancel()
 
     async def embed(self, request: bytes, context: Context) -> bytes:
@@ -277,7 +277,7 @@ class Inference:
 
 
 def told(error: grpc.aio.AioRpcError) -> DumontError:
-    """What a model host says, also where gRPC answers in its place."""
+    """The error of a model host, or of gRPC in its place."""
     if error.details() == HOST_BUSY:
         return ResourceExhausted(
             "QUEUE_FULL", "the instance takes no more calls at present; try again", retry_after=0.2

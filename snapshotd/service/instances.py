@@ -47,7 +47,7 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         self.operations = operations
         self.observers = observers
         self.draining = draining
-        # The operation of each instance's start or restore, and the request that began it.
+        # For each instance, the request of its start or restore and the name of the operation.
         self._begun: dict[str, tuple[bytes, str]] = {}
 
     async def StartInstance(
@@ -58,7 +58,7 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
             return begun
         weights = convert.weights(request.weights)
         model = await self.instances.node.models.resolve(request.model, request.engine)
-        # The same request may have come again meanwhile.
+        # The same request may have arrived again meanwhile.
         if (begun := self._same(instance, request)) is not None:
             return begun
         new = self._new(instance, request.deployment, request.model, model.engine, State.STARTING)
@@ -181,7 +181,7 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         return operation
 
     def _same(self, instance: str, request: Any) -> operations_pb2.Operation | None:
-        """The operation that this very request began before, if it is still known."""
+        """The operation that an identical request has begun before, if it is still known."""
         content, name = self._begun.get(instance, (b"", ""))
         if content != request.SerializeToString(deterministic=True):
             return None
@@ -197,7 +197,7 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
 
 
 class _Watched:
-    """While it is entered, the steps of an instance's job show as the stage of an operation."""
+    """Show the steps of an instance's job as the stage of an operation while the context lasts."""
 
     def __init__(self, observers: Observers, instance: str, progress: Progress) -> None:
         self.observers = observers

@@ -1,4 +1,4 @@
-"""Read a model host's log while it grows."""
+"""Read the log of a model host while the model host writes to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def read_log(path: Path, tail_lines: int, follow: bool) -> AsyncIterator[b
     while follow and path.exists():
         size = path.stat().st_size
         if size < position:
-            # A full log was put aside and a new one begun.
+            # The full log was renamed, and a new one has begun.
             position = 0
         if size > position:
             with path.open("rb") as file:

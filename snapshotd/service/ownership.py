@@ -1,4 +1,4 @@
-"""The controller that this node belongs to. Commands of any other are refused.
+"""The controller that this node belongs to. Commands of any other controller are refused.
 
 Two controllers that both know a node, one of them with a wrong address or a copied database, would each stop
 what the other starts. So the node keeps the id of the first one it registered with. Controllers name
@@ -34,7 +34,7 @@ class Ownership:
         self.controller = path.read_text().strip() if path.exists() else ""
 
     def claim(self, controller: str) -> None:
-        """Belong to ``controller`` from now on; empty: it did not say who it is, so nothing changes."""
+        """Belong to ``controller`` from now on. An empty id, of an older controller, changes nothing."""
         if controller and controller != self.controller:
             staged = self._path.with_suffix(".new")
             staged.write_text(controller)
@@ -43,7 +43,7 @@ class Ownership:
             self.controller = controller
 
     def check(self, controller: str) -> None:
-        """Raise unless commands of ``controller`` are taken.
+        """Check that commands of ``controller`` are accepted.
 
         Raises:
             FailedPrecondition: WRONG_CONTROLLER, the node belongs to another one.

@@ -113,7 +113,8 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
 
     def _incompatibility(self, snapshot: Snapshot) -> str:
         manifest = snapshot.manifest
-        # The weights are compared when it is restored: their digest is not known before they are read.
+        # The weights are compared at the restore, because their digest is known only once they have been
+        # read.
         captured = {name: fact for name, fact in manifest.compatibility.items() if name != "weights"}
         try:
             compatibility.check(manifest.id, captured, self.node.facts_of(manifest.device))

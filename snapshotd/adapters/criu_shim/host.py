@@ -23,16 +23,16 @@ from snapshotd.system.memory_limit import memory_root, remove_memory_group
 log = structlog.get_logger(__name__)
 
 SHIM_ANSWER_TIMEOUT = 10.0
-# A shim that dumps for a daemon that died answers nobody until CRIU is done.
+# A shim that is dumping for a daemon that has died answers only when CRIU is done.
 FIND_TIMEOUT = 120.0
-# The kernel takes apart what a large process holds, some of it on a GPU.
+# The kernel needs time to free the memory of a large process, some of it on a GPU.
 RELEASE_TIMEOUT = 120.0
-# A message of the model host is far below this; the canary of a long prompt is the largest.
+# Far more than the largest message of a model host, the canary of a long prompt, has bytes.
 LINE_LIMIT = 1 << 20
 
 
 class ShimHost:
-    """The Host port over one connection to a shim."""
+    """A model host and its shim, over a connection to the shim."""
 
     def __init__(self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.shim = path.stem
@@ -40,7 +40,7 @@ class ShimHost:
         self.instance = ""
         self.pid = 0
         self.lost = asyncio.Event()
-        # How the model host ended, as far as its shim could tell.
+        # How the model host has ended, as far as its shim could see.
         self.end = ""
         self.lost_reason = "HOST_LOST"
         self._writer = writer
@@ -48,7 +48,7 @@ class ShimHost:
         self._of_host: set[int] = set()
         self._ids = itertools.count(1)
         self._reading = asyncio.create_task(self._read(reader), name=f"shim-{self.shim}")
-        # The model host's process, held so that it can be ended without its shim.
+        # A descriptor of the model host's process, so that it can be ended without its shim.
         self._process = -1
 
     @classmethod
@@ -126,10 +126,10 @@ class ShimHost:
         return await self._ask({"do": "status"}, SHIM_ANSWER_TIMEOUT)
 
     async def adopt(self) -> bool:
-        """Learn what an earlier daemon left in it; False when it is empty.
+        """Learn which model host an earlier daemon left in the shim; False if it is empty.
 
         Raises:
-            Unavailable, Aborted: the shim is gone, or does nothing any more.
+            Unavailable, Aborted: the shim has ended, or does not answer.
         """
         status = await self._ask({"do": "status"}, FIND_TIMEOUT)
         if not status["instance"]:
@@ -146,12 +146,12 @@ class ShimHost:
             log.warning("shim_gone_before_release", shim=self.shim)
             await self._end_orphan()
             await forget(self._path)
-        # The shim closes the connection when it has removed its mounts and ends.
+        # The shim closes the connection once it has removed its mounts.
         await self._reading
         await self.disconnect()
 
     async def disconnect(self) -> None:
-        """Let go of the shim; it and its model host run on."""
+        """Disconnect from the shim. It and its model host run on."""
         if self._process >= 0:
             os.close(self._process)
             self._process = -1
@@ -161,7 +161,7 @@ class ShimHost:
         self._writer.close()
 
     def kill(self) -> None:
-        """End a shim that does not answer, and its children."""
+        """Kill a shim that does not answer, and its children."""
         peer = self._writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         shim, _, _ = struct.unpack("iII", peer)
         with contextlib.suppress(OSError):
@@ -179,7 +179,7 @@ class ShimHost:
             self._process = os.pidfd_open(pid)
 
     async def _end_orphan(self) -> None:
-        """End the model host of a shim that is gone; a frozen one would stay for ever."""
+        """End the model host of a shim that has ended. A frozen one would otherwise stay for ever."""
         if self._process < 0:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -235,7 +235,7 @@ class ShimHost:
             self._lose(self._waiting)
 
     def _lose(self, unanswerable: Iterable[int]) -> None:
-        """The model host is gone; the shim, while it is there, still answers for itself."""
+        """Fail the requests that will not be answered. A shim without a model host still answers its own."""
         self.lost.set()
         for number in unanswerable:
             future = self._waiting[number]
@@ -290,7 +290,7 @@ async def _end(pid: int, group: Path) -> None:
 
 
 def _described(status: int, said: str) -> str:
-    """How a process ended, from its wait status and the last line that it printed."""
+    """How a process has ended, by its wait status and the last line of its log."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         names = {entry.value: entry.name for entry in signal.Signals}
@@ -301,7 +301,7 @@ def _described(status: int, said: str) -> str:
 
 
 def _error(command: str, error: Json) -> DumontError:
-    """The refusal of a model host or shim, in the class that the model host gave it."""
+    """The error that a model host or a shim has answered."""
     kind = ERRORS.get(str(error.get("code")), Aborted)
     return kind(
         str(error.get("reason", "HOST_FAILED")),
@@ -312,7 +312,7 @@ def _error(command: str, error: Json) -> DumontError:
 
 
 async def until_ended(process: int) -> None:
-    """Wait until a process, given by its descriptor, has ended."""
+    """Wait until the process of a descriptor has ended."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_reader(process, ended.set)

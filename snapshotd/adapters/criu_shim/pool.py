@@ -1,4 +1,4 @@
-"""The Hosts port over shim processes and their sockets."""
+"""The Hosts port: start shims, keep a spare one, and find those of an earlier daemon."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ShimPool:
             with contextlib.suppress(DumontError):
                 host = await spare
         if host is not None and host.lost.is_set():
-            # It was killed while it waited: what it had is removed.
+            # The spare was killed while it waited. Its files are removed.
             with contextlib.suppress(DumontError):
                 await host.release()
             host = None
@@ -72,7 +72,7 @@ class ShimPool:
         return host
 
     def prepare(self) -> None:
-        """Start the next spare, unless there is one."""
+        """Start a spare shim, unless there is one."""
         if self._spare is None:
             self._spare = asyncio.create_task(self._start(), name="spare-shim")
 
@@ -84,7 +84,7 @@ class ShimPool:
         return found
 
     async def _clear(self, living: AbstractSet[str]) -> None:
-        """Remove what shims left that ended, or were ended, before they had a socket."""
+        """Remove the files of shims that are not ``living``, some of which ended before they had a socket."""
         for path in list(self.directory.iterdir()):
             shim = path.name.removeprefix(".").partition(".")[0]
             if shim not in living:
@@ -94,7 +94,7 @@ class ShimPool:
         try:
             host = await ShimHost.connect(path)
         except OSError:
-            # No shim listens any more; its mounts went with it.
+            # No shim listens here any more. Its mounts have ended with it.
             await forget(path)
             return None
         try:
@@ -148,7 +148,7 @@ class ShimPool:
             command += ["--memory", str(self.memory_bytes)]
         process = _spawn(command, path.with_suffix(".log"))
         ended = asyncio.create_task(_wait(process), name=f"{shim}-ended")
-        # Held here: the loop alone would let it be collected.
+        # A reference, because the event loop alone does not keep a task alive.
         self._ends.add(ended)
         ended.add_done_callback(self._ends.discard)
         try:
@@ -163,7 +163,7 @@ class ShimPool:
                     await asyncio.sleep(0.005)
             return await ShimHost.connect(path)
         except BaseException as error:
-            # Also when whoever waits for it is cancelled: nobody would know of it.
+            # Also if the caller is cancelled, because then nobody would know of the shim.
             process.kill()
             await forget(path, keep_log=isinstance(error, DumontError))
             if isinstance(error, TimeoutError):
@@ -174,7 +174,7 @@ class ShimPool:
 
 
 def _spawn(command: Sequence[str], complaints: Path) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own: what ends the daemon must not end the models."""
+    """Start a process in a session of its own, so that what ends the daemon does not end the models."""
     with complaints.open("wb") as output:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -187,18 +187,18 @@ def _last_words(log: Path) -> str:
 
 
 def _home(pid: int) -> tuple[int, int]:
-    """What a process has mounted where a model host has its instance's directory."""
+    """The identity of the directory that a process has mounted where a model host has its instance's."""
     return mounts.identity(Path(f"/proc/{pid}/root{mounts.INSTANCE_MOUNT}"))
 
 
 async def _end_orphan(pid: int, homes: AbstractSet[tuple[int, int]]) -> None:
-    """End a model host of one of these directories, and remove the cgroup that its shim made."""
+    """End a model host whose directory is one of these, and remove the cgroup that its shim has made."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        # Again, now that the number cannot become another's.
+        # Checked again, now that the pid cannot be reused.
         if _home(pid) in homes:
             shim = Path(f"/proc/{pid}/cgroup").read_text().rpartition("/")[2].strip()
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
@@ -208,7 +208,7 @@ async def _end_orphan(pid: int, homes: AbstractSet[tuple[int, int]]) -> None:
                 remove_group(shim)
                 remove_memory_group(shim)
     except (ProcessLookupError, FileNotFoundError):
-        # It has ended by itself.
+        # The process has ended by itself.
         pass
     finally:
         os.close(descriptor)

@@ -27,7 +27,7 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
 class DirectoryObjects:
-    """Objects are files; each is written beside its place and moved there whole."""
+    """The objects of a directory, as files. Each is written under a temporary name and then renamed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -67,14 +67,14 @@ class DirectoryObjects:
     def _create(self, key: str, data: bytes) -> None:
         with self._written(key, data) as (scratch, path):
             try:
-                # A link, unlike a rename, never replaces what is there.
+                # A hard link, unlike a rename, never replaces an existing file.
                 _move(lambda path: path.hardlink_to(scratch), path)
             except FileExistsError:
                 raise AlreadyExists("OBJECT_EXISTS", f"{key} exists", metadata={"key": key}) from None
 
     @contextlib.contextmanager
     def _written(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
-        """The bytes, durable, under a temporary name; its directory is made durable afterwards."""
+        """Write bytes durably under a temporary name. The directory is made durable when the context ends."""
         path = self._path(key)
         scratch = self.root / TEMPORARY / f"{os.getpid()}-{os.urandom(8).hex()}"
         scratch.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The KeyWrapper port over a key in a file."""
+"""The KeyWrapper port over a key file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class KeyFile:
     """Wraps data keys with AES-256-GCM.
 
     Args:
-        path: 32 bytes or 64 hex digits (``openssl rand -hex 32``) that only the owner may read.
+        path: a file of 32 bytes or 64 hex digits (``openssl rand -hex 32``) that only its owner may read.
 
     Raises:
-        FailedPrecondition: there is no such file, it holds no such key, or others may read it.
+        FailedPrecondition: KEY_FILE_UNUSABLE, it is missing, it is not such a key, or others may read it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,5 +44,5 @@ class KeyFile:
         except (InvalidTag, ValueError):
             raise DataLoss(
                 "KEY_DAMAGED",
-                "the data key does not open: it was wrapped by another key or for another snapshot",
+                "the data key cannot be decrypted: it was wrapped by another key or for another snapshot",
             ) from None

@@ -1,4 +1,4 @@
-"""Repeat a call that failed for a reason that may pass."""
+"""Retry calls that failed for a reason that may pass."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Retry:
-    """How often, and how long to wait in between.
+    """How often a call is tried, and how long to wait in between.
 
     Attributes:
-        attempts: in all.
-        first_seconds: mean of the first wait; each next one is twice as long.
+        attempts: the number of all attempts.
+        first_seconds: the mean of the first wait. Each further one is twice as long.
+        most_seconds: the longest wait.
     """
 
     attempts: int = 5
@@ -28,12 +29,12 @@ class Retry:
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
     async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Call until it answers; the last ``Unavailable`` is raised, any other error at once."""
+        """Call until it succeeds. Errors other than ``Unavailable`` are raised at once."""
         for attempt in range(self.attempts - 1):
             try:
                 return await call()
             except Unavailable:
-                # Spread out, so that those who failed together do not come back together.
+                # Random, so that callers that failed together do not retry together.
                 wait = min(self.most_seconds, self.first_seconds * 2**attempt)
                 await self.sleep(wait * random.uniform(0.5, 1.5))
         return await call()

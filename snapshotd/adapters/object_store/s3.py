@@ -1,7 +1,8 @@
-"""The ObjectStore port over a bucket: MinIO's SDK, and obstore for what must be created once or read fast.
+"""The ObjectStore port over a bucket, by MinIO's SDK and by obstore.
 
-MinIO's SDK knows no conditional write, and passing the header as metadata is silently ignored. Its reads hold
-the interpreter's lock for a millisecond each, which many cores that unpack then wait for; obstore's do not.
+obstore does the conditional writes and the reads. MinIO's SDK has no conditional writes: it silently ignores
+the header if it is passed as metadata. And each of its reads holds the interpreter's lock for a millisecond,
+for which threads on other cores wait that could unpack chunks.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Page = list[ObjectInfo]
 LIST_PAGE = 1000
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
-# Of a whole read, which lasts as long as bytes come.
+# The longest time of a whole read, which goes on as long as bytes arrive.
 LONGEST_SECONDS = 3600.0
 
 _REFUSED = {
@@ -65,23 +66,23 @@ _REFUSED = {
 _FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
 _ABSENT = {"NoSuchKey", "NoSuchObject", "NotFound", "ResourceNotFound"}
 _BUSY = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted"}
-# Statuses of those who ask for another try: request timeout, too many requests.
+# Statuses that ask for a retry: request timeout, too many requests.
 _PASSING = {408, 429}
 _PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 
-# As obstore words what a server answered; it tells neither in another way.
+# The status and S3's code in the text of obstore's errors, which do not tell them in any other way.
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 
 
 @dataclass(frozen=True)
 class S3Settings:
-    """Where the bucket is and who asks.
+    """The address of a bucket, and credentials for it.
 
     Attributes:
-        prefix: of all keys, without slashes at its ends; empty: none.
+        prefix: of all keys, without slashes at its ends; may be empty.
         endpoint: ``http://host:port`` or ``https://host[:port]``.
-        ca_file: PEM certificates to trust besides the usual ones.
+        ca_file: PEM certificates to trust in addition to the usual ones.
     """
 
     bucket: str
@@ -121,10 +122,10 @@ class S3Settings:
 
 
 class S3Objects:
-    """Objects are those of one bucket under one prefix.
+    """The objects of a bucket below a prefix.
 
     Args:
-        connections: calls to the bucket at once, besides :meth:`read`, for which its callers' threads count.
+        connections: calls to the bucket at the same time, apart from :meth:`read`, which its callers limit.
     """
 
     def __init__(self, settings: S3Settings, connections: int = 8, retry: Retry | None = None) -> None:
@@ -146,7 +147,7 @@ class S3Objects:
 
     async def put(self, key: str, data: bytes) -> None:
         def work() -> None:
-            # One part whatever the size: an interrupted upload in parts would stay in the bucket.
+            # In one part, because the parts of an interrupted multipart upload would stay in the bucket.
             self._minio.put_object(
                 self._settings.bucket,
                 self._prefix + key,
@@ -182,7 +183,7 @@ class S3Objects:
             parts, size = [], found.meta["size"]
             if size <= limit:
                 size = 0
-                # In one part, unless more comes than was announced.
+                # Arrives in one part, unless it is larger than announced.
                 for part in found.stream(min_chunk_size=limit + 1):
                     parts.append(part)
                     size += len(part)
@@ -213,7 +214,7 @@ class S3Objects:
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         after: str | None = None
         while True:
-            # A page is a call of its own, so that a failure repeats a page and not the list.
+            # Each page is a call of its own, so that after a failure a page is repeated and not the list.
             page = await self._call(prefix, self._list_page, prefix, after)
             for item in page:
                 yield item
@@ -243,7 +244,7 @@ class S3Objects:
                 return work(*args)
             except DumontError:
                 raise
-            # The last: an answer that is no XML, from somebody who is no object store.
+            # ParseError: the answer is not XML, so it does not come from an object store.
             except (MinioException, urllib3.exceptions.HTTPError, OSError, ParseError) as error:
                 raise self._classify(error, key) from error
 
@@ -267,12 +268,12 @@ class S3Objects:
         return self._named(code[1] if code else "", int(status[1]), key)
 
     def _named(self, code: str, status: int, key: str) -> DumontError:
-        """What a server's answer means.
+        """The error for a server's answer.
 
         Args:
-            code: S3's word for it; empty: it gave none, so that somebody else may have answered, such as a
-                load balancer in front of a store that is away.
-            status: of HTTP; 0: unknown.
+            code: S3's code; empty if there is none, so that the answer may come from something else, such as
+                a load balancer in front of a store that is away.
+            status: HTTP status; 0 if it is not known.
         """
         if code == "NoSuchBucket":
             return self._no_bucket()
@@ -313,7 +314,7 @@ def _http_client(settings: S3Settings, connections: int) -> urllib3.PoolManager:
 
 
 def _obstore(settings: S3Settings, seconds: float) -> S3Store:
-    """A client whose calls last at most so long."""
+    """A client whose calls take at most ``seconds``."""
     with _settings_alone():
         return S3Store(
             settings.bucket,
@@ -329,14 +330,14 @@ def _obstore(settings: S3Settings, seconds: float) -> S3Store:
                 "timeout": timedelta(seconds=seconds),
                 **({"root_certificate": settings.ca_file.read_bytes()} if settings.ca_file else {}),
             },
-            # Repeating is this adapter's own business, and only there.
+            # This adapter does the retries itself.
             retry_config={"max_retries": 0},
         )
 
 
 @contextlib.contextmanager
 def _settings_alone() -> Iterator[None]:
-    """Nothing in the environment counts: obstore would take another endpoint, a token or a proxy from it."""
+    """Hide variables from which obstore would take another endpoint, a token or a proxy."""
     hidden = {name: value for name, value in os.environ.items() if _is_read_by_obstore(name.upper())}
     for name in hidden:
         del os.environ[name]
@@ -359,5 +360,5 @@ def _refused(code: str) -> Unauthenticated:
 
 
 def _unavailable(code: str) -> Unavailable:
-    # What clients say of an error may hold URLs with signatures, so only its kind is told.
+    # The text of a client's error may contain URLs with signatures, so only its type is reported.
     return Unavailable("STORE_UNAVAILABLE", f"the store does not answer ({code})", metadata={"code": code})

@@ -1,4 +1,4 @@
-"""The trusted keys in a file, read again when somebody has changed it."""
+"""The Trust port over a file of trusted keys, which is read again when it has changed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ Identity = tuple[int, int, int]
 
 
 class TrustedKeysFile:
-    """The keys of a file, and one's own. A change counts from the next look on, without a restart.
+    """The keys in a file, and this node's own. A change of the file takes effect without a restart.
 
-    While the file cannot be read, the keys that it last held count: whoever writes it may be in the middle.
+    While the file cannot be read, the keys that it last contained stay trusted, because somebody may be
+    writing to it.
 
     Raises:
-        FailedPrecondition: at first it cannot be read, or a line is no key.
+        FailedPrecondition: the file cannot be read at first, or a line is not a key.
     """
 
     def __init__(self, path: Path, own: Signer) -> None:
@@ -50,7 +51,7 @@ class TrustedKeysFile:
         return self._keys
 
     def _identify(self) -> Identity | None:
-        """What tells one state of the file from another; None while there is none."""
+        """The inode, size and time of the file; None if there is no file."""
         try:
             status = self._path.stat()
         except OSError:

@@ -81,7 +81,7 @@ async def test_who_is_cancelled_lets_the_operation_end_and_undoes_it(cuda: FakeC
     assert cuda.states[11] == "running"
 
 
-async def test_revive_restores_all_with_the_device_map_and_then_unlocks(cuda: FakeCuda) -> None:
+async def test_resume_restores_all_with_the_device_map_and_then_unlocks(cuda: FakeCuda) -> None:
     await suspension.suspend(cuda, PIDS, lock_timeout=1)
     cuda.calls.clear()
     await suspension.resume(cuda, PIDS, {"old": "new"})
@@ -89,7 +89,7 @@ async def test_revive_restores_all_with_the_device_map_and_then_unlocks(cuda: Fa
     assert cuda.devices == [{"old": "new"}] * 3
 
 
-async def test_rouse_brings_back_whatever_was_left_and_touches_nothing_that_runs(cuda: FakeCuda) -> None:
+async def test_recovery_makes_whatever_was_left_run_and_touches_nothing_that_runs(cuda: FakeCuda) -> None:
     cuda.states = {11: "running", 12: "locked", 13: "checkpointed"}
     await suspension.recover(cuda, PIDS)
     assert set(cuda.states.values()) == {"running"}

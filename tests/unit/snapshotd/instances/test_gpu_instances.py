@@ -40,7 +40,7 @@ def world(tmp_path: Path) -> World:
 # Trees
 
 
-async def test_a_park_suspends_every_cuda_process_of_the_instance_and_a_resume_revives_them(
+async def test_a_park_suspends_every_cuda_process_of_the_instance_and_a_resume_resumes_them(
     world: World,
 ) -> None:
     await world.serving()
