@@ -25,6 +25,7 @@ INTERVAL: Final = 0.02
 SECONDS: Final = 5.0
 # Answers of one message each, one after the other, for what the path adds to the first token.
 PROBES: Final = 200
+PROBE_HEAD_START: Final = 0.005
 START_SECONDS: Final = 120.0
 HEADERS: Final = (
     "path",
@@ -92,7 +93,8 @@ def measure(streams: Sequence[int], directory: Path, say: Say) -> Iterator[Relay
         for path, (arguments, cwd) in ways.items():
             with Generators(arguments, _generators(streams), cwd) as generators:
                 generators.wave(["warm"] * 8, 8)
-                yield _row(path, [generators.wave(["x"], 1) for _ in range(PROBES)], 0.0, {})
+                probes = [generators.wave(["x"], 1, PROBE_HEAD_START) for _ in range(PROBES)]
+                yield _row(path, probes, 0.0, {})
                 for count in streams:
                     say(f"{path}: {count} streams")
                     yield _loaded(path, count, generators, watched | {"client": generators.pids()})

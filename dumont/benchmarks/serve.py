@@ -314,9 +314,9 @@ class Generators:
         """The process ids of the generators."""
         return [program.pid for program in self._programs]
 
-    def wave(self, prompts: list[str], answer_tokens: int) -> Wave:
+    def wave(self, prompts: list[str], answer_tokens: int, head_start: float = HEAD_START) -> Wave:
         """Send a request for each prompt, all at once, and wait for every answer."""
-        at = time.monotonic() + HEAD_START
+        at = time.monotonic() + head_start
         used = self._programs[: len(prompts)]
         for number, program in enumerate(used):
             share = prompts[number :: len(used)]

@@ -114,6 +114,57 @@ def test_a_bench_that_is_ended_ends_what_it_has_started(criu: Path, tmp_path: Pa
     assert processes_naming(tmp_path) == []
 
 
+def test_many_callers_are_measured_on_every_path_and_after_a_wake(criu: Path, tmp_path: Path) -> None:
+    require(find_spec("matplotlib") is not None, "matplotlib is not installed; run scripts/setup")
+    scratch, output, plot = tmp_path / "scratch", tmp_path / "serving.json", tmp_path / "serving.png"
+    scratch.mkdir()
+    done = subprocess.run(
+        [
+            *BENCH, "--serve", "--engines", "dumont,generate", "--streams", "1,3", "--wake", "5",
+            "--prompt-tokens", "6", "--answer-tokens", "4", "--json", "--directory", str(scratch),
+            "--output", str(output), "--plot", str(plot),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["engine"], row["path"], row["streams"]) for row in rows] == [
+        ("dumont", "services", 1), ("dumont", "services", 3),
+        ("dumont", "direct", 1), ("dumont", "direct", 3),
+        ("dumont", "services", 5),
+        ("generate", "direct", 1), ("generate", "direct", 3),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["failed"] == {}
+        assert row["tokens_per_s"] > 0
+        assert 0 < row["first_token"]["p50"] <= row["first_token"]["p99"]
+    assert rows[4]["tiers"] == {"local": 5}
+    assert json.loads(output.read_text())["rows"] == rows
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n")
+    assert list(scratch.iterdir()) == []
+    assert processes_naming(scratch) == []
+
+
+def test_the_way_of_a_token_is_measured(criu: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*BENCH, "--relay", "--streams", "2", "--json", "--directory", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    one_by_one, loaded, *_ = json.loads(done.stdout)["rows"]
+    assert one_by_one["first"]["p50"] > 0
+    assert (loaded["path"], loaded["streams"], loaded["asked_per_s"]) == ("services", 2, 100)
+    assert loaded["messages_per_s"] > 0
+    assert loaded["cpu_per_message"].keys() == {"controller", "snapshotd", "model host", "client"}
+    assert list(tmp_path.iterdir()) == []
+
+
 def processes_naming(directory: Path) -> list[str]:
     """The processes in whose arguments a directory occurs, by pid."""
     found = []
