@@ -303,7 +303,7 @@ def report(message: node_instances_pb.Instance) -> Report:
 
 
 def _capacity(message: inference_words.Capacity) -> Capacity | None:
-    """None where it makes no sense, like that of one that takes nothing."""
+    """The capacity that a node reports; None if it is not a valid one."""
     kv_tokens = message.kv_tokens if message.HasField("kv_tokens") else None
     return Capacity(message.sequences, kv_tokens) if message.sequences > 0 else None
 
@@ -315,35 +315,35 @@ def node_weights(value: node_instances_pb.Weights.ValueType) -> Weights:
 
 def instance_message(facts: Instance, last_use: float | None, orphan: bool = False) -> instances_pb.Instance:
     """An instance for callers."""
-    told = facts.report
+    report = facts.report
     message = instances_pb.Instance(
         name=f"instances/{facts.id}",
         deployment=full_name("deployments", facts.deployment),
         node=f"nodes/{facts.node}",
         state=instances_pb.Instance.State.Value(f"STATE_{facts.state.name}"),
-        pid=told.pid,
-        device=told.device,
-        memory_bytes=told.memory_bytes,
-        snapshot=full_name("snapshots", told.snapshot),
-        create_time=timestamp(told.create_time),
+        pid=report.pid,
+        device=report.device,
+        memory_bytes=report.memory_bytes,
+        snapshot=full_name("snapshots", report.snapshot),
+        create_time=timestamp(report.create_time),
         phases=[
             instances_pb.InstancePhase(name=phase.name, duration=duration(phase.seconds))
-            for phase in told.phases
+            for phase in report.phases
         ],
-        failure_reason=told.failure_reason,
-        failure_message=told.failure_message,
+        failure_reason=report.failure_reason,
+        failure_message=report.failure_message,
         orphan=orphan,
         load=inference_words.Load(
-            running=told.load.running,
-            waiting=told.load.waiting,
-            kv_tokens_used=told.load.kv_tokens_used,
+            running=report.load.running,
+            waiting=report.load.waiting,
+            kv_tokens_used=report.load.kv_tokens_used,
         ),
         in_flight=facts.in_flight,
     )
-    if told.capacity is not None:
-        message.capacity.sequences = told.capacity.sequences
-        if told.capacity.kv_tokens is not None:
-            message.capacity.kv_tokens = told.capacity.kv_tokens
+    if report.capacity is not None:
+        message.capacity.sequences = report.capacity.sequences
+        if report.capacity.kv_tokens is not None:
+            message.capacity.kv_tokens = report.capacity.kv_tokens
     if last_use is not None:
         message.last_use_time.CopyFrom(timestamp(last_use))
     return message

@@ -168,7 +168,7 @@ def plan_node(node: Node, silence: float, retry_at: Mapping[str, float], now: Mo
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A snapshot that a node holds; ``last_use`` is a wall time, ``in_use``: it must stay for now."""
+    """A snapshot that a node holds. ``last_use`` is a wall time; while ``in_use`` it must be kept."""
 
     snapshot: Snapshot
     last_use: float
@@ -176,9 +176,9 @@ class Held:
 
 
 def plan_room(node: Node, held: Sequence[Held]) -> tuple[DeleteSnapshot, ...]:
-    """What goes so that a node's own snapshots keep to its limit: what was used longest ago.
+    """Delete the least recently used snapshots of a node until it keeps to its limit.
 
-    Published ones are not among them, because the node lets those go by itself, nor orphans.
+    Published snapshots are not deleted, because the node evicts them by itself, and neither are orphans.
     """
     excess = sum(one.snapshot.size_bytes for one in held) - node.snapshot_limit_bytes
     actions: list[DeleteSnapshot] = []

@@ -193,11 +193,11 @@ class Inventory:
 
     def learn(self, node: str, reports: Iterable[Report], snapshots: ListedSnapshots) -> None:
         """Replace all that was known of a node by what it reports now; the node is ready from then on."""
-        told = {report.id: report for report in reports}
+        reported = {report.id: report for report in reports}
         for instance in list(self.instances.values()):
-            if instance.node == node and instance.id not in told and not instance.busy:
+            if instance.node == node and instance.id not in reported and not instance.busy:
                 self._apply(instance, Event.SAW_GONE)
-        for report in told.values():
+        for report in reported.values():
             self.report(node, report)
         for intent in [i for i in self.intents.values() if i.node == node]:
             if intent.instance not in self.instances:
@@ -207,18 +207,18 @@ class Inventory:
         self.set_node_state(node, NodeState.READY)
 
     def learn_snapshots(self, node: str, listed: ListedSnapshots) -> None:
-        """Replace what was known of the snapshots within a node's reach, as far as the node can tell."""
-        told = {snapshot.id: snapshot for snapshot in listed.snapshots}
+        """Replace what was known of the snapshots that a node can restore, as far as the node can tell."""
+        reported = {snapshot.id: snapshot for snapshot in listed.snapshots}
         for snapshot, copies in list(self._copies.items()):
-            if node not in copies or snapshot in told:
+            if node not in copies or snapshot in reported:
                 continue
             known = copies[node]
             if not (listed.store_silence and known.published):
                 self.drop_snapshot(snapshot, node)
             elif known.local:
-                # It has left the node; what the store has of it cannot be told at present.
+                # The snapshot has left the node; whether it is in the object store is not known at present.
                 self.put_snapshot(replace(known, local=False))
-        for found in told.values():
+        for found in reported.values():
             self.put_snapshot(found)
 
     def put_snapshot(self, snapshot: Snapshot) -> None:

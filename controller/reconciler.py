@@ -291,7 +291,7 @@ class Reconciler:
         self._warmed[deployment] = self._core.now()
 
     async def _prune_stores(self) -> None:
-        """Have one node of each object store delete what no snapshot there needs, again and again."""
+        """Have a node of each object store prune it, every ``prune_every`` seconds."""
         while True:
             await self._core.clock.sleep(self._prune_every)
             stores = {

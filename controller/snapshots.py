@@ -132,10 +132,10 @@ class Snapshots:
         return owner
 
     async def undelete(self, snapshot: str) -> Snapshot:
-        """Publish a deleted snapshot again; it is an orphan then, so that nothing deletes it at once.
+        """Publish a deleted snapshot again, as an orphan, so that it is not deleted at once.
 
         Raises:
-            AlreadyExists: SNAPSHOT_EXISTS, it is there.
+            AlreadyExists: SNAPSHOT_EXISTS, the snapshot is not deleted.
             NotFound: the object store has nothing left of it.
             FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED.
         """
@@ -147,7 +147,7 @@ class Snapshots:
                 metadata={"snapshot": f"snapshots/{snapshot}"},
             )
         node = self.store_node()
-        # A record that it is to be deleted wherever it turns up would be the end of it.
+        # A record that has it deleted wherever it turns up would delete it again.
         await self._core.registry.drop_captured(snapshot)
         self._inventory.drop_captured(snapshot)
         self._inventory.put_snapshot(await self._core.nodes.undelete_snapshot(node, snapshot))

@@ -103,7 +103,7 @@ class SqlRegistry:
         self._lock: AsyncConnection | None = None
 
     async def lock(self, address: str) -> None:
-        """Keep other controllers off this database, as long as this registry is open.
+        """Keep other controllers off this database while this registry is open.
 
         A file of SQLite is locked by who opens it, before it is touched; this is for a server's database.
 

@@ -120,7 +120,7 @@ class Start:
 
         Args:
             snapshot: the new snapshot's id.
-            on_stage: told of each stage.
+            on_stage: called at each stage.
 
         Raises:
             DumontError: the start or the capture failed.
@@ -278,7 +278,7 @@ class Start:
             if isinstance(error, InvalidArgument) or not self._another_node():
                 raise _with_history(error, self._reasons[:-1])
         elif attempt.tier is Tier.LOCAL and error.reason in DAMAGED_COPY:
-            # Another copy of it need not be.
+            # Only this copy is damaged; another one may be intact.
             self._failed.add(f"snapshots/{attempt.snapshot} on nodes/{attempt.node}")
         elif attempt.snapshot:
             self._failed.add(f"snapshots/{attempt.snapshot}")
@@ -288,7 +288,7 @@ class Start:
         self._core.metrics.fallbacks.labels(attempt.tier.value, error.reason).inc()
 
     def _another_node(self) -> bool:
-        """Whether a cold start may be attempted elsewhere; what failed on several nodes fails on all."""
+        """Whether a cold start may be attempted on another node; after several, all would fail."""
         tried = [name for name in self._failed if name.startswith("nodes/")]
         nodes = self._core.inventory.nodes.values()
         left = [n for n in nodes if n.state is NodeState.READY and f"nodes/{n.id}" not in self._failed]

@@ -25,7 +25,7 @@ def upgrade() -> None:
         "UPDATE captured SET deployment_uid = COALESCE("
         "(SELECT uid FROM deployments WHERE deployments.id = captured.deployment), '')"
     )
-    # Of deployments that are gone: unknown from now on, so that they are kept.
+    # Snapshots of deployments that are gone become orphans, so that they are kept.
     op.execute("DELETE FROM captured WHERE deployment_uid = ''")
 
 
