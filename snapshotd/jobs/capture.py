@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from snapshotd.images.compact import check, compact
 from snapshotd.jobs import actions
 from snapshotd.jobs.context import Node, Subject, uses_cuda
 from snapshotd.jobs.executor import Step
-from snapshotd.model import Json, Manifest, Phase, Snapshot
+from snapshotd.model import Json, Manifest, Phase, Snapshot, Weights
 
 # A disk with fewer free bytes is full.
 FULL = 1 << 20
@@ -116,7 +116,7 @@ class Capture:
         processes = self.node.process_tree(actions.host_of(self.subject).pid)
         written = sum(map(self.node.anonymous_memory, processes))
         if uses_cuda(instance.device):
-            written += CUDA_CONTEXT
+            written += self._leaving_gpu(processes)
         if not instance.snapshot:
             return written
         # A restored one maps most of its memory from there, and the new image takes that over.
@@ -124,6 +124,13 @@ class Capture:
             origin = await self.node.store.get(instance.snapshot)
             written += sum(file.size for file in origin.manifest.files)
         return written
+
+    def _leaving_gpu(self, processes: Sequence[int]) -> int:
+        """Bytes that come from the GPU into host memory: of weights only those that the snapshot includes."""
+        gpus = self.node.gpus
+        if self.subject.instance.weights is Weights.DETACHED or gpus is None:
+            return CUDA_CONTEXT
+        return max(sum(gpus.status.used_by(processes).values()), CUDA_CONTEXT)
 
     async def _refuse_damaged_origin(self) -> None:
         """Refuse if the snapshot that the instance was restored from, and still maps, is damaged."""

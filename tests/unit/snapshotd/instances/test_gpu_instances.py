@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from dumont.errors import (
     ResourceExhausted,
 )
 from snapshotd.main import unsuspendable
-from snapshotd.model import Canary, Finding, Sharing, State
+from snapshotd.model import Canary, Finding, Sharing, State, Weights
+from snapshotd.system.disk import DiskReservations, FileSystem
 from tests.unit.snapshotd.instances.gpu_world import (
     CUDA_FAULTS,
     FACTS,
@@ -223,6 +225,33 @@ async def test_where_nothing_can_suspend_cuda_an_instance_starts_and_serves_and_
     assert refusal.value.reason == "GPU_NOT_SUSPENDABLE"
     assert "too old" in refusal.value.message or not known
     assert host.asked == []
+    assert world.instances.get("one").state is State.SERVING
+
+
+@pytest.mark.parametrize(
+    ("weights", "room", "fits"),
+    [
+        (Weights.DETACHED, 1 * GIB, True),
+        (Weights.INCLUDED, 6 * GIB - 1, False),
+        (Weights.INCLUDED, 7 * GIB, True),
+    ],
+)
+async def test_room_is_reserved_for_what_comes_from_the_gpu_before_anything_stops(
+    world: World, weights: Weights, room: int, fits: bool
+) -> None:
+    # Given an instance that holds 6 GiB of a GPU, and a disk
+    host = await world.serving()
+    record = world.instances._record("one")
+    record.instance = replace(record.instance, weights=weights)
+    disk = DiskReservations(0, lambda folder: FileSystem(1, room, room))
+    world.instances.node = replace(world.instances.node, disk=disk)
+
+    # When it is captured, which fails later in this world, where nothing is dumped
+    with contextlib.suppress(DumontError):
+        await world.instances.capture("one", "first")
+
+    # Then it was asked for anything only if there was room
+    assert bool(host.asked) == fits
     assert world.instances.get("one").state is State.SERVING
 
 
