@@ -56,24 +56,32 @@ log = structlog.get_logger()
 
 
 class _Link:
-    """A channel to one node and its stubs."""
+    """Two connections to one node and its stubs: one for commands, one for answers.
+
+    A connection takes a limited number of calls at once, and a command must not wait for answers to end.
+    """
 
     def __init__(self, endpoint: str, user_agent: str) -> None:
         self.endpoint = endpoint
         options = (*OPTIONS, ("grpc.primary_user_agent", user_agent))
         self.channel = grpc.aio.insecure_channel(endpoint, options=options)
+        own = ("grpc.use_local_subchannel_pool", 1)
+        self.answers = grpc.aio.insecure_channel(endpoint, options=(*options, own))
+        # The first request must not wait for it.
+        self.answers.get_state(try_to_connect=True)
         self.instances: Any = instance_service_pb2_grpc.InstanceServiceStub(self.channel)
         self.snapshots: Any = snapshot_service_pb2_grpc.SnapshotServiceStub(self.channel)
         self.nodes: Any = node_service_pb2_grpc.NodeServiceStub(self.channel)
         self.operations: Any = operations_pb2_grpc.OperationsStub(self.channel)
         # Bytes in, bytes out: a token stream is not decoded on its way.
-        self.generate: Any = self.channel.unary_stream(INFERENCE + "Generate")
-        self.embed: Any = self.channel.unary_unary(INFERENCE + "Embed")
+        self.generate: Any = self.answers.unary_stream(INFERENCE + "Generate")
+        self.embed: Any = self.answers.unary_unary(INFERENCE + "Embed")
         self.closed = False
 
     async def close(self) -> None:
         self.closed = True
         await self.channel.close()
+        await self.answers.close()
 
 
 class GrpcNodes:

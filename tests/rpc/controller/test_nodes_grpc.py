@@ -18,7 +18,7 @@ from controller.model import InstanceState, Phase, Report, Weights
 from controller.ports import Removed, Synchronized
 from dumont.errors import DataLoss, DeadlineExceeded, NotFound, Unavailable
 from dumont.rpc.operations import Operations
-from dumont.rpc.server import bind, new_server
+from dumont.rpc.server import ServerLimits, bind, new_server
 from dumont.snapshotd.v1 import (
     instance_service_pb2 as pb,
 )
@@ -34,6 +34,8 @@ from dumont.snapshotd.v1 import (
     snapshot_service_pb2 as snapshots_pb,
 )
 
+# Calls at once that a connection takes; far more of them are answers than commands.
+STREAMS = 8
 SERVING = pb.Instance(
     name="instances/qa-1",
     deployment="deployments/qa",
@@ -138,7 +140,7 @@ class Inference:
 @pytest.fixture
 async def node() -> AsyncIterator[tuple[GrpcNodes, Snapshotd, Inference]]:
     snapshotd, inference, nodes = Snapshotd(), Inference(), GrpcNodes("controller")
-    server = new_server("snapshotd.dumont")
+    server = new_server("snapshotd.dumont", ServerLimits(max_concurrent_streams=STREAMS))
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(snapshotd, server)
     snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(snapshotd, server)
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(snapshotd, server)
@@ -150,6 +152,19 @@ async def node() -> AsyncIterator[tuple[GrpcNodes, Snapshotd, Inference]]:
     await nodes.close()
     await server.stop(0)
     await snapshotd.operations.close()
+
+
+async def test_answers_under_way_do_not_keep_commands_from_a_node(node) -> None:
+    nodes, _, _ = node
+    streams = [nodes.generate("n1", b"\x0a\x01x", None) for _ in range(STREAMS)]
+    for stream in streams:
+        await stream.read()
+
+    report = await asyncio.wait_for(nodes.park("n1", "qa-1"), 5)
+
+    assert report == REPORT
+    for stream in streams:
+        stream.cancel()
 
 
 async def serving() -> Message:
