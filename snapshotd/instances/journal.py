@@ -6,9 +6,10 @@ import contextlib
 from pathlib import Path
 
 import structlog
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from snapshotd.model import Instance
+from snapshotd.system.files import read_records
 
 log = structlog.get_logger(__name__)
 
@@ -45,14 +46,7 @@ class Journal:
 
     def read(self) -> list[Instance]:
         """Every instance in the journal. A file that cannot be read is removed."""
-        instances = []
-        for path in sorted(self.directory.glob("*.json")):
-            try:
-                instances.append(_ADAPTER.validate_json(path.read_bytes()))
-            except ValidationError:
-                log.warning("journal_entry_unreadable", path=path.name)
-                path.unlink()
-        return instances
+        return read_records(self.directory, _ADAPTER)
 
     def _path(self, instance: str) -> Path:
         return self.directory / f"{instance}.json"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from snapshotd.repository.model import WrappedKey
-
-log = structlog.get_logger(__name__)
+from snapshotd.system.files import read_records, sync
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,10 @@ class UploadJournal:
         """Write an entry and make it durable."""
         path = self._path(upload.snapshot)
         scratch = path.with_suffix(".new")
-        with scratch.open("wb") as file:
-            file.write(_ADAPTER.dump_json(upload))
-            file.flush()
-            os.fsync(file.fileno())
+        scratch.write_bytes(_ADAPTER.dump_json(upload))
+        sync(scratch)
         scratch.replace(path)
-        descriptor = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(self.directory)
 
     def remove(self, snapshot: str) -> None:
         """Remove the entry of a snapshot, if there is one."""
@@ -71,14 +62,7 @@ class UploadJournal:
 
     def pending(self) -> list[PendingUpload]:
         """Every upload in the journal. An entry that cannot be read is removed."""
-        uploads = []
-        for path in sorted(self.directory.glob("*.json")):
-            try:
-                uploads.append(_ADAPTER.validate_json(path.read_bytes()))
-            except ValidationError:
-                log.warning("upload_journal_entry_unreadable", entry=path.name)
-                path.unlink()
-        return uploads
+        return read_records(self.directory, _ADAPTER)
 
     def _path(self, snapshot: str) -> Path:
         return self.directory / f"{snapshot}.json"

@@ -18,6 +18,7 @@ from dumont.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, Re
 from snapshotd.repository.model import ObjectInfo
 from snapshotd.repository.object_keys import TEMPORARY
 from snapshotd.repository.ports import BytesLike, Run
+from snapshotd.system.files import sync
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ class DirectoryObjects:
                 os.fsync(descriptor)
             yield scratch, path
             with contextlib.suppress(FileNotFoundError):  # deleted again by another node
-                _sync(path.parent)
+                sync(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
 
@@ -165,11 +166,3 @@ def _guarded(work: Callable[..., T], *args: object) -> T:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceExhausted("STORE_FULL", "the store's disk is full") from error
         raise Unavailable("STORE_UNAVAILABLE", f"the store's directory failed: {error.strerror}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -146,15 +146,6 @@ class StoreBase(ABC):
         return found
 
 
-def sync(path: Path) -> None:
-    """Make a file or the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def exists(snapshot: str) -> AlreadyExists:
     """The error for an id that is taken."""
     return AlreadyExists(

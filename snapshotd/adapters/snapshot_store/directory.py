@@ -20,8 +20,9 @@ from blake3 import blake3
 from dumont.aio import thread_to_completion
 from dumont.errors import AlreadyExists, DataLoss, NotFound
 from snapshotd import manifest as manifests
-from snapshotd.adapters.snapshot_store.base import FETCHED, PUBLISHED, StoreBase, exists, sync, unknown
+from snapshotd.adapters.snapshot_store.base import FETCHED, PUBLISHED, StoreBase, exists, unknown
 from snapshotd.model import ImageFile, Manifest, Snapshot
+from snapshotd.system.files import sync
 from snapshotd.system.hashing import update_from
 
 log = structlog.get_logger(__name__)

@@ -24,7 +24,7 @@ from dumont.aio import thread_to_completion, to_completion
 from dumont.errors import NotFound, PermissionDenied, ResourceExhausted
 from snapshotd import manifest as manifests
 from snapshotd.adapters.object_store.directory import DirectoryObjects
-from snapshotd.adapters.snapshot_store.base import FETCHED, PUBLISHED, StoreBase, sync, unknown
+from snapshotd.adapters.snapshot_store.base import FETCHED, PUBLISHED, StoreBase, unknown
 from snapshotd.adapters.snapshot_store.directory import DirectoryStore
 from snapshotd.failpoints import Failpoints
 from snapshotd.model import ImageFile, Manifest, Snapshot
@@ -34,6 +34,7 @@ from snapshotd.repository.ports import KeyWrapper
 from snapshotd.repository.repository import Repository
 from snapshotd.repository.signing import Signer, TrustedKeys
 from snapshotd.repository.workers import Limits
+from snapshotd.system.files import sync
 
 log = structlog.get_logger(__name__)
 
