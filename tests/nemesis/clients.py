@@ -22,7 +22,7 @@ TRY_SECONDS: Final = 60.0
 # What a caller with patience waits for an answer, over all tries.
 PATIENCE_SECONDS: Final = 120.0
 AGAIN_SECONDS: Final = 0.3
-PROVOKE_SECONDS: Final = 4.0
+PROVOKE_SECONDS: Final = 2.0
 PROMPTS: Final = ("The capital of France is", "One, two, three, four,", "The opposite of hot is")
 TOKENS: Final = 6
 
@@ -146,8 +146,9 @@ class Operator:
             for deployment in deployments:
                 with contextlib.suppress(DumontError, TimeoutError):
                     async with AsyncClient(self._endpoint) as client, asyncio.timeout(TRY_SECONDS):
-                        await work(client, deployment)
-            # As long as a cold start with its capture takes.
+                        # Without a snapshot one is on its way, and that is not to be disturbed.
+                        if work == self.park or await client.snapshots.list(deployment):
+                            await work(client, deployment)
             await asyncio.sleep(PROVOKE_SECONDS)
 
     async def park(self, client: AsyncClient, deployment: str) -> None:
