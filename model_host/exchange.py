@@ -59,8 +59,10 @@ class Exchange:
         self._changed = threading.Condition()
         self._calls: dict[int, _Call] = {}
         self._refused: list[pb2.ExchangeResponse.Frame] = []
-        # Calls with something that must not wait, and those that were cancelled before they began.
+        # Calls with something that must not wait.
         self._urgent: set[int] = set()
+        # Calls that are being checked, and those of them that were cancelled meanwhile.
+        self._beginning: set[int] = set()
         self._cancelled: set[int] = set()
         self._closed = False
 
@@ -75,6 +77,8 @@ class Exchange:
                     if order.WhichOneof("order") == "cancel":
                         self._cancel(order.call)
                     else:
+                        with self._changed:
+                            self._beginning.add(order.call)
                         pool.submit(self._take, order)
             except Exception:
                 # The stream broke; gRPC has its own words for it, and nobody is left to hear them.
@@ -87,6 +91,8 @@ class Exchange:
             job, leave = self._begin(order.generate, order.timeout, lambda: self._stir(number))
         except BaseException as error:
             with self._changed:
+                self._beginning.discard(number)
+                self._cancelled.discard(number)
                 self._refused.append(
                     Frame(call=number, last=True, status=self._failure(error).SerializeToString())
                 )
@@ -97,6 +103,7 @@ class Exchange:
             # It may have had something to say before it was known here.
             self._urgent.add(number)
             unwanted = self._closed or number in self._cancelled
+            self._beginning.discard(number)
             self._cancelled.discard(number)
             self._changed.notify()
         if unwanted:
@@ -107,7 +114,7 @@ class Exchange:
     def _cancel(self, number: int) -> None:
         with self._changed:
             call = self._calls.get(number)
-            if call is None:
+            if number in self._beginning:
                 self._cancelled.add(number)
         if call is not None:
             call.job.cancel()
