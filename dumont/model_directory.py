@@ -1,9 +1,9 @@
-"""What may be read of a model's directory, which is made by others and may hold anything.
+"""What may be read of a model's directory, which others made and which may contain anything.
 
-Only regular files are read, and they are opened without waiting: a pipe would be waited for for ever. Except
-for weights, which are of no use as anything else, they must be files of the model itself: a link that leads
-elsewhere would show the node's own files to whoever may name a model. The layout of a Hugging Face cache, in
-which every file is a link to a blob of the same model, counts as the model itself.
+Only regular files are read, and they are opened without blocking, because opening a pipe could wait for ever.
+Except for weights, which cannot be mistaken for anything else, they must be files of the model itself: a link
+that leads elsewhere would show the node's own files to anyone who may name a model. The layout of a Hugging
+Face cache, in which every file is a link to a blob of the same model, counts as the model itself.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Final
 
 # What a model host reads, besides weights: configurations, tokenizers, chat templates.
 SUFFIXES: Final = frozenset({".jinja", ".json", ".model", ".txt"})
-# The largest tokenizers have 40 MB.
+# Bytes of a file; the largest tokenizers have 40 MB.
 LARGEST: Final = 256 << 20
-# Directories below a model's own, as sentence embedding models have them.
+# Levels of directories below the model's own, such as sentence embedding models have.
 DEPTH: Final = 3
 MOST_FILES: Final = 10_000
 
 
 class Unusable(Exception):
-    """A file that is not read; the message goes on after its name.
+    """A file that must not be read. The message continues a sentence that begins with the file's name.
 
     Attributes:
-        file: which.
+        file: its path.
     """
 
     def __init__(self, file: Path, why: str) -> None:
@@ -37,10 +37,10 @@ class Unusable(Exception):
 
 
 def files(folder: Path) -> list[Path]:
-    """The files that a model host may read besides weights, by path; hidden ones are none.
+    """The files other than weights that a model host may read, sorted by path; hidden ones are left out.
 
     Raises:
-        Unusable: there are too many.
+        Unusable: there are too many files.
         OSError: the directory cannot be read.
     """
     found = []
@@ -53,14 +53,14 @@ def files(folder: Path) -> list[Path]:
 
 
 def check(folder: Path) -> None:
-    """Find out whether all of them may be read, for whoever leaves the reading to a library.
+    """Raise unless all files of a directory may be read, before a library reads them.
 
     Raises:
-        Unusable: one may not be.
-        OSError: one cannot be opened.
+        Unusable: a file may not be read.
+        OSError: a file cannot be opened.
     """
     for file in files(folder):
-        with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere is no file
+        with contextlib.suppress(FileNotFoundError):  # a dangling link is not a file
             os.close(_open(folder, file))
 
 

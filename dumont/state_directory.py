@@ -14,7 +14,7 @@ from dumont.errors import FailedPrecondition
 
 
 def make_private(directory: Path) -> None:
-    """Create the directory if need be, readable by its owner only.
+    """Create the directory if it does not exist, and make it accessible to its owner only.
 
     Raises:
         FailedPrecondition: STATE_UNUSABLE.
@@ -33,11 +33,11 @@ def make_private(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, service: str, address: str) -> Iterator[None]:
-    """Hold the lock file at ``path`` until the context ends; the kernel drops it when the process dies.
+    """Hold the lock file at ``path`` until the context ends; the kernel releases it if the process dies.
 
     Args:
-        path: of the lock file; it stays, and says who held it last.
-        service: what holds it, for whoever comes second.
+        path: of the lock file, which remains and names its last holder.
+        service: the holder's name, for the message to a second process.
         address: where that service listens.
 
     Raises:

@@ -108,7 +108,7 @@ class SqlRegistry:
         A file of SQLite is locked by who opens it, before it is touched; this is for a server's database.
 
         Args:
-            address: where this controller listens, for whoever comes second.
+            address: where this controller listens, for the message to a second one.
 
         Raises:
             FailedPrecondition: STATE_IN_USE, another controller has it; the message says which one.

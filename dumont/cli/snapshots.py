@@ -216,12 +216,12 @@ def describe(snapshot: Snapshot) -> dict[str, str]:
 
 
 def state(snapshot: Snapshot) -> str:
-    """Its state, and whether anybody has it."""
+    """A snapshot's state, and whether it is an orphan."""
     return f"{snapshot.state}, orphan" if snapshot.orphan else snapshot.state
 
 
 def places(snapshot: Snapshot) -> str:
-    """Where it is kept."""
+    """The places where a snapshot is kept."""
     kept = ("node" if snapshot.local else "", "store" if snapshot.published else "")
     return "+".join(filter(None, kept))
 

@@ -45,15 +45,15 @@ async def _next(source: AsyncIterator[Item]) -> Item:
 
 
 class PatientWriter:
-    """Writes the messages of a call, and has what the call holds given back when nobody reads them.
+    """Writes the messages of a call, and releases what the call holds if its caller stops reading.
 
-    gRPC takes no status while a message waits for its reader. So what is held is given back first, and the
-    status follows when that message has gone; never, should the caller go on not to read.
+    gRPC accepts no status while a message waits for its reader. Therefore what the call holds is released
+    first, and the status is sent after that message; never, if the caller does not read any more.
 
     Args:
         context: of the call.
         patience: seconds that a message may wait.
-        give_back: called once if one has waited for so long.
+        give_back: called once if a message has waited for so long.
     """
 
     def __init__(
@@ -77,20 +77,20 @@ class PatientWriter:
         self._timer.cancel()
 
     async def write(self, message: Any) -> None:
-        """Raises: Aborted, STREAM_NOT_READ."""
+        """Send a message, when there is room for it. Raises: Aborted, STREAM_NOT_READ."""
         self._since = self._loop.time()
         await self._write(message)
         self._since = None
         if self._stalled:
             raise Aborted(
                 "STREAM_NOT_READ",
-                f"nothing of the answer was read for {self._patience:g} s, so the call was ended; read an "
-                "answer as it comes, or cancel the call",
+                f"the caller read nothing of the answer for {self._patience:g} s, so the call was ended; "
+                "read the answer as it comes, or cancel the call",
                 metadata={"seconds": f"{self._patience:g}"},
             )
 
     def _look(self) -> None:
-        # Looked at now and then instead of timing each message: there may be thousands in a second.
+        # Checked from time to time rather than for each message, of which there may be thousands per second.
         waited = 0.0 if self._since is None else self._loop.time() - self._since
         if waited < self._patience:
             self._timer = self._loop.call_later(self._patience - waited, self._look)
