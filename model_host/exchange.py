@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
-from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+from google.rpc.status_pb2 import Status
 
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from model_host.scheduler import SEND_INTERVAL, Job

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from dumont.errors import DumontError, Internal, InvalidArgument, Unavailable

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import grpc
 import uvloop
-from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+from google.rpc.status_pb2 import Status
 
 from dumont.controller.v1 import inference_service_pb2 as pb
 from dumont.model_host.v1 import model_host_service_pb2 as host_pb

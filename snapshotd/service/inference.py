@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+from google.rpc.status_pb2 import Status
 
 from dumont import names
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -61,7 +62,7 @@ async def registry(reopen: Reopen) -> Registry:
     return await reopen()
 
 
-def deployment(identifier: str = "qa", **changes: object) -> Deployment:
+def deployment(identifier: str = "qa", **changes: Any) -> Deployment:
     made = Deployment(
         id=identifier,
         uid=str(uuid.uuid4()),

@@ -253,9 +253,9 @@ def test_without_the_bindings_there_is_no_loader(monkeypatch: pytest.MonkeyPatch
     def find(name: str) -> None:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(weight_loader.importlib.util, "find_spec", find)
+    monkeypatch.setattr("importlib.util.find_spec", find)
     assert not weight_loader.available()
-    monkeypatch.setattr(weight_loader.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert weight_loader.available()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import pytest_asyncio
@@ -26,9 +27,9 @@ def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["driver", "cli"])
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> Literal["driver", "cli"]:
     """Each way of driving CUDA that is here."""
-    name: str = request.param
+    name: Literal["driver", "cli"] = request.param
     try:
         cuda_backend.choose(name, Settings().cuda_checkpoint)
     except DumontError as error:
@@ -38,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def node(
-    criu: Path, gpu_model: Path, backend: str, tmp_path_factory: pytest.TempPathFactory
+    criu: Path, gpu_model: Path, backend: Literal["driver", "cli"], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GpuNode]:
     under_test = GpuNode(
         tmp_path_factory.mktemp("node"), gpu_model, WEIGHT_BUDGET, device="auto", cuda_backend=backend

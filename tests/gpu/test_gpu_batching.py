@@ -126,7 +126,9 @@ async def test_a_park_in_the_middle_of_answers_lets_them_end_first(
     node: GpuNode, snapshot: Snapshot, memory: list[int]
 ) -> None:
     await node.restore("drained", snapshot)
-    asked = [{"prompt": f"p{number}", "max_new_tokens": 60, "ignore_eos": True} for number in range(32)]
+    asked: list[dict[str, Any]] = [
+        {"prompt": f"p{number}", "max_new_tokens": 60, "ignore_eos": True} for number in range(32)
+    ]
     alone = [await ask(node, "drained", logprobs=2, **fields) for fields in asked]
     busy = asyncio.ensure_future(asyncio.gather(*(ask(node, "drained", **fields) for fields in asked)))
     await asyncio.sleep(0.05)
@@ -147,7 +149,13 @@ async def test_draws_repeat_by_seed_beside_others_and_after_a_sleep(
     node: GpuNode, snapshot: Snapshot, memory: list[int]
 ) -> None:
     await node.restore("drawn", snapshot)
-    fields = {"prompt": "once", "max_new_tokens": 24, "temperature": 0.9, "top_p": 0.95, "ignore_eos": True}
+    fields: dict[str, Any] = {
+        "prompt": "once",
+        "max_new_tokens": 24,
+        "temperature": 0.9,
+        "top_p": 0.95,
+        "ignore_eos": True,
+    }
     first = await ask(node, "drawn", seed=7, **fields)
     again, other, unseeded = await asyncio.gather(
         ask(node, "drawn", seed=7, **fields),

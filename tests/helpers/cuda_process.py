@@ -83,7 +83,7 @@ def main(devices: int, mib: int) -> None:
             sys.stdout.write(" ".join(repr(float(tensor.sum())) for tensor in tensors) + "\n")
         elif command == "spin":
             # About 1.5 GHz: seconds need not be exact, only longer than a lock waits.
-            torch.cuda._sleep(int(float(arguments[0]) * 1.5e9))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(int(float(arguments[0]) * 1.5e9))
             sys.stdout.write("spinning\n")
         elif command == "fill":
             room = torch.cuda.mem_get_info(0)[0] - int(arguments[0]) * MIB

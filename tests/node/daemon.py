@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import grpc
 import pytest
@@ -35,6 +36,9 @@ CHANNEL = (
     ("grpc.min_reconnect_backoff_ms", 20),
     ("grpc.max_reconnect_backoff_ms", 100),
 )
+
+
+M = TypeVar("M", bound=Message)
 
 
 class Daemon:
@@ -117,7 +121,7 @@ class Daemon:
     def log(self) -> str:
         return Path(self.output.name).read_text()
 
-    def wait(self, operation: operations_pb2.Operation, answer: Message) -> Message:
+    def wait(self, operation: operations_pb2.Operation, answer: M) -> M:
         """The answer of an operation; its error is raised."""
         request = operations_pb2.WaitOperationRequest(name=operation.name)
         done = self.operations.WaitOperation(request, timeout=120)

@@ -79,7 +79,7 @@ class ModelHostProcess:
         answer: Json = json.loads(self._answers.readline())
         return answer
 
-    def tell(self, do: str, **arguments: object) -> Json:
+    def tell(self, do: str, **arguments: Any) -> Json:
         """Run one command; its answer.
 
         Raises:

@@ -19,6 +19,7 @@ import pytest_asyncio
 
 from snapshotd.adapters.criu_shim import host as shim_host
 from snapshotd.adapters.criu_shim.host import ShimHost
+from snapshotd.adapters.snapshot_store.directory import DirectoryStore
 from snapshotd.jobs import Capture
 from snapshotd.model import Snapshot, State
 from tests.node.node_under_test import NodeUnderTest, refused
@@ -327,6 +328,7 @@ async def test_a_damaged_snapshot_is_refused_before_criu_and_leaves_nothing(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x80
     path.write_bytes(data)
+    assert isinstance(node.store, DirectoryStore)
     node.store._cache.clear()
 
     if damage == "pages":

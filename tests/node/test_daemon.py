@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -262,7 +263,7 @@ def test_a_start_on_a_gpu_that_is_not_here_is_refused(daemon: Daemon, small_mode
 
 
 def test_bytes_that_are_no_message_are_refused(daemon: Daemon) -> None:
-    call = daemon.channel.unary_stream("/dumont.snapshotd.v1.InferenceService/Generate")
+    call: Any = daemon.channel.unary_stream("/dumont.snapshotd.v1.InferenceService/Generate")
     assert refusal(lambda: list(call(b"\xff\xff"))).reason == "MALFORMED_REQUEST"
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -330,10 +331,11 @@ def test_wrong_credentials_are_told_to_the_operator_and_never_printed(
 
 
 def test_a_snapshot_that_nobody_published_is_not_found(b: Daemon) -> None:
-    for call, request in (
+    asked: tuple[tuple[Any, Any], ...] = (
         (b.snapshots.GetSnapshot, snapshots_pb2.GetSnapshotRequest(name="snapshots/no")),
         (b.snapshots.DeleteSnapshot, snapshots_pb2.DeleteSnapshotRequest(name="snapshots/no")),
-    ):
+    )
+    for call, request in asked:
         with pytest.raises(grpc.RpcError) as failure:
             call(request)
         assert from_rpc_error(failure.value).reason == "SNAPSHOT_NOT_FOUND"

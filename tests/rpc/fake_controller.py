@@ -303,7 +303,7 @@ def several(count: int) -> Iterator[inference.GenerateResponse]:
         yield inference.GenerateResponse(finish=finish)
 
 
-def start_info(tier: inference.Tier) -> inference.StartInfo:
+def start_info(tier: inference.Tier.ValueType) -> inference.StartInfo:
     start = inference.StartInfo(
         tier=tier, reasons=["no instance", "snapshots/one is local"], instance="instances/a", node="nodes/one"
     )

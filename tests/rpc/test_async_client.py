@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -203,7 +204,7 @@ async def test_instances_are_found_by_their_own_or_their_deployments_name(client
 async def test_a_watch_shows_everything_after_each_change(
     client: dumont.AsyncClient, controller: FakeController
 ) -> None:
-    watch = client.instances.watch()
+    watch: Any = client.instances.watch()
     assert [instance.name for instance in await anext(watch)] == ["instances/a", "instances/b", "instances/c"]
     controller.changed.set()
     assert [instance.name for instance in await anext(watch)] == ["instances/b", "instances/c"]

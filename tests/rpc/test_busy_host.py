@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
@@ -22,7 +23,7 @@ async def test_a_host_without_a_free_thread_is_full_for_the_moment() -> None:
         return b""
 
     server = grpc.server(ThreadPoolExecutor(1), maximum_concurrent_rpcs=1)
-    handlers = {"Work": grpc.unary_unary_rpc_method_handler(work)}
+    handlers: dict[str, Any] = {"Work": grpc.unary_unary_rpc_method_handler(work)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Host", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -43,5 +44,6 @@ async def test_a_host_without_a_free_thread_is_full_for_the_moment() -> None:
 
 
 async def _call(channel: grpc.aio.Channel) -> bytes:
-    answer: bytes = await channel.unary_unary("/test.Host/Work")(b"", timeout=10)
+    work: Any = channel.unary_unary("/test.Host/Work")
+    answer: bytes = await work(b"", timeout=10)
     return answer

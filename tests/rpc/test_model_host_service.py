@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+from google.rpc.status_pb2 import Status
 
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, Unavailable
 from dumont.inference.v1 import inference_pb2

@@ -141,7 +141,7 @@ async def test_an_operation_that_cannot_even_be_concluded_hides_no_other(
     class Log:
         """On a full disk."""
 
-        def exception(self, *args: object, **fields: object) -> None:
+        def exception(self, *args: object, **fields: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     async def broken(progress: Progress) -> Snapshot:

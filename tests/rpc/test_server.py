@@ -118,7 +118,8 @@ class Handlers:
 class Service:
     def __init__(self, handlers: Handlers, channel: grpc.aio.Channel, address: str) -> None:
         self.handlers = handlers
-        self.channel = channel
+        # Raw bytes: its calls have no types.
+        self.channel: Any = channel
         self.address = address
 
     def unary(self, request: bytes, timeout: float = 10) -> Any:
@@ -206,8 +207,10 @@ def test_an_error_arrives_whole_at_a_synchronous_caller_too() -> None:
             await server.stop(0)
 
     def call(address: str) -> grpc.RpcError:
-        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as raised:
-            channel.unary_unary("/test.Raw/Unary")(b"", timeout=10)
+        with grpc.insecure_channel(address) as channel:
+            unary: Any = channel.unary_unary("/test.Raw/Unary")
+            with pytest.raises(grpc.RpcError) as raised:
+                unary(b"", timeout=10)
         return raised.value
 
     assert_full(asyncio.run(serve(call)))
@@ -320,8 +323,9 @@ async def test_an_unknown_method_is_unimplemented(service: Service) -> None:
 
 async def test_an_endpoint_nobody_serves_is_unavailable() -> None:
     async with grpc.aio.insecure_channel("unix:/nonexistent/dumont.sock") as channel:
+        unary: Any = channel.unary_unary("/test.Raw/Unary")
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await channel.unary_unary("/test.Raw/Unary")(b"", timeout=10)
+            await unary(b"", timeout=10)
     error = from_rpc_error(raised.value)
     assert isinstance(error, Unavailable)
     assert error.reason == "UNAVAILABLE"
@@ -381,7 +385,8 @@ async def test_a_signal_drains_and_a_second_one_exits_at_once(monkeypatch: pytes
     await server.start()
     running = asyncio.create_task(run_until_signalled(server, health, grace_seconds=60))
     async with grpc.aio.insecure_channel(address) as channel:
-        call = channel.unary_unary("/test.Raw/Unary")(b"wait", timeout=10)
+        unary: Any = channel.unary_unary("/test.Raw/Unary")
+        call = unary(b"wait", timeout=10)
         await handlers.entered.wait()
         await health.set_all(True)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)

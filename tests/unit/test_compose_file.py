@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from compose_spec import PyCompose
+from pydantic_settings import BaseSettings
 
 from controller import config as controller
 from snapshotd import config as snapshotd
@@ -18,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "compose.yaml"
 GPU = ROOT / "compose.gpu.yaml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
-SETTINGS = {"DUMONT_CONTROLLER_": controller.Config, "DUMONT_SNAPSHOTD_": snapshotd.Settings}
+SETTINGS: dict[str, type[BaseSettings]] = {
+    "DUMONT_CONTROLLER_": controller.Config,
+    "DUMONT_SNAPSHOTD_": snapshotd.Settings,
+}
 # What snapshotd reads besides its own variables.
 STORE = {"S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY", "S3_REGION"}
 WITH_DEFAULT = re.compile(r"\$\{[A-Z_]+_IMAGE:-[a-z/]+\}:\$\{[A-Z_]+_TAG:-[\w.-]+\}")

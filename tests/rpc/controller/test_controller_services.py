@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -34,6 +35,7 @@ from dumont.inference.v1 import inference_pb2
 from dumont.rpc.server import bind, new_server
 from dumont.rpc.status import from_rpc_error
 from dumont.snapshotd.v1 import inference_service_pb2 as downstream
+from tests.rpc.controller.conftest import Served
 
 
 def frames(*texts: str) -> list[bytes]:
@@ -43,9 +45,9 @@ def frames(*texts: str) -> list[bytes]:
     return [m.SerializeToString() for m in (*chunks, downstream.GenerateResponse(finish=finish))]
 
 
-async def create(served, identifier: str = "qa", **fields: object) -> deployments.Deployment:
+async def create(served: Served, identifier: str = "qa", **fields: Any) -> deployments.Deployment:
     stub = deployment_service_pb2_grpc.DeploymentServiceStub(served.channel)
-    wanted = {"model": "org/model", "start_mode": deployments.START_MODE_CHECKPOINT} | fields
+    wanted: dict[str, Any] = {"model": "org/model", "start_mode": deployments.START_MODE_CHECKPOINT} | fields
     return await stub.CreateDeployment(
         deployments.CreateDeploymentRequest(
             deployment_id=identifier, deployment=deployments.Deployment(**wanted)
@@ -53,7 +55,7 @@ async def create(served, identifier: str = "qa", **fields: object) -> deployment
     )
 
 
-def generate(served, timeout: float | None = None, **fields: object):
+def generate(served: Served, timeout: float | None = None, **fields: Any) -> Any:
     stub = inference_service_pb2_grpc.InferenceServiceStub(served.channel)
     wanted = {"deployment": "deployments/qa", "prompt": "Hello"} | fields
     return stub.Generate(inference.GenerateRequest(**wanted), timeout=timeout)
@@ -66,9 +68,9 @@ async def until(predicate: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def details(error: grpc.aio.AioRpcError) -> dict[type, object]:
+def details(error: grpc.aio.AioRpcError) -> dict[type, Any]:
     status = rpc_status.from_call(error)
-    found = {}
+    found: dict[type, Any] = {}
     for detail in status.details:
         for kind in (ErrorInfo, BadRequest, RetryInfo):
             if detail.Is(kind.DESCRIPTOR):
@@ -77,7 +79,7 @@ def details(error: grpc.aio.AioRpcError) -> dict[type, object]:
     return found
 
 
-async def test_the_stream_is_start_then_chunks_then_finish(served) -> None:
+async def test_the_stream_is_start_then_chunks_then_finish(served: Served) -> None:
     await create(served)
     served.nodes.frames = frames("Par", "is")
 
@@ -92,7 +94,7 @@ async def test_the_stream_is_start_then_chunks_then_finish(served) -> None:
     assert "".join(message.chunk.text for message in answer[1:3]) == "Paris"
 
 
-async def test_the_node_gets_the_request_with_its_instance_named(served) -> None:
+async def test_the_node_gets_the_request_with_its_instance_named(served: Served) -> None:
     await create(served)
     answer = [m async for m in generate(served, temperature=0.0, seed=7, top_p=0.5)]
     (call,) = served.nodes.named("generate")
@@ -102,18 +104,18 @@ async def test_the_node_gets_the_request_with_its_instance_named(served) -> None
     assert sent.HasField("temperature")
 
 
-async def test_bytes_the_controller_cannot_read_pass_through(served) -> None:
+async def test_bytes_the_controller_cannot_read_pass_through(served: Served) -> None:
     await create(served)
     # Field 99 is of a newer version.
     newer = b"\x12\x03\n\x01a\x9a\x06\x01x"
     served.nodes.frames = [newer]
-    raw = served.channel.unary_stream("/dumont.controller.v1.InferenceService/Generate")
+    raw: Any = served.channel.unary_stream("/dumont.controller.v1.InferenceService/Generate")
     request = inference.GenerateRequest(deployment="deployments/qa", prompt="x").SerializeToString()
     received = [frame async for frame in raw(request)]
     assert received[1] == newer
 
 
-async def test_a_second_request_is_resident(served) -> None:
+async def test_a_second_request_is_resident(served: Served) -> None:
     await create(served)
     [m async for m in generate(served)]
     answer = [m async for m in generate(served)]
@@ -130,7 +132,7 @@ async def test_a_second_request_is_resident(served) -> None:
     ],
 )
 async def test_bad_input_carries_its_reason_and_field(
-    served, fields: dict[str, object], code: str, reason: str, field: str | None
+    served: Served, fields: dict[str, Any], code: str, reason: str, field: str | None
 ) -> None:
     await create(served)
     with pytest.raises(grpc.aio.AioRpcError) as failure:
@@ -143,18 +145,19 @@ async def test_bad_input_carries_its_reason_and_field(
     assert served.nodes.named("start") == []
 
 
-async def test_a_malformed_message_is_refused(served) -> None:
+async def test_a_malformed_message_is_refused(served: Served) -> None:
     service = "/dumont.controller.v1.InferenceService/"
+    channel: Any = served.channel
     for call in (
-        served.channel.unary_unary(service + "Embed")(b"\xff\xff"),
-        anext(aiter(served.channel.unary_stream(service + "Generate")(b"\xff\xff"))),
+        channel.unary_unary(service + "Embed")(b"\xff\xff"),
+        anext(aiter(channel.unary_stream(service + "Generate")(b"\xff\xff"))),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call
         assert details(failure.value)[ErrorInfo].reason == "MALFORMED_REQUEST"
 
 
-async def test_settings_are_refused_with_their_path(served) -> None:
+async def test_settings_are_refused_with_their_path(served: Served) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await create(served, checkpoint=deployments.CheckpointSettings(ttl=Duration(seconds=-1)))
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -162,7 +165,7 @@ async def test_settings_are_refused_with_their_path(served) -> None:
     assert (violation.field, violation.reason) == ("deployment.checkpoint.ttl", "NEGATIVE_DURATION")
 
 
-async def test_an_error_after_the_first_token_ends_the_stream(served) -> None:
+async def test_an_error_after_the_first_token_ends_the_stream(served: Served) -> None:
     await create(served)
     served.nodes.frames = frames("Par", "is")
     served.nodes.fail("frame 0", Internal("DECODE_FAILED", "broken"))
@@ -174,7 +177,7 @@ async def test_an_error_after_the_first_token_ends_the_stream(served) -> None:
     assert details(failure.value)[ErrorInfo].reason == "DECODE_FAILED"
 
 
-async def test_a_busy_node_says_when_to_come_back(served) -> None:
+async def test_a_busy_node_says_when_to_come_back(served: Served) -> None:
     await create(served)
     busy = Unavailable("QUEUE_FULL", "too many", retry_after=2.5)
     served.nodes.fail("generate", busy, busy)
@@ -183,7 +186,7 @@ async def test_a_busy_node_says_when_to_come_back(served) -> None:
     assert details(failure.value)[RetryInfo].retry_delay.ToTimedelta().total_seconds() == 2.5
 
 
-async def test_a_thousand_first_requests_at_once_are_answered_by_one_start(served) -> None:
+async def test_a_thousand_first_requests_at_once_are_answered_by_one_start(served: Served) -> None:
     # given
     await create(served)
     held = served.nodes.hold("start")
@@ -205,7 +208,7 @@ async def test_a_thousand_first_requests_at_once_are_answered_by_one_start(serve
     assert served.controller.starts.waiting("qa") == 0
 
 
-async def test_a_full_queue_says_why_and_when_to_come_back(served) -> None:
+async def test_a_full_queue_says_why_and_when_to_come_back(served: Served) -> None:
     await create(served)
     served.nodes.fail("generate", *[ResourceExhausted("QUEUE_FULL", "no room", retry_after=0.0)] * 50)
     with pytest.raises(grpc.aio.AioRpcError) as failure:
@@ -215,7 +218,7 @@ async def test_a_full_queue_says_why_and_when_to_come_back(served) -> None:
     assert RetryInfo in details(failure.value)
 
 
-async def test_a_caller_who_waits_and_leaves_leaves_the_queue_at_once(served) -> None:
+async def test_a_caller_who_waits_and_leaves_leaves_the_queue_at_once(served: Served) -> None:
     await create(served)
     served.nodes.hold("start")
     patient, leaving = generate(served), generate(served)
@@ -231,7 +234,7 @@ async def test_a_caller_who_waits_and_leaves_leaves_the_queue_at_once(served) ->
     patient.cancel()
 
 
-async def test_a_caller_who_never_reads_holds_little_and_blocks_nobody(served) -> None:
+async def test_a_caller_who_never_reads_holds_little_and_blocks_nobody(served: Served) -> None:
     # given: an answer far larger than what gRPC buffers for a caller
     await create(served)
     [m async for m in generate(served)]
@@ -253,7 +256,7 @@ async def test_a_caller_who_never_reads_holds_little_and_blocks_nobody(served) -
     idle.cancel()
 
 
-async def test_a_cancelled_call_is_cancelled_on_the_node(served) -> None:
+async def test_a_cancelled_call_is_cancelled_on_the_node(served: Served) -> None:
     await create(served)
     served.nodes.frames = frames("Par", "is")
     served.nodes.hold("frame 0")
@@ -272,7 +275,7 @@ async def test_a_cancelled_call_is_cancelled_on_the_node(served) -> None:
     assert [c[0] for c in served.nodes.cancelled] == ["generate"]
 
 
-async def test_a_deadline_travels_on_and_ends_the_call(served) -> None:
+async def test_a_deadline_travels_on_and_ends_the_call(served: Served) -> None:
     await create(served)
     [m async for m in generate(served)]
     served.nodes.hold("generate")
@@ -280,7 +283,7 @@ async def test_a_deadline_travels_on_and_ends_the_call(served) -> None:
         [m async for m in generate(served, timeout=0.3)]
     assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert served.nodes.timeouts[0] is None
-    assert 0 < served.nodes.timeouts[1] < 0.3
+    assert 0 < (served.nodes.timeouts[1] or 0) < 0.3
     (instance,) = served.controller.core.inventory.instances
     async with asyncio.timeout(5):
         await served.controller.core.inventory.until(
@@ -288,7 +291,7 @@ async def test_a_deadline_travels_on_and_ends_the_call(served) -> None:
         )
 
 
-async def test_embeddings_come_with_their_start(served) -> None:
+async def test_embeddings_come_with_their_start(served: Served) -> None:
     served.nodes.models["org/model"] = "embedding"
     await create(served)
     answer = downstream.EmbedResponse(embeddings=[inference_pb2.Embedding(values=[1.0, 2.0])])
@@ -303,12 +306,12 @@ async def test_embeddings_come_with_their_start(served) -> None:
     assert details(failure.value)[ErrorInfo].reason == "WRONG_ENGINE"
 
 
-async def test_instances_are_watched_parked_resumed_read_and_stopped(served) -> None:
+async def test_instances_are_watched_parked_resumed_read_and_stopped(served: Served) -> None:
     await create(served)
     answer = [m async for m in generate(served)]
     name = answer[0].start.instance
     stub = instance_service_pb2_grpc.InstanceServiceStub(served.channel)
-    watch = stub.WatchInstances(instances.WatchInstancesRequest())
+    watch: Any = stub.WatchInstances(instances.WatchInstancesRequest())
     first = await watch.read()
     assert (first.instance.name, first.instance.state) == (name, instances.Instance.STATE_SERVING)
     assert (await watch.read()).HasField("synchronized")
@@ -338,7 +341,7 @@ async def test_instances_are_watched_parked_resumed_read_and_stopped(served) -> 
     watch.cancel()
 
 
-async def test_a_snapshot_is_made_by_an_operation_listed_and_deleted(served) -> None:
+async def test_a_snapshot_is_made_by_an_operation_listed_and_deleted(served: Served) -> None:
     await create(served)
     stub = snapshot_service_pb2_grpc.SnapshotServiceStub(served.channel)
     operation = await stub.CreateSnapshot(
@@ -368,7 +371,9 @@ async def test_a_snapshot_is_made_by_an_operation_listed_and_deleted(served) -> 
     assert failure.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_prefetch_names_the_node_that_holds_it_then_and_refuses_one_without_reach(served) -> None:
+async def test_a_prefetch_names_the_node_that_holds_it_then_and_refuses_one_without_reach(
+    served: Served,
+) -> None:
     await create(served)
     stub = snapshot_service_pb2_grpc.SnapshotServiceStub(served.channel)
     operations = operations_pb2_grpc.OperationsStub(served.channel)
@@ -395,7 +400,7 @@ async def test_a_prefetch_names_the_node_that_holds_it_then_and_refuses_one_with
         assert failure.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_failed_capture_is_the_operations_error(served) -> None:
+async def test_a_failed_capture_is_the_operations_error(served: Served) -> None:
     await create(served)
     served.nodes.fail("capture", Internal("DUMP_FAILED", "criu said no"))
     stub = snapshot_service_pb2_grpc.SnapshotServiceStub(served.channel)
@@ -408,7 +413,7 @@ async def test_a_failed_capture_is_the_operations_error(served) -> None:
     assert info.reason == "DUMP_FAILED"
 
 
-async def test_nodes_register_beat_and_are_listed(served) -> None:
+async def test_nodes_register_beat_and_are_listed(served: Served) -> None:
     stub = node_service_pb2_grpc.NodeServiceStub(served.channel)
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await stub.Heartbeat(node_pb.HeartbeatRequest(name="nodes/n2"))
@@ -432,14 +437,14 @@ async def test_nodes_register_beat_and_are_listed(served) -> None:
     assert details(failure.value)[BadRequest].field_violations[0].field == "node.endpoint"
 
 
-async def test_every_service_is_healthy_and_reflected(served) -> None:
+async def test_every_service_is_healthy_and_reflected(served: Served) -> None:
     health = health_pb2_grpc.HealthStub(served.channel)
     for service in ("", *SERVICES):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     stub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
 
-    async def asked():
+    async def asked() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
         yield reflection_pb2.ServerReflectionRequest(list_services="")
         yield reflection_pb2.ServerReflectionRequest(
             file_containing_symbol="dumont.controller.v1.InferenceService"
@@ -450,7 +455,7 @@ async def test_every_service_is_healthy_and_reflected(served) -> None:
     assert described.file_descriptor_response.file_descriptor_proto
 
 
-async def test_an_answer_that_nobody_reads_releases_its_instance(served) -> None:
+async def test_an_answer_that_nobody_reads_releases_its_instance(served: Served) -> None:
     # given: an answer that does not fit what gRPC holds for a reader, and a caller without a deadline
     await create(served)
     served.nodes.frames = [b"x" * 100_000] * 100
@@ -460,7 +465,8 @@ async def test_an_answer_that_nobody_reads_releases_its_instance(served) -> None
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
         request = inference.GenerateRequest(deployment="deployments/qa", prompt="Hello")
-        call = channel.unary_stream(f"/{INFERENCE_SERVICE}/Generate")(request.SerializeToString())
+        stream: Any = channel.unary_stream(f"/{INFERENCE_SERVICE}/Generate")
+        call = stream(request.SerializeToString())
         await call.read()
         (instance,) = served.controller.core.inventory.instances.values()
         assert instance.in_flight == 1
@@ -480,6 +486,6 @@ async def test_an_answer_that_nobody_reads_releases_its_instance(served) -> None
     await server.stop(0)
 
 
-async def read_all(call) -> None:
+async def read_all(call: Any) -> None:
     while await call.read() is not grpc.aio.EOF:
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from typing import Any
 
 import grpc
 import pytest
@@ -58,7 +59,7 @@ class Snapshotd(
     """Answers as scripted: ``outcome`` is what its operations come to."""
 
     def __init__(self) -> None:
-        self.requests: list[Message] = []
+        self.requests: list[Any] = []
         self.operations = Operations("snapshotd.dumont")
         self.outcome: Callable[[], Awaitable[Message]]
         self.ended = asyncio.Event()
@@ -74,41 +75,41 @@ class Snapshotd(
 
         return self.operations.start("job", work, pb.OperationMetadata())
 
-    async def StartInstance(self, request, context):
+    async def StartInstance(self, request: Any, context: Any) -> operations_pb2.Operation:
         return self._begin(request)
 
-    async def RestoreInstance(self, request, context):
+    async def RestoreInstance(self, request: Any, context: Any) -> operations_pb2.Operation:
         return self._begin(request)
 
-    async def CaptureInstance(self, request, context):
+    async def CaptureInstance(self, request: Any, context: Any) -> operations_pb2.Operation:
         return self._begin(request)
 
-    async def PrefetchSnapshot(self, request, context):
+    async def PrefetchSnapshot(self, request: Any, context: Any) -> operations_pb2.Operation:
         return self._begin(request)
 
-    async def ParkInstance(self, request, context):
+    async def ParkInstance(self, request: Any, context: Any) -> pb.Instance:
         self.requests.append(request)
         return SERVING
 
-    async def StopInstance(self, request, context):
+    async def StopInstance(self, request: Any, context: Any) -> Empty:
         raise NotFound("INSTANCE_NOT_FOUND", "there is no such instance")
 
-    async def GetInstance(self, request, context):
+    async def GetInstance(self, request: Any, context: Any) -> pb.Instance:
         # A model host's transport error, passed on by a snapshotd that is well.
         raise Unavailable("UNAVAILABLE", "connection refused")
 
-    async def WatchInstances(self, request, context):
+    async def WatchInstances(self, request: Any, context: Any) -> AsyncIterator[pb.WatchInstancesResponse]:
         yield pb.WatchInstancesResponse(instance=SERVING)
         yield pb.WatchInstancesResponse(synchronized=Empty())
         yield pb.WatchInstancesResponse(removed="instances/qa-1")
 
-    async def ListSnapshots(self, request, context):
+    async def ListSnapshots(self, request: Any, context: Any) -> snapshots_pb.ListSnapshotsResponse:
         bad = snapshots_pb.Snapshot(name="snapshots/s2", state=snapshots_pb.Snapshot.STATE_QUARANTINED)
         if request.page_token:
             return snapshots_pb.ListSnapshotsResponse(snapshots=[bad])
         return snapshots_pb.ListSnapshotsResponse(snapshots=[SNAPSHOT], next_page_token="more")
 
-    async def ResolveModel(self, request, context):
+    async def ResolveModel(self, request: Any, context: Any) -> nodes_pb.Model:
         return nodes_pb.Model(model=request.model, engine="embedding")
 
 
@@ -122,11 +123,11 @@ class Inference:
         self.ended = asyncio.Event()
 
     def register(self, server: grpc.aio.Server) -> None:
-        handlers = {"Generate": grpc.unary_stream_rpc_method_handler(self.generate)}
+        handlers: dict[str, Any] = {"Generate": grpc.unary_stream_rpc_method_handler(self.generate)}
         name = "dumont.snapshotd.v1.InferenceService"
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
-    async def generate(self, request: bytes, context) -> AsyncIterator[bytes]:
+    async def generate(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
         self.received.append(request)
         self.time_left.append(context.time_remaining())
         try:
@@ -137,8 +138,11 @@ class Inference:
             self.ended.set()
 
 
+Connected = tuple[GrpcNodes, Snapshotd, Inference]
+
+
 @pytest.fixture
-async def node() -> AsyncIterator[tuple[GrpcNodes, Snapshotd, Inference]]:
+async def node() -> AsyncIterator[Connected]:
     snapshotd, inference, nodes = Snapshotd(), Inference(), GrpcNodes("controller")
     server = new_server("snapshotd.dumont", ServerLimits(max_concurrent_streams=STREAMS))
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(snapshotd, server)
@@ -154,7 +158,7 @@ async def node() -> AsyncIterator[tuple[GrpcNodes, Snapshotd, Inference]]:
     await snapshotd.operations.close()
 
 
-async def test_answers_under_way_do_not_keep_commands_from_a_node(node) -> None:
+async def test_answers_under_way_do_not_keep_commands_from_a_node(node: Connected) -> None:
     nodes, _, _ = node
     streams = [nodes.generate("n1", b"\x0a\x01x", None) for _ in range(STREAMS)]
     for stream in streams:
@@ -171,7 +175,7 @@ async def serving() -> Message:
     return SERVING
 
 
-async def test_a_start_is_awaited_to_its_report(node) -> None:
+async def test_a_start_is_awaited_to_its_report(node: Connected) -> None:
     nodes, snapshotd, _ = node
     snapshotd.outcome = serving
     assert await nodes.start("n1", "qa-1", "qa", "org/model", "causal_lm", Weights.INCLUDED) == REPORT
@@ -185,7 +189,7 @@ async def test_a_start_is_awaited_to_its_report(node) -> None:
     assert sent.weights == pb.WEIGHTS_INCLUDED
 
 
-async def test_a_capture_is_awaited_to_its_snapshot(node) -> None:
+async def test_a_capture_is_awaited_to_its_snapshot(node: Connected) -> None:
     nodes, snapshotd, _ = node
 
     async def captured() -> Message:
@@ -196,7 +200,7 @@ async def test_a_capture_is_awaited_to_its_snapshot(node) -> None:
     assert (made.id, made.deployment, made.node, made.quarantined) == ("s1", "qa", "n1", False)
 
 
-async def test_a_prefetch_is_awaited_and_names_the_digest(node) -> None:
+async def test_a_prefetch_is_awaited_and_names_the_digest(node: Connected) -> None:
     nodes, snapshotd, _ = node
 
     async def fetched() -> Message:
@@ -208,7 +212,7 @@ async def test_a_prefetch_is_awaited_and_names_the_digest(node) -> None:
     assert (asked.name, asked.manifest_digest) == ("snapshots/s1", "cd34")
 
 
-async def test_an_operations_error_arrives_as_itself(node) -> None:
+async def test_an_operations_error_arrives_as_itself(node: Connected) -> None:
     nodes, snapshotd, _ = node
 
     async def damaged() -> Message:
@@ -221,7 +225,7 @@ async def test_an_operations_error_arrives_as_itself(node) -> None:
     assert snapshotd.requests[0].snapshot == "snapshots/s1"
 
 
-async def test_a_cancelled_start_is_cancelled_on_the_node(node) -> None:
+async def test_a_cancelled_start_is_cancelled_on_the_node(node: Connected) -> None:
     nodes, snapshotd, _ = node
     begun = asyncio.Event()
 
@@ -241,7 +245,7 @@ async def test_a_cancelled_start_is_cancelled_on_the_node(node) -> None:
     assert snapshotd.ended.is_set()
 
 
-async def test_a_watch_tells_everything_then_changes_then_that_it_ended(node) -> None:
+async def test_a_watch_tells_everything_then_changes_then_that_it_ended(node: Connected) -> None:
     nodes, _, _ = node
     seen = []
     changes = nodes.watch("n1")
@@ -254,7 +258,7 @@ async def test_a_watch_tells_everything_then_changes_then_that_it_ended(node) ->
     assert failure.value.reason == "NODE_UNAVAILABLE"
 
 
-async def test_snapshots_of_all_pages_are_listed(node) -> None:
+async def test_snapshots_of_all_pages_are_listed(node: Connected) -> None:
     nodes, _, _ = node
     found = (await nodes.list_snapshots("n1")).snapshots
     assert [(snapshot.id, snapshot.quarantined) for snapshot in found] == [
@@ -263,7 +267,7 @@ async def test_snapshots_of_all_pages_are_listed(node) -> None:
     ]
 
 
-async def test_short_calls_return_what_the_node_says(node) -> None:
+async def test_short_calls_return_what_the_node_says(node: Connected) -> None:
     nodes, _, _ = node
     assert await nodes.park("n1", "qa-1") == REPORT
     assert (await nodes.resolve_model("n1", "org/model", "")).engine == "embedding"
@@ -272,7 +276,7 @@ async def test_short_calls_return_what_the_node_says(node) -> None:
     assert failure.value.reason == "INSTANCE_NOT_FOUND"
 
 
-async def test_a_node_that_is_well_is_told_from_one_that_is_silent(node) -> None:
+async def test_a_node_that_is_well_is_told_from_one_that_is_silent(node: Connected) -> None:
     nodes, _, _ = node
     with pytest.raises(Unavailable) as passed_on:
         await nodes.get_instance("n1", "qa-1")
@@ -284,7 +288,7 @@ async def test_a_node_that_is_well_is_told_from_one_that_is_silent(node) -> None
         assert failure.value.reason == "NODE_UNAVAILABLE"
 
 
-async def test_a_closed_connection_fails_the_calls_on_it(node) -> None:
+async def test_a_closed_connection_fails_the_calls_on_it(node: Connected) -> None:
     nodes, snapshotd, _ = node
 
     async def forever() -> Message:
@@ -302,7 +306,7 @@ async def test_a_closed_connection_fails_the_calls_on_it(node) -> None:
     assert failure.value.reason == "NODE_UNAVAILABLE"
 
 
-async def test_a_stream_passes_bytes_and_its_deadline(node) -> None:
+async def test_a_stream_passes_bytes_and_its_deadline(node: Connected) -> None:
     nodes, _, inference = node
     inference.hang.set()
     stream = nodes.generate("n1", b"\x0a\x01x", 9.0)
@@ -312,7 +316,7 @@ async def test_a_stream_passes_bytes_and_its_deadline(node) -> None:
     assert inference.time_left[0] == pytest.approx(9.0, abs=1.0)
 
 
-async def test_closing_a_stream_cancels_it_on_the_node(node) -> None:
+async def test_closing_a_stream_cancels_it_on_the_node(node: Connected) -> None:
     nodes, _, inference = node
     stream = nodes.generate("n1", b"\x0a\x01x", None)
     await stream.read()
@@ -322,7 +326,7 @@ async def test_closing_a_stream_cancels_it_on_the_node(node) -> None:
     assert not inference.hang.is_set()
 
 
-async def test_the_callers_deadline_is_the_callers_error(node) -> None:
+async def test_the_callers_deadline_is_the_callers_error(node: Connected) -> None:
     nodes, _, _ = node
     stream = nodes.generate("n1", b"\x0a\x01x", 0.2)
     await stream.read()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from controller.assembly import Controller, assemble
 from controller.deployments import Draft
 from controller.identity import Established, Identity
+from controller.inventory import Inventory
 from controller.model import CAUSAL_LM, Deployment, InstanceState, Node, NodeState, StartInfo, StartMode
 from controller.serving import Request
 from tests.fakes.manual_clock import ManualClock
@@ -68,7 +70,7 @@ class World:
         await self.until(lambda: self.inventory.nodes[identifier].state is NodeState.READY)
 
     async def deploy(
-        self, mode: StartMode = StartMode.CHECKPOINT, identifier: str = "qa", **settings: object
+        self, mode: StartMode = StartMode.CHECKPOINT, identifier: str = "qa", **settings: Any
     ) -> Deployment:
         draft = Draft(model="org/model", engine="", start_mode=mode, **settings)
         return await self.controller.core.deployments.create(identifier, draft, "")
@@ -110,7 +112,7 @@ class World:
             await self.inventory.until(predicate)
 
     @property
-    def inventory(self):
+    def inventory(self) -> Inventory:
         return self.controller.core.inventory
 
     def states(self, deployment: str = "qa") -> list[InstanceState]:

@@ -10,14 +10,14 @@ import pytest
 from controller.model import InstanceState, Tier
 from controller.serving import Request
 from dumont.errors import DumontError, FailedPrecondition, NotFound, Unavailable
-from tests.unit.controller.controller_world import Answered
+from tests.unit.controller.controller_world import Answered, World
 
 
 def silent() -> Unavailable:
     return Unavailable("NODE_UNAVAILABLE", "no answer")
 
 
-async def test_an_instance_found_dead_is_replaced_once_and_told(world) -> None:
+async def test_an_instance_found_dead_is_replaced_once_and_told(world: World) -> None:
     await world.node()
     await world.deploy()
     first, _ = await world.ask()
@@ -33,7 +33,7 @@ async def test_an_instance_found_dead_is_replaced_once_and_told(world) -> None:
     assert list(world.nodes.world["n1"].instances) == [info.instance]
 
 
-async def test_a_second_death_goes_to_the_caller(world) -> None:
+async def test_a_second_death_goes_to_the_caller(world: World) -> None:
     await world.node()
     await world.deploy()
     dead = NotFound("INSTANCE_NOT_FOUND", "gone")
@@ -43,7 +43,7 @@ async def test_a_second_death_goes_to_the_caller(world) -> None:
     assert len(world.nodes.named("generate")) == 2
 
 
-async def test_after_the_first_token_the_error_goes_to_the_caller(world) -> None:
+async def test_after_the_first_token_the_error_goes_to_the_caller(world: World) -> None:
     await world.node()
     await world.deploy()
     world.nodes.fail("frame 0", Unavailable("HOST_DEAD", "its socket is gone"))
@@ -53,7 +53,7 @@ async def test_after_the_first_token_the_error_goes_to_the_caller(world) -> None
     assert [i.in_flight for i in world.inventory.instances.values()] == [0]
 
 
-async def test_a_node_that_did_not_answer_is_asked_and_its_living_instance_used(world) -> None:
+async def test_a_node_that_did_not_answer_is_asked_and_its_living_instance_used(world: World) -> None:
     await world.node()
     await world.deploy()
     first, _ = await world.ask()
@@ -67,7 +67,7 @@ async def test_a_node_that_did_not_answer_is_asked_and_its_living_instance_used(
     assert world.nodes.named("stop") == []
 
 
-async def test_a_start_whose_answer_was_lost_is_joined_not_repeated(world) -> None:
+async def test_a_start_whose_answer_was_lost_is_joined_not_repeated(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("start")
@@ -86,7 +86,7 @@ async def test_a_start_whose_answer_was_lost_is_joined_not_repeated(world) -> No
     assert len(world.nodes.named("start")) == 1
 
 
-async def test_a_cold_start_is_not_tried_for_ever_on_a_node_that_stays_silent(world) -> None:
+async def test_a_cold_start_is_not_tried_for_ever_on_a_node_that_stays_silent(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("start")
@@ -101,7 +101,7 @@ async def test_a_cold_start_is_not_tried_for_ever_on_a_node_that_stays_silent(wo
     assert len(world.nodes.named("start")) == 2
 
 
-async def test_without_a_node_the_request_fails_at_once(world) -> None:
+async def test_without_a_node_the_request_fails_at_once(world: World) -> None:
     await world.node()
     await world.deploy()
     world.nodes.cut("n1")
@@ -114,7 +114,7 @@ async def test_without_a_node_the_request_fails_at_once(world) -> None:
     assert failure.value.retry_after == 1.0
 
 
-async def test_requests_wait_for_a_node_that_restarts(world) -> None:
+async def test_requests_wait_for_a_node_that_restarts(world: World) -> None:
     await world.node()
     await world.deploy()
     first, _ = await world.ask()
@@ -132,7 +132,7 @@ async def test_requests_wait_for_a_node_that_restarts(world) -> None:
     assert len(world.nodes.named("start")) == 1
 
 
-async def test_a_request_on_the_wrong_engine_starts_nothing(world) -> None:
+async def test_a_request_on_the_wrong_engine_starts_nothing(world: World) -> None:
     await world.node()
     world.nodes.models["org/model"] = "embedding"
     await world.deploy()
@@ -145,7 +145,7 @@ async def test_a_request_on_the_wrong_engine_starts_nothing(world) -> None:
     assert answer == b"".join(world.nodes.frames)
 
 
-async def test_a_dead_instance_is_replaced_once_for_embeddings_too(world) -> None:
+async def test_a_dead_instance_is_replaced_once_for_embeddings_too(world: World) -> None:
     await world.node()
     world.nodes.models["org/model"] = "embedding"
     await world.deploy()
@@ -158,7 +158,7 @@ async def test_a_dead_instance_is_replaced_once_for_embeddings_too(world) -> Non
         await world.controller.serving.embed(Request("qa", "embedding", str.encode))
 
 
-async def test_a_caller_who_leaves_in_the_stream_ends_the_call_on_the_node(world) -> None:
+async def test_a_caller_who_leaves_in_the_stream_ends_the_call_on_the_node(world: World) -> None:
     await world.node()
     await world.deploy()
     world.nodes.hold("frame 0")
@@ -176,7 +176,7 @@ async def test_a_caller_who_leaves_in_the_stream_ends_the_call_on_the_node(world
     assert world.nodes.timeouts == [pytest.approx(8.95)]
 
 
-async def test_a_caller_whose_time_was_up_during_the_start_costs_the_node_nothing(world) -> None:
+async def test_a_caller_whose_time_was_up_during_the_start_costs_the_node_nothing(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("start")

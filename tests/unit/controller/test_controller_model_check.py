@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -24,6 +26,9 @@ METHODS = ("start", "restore", "capture", "park", "resume", "stop", "generate", 
 IDS = st.sampled_from(["a", "b"])
 
 
+T = TypeVar("T")
+
+
 class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -33,8 +38,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.modes: dict[str, StartMode] = {}
         self.run(self.begin())
 
-    def run(self, work):
-        async def settled():
+    def run(self, work: Awaitable[T]) -> T:
+        async def settled() -> T:
             result = await work
             await self.world.settle()
             return result
@@ -67,7 +72,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
-    def leave(self, data) -> None:
+    def leave(self, data: st.DataObject) -> None:
         task = data.draw(st.sampled_from(self.asked))
 
         async def work() -> None:
@@ -97,7 +102,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.nodes.world["n1"].instances)
     @rule(data=st.data())
-    def lose(self, data) -> None:
+    def lose(self, data: st.DataObject) -> None:
         victim = data.draw(st.sampled_from(sorted(self.world.nodes.world["n1"].instances)))
 
         async def work() -> None:
@@ -140,7 +145,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.inventory.instances)
     @rule(data=st.data(), command=st.sampled_from(["park", "resume", "stop"]))
-    def command(self, data, command: str) -> None:
+    def command(self, data: st.DataObject, command: str) -> None:
         target = data.draw(st.sampled_from(sorted(self.world.inventory.instances)))
 
         async def work() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -21,31 +22,33 @@ from dumont.errors import (
     NotFound,
     Unavailable,
 )
+from tests.unit.controller.controller_world import World
 
 CHECKPOINT = pb.START_MODE_CHECKPOINT
 
 
 @pytest.fixture
-async def service(world) -> DeploymentService:
+async def service(world: World) -> DeploymentService:
     await world.node()
     parts = world.controller
     return DeploymentService(parts.core, parts.starts)
 
 
-def request(identifier: str = "qa", **fields: object) -> pb.CreateDeploymentRequest:
-    deployment = pb.Deployment(**({"model": "org/model", "start_mode": CHECKPOINT} | fields))
+def request(identifier: str = "qa", **fields: Any) -> pb.CreateDeploymentRequest:
+    known: dict[str, Any] = {"model": "org/model", "start_mode": CHECKPOINT}
+    deployment = pb.Deployment(**(known | fields))
     return pb.CreateDeploymentRequest(deployment_id=identifier, deployment=deployment)
 
 
-async def create(service: DeploymentService, identifier: str = "qa", **fields: object) -> pb.Deployment:
+async def create(service: DeploymentService, identifier: str = "qa", **fields: Any) -> pb.Deployment:
     return await service.CreateDeployment(request(identifier, **fields), None)
 
 
-def checkpoint(**fields: object) -> pb.CheckpointSettings:
+def checkpoint(**fields: Any) -> pb.CheckpointSettings:
     return pb.CheckpointSettings(**fields)
 
 
-async def test_a_created_deployment_is_complete_and_stored(world, service) -> None:
+async def test_a_created_deployment_is_complete_and_stored(world: World, service: DeploymentService) -> None:
     made = await create(service, checkpoint=checkpoint(ttl=Duration(seconds=3600)))
 
     assert made.name == "deployments/qa"
@@ -130,11 +133,18 @@ async def test_a_created_deployment_is_complete_and_stored(world, service) -> No
     ],
 )
 async def test_bad_settings_are_refused_by_field_and_change_nothing(
-    world, service, identifier: str, fields: dict[str, object], kind: type, reason: str, field: str
+    world: World,
+    service: DeploymentService,
+    identifier: str,
+    fields: dict[str, Any],
+    kind: type,
+    reason: str,
+    field: str,
 ) -> None:
-    with pytest.raises(kind) as failure:
+    with pytest.raises(kind) as raised:
         await create(service, identifier, **fields)
-    assert (failure.value.reason, failure.value.field) == (reason, field)
+    failure: Any = raised.value
+    assert (failure.reason, failure.field) == (reason, field)
     assert (await world.registry.load()).deployments == ()
     assert world.nodes.named("resolve_model") == []
 
@@ -147,7 +157,9 @@ async def test_bad_settings_are_refused_by_field_and_change_nothing(
         InvalidArgument("UNKNOWN_ENGINE", "what?"),
     ],
 )
-async def test_what_a_node_says_of_the_model_names_the_field(world, service, error: DumontError) -> None:
+async def test_what_a_node_says_of_the_model_names_the_field(
+    world: World, service: DeploymentService, error: DumontError
+) -> None:
     world.nodes.fail("resolve_model", error)
     with pytest.raises(type(error)) as failure:
         await create(service)
@@ -155,7 +167,7 @@ async def test_what_a_node_says_of_the_model_names_the_field(world, service, err
     assert (await world.registry.load()).deployments == ()
 
 
-async def test_without_a_node_the_model_cannot_be_checked(world) -> None:
+async def test_without_a_node_the_model_cannot_be_checked(world: World) -> None:
     parts = world.controller
     alone = DeploymentService(parts.core, parts.starts)
     with pytest.raises(Unavailable) as failure:
@@ -163,14 +175,16 @@ async def test_without_a_node_the_model_cannot_be_checked(world) -> None:
     assert failure.value.reason == "NO_NODE"
 
 
-async def test_a_taken_id_is_refused(service) -> None:
+async def test_a_taken_id_is_refused(service: DeploymentService) -> None:
     await create(service)
     with pytest.raises(AlreadyExists) as failure:
         await create(service, model="org/other")
     assert (failure.value.reason, failure.value.field) == ("DEPLOYMENT_EXISTS", "deployment_id")
 
 
-async def test_repeating_a_request_id_returns_the_first_answer(world, service) -> None:
+async def test_repeating_a_request_id_returns_the_first_answer(
+    world: World, service: DeploymentService
+) -> None:
     once = request()
     once.request_id = str(uuid.uuid4())
     first = await service.CreateDeployment(once, None)
@@ -182,7 +196,7 @@ async def test_repeating_a_request_id_returns_the_first_answer(world, service) -
     assert failure.value.field == "request_id"
 
 
-async def test_prewarm_starts_and_captures_at_once(world, service) -> None:
+async def test_prewarm_starts_and_captures_at_once(world: World, service: DeploymentService) -> None:
     wanted = request()
     wanted.prewarm = True
     made = await service.CreateDeployment(wanted, None)
@@ -194,14 +208,14 @@ async def test_prewarm_starts_and_captures_at_once(world, service) -> None:
     )
 
 
-async def update(service: DeploymentService, mask: list[str] | None, **fields: object) -> pb.Deployment:
+async def update(service: DeploymentService, mask: list[str] | None, **fields: Any) -> pb.Deployment:
     wanted = pb.UpdateDeploymentRequest(deployment=pb.Deployment(name="deployments/qa", **fields))
     if mask is not None:
         wanted.update_mask.CopyFrom(FieldMask(paths=mask))
     return await service.UpdateDeployment(wanted, None)
 
 
-async def test_an_update_changes_what_its_mask_names(service) -> None:
+async def test_an_update_changes_what_its_mask_names(service: DeploymentService) -> None:
     made = await create(service, idle_timeout=Duration(seconds=9))
     seconds = Duration(seconds=42)
 
@@ -213,7 +227,7 @@ async def test_an_update_changes_what_its_mask_names(service) -> None:
     assert (await update(service, ["idle_timeout"])).idle_timeout.seconds == 300
 
 
-async def test_where_the_weights_go_is_set_kept_and_changed(service) -> None:
+async def test_where_the_weights_go_is_set_kept_and_changed(service: DeploymentService) -> None:
     made = await create(service, checkpoint=checkpoint(weights=pb.WEIGHTS_INCLUDED))
     assert made.checkpoint.weights == pb.WEIGHTS_INCLUDED
     changed = await update(service, ["checkpoint.ttl"], checkpoint=checkpoint(ttl=Duration(seconds=5)))
@@ -222,13 +236,13 @@ async def test_where_the_weights_go_is_set_kept_and_changed(service) -> None:
     assert (changed.checkpoint.weights, changed.checkpoint.ttl.seconds) == (pb.WEIGHTS_DETACHED, 5)
 
 
-async def test_without_a_mask_every_set_field_counts(service) -> None:
+async def test_without_a_mask_every_set_field_counts(service: DeploymentService) -> None:
     await create(service, idle_timeout=Duration(seconds=9), checkpoint=checkpoint(ttl=Duration(seconds=5)))
     changed = await update(service, None, idle_timeout=Duration(seconds=1), model="org/model")
     assert (changed.idle_timeout.seconds, changed.checkpoint.ttl.seconds) == (1, 5)
 
 
-async def test_a_star_replaces_everything_that_can_be_set(service) -> None:
+async def test_a_star_replaces_everything_that_can_be_set(service: DeploymentService) -> None:
     await create(service, idle_timeout=Duration(seconds=9), checkpoint=checkpoint(ttl=Duration(seconds=5)))
     changed = await update(service, ["*"], start_mode=pb.START_MODE_WARM)
     assert changed.start_mode == pb.START_MODE_WARM
@@ -236,7 +250,7 @@ async def test_a_star_replaces_everything_that_can_be_set(service) -> None:
     assert not changed.checkpoint.enabled
 
 
-async def test_changing_the_start_mode_keeps_or_follows_checkpointing(service) -> None:
+async def test_changing_the_start_mode_keeps_or_follows_checkpointing(service: DeploymentService) -> None:
     await create(service, start_mode=pb.START_MODE_COLD)
     changed = await update(service, ["start_mode"], start_mode=CHECKPOINT)
     assert changed.checkpoint.enabled
@@ -265,30 +279,39 @@ async def test_changing_the_start_mode_keeps_or_follows_checkpointing(service) -
     ],
 )
 async def test_a_bad_update_changes_nothing(
-    world, service, mask: list[str] | None, fields: dict[str, object], kind: type, reason: str, field: str
+    world: World,
+    service: DeploymentService,
+    mask: list[str] | None,
+    fields: dict[str, Any],
+    kind: type,
+    reason: str,
+    field: str,
 ) -> None:
     await create(service)
     before = (await world.registry.load()).deployments
-    with pytest.raises(kind) as failure:
+    with pytest.raises(kind) as raised:
         await update(service, mask, **fields)
-    assert (failure.value.reason, failure.value.field) == (reason, field)
+    failure: Any = raised.value
+    assert (failure.reason, failure.field) == (reason, field)
     assert (await world.registry.load()).deployments == before
 
 
-async def test_output_only_paths_are_passed_over_and_a_right_etag_accepted(service) -> None:
+async def test_output_only_paths_are_passed_over_and_a_right_etag_accepted(
+    service: DeploymentService,
+) -> None:
     made = await create(service)
     changed = await update(service, ["state", "uid", "idle_timeout"], uid="x", etag=made.etag)
     assert changed.uid == made.uid
 
 
 @pytest.mark.parametrize("name", ["", "qa", "deployments/", "instances/qa", "deployments/A"])
-async def test_a_malformed_name_is_refused(service, name: str) -> None:
+async def test_a_malformed_name_is_refused(service: DeploymentService, name: str) -> None:
     with pytest.raises(InvalidArgument) as failure:
         await service.GetDeployment(pb.GetDeploymentRequest(name=name), None)
     assert failure.value.field == "name"
 
 
-async def test_an_unknown_deployment_is_not_found(service) -> None:
+async def test_an_unknown_deployment_is_not_found(service: DeploymentService) -> None:
     for call in (
         service.GetDeployment(pb.GetDeploymentRequest(name="deployments/no"), None),
         service.DeleteDeployment(pb.DeleteDeploymentRequest(name="deployments/no"), None),
@@ -299,7 +322,7 @@ async def test_an_unknown_deployment_is_not_found(service) -> None:
         assert failure.value.reason == "DEPLOYMENT_NOT_FOUND"
 
 
-async def test_delete_returns_when_nothing_is_left(world, service) -> None:
+async def test_delete_returns_when_nothing_is_left(world: World, service: DeploymentService) -> None:
     await create(service)
     await world.ask()
     await service.DeleteDeployment(pb.DeleteDeploymentRequest(name="deployments/qa"), None)
@@ -308,7 +331,7 @@ async def test_delete_returns_when_nothing_is_left(world, service) -> None:
     assert world.controller.core.deployments.by_id == {}
 
 
-async def test_a_list_comes_in_pages_that_join_to_all(service) -> None:
+async def test_a_list_comes_in_pages_that_join_to_all(service: DeploymentService) -> None:
     for number in range(5):
         await create(service, f"d{number}", start_mode=pb.START_MODE_COLD)
     found: list[str] = []

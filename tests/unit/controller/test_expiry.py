@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -40,24 +41,24 @@ def at(seconds: float) -> Moment:
     return Moment(WALL + seconds, STEADY + seconds)
 
 
-def deployment(mode: StartMode = StartMode.CHECKPOINT, **changes: object) -> Deployment:
+def deployment(mode: StartMode = StartMode.CHECKPOINT, **changes: Any) -> Deployment:
     checkpoint = Checkpoint(mode is StartMode.CHECKPOINT, ttl=1000.0)
     made = Deployment("qa", "u", "m", "causal_lm", mode, checkpoint, None, None, WALL, WALL, "e")
     return replace(made, **changes)
 
 
 def instance(
-    state: InstanceState = InstanceState.SERVING, identifier: str = "i1", **changes: object
+    state: InstanceState = InstanceState.SERVING, identifier: str = "i1", **changes: Any
 ) -> Instance:
     report = Report(identifier, "qa", state, create_time=WALL)
     return replace(Instance("n1", state, report, STEADY, STEADY), **changes)
 
 
-def snapshot(identifier: str = "s1", **changes: object) -> Snapshot:
+def snapshot(identifier: str = "s1", **changes: Any) -> Snapshot:
     return replace(Snapshot(identifier, "qa", "n1", WALL, owner="u"), **changes)
 
 
-def facts(mode: StartMode = StartMode.CHECKPOINT, **changes: object) -> Facts:
+def facts(mode: StartMode = StartMode.CHECKPOINT, **changes: Any) -> Facts:
     far = Node("n1", "x:1", state=NodeState.READY, heartbeat_at=STEADY + 1e6)
     started = frozenset({"i1", "i2"})
     return replace(Facts(deployment(mode), nodes={"n1": far}, started=started), **changes)
@@ -83,7 +84,8 @@ def test_an_unused_instance_falls_due_at_its_time_and_not_before(
     known = facts(mode, instances=(instance(state),))
     if due:
         early = plan(known, at(due - 1))
-        assert (early.actions, early.again_in) == ((), pytest.approx(1.0))
+        assert early.actions == ()
+        assert early.again_in == pytest.approx(1.0)
     assert actions(known, at(due)) == [action]
 
 
@@ -93,7 +95,7 @@ def test_an_unused_instance_falls_due_at_its_time_and_not_before(
 @pytest.mark.parametrize("mode", StartMode)
 @pytest.mark.parametrize("guard", [{"in_flight": 1}, {"busy": True}, {"node": "elsewhere"}])
 def test_what_works_or_is_out_of_reach_is_left_alone(
-    state: InstanceState, mode: StartMode, guard: dict[str, object]
+    state: InstanceState, mode: StartMode, guard: dict[str, Any]
 ) -> None:
     known = facts(mode, instances=(instance(state, **guard),))
     assert not [a for a in plan(known, at(1e5)).actions if isinstance(a, Park | Stop)]
@@ -247,7 +249,7 @@ def test_a_wall_clock_that_jumps_moves_no_idle_timer() -> None:
     assert plan(known, Moment(WALL + 3600, STEADY + 10)).actions == ()
 
 
-def held(identifier: str, last_use: float, *, in_use: bool = False, **changes: object) -> Held:
+def held(identifier: str, last_use: float, *, in_use: bool = False, **changes: Any) -> Held:
     return Held(snapshot(identifier, size_bytes=10, **changes), last_use, in_use)
 
 

@@ -8,10 +8,11 @@ import pytest
 
 from controller.model import Snapshot, Storage, Tier
 from dumont.errors import AlreadyExists, FailedPrecondition, NotFound
+from tests.unit.controller.controller_world import World
 
 
 @pytest.fixture
-async def orphaned(world):
+async def orphaned(world: World) -> World:
     """A node with a snapshot that no controller has written down."""
     node = world.nodes.add_node("n1")
     node.snapshots["old"] = Snapshot(
@@ -21,7 +22,7 @@ async def orphaned(world):
     return world
 
 
-async def test_an_adopted_snapshot_brings_its_deployment_back(orphaned) -> None:
+async def test_an_adopted_snapshot_brings_its_deployment_back(orphaned: World) -> None:
     adopted = await orphaned.controller.snapshots.adopt("old")
     assert (adopted.deployment, adopted.orphan) == ("qa", False)
     info, _ = await orphaned.ask("qa")
@@ -33,7 +34,7 @@ async def test_an_adopted_snapshot_brings_its_deployment_back(orphaned) -> None:
     assert orphaned.nodes.world["n1"].snapshots == {}
 
 
-async def test_an_adopted_snapshot_stays_adopted(orphaned) -> None:
+async def test_an_adopted_snapshot_stays_adopted(orphaned: World) -> None:
     await orphaned.controller.snapshots.adopt("old", "other")
     await orphaned.crash()
     await orphaned.boot()
@@ -44,7 +45,7 @@ async def test_an_adopted_snapshot_stays_adopted(orphaned) -> None:
     assert refusal.value.reason == "SNAPSHOT_NOT_ORPHAN"
 
 
-async def test_a_snapshot_of_another_model_is_not_adopted(orphaned) -> None:
+async def test_a_snapshot_of_another_model_is_not_adopted(orphaned: World) -> None:
     orphaned.nodes.world["n1"].snapshots["other"] = Snapshot("other", "qa", "n1", 1.0, model="org/other")
     await orphaned.deploy()
     await orphaned.controller.core.fleet.refresh_snapshots("n1")
@@ -53,7 +54,7 @@ async def test_a_snapshot_of_another_model_is_not_adopted(orphaned) -> None:
     assert (refusal.value.reason, refusal.value.field) == ("MODEL_DIFFERS", "deployment")
 
 
-async def test_a_damaged_snapshot_is_not_adopted(orphaned) -> None:
+async def test_a_damaged_snapshot_is_not_adopted(orphaned: World) -> None:
     held = orphaned.nodes.world["n1"].snapshots
     held["old"] = replace(held["old"], quarantined=True, quarantine_reason="DIGEST_MISMATCH: a file")
     await orphaned.controller.core.fleet.refresh_snapshots("n1")
@@ -61,14 +62,14 @@ async def test_a_damaged_snapshot_is_not_adopted(orphaned) -> None:
         await orphaned.controller.snapshots.adopt("old")
 
 
-async def test_an_orphan_is_deleted_by_an_explicit_word_alone(orphaned) -> None:
+async def test_an_orphan_is_deleted_by_an_explicit_word_alone(orphaned: World) -> None:
     await orphaned.advance(1e6)
     assert "old" in orphaned.nodes.world["n1"].snapshots
     await orphaned.controller.snapshots.delete("old")
     assert orphaned.nodes.world["n1"].snapshots == {}
 
 
-async def test_what_is_deleted_while_its_node_is_away_is_not_used_when_that_is_back(world) -> None:
+async def test_what_is_deleted_while_its_node_is_away_is_not_used_when_that_is_back(world: World) -> None:
     for name in ("n1", "n2"):
         await world.node(name)
     await world.deploy()
@@ -90,7 +91,7 @@ async def test_what_is_deleted_while_its_node_is_away_is_not_used_when_that_is_b
     assert (await world.registry.load()).captured == ()
 
 
-async def test_a_deleted_snapshot_comes_back_as_an_orphan_and_can_be_adopted(world) -> None:
+async def test_a_deleted_snapshot_comes_back_as_an_orphan_and_can_be_adopted(world: World) -> None:
     await world.node("n1", object_store="s3://bucket")
     await world.deploy(checkpoint_storage=Storage.S3)
     await world.ask()
@@ -106,7 +107,7 @@ async def test_a_deleted_snapshot_comes_back_as_an_orphan_and_can_be_adopted(wor
     assert not (await world.controller.snapshots.adopt(snapshot)).orphan
 
 
-async def test_a_snapshot_that_never_was_cannot_be_brought_back(world) -> None:
+async def test_a_snapshot_that_never_was_cannot_be_brought_back(world: World) -> None:
     await world.node("n1", object_store="s3://bucket")
     with pytest.raises(NotFound) as refusal:
         await world.controller.snapshots.undelete("never")

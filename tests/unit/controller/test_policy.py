@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -35,20 +36,20 @@ def deployment(mode: StartMode = StartMode.CHECKPOINT) -> Deployment:
     return Deployment("qa", "u", "m", "causal_lm", mode, checkpoint, None, None, 1.0, 1.0, "e")
 
 
-def instance(state: InstanceState, identifier: str = "qa-1", **facts: object) -> Instance:
+def instance(state: InstanceState, identifier: str = "qa-1", **facts: Any) -> Instance:
     report = Report(identifier, "qa", state, create_time=1.0)
     return replace(Instance("n1", state, report, NOW, NOW), **facts)
 
 
-def snapshot(identifier: str = "s1", **facts: object) -> Snapshot:
+def snapshot(identifier: str = "s1", **facts: Any) -> Snapshot:
     return replace(Snapshot(identifier, "qa", "n1", 10.0, owner="u"), **facts)
 
 
-def node(state: NodeState = NodeState.READY, identifier: str = "n1", **facts: object) -> Node:
+def node(state: NodeState = NodeState.READY, identifier: str = "n1", **facts: Any) -> Node:
     return replace(Node(identifier, "x:1", state=state, checkpoint_capable=True), **facts)
 
 
-def facts(mode: StartMode = StartMode.CHECKPOINT, **known: object) -> Facts:
+def facts(mode: StartMode = StartMode.CHECKPOINT, **known: Any) -> Facts:
     return replace(Facts(deployment(mode), (), (), {"n1": node()}), **known)
 
 
@@ -88,9 +89,11 @@ def test_the_fastest_tier_there_is(
     else:
         assert isinstance(decision, Attempt)
         restorable = mode is StartMode.CHECKPOINT and snapshots and not snapshots[0].quarantined
-        expected = {InstanceState.SERVING: Tier.RESIDENT, InstanceState.PARKED: Tier.PARKED}.get(
-            state, Tier.LOCAL if restorable else Tier.COLD
-        )
+        tiers: dict[InstanceState | None, Tier] = {
+            InstanceState.SERVING: Tier.RESIDENT,
+            InstanceState.PARKED: Tier.PARKED,
+        }
+        expected = tiers.get(state, Tier.LOCAL if restorable else Tier.COLD)
         assert decision.tier is expected
         assert decision.capture is (expected is Tier.COLD and mode is StartMode.CHECKPOINT)
 
@@ -112,13 +115,13 @@ def test_a_clean_resident_instance_is_captured_before_its_first_prompt() -> None
     ],
     ids=["served", "in flight", "has snapshot", "backing off", "node cannot"],
 )
-def test_no_capture_of_a_resident_instance_when(change: dict[str, object]) -> None:
+def test_no_capture_of_a_resident_instance_when(change: dict[str, Any]) -> None:
     decision = decide(facts(**change), NOW)
     assert isinstance(decision, Attempt)
     assert (decision.tier, decision.capture) == (Tier.RESIDENT, False)
 
 
-def weighed(weights: Weights, **known: object) -> Facts:
+def weighed(weights: Weights, **known: Any) -> Facts:
     """Of a deployment that wants its weights so."""
     wanted = replace(deployment(), checkpoint=Checkpoint(True, weights=weights))
     return facts(deployment=wanted, **known)
@@ -217,7 +220,7 @@ def test_a_connecting_node_delays_nobody_who_has_nothing_there() -> None:
     ],
     ids=["started there before this controller began", "seen there"],
 )
-def test_a_connecting_node_that_may_hold_an_instance_is_waited_for(known: dict[str, object]) -> None:
+def test_a_connecting_node_that_may_hold_an_instance_is_waited_for(known: dict[str, Any]) -> None:
     decision = decide(facts(nodes=TWO, **known), NOW)
     assert isinstance(decision, Wait)
     assert (decision.nodes, decision.until) == (("n2",), None)
@@ -228,7 +231,7 @@ def test_a_connecting_node_that_may_hold_an_instance_is_waited_for(known: dict[s
     [{"captured_on": frozenset({"n2"})}, {"snapshots": (snapshot(node="n2"),)}],
     ids=["captured there before this controller began", "seen there"],
 )
-def test_a_connecting_node_that_may_hold_a_snapshot_is_waited_for_a_moment(known: dict[str, object]) -> None:
+def test_a_connecting_node_that_may_hold_a_snapshot_is_waited_for_a_moment(known: dict[str, Any]) -> None:
     decision = decide(facts(nodes=TWO, **known), NOW)
     assert isinstance(decision, Wait)
     assert (decision.nodes, decision.until) == (("n2",), NOW + CONNECT_PATIENCE)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from controller.model import Captured, Snapshot, StartMode, Storage, Tier
 from controller.policy import Attempt, Facts, decide
 from dumont.errors import DataLoss, FailedPrecondition, Unavailable
+from tests.unit.controller.controller_world import World
 from tests.unit.controller.test_policy import NOW, deployment, node, snapshot
 
-SHARED = {"local": False, "published": True, "owner": "u"}
+SHARED: dict[str, Any] = {"local": False, "published": True, "owner": "u"}
 
 
-def facts(*snapshots: Snapshot, mode: StartMode = StartMode.CHECKPOINT, **known: object) -> Facts:
+def facts(*snapshots: Snapshot, mode: StartMode = StartMode.CHECKPOINT, **known: Any) -> Facts:
     nodes = {name: node(identifier=name, object_store="s3://bucket") for name in ("n1", "n2")}
     return replace(Facts(deployment(mode), (), snapshots, nodes), **known)
 
@@ -51,7 +53,7 @@ def test_a_published_one_is_restored_on_the_node_with_most_memory_among_those_th
     ],
     ids=["another controller made it", "quarantined", "incompatible"],
 )
-def test_a_published_one_is_not_restored_when(change: dict[str, object]) -> None:
+def test_a_published_one_is_not_restored_when(change: dict[str, Any]) -> None:
     decision = chosen(facts(snapshot(**{**SHARED, **change})))
     assert decision.tier is Tier.COLD
     assert decision.capture
@@ -70,7 +72,7 @@ def test_other_start_modes_use_no_published_snapshot() -> None:
 
 
 @pytest.fixture
-async def two_nodes(world):
+async def two_nodes(world: World) -> World:
     """Two nodes with one store, and a deployment that keeps its snapshots there."""
     for name in ("n1", "n2"):
         await world.node(name, object_store="s3://bucket")
@@ -78,7 +80,7 @@ async def two_nodes(world):
     return world
 
 
-async def published(world) -> str:
+async def published(world: World) -> str:
     """The deployment has served, and its snapshot is in the store."""
     await world.ask()
     await world.until(lambda: bool(world.nodes.bucket) and _settled(world))
@@ -86,12 +88,12 @@ async def published(world) -> str:
     return snapshot
 
 
-def _settled(world) -> bool:
+def _settled(world: World) -> bool:
     copies = [copy for key in world.nodes.bucket for copy in world.inventory.copies(key)]
     return len(copies) == 2 and all(copy.published for copy in copies)
 
 
-async def test_no_storage_in_s3_without_a_node_that_has_one(world) -> None:
+async def test_no_storage_in_s3_without_a_node_that_has_one(world: World) -> None:
     await world.node()
     with pytest.raises(FailedPrecondition) as refusal:
         await world.deploy(checkpoint_storage=Storage.S3)
@@ -99,7 +101,7 @@ async def test_no_storage_in_s3_without_a_node_that_has_one(world) -> None:
     assert refusal.value.field == "deployment.checkpoint.storage"
 
 
-async def test_a_snapshot_is_published_once_and_every_node_knows(two_nodes) -> None:
+async def test_a_snapshot_is_published_once_and_every_node_knows(two_nodes: World) -> None:
     snapshot = await published(two_nodes)
     assert len(two_nodes.nodes.named("publish")) == 1
     (first, second) = sorted(two_nodes.inventory.copies(snapshot), key=lambda copy: not copy.local)
@@ -107,14 +109,14 @@ async def test_a_snapshot_is_published_once_and_every_node_knows(two_nodes) -> N
     assert (second.local, second.published, second.orphan) == (False, True, False)
 
 
-async def test_local_storage_is_never_published(world) -> None:
+async def test_local_storage_is_never_published(world: World) -> None:
     await world.node("n1", object_store="s3://bucket")
     await world.deploy()
     await world.ask()
     assert world.nodes.named("publish") == []
 
 
-async def test_when_the_capturing_node_is_gone_another_one_restores_from_the_store(two_nodes) -> None:
+async def test_when_the_capturing_node_is_gone_another_one_restores_from_the_store(two_nodes: World) -> None:
     snapshot = await published(two_nodes)
     (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
     two_nodes.nodes.cut(holder)
@@ -126,7 +128,7 @@ async def test_when_the_capturing_node_is_gone_another_one_restores_from_the_sto
     assert info.node != holder
 
 
-async def test_an_older_snapshot_under_the_same_id_is_refused_by_its_digest(two_nodes) -> None:
+async def test_an_older_snapshot_under_the_same_id_is_refused_by_its_digest(two_nodes: World) -> None:
     snapshot = await published(two_nodes)
     (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
     (other,) = {"n1", "n2"} - {holder}
@@ -139,7 +141,7 @@ async def test_an_older_snapshot_under_the_same_id_is_refused_by_its_digest(two_
     assert seen.quarantine_reason.startswith("MANIFEST_REPLACED")
 
 
-async def test_a_restore_names_the_digest_that_was_captured(two_nodes) -> None:
+async def test_a_restore_names_the_digest_that_was_captured(two_nodes: World) -> None:
     snapshot = await published(two_nodes)
     (stored,) = (await two_nodes.registry.load()).captured
     owner = two_nodes.controller.core.deployments.get("qa").uid
@@ -148,7 +150,7 @@ async def test_a_restore_names_the_digest_that_was_captured(two_nodes) -> None:
     )
 
 
-async def test_deleting_a_deployment_empties_the_store_too(two_nodes) -> None:
+async def test_deleting_a_deployment_empties_the_store_too(two_nodes: World) -> None:
     await published(two_nodes)
     await two_nodes.controller.core.deployments.begin_delete("qa")
     await two_nodes.until(lambda: "qa" not in two_nodes.controller.core.deployments.by_id)
@@ -156,7 +158,7 @@ async def test_deleting_a_deployment_empties_the_store_too(two_nodes) -> None:
     assert (await two_nodes.registry.load()).captured == ()
 
 
-async def test_what_another_controller_published_is_left_alone(two_nodes) -> None:
+async def test_what_another_controller_published_is_left_alone(two_nodes: World) -> None:
     theirs = Snapshot("theirs", "forgotten", "n1", 1.0)
     two_nodes.nodes.bucket["theirs"] = theirs
     await two_nodes.controller.core.fleet.refresh_snapshots("n1")
@@ -165,7 +167,7 @@ async def test_what_another_controller_published_is_left_alone(two_nodes) -> Non
     assert two_nodes.nodes.named("delete_snapshot") == []
 
 
-async def test_a_snapshot_that_no_reachable_node_knows_cannot_be_deleted_now(two_nodes) -> None:
+async def test_a_snapshot_that_no_reachable_node_knows_cannot_be_deleted_now(two_nodes: World) -> None:
     snapshot = await published(two_nodes)
     for name in ("n1", "n2"):
         two_nodes.nodes.cut(name)
@@ -178,12 +180,12 @@ async def test_a_snapshot_that_no_reachable_node_knows_cannot_be_deleted_now(two
 # Bringing it to a node
 
 
-async def prefetched(world, snapshot: str, wanted: str = "") -> Snapshot:
+async def prefetched(world: World, snapshot: str, wanted: str = "") -> Snapshot:
     snapshots = world.controller.snapshots
     return await snapshots.prefetch(snapshot, snapshots.prefetch_node(snapshot, wanted))
 
 
-async def test_once_it_was_brought_to_another_node_a_start_there_is_a_local_one(two_nodes) -> None:
+async def test_once_it_was_brought_to_another_node_a_start_there_is_a_local_one(two_nodes: World) -> None:
     snapshot = await published(two_nodes)
     (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
     (other,) = {"n1", "n2"} - {holder}
@@ -198,7 +200,7 @@ async def test_once_it_was_brought_to_another_node_a_start_there_is_a_local_one(
 
 
 async def test_left_to_the_controller_it_goes_where_it_is_already_or_where_a_start_would_take_it(
-    two_nodes,
+    two_nodes: World,
 ) -> None:
     snapshot = await published(two_nodes)
     (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
@@ -209,7 +211,7 @@ async def test_left_to_the_controller_it_goes_where_it_is_already_or_where_a_sta
     assert (await prefetched(two_nodes, snapshot)).node == other
 
 
-async def test_what_a_restore_would_refuse_is_brought_nowhere(two_nodes) -> None:
+async def test_what_a_restore_would_refuse_is_brought_nowhere(two_nodes: World) -> None:
     theirs = Snapshot("theirs", "forgotten", "n1", 1.0)
     two_nodes.nodes.bucket["theirs"] = theirs
     await two_nodes.controller.core.fleet.refresh_snapshots("n1")
@@ -219,7 +221,7 @@ async def test_what_a_restore_would_refuse_is_brought_nowhere(two_nodes) -> None
     assert two_nodes.nodes.named("prefetch") == []
 
 
-async def test_a_manifest_that_was_replaced_is_not_brought_and_known_as_such(two_nodes) -> None:
+async def test_a_manifest_that_was_replaced_is_not_brought_and_known_as_such(two_nodes: World) -> None:
     snapshot = await published(two_nodes)
     (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
     (other,) = {"n1", "n2"} - {holder}
@@ -230,7 +232,7 @@ async def test_a_manifest_that_was_replaced_is_not_brought_and_known_as_such(two
     assert [copy.quarantined for copy in two_nodes.inventory.copies(snapshot) if copy.node == other] == [True]
 
 
-async def test_a_prune_needs_a_node_with_a_store(world) -> None:
+async def test_a_prune_needs_a_node_with_a_store(world: World) -> None:
     await world.node()
     with pytest.raises(FailedPrecondition) as refusal:
         world.controller.snapshots.store_node()
@@ -240,7 +242,7 @@ async def test_a_prune_needs_a_node_with_a_store(world) -> None:
 # A store or a copy that is not as it was
 
 
-async def test_a_silent_store_hides_nothing_and_its_node_is_asked_again(two_nodes) -> None:
+async def test_a_silent_store_hides_nothing_and_its_node_is_asked_again(two_nodes: World) -> None:
     snapshot = await published(two_nodes)
     (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
     other = "n2" if holder == "n1" else "n1"
@@ -256,7 +258,7 @@ async def test_a_silent_store_hides_nothing_and_its_node_is_asked_again(two_node
     assert [copy.node for copy in two_nodes.inventory.copies(snapshot)] == [holder]
 
 
-async def test_a_damaged_copy_is_restored_from_the_store_in_the_same_start(two_nodes) -> None:
+async def test_a_damaged_copy_is_restored_from_the_store_in_the_same_start(two_nodes: World) -> None:
     snapshot = await published(two_nodes)
     (holder,) = [copy.node for copy in two_nodes.inventory.copies(snapshot) if copy.local]
     for instance in list(two_nodes.nodes.world[holder].instances):
@@ -271,7 +273,7 @@ async def test_a_damaged_copy_is_restored_from_the_store_in_the_same_start(two_n
     assert two_nodes.nodes.named("start") == two_nodes.nodes.named("start")[:1]
 
 
-async def test_each_object_store_is_pruned_by_one_of_its_nodes_by_itself(world) -> None:
+async def test_each_object_store_is_pruned_by_one_of_its_nodes_by_itself(world: World) -> None:
     await world.controller.close()
     await world.boot(prune_every=3600)
     for name, store in (("n1", "s3://one"), ("n2", "s3://one"), ("n3", "s3://two"), ("n4", "")):
@@ -284,7 +286,7 @@ async def test_each_object_store_is_pruned_by_one_of_its_nodes_by_itself(world) 
     assert sorted(pruned) == ["n2", "n2", "n3", "n3"]
 
 
-async def test_a_node_over_its_limit_loses_what_was_used_longest_ago(world) -> None:
+async def test_a_node_over_its_limit_loses_what_was_used_longest_ago(world: World) -> None:
     await world.node("n1")
     limited = replace(world.inventory.nodes["n1"], snapshot_limit_bytes=25)
     world.inventory.put_node(limited)

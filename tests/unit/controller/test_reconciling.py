@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,12 @@ from controller import expiry
 from controller.model import InstanceState, NodeState, StartMode, Tier
 from dumont.errors import FailedPrecondition, Internal, NotFound, Unavailable
 from tests.fakes.memory_registry import MemoryRegistry
+from tests.unit.controller.controller_world import World
 
 SERVING, PARKED = InstanceState.SERVING, InstanceState.PARKED
 
 
-async def test_a_checkpoint_deployment_parks_stops_and_forgets_its_snapshot(world) -> None:
+async def test_a_checkpoint_deployment_parks_stops_and_forgets_its_snapshot(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -34,7 +36,7 @@ async def test_a_checkpoint_deployment_parks_stops_and_forgets_its_snapshot(worl
     assert world.nodes.world["n1"].snapshots == {}
 
 
-async def test_a_cold_deployment_stops_after_its_last_request(world) -> None:
+async def test_a_cold_deployment_stops_after_its_last_request(world: World) -> None:
     await world.node()
     await world.deploy(StartMode.COLD)
     held = world.nodes.hold("frame 0")
@@ -48,7 +50,7 @@ async def test_a_cold_deployment_stops_after_its_last_request(world) -> None:
     await world.until(lambda: world.states() == [])
 
 
-async def test_nothing_is_parked_while_a_request_runs(world) -> None:
+async def test_nothing_is_parked_while_a_request_runs(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("frame 0")
@@ -63,7 +65,7 @@ async def test_nothing_is_parked_while_a_request_runs(world) -> None:
     assert world.states() == [PARKED]
 
 
-async def test_nothing_is_stopped_while_a_capture_runs(world) -> None:
+async def test_nothing_is_stopped_while_a_capture_runs(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("capture")
@@ -76,7 +78,7 @@ async def test_nothing_is_stopped_while_a_capture_runs(world) -> None:
     assert info.tier is Tier.COLD
 
 
-async def test_an_instance_that_cannot_park_is_stopped_instead(world) -> None:
+async def test_an_instance_that_cannot_park_is_stopped_instead(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -87,7 +89,7 @@ async def test_an_instance_that_cannot_park_is_stopped_instead(world) -> None:
     assert len(world.inventory.snapshots) == 1
 
 
-async def test_a_person_may_not_park_under_a_request_nor_resume_what_serves(world) -> None:
+async def test_a_person_may_not_park_under_a_request_nor_resume_what_serves(world: World) -> None:
     await world.node()
     await world.deploy()
     with await world.controller.starts.acquire("qa") as lease:
@@ -102,7 +104,7 @@ async def test_a_person_may_not_park_under_a_request_nor_resume_what_serves(worl
     assert (await world.controller.instances.resume(lease.info.instance)).state is SERVING
 
 
-async def test_a_command_runs_on_when_its_caller_leaves(world) -> None:
+async def test_a_command_runs_on_when_its_caller_leaves(world: World) -> None:
     await world.node()
     await world.deploy()
     info, _ = await world.ask()
@@ -115,7 +117,7 @@ async def test_a_command_runs_on_when_its_caller_leaves(world) -> None:
     assert parking.cancelled()
 
 
-async def test_after_a_refused_command_the_node_says_what_is_true(world) -> None:
+async def test_after_a_refused_command_the_node_says_what_is_true(world: World) -> None:
     await world.node()
     await world.deploy()
     info, _ = await world.ask()
@@ -126,7 +128,7 @@ async def test_after_a_refused_command_the_node_says_what_is_true(world) -> None
     assert world.states() == []
 
 
-async def test_a_warm_deployment_starts_when_created_and_stays(world) -> None:
+async def test_a_warm_deployment_starts_when_created_and_stays(world: World) -> None:
     await world.node()
     await world.deploy(StartMode.WARM)
     await world.until(lambda: world.states() == [SERVING])
@@ -136,7 +138,7 @@ async def test_a_warm_deployment_starts_when_created_and_stays(world) -> None:
     assert world.nodes.named("park") == []
 
 
-async def test_a_lost_warm_instance_comes_back_with_growing_waits(world) -> None:
+async def test_a_lost_warm_instance_comes_back_with_growing_waits(world: World) -> None:
     await world.node()
     await world.deploy(StartMode.WARM)
     gaps = []
@@ -158,7 +160,7 @@ async def test_a_lost_warm_instance_comes_back_with_growing_waits(world) -> None
     await world.until(lambda: world.states() == [SERVING])
 
 
-async def test_a_warm_start_that_fails_is_tried_again(world) -> None:
+async def test_a_warm_start_that_fails_is_tried_again(world: World) -> None:
     await world.node()
     world.nodes.fail("start", Internal("LOAD_FAILED", "no"))
     await world.deploy(StartMode.WARM)
@@ -168,7 +170,7 @@ async def test_a_warm_start_that_fails_is_tried_again(world) -> None:
     assert world.controller.starts.failures == {}
 
 
-async def test_deleting_ends_instances_and_snapshots_then_forgets(world) -> None:
+async def test_deleting_ends_instances_and_snapshots_then_forgets(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -184,7 +186,7 @@ async def test_deleting_ends_instances_and_snapshots_then_forgets(world) -> None
         await world.ask()
 
 
-async def test_deleting_cancels_a_start_on_its_node(world) -> None:
+async def test_deleting_cancels_a_start_on_its_node(world: World) -> None:
     await world.node()
     await world.deploy()
     world.nodes.hold("start")
@@ -199,7 +201,7 @@ async def test_deleting_cancels_a_start_on_its_node(world) -> None:
     assert world.nodes.world["n1"].instances == {}
 
 
-async def test_a_deletion_is_finished_by_the_next_controller(world) -> None:
+async def test_a_deletion_is_finished_by_the_next_controller(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -212,7 +214,7 @@ async def test_a_deletion_is_finished_by_the_next_controller(world) -> None:
     assert world.nodes.world["n1"].instances == {}
 
 
-async def test_a_controller_that_lost_its_database_ends_and_deletes_nothing(world) -> None:
+async def test_a_controller_that_lost_its_database_ends_and_deletes_nothing(world: World) -> None:
     # Given an instance and a snapshot, and a controller that knows of neither
     await world.node()
     await world.deploy()
@@ -240,7 +242,7 @@ async def test_a_controller_that_lost_its_database_ends_and_deletes_nothing(worl
     assert snapshot.id in made.snapshots
 
 
-async def test_a_database_of_last_week_makes_nothing_expire(world) -> None:
+async def test_a_database_of_last_week_makes_nothing_expire(world: World) -> None:
     # Given a snapshot in daily use, whose time to live is a day
     await world.node()
     await world.deploy()
@@ -256,7 +258,7 @@ async def test_a_database_of_last_week_makes_nothing_expire(world) -> None:
         await world.registry.create_deployment(deployment)
     for captured in week_ago.captured:
         await world.registry.save_captured(captured)
-    await world.registry.save_last_use(dict(week_ago.last_use))
+    await world.registry.save_last_use(dict(week_ago.last_use or {}))
     world.who = replace(world.who, outdated=True)
     await world.boot()
     await world.node()
@@ -265,7 +267,7 @@ async def test_a_database_of_last_week_makes_nothing_expire(world) -> None:
     assert len(world.nodes.world["n1"].snapshots) == 1
 
 
-async def test_a_silent_node_is_given_up_and_taken_back_with_what_it_holds(world) -> None:
+async def test_a_silent_node_is_given_up_and_taken_back_with_what_it_holds(world: World) -> None:
     await world.node()
     await world.deploy()
     info, _ = await world.ask()
@@ -278,17 +280,17 @@ async def test_a_silent_node_is_given_up_and_taken_back_with_what_it_holds(world
 
     world.nodes.restore_contact("n1")
     await world.advance(10)
-    assert world.inventory.nodes["n1"].state is NodeState.READY
+    assert world.inventory.nodes["n1"].state is NodeState.READY  # type: ignore[comparison-overlap]
     assert [i.id for i in world.inventory.instances_of("qa")] == [info.instance]
 
 
-async def test_an_unknown_node_is_told_to_register(world) -> None:
+async def test_an_unknown_node_is_told_to_register(world: World) -> None:
     with pytest.raises(NotFound) as failure:
         world.controller.core.fleet.heartbeat("n9", 0)
     assert failure.value.reason == "NODE_UNKNOWN"
 
 
-async def test_a_controller_that_died_during_a_start_starts_nothing_twice(world) -> None:
+async def test_a_controller_that_died_during_a_start_starts_nothing_twice(world: World) -> None:
     await world.node()
     await world.deploy()
     world.nodes.hold("start")
@@ -319,7 +321,7 @@ async def test_a_controller_that_died_during_a_start_starts_nothing_twice(world)
     assert (await world.registry.load()).intents == ()
 
 
-async def test_an_intent_that_never_reached_its_node_is_dropped(world) -> None:
+async def test_an_intent_that_never_reached_its_node_is_dropped(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("start")
@@ -337,7 +339,7 @@ async def test_an_intent_that_never_reached_its_node_is_dropped(world) -> None:
     assert world.states() == []
 
 
-async def test_a_restarted_controller_knows_everything_again(world) -> None:
+async def test_a_restarted_controller_knows_everything_again(world: World) -> None:
     await world.node()
     await world.deploy()
     first, _ = await world.ask()
@@ -351,7 +353,7 @@ async def test_a_restarted_controller_knows_everything_again(world) -> None:
     assert len(world.nodes.named("start")) == 1
 
 
-async def test_a_request_never_waits_for_the_database(world) -> None:
+async def test_a_request_never_waits_for_the_database(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -359,8 +361,8 @@ async def test_a_request_never_waits_for_the_database(world) -> None:
     async def forbidden(*_: object) -> None:
         raise Unavailable("DATABASE_UNAVAILABLE", "gone")
 
-    world.registry.save_last_use = forbidden
-    world.registry.save_intent = forbidden
+    world.registry.save_last_use = forbidden  # type: ignore[method-assign,assignment]
+    world.registry.save_intent = forbidden  # type: ignore[method-assign,assignment]
     info, _ = await world.ask()
     assert info.tier is Tier.RESIDENT
     await world.advance(5)
@@ -369,11 +371,11 @@ async def test_a_request_never_waits_for_the_database(world) -> None:
     assert (await world.registry.load()).last_use == world.controller.core.deployments.last_use
 
 
-async def test_watchers_see_everything_then_each_change(world) -> None:
+async def test_watchers_see_everything_then_each_change(world: World) -> None:
     await world.node()
     await world.deploy()
     info, _ = await world.ask()
-    changes = world.inventory.watch()
+    changes: Any = world.inventory.watch()
     assert (await anext(changes)).id == info.instance
     assert type(await anext(changes)).__name__ == "Synchronized"
     await world.controller.instances.park(info.instance)
@@ -385,13 +387,15 @@ async def test_watchers_see_everything_then_each_change(world) -> None:
     await changes.aclose()
 
 
-def counted(world, metric: str, **labels: str) -> float | None:
+def counted(world: World, metric: str, **labels: str) -> float | None:
     return world.controller.core.metrics.registry.get_sample_value(
         f"dumont_controller_{metric}_total", labels
     )
 
 
-async def test_a_defect_in_planning_ends_no_timer_for_good(world, monkeypatch) -> None:
+async def test_a_defect_in_planning_ends_no_timer_for_good(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # given: an instance that will be idle, and a plan that raises three times
     await world.node()
     await world.deploy()
@@ -399,7 +403,7 @@ async def test_a_defect_in_planning_ends_no_timer_for_good(world, monkeypatch) -
     calls: list[float] = []
     plan = expiry.plan
 
-    def broken(*arguments: object) -> expiry.Plan:
+    def broken(*arguments: Any) -> expiry.Plan:
         calls.append(world.clock.moment().monotonic)
         if len(calls) <= 3:
             raise RuntimeError("a defect")
@@ -418,7 +422,9 @@ async def test_a_defect_in_planning_ends_no_timer_for_good(world, monkeypatch) -
     assert counted(world, "reconciler_errors") == 3
 
 
-async def test_a_defect_outside_a_plan_does_not_end_the_loop_either(world, monkeypatch) -> None:
+async def test_a_defect_outside_a_plan_does_not_end_the_loop_either(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -440,7 +446,9 @@ async def test_a_defect_outside_a_plan_does_not_end_the_loop_either(world, monke
     assert counted(world, "reconciler_errors") == 3
 
 
-async def test_a_defect_in_an_action_is_counted_and_tried_again_later(world, monkeypatch) -> None:
+async def test_a_defect_in_an_action_is_counted_and_tried_again_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # given: parking raises what no node says
     await world.node()
     await world.deploy()

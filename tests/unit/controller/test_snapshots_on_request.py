@@ -7,17 +7,18 @@ import asyncio
 import pytest
 
 from controller.deployments import Draft
-from controller.model import InstanceState, StartMode, Tier, Weights
+from controller.model import InstanceState, Snapshot, StartMode, Tier, Weights
 from dumont.errors import FailedPrecondition, Internal
+from tests.unit.controller.controller_world import World
 
 
-async def snapshot(world, identifier: str):
+async def snapshot(world: World, identifier: str) -> tuple[Snapshot, list[str]]:
     told: list[str] = []
     made = await world.controller.starts.capture("qa", identifier, lambda _, stage: told.append(stage))
     return made, told
 
 
-async def test_a_served_instance_is_left_alone_and_a_new_one_captured(world) -> None:
+async def test_a_served_instance_is_left_alone_and_a_new_one_captured(world: World) -> None:
     await world.node()
     await world.deploy()
     first, _ = await world.ask()
@@ -29,7 +30,7 @@ async def test_a_served_instance_is_left_alone_and_a_new_one_captured(world) -> 
     assert world.nodes.named("capture")[-1][2] != first.instance
 
 
-async def test_a_clean_instance_is_used(world) -> None:
+async def test_a_clean_instance_is_used(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.controller.starts.start("qa")
@@ -42,7 +43,7 @@ async def test_a_clean_instance_is_used(world) -> None:
     assert made.id == "mine"
 
 
-async def test_a_clean_instance_with_its_weights_elsewhere_is_left_alone(world) -> None:
+async def test_a_clean_instance_with_its_weights_elsewhere_is_left_alone(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.controller.starts.start("qa")
@@ -53,7 +54,7 @@ async def test_a_clean_instance_with_its_weights_elsewhere_is_left_alone(world) 
     assert made.weights is Weights.INCLUDED
 
 
-async def test_the_older_snapshot_goes_once_the_new_one_is_committed(world) -> None:
+async def test_the_older_snapshot_goes_once_the_new_one_is_committed(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -64,7 +65,7 @@ async def test_the_older_snapshot_goes_once_the_new_one_is_committed(world) -> N
     assert order == ["capture", "capture", "delete_snapshot"]
 
 
-async def test_a_disabled_deployment_is_refused(world) -> None:
+async def test_a_disabled_deployment_is_refused(world: World) -> None:
     await world.node()
     await world.deploy(StartMode.COLD)
     with pytest.raises(FailedPrecondition) as failure:
@@ -73,7 +74,7 @@ async def test_a_disabled_deployment_is_refused(world) -> None:
     assert world.nodes.named("start") == []
 
 
-async def test_a_failure_is_told_and_hurts_no_request(world) -> None:
+async def test_a_failure_is_told_and_hurts_no_request(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("capture")

@@ -9,12 +9,15 @@ import pytest
 from controller.deployments import Draft
 from controller.model import InstanceState, Report, Snapshot, StartMode, Tier, Weights
 from dumont.errors import DataLoss, Internal, InvalidArgument, ResourceExhausted
+from tests.unit.controller.controller_world import World
 
 MISMATCH = DataLoss("CANARY_MISMATCH", "other tokens than at capture")
 
 
 @pytest.mark.parametrize("weights", Weights)
-async def test_a_start_has_its_weights_where_the_deployment_wants_them(world, weights: Weights) -> None:
+async def test_a_start_has_its_weights_where_the_deployment_wants_them(
+    world: World, weights: Weights
+) -> None:
     await world.node()
     await world.deploy(checkpoint_weights=weights)
 
@@ -23,7 +26,7 @@ async def test_a_start_has_its_weights_where_the_deployment_wants_them(world, we
     assert list(world.nodes.weights.values()) == [weights]
 
 
-async def test_after_a_change_of_where_weights_go_the_next_cold_start_is_captured_anew(world) -> None:
+async def test_after_a_change_of_where_weights_go_the_next_cold_start_is_captured_anew(world: World) -> None:
     # given: a snapshot without the weights, and no instance
     await world.node()
     await world.deploy()
@@ -50,7 +53,7 @@ async def test_after_a_change_of_where_weights_go_the_next_cold_start_is_capture
     assert info.tier is Tier.LOCAL
 
 
-async def test_a_first_start_is_cold_and_captured_before_the_prompt_enters(world) -> None:
+async def test_a_first_start_is_cold_and_captured_before_the_prompt_enters(world: World) -> None:
     await world.node()
     await world.deploy()
 
@@ -66,7 +69,7 @@ async def test_a_first_start_is_cold_and_captured_before_the_prompt_enters(world
     assert [phase.name for phase in info.phases] == ["decide", "record", "dispatch", "load", "capture"]
 
 
-async def test_the_next_request_finds_it_resident(world) -> None:
+async def test_the_next_request_finds_it_resident(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -77,7 +80,7 @@ async def test_the_next_request_finds_it_resident(world) -> None:
 
 
 @pytest.mark.parametrize("mode", [StartMode.COLD, StartMode.WARM])
-async def test_other_start_modes_capture_nothing(world, mode: StartMode) -> None:
+async def test_other_start_modes_capture_nothing(world: World, mode: StartMode) -> None:
     await world.node()
     await world.deploy(mode, idle_timeout=60.0)
     info, _ = await world.ask()
@@ -85,7 +88,7 @@ async def test_other_start_modes_capture_nothing(world, mode: StartMode) -> None
     assert world.nodes.named("capture") == []
 
 
-async def test_a_parked_instance_is_resumed(world) -> None:
+async def test_a_parked_instance_is_resumed(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -98,7 +101,7 @@ async def test_a_parked_instance_is_resumed(world) -> None:
     assert world.states() == [InstanceState.SERVING]
 
 
-async def test_a_stopped_deployment_is_restored(world) -> None:
+async def test_a_stopped_deployment_is_restored(world: World) -> None:
     await world.node()
     await world.deploy()
     await world.ask()
@@ -113,7 +116,7 @@ async def test_a_stopped_deployment_is_restored(world) -> None:
     assert len(world.nodes.named("capture")) == 1
 
 
-async def asleep(world) -> None:
+async def asleep(world: World) -> None:
     """A deployment with one parked instance and one snapshot."""
     await world.node()
     await world.deploy()
@@ -122,7 +125,7 @@ async def asleep(world) -> None:
     world.nodes.calls.clear()
 
 
-async def test_every_tier_that_fails_falls_to_the_next_and_is_told(world) -> None:
+async def test_every_tier_that_fails_falls_to_the_next_and_is_told(world: World) -> None:
     await asleep(world)
     world.nodes.fail("resume", Internal("RESUME_FAILED", "stuck"))
     world.nodes.fail("restore", MISMATCH)
@@ -143,7 +146,7 @@ async def test_every_tier_that_fails_falls_to_the_next_and_is_told(world) -> Non
     assert counted == 1
 
 
-async def test_a_failed_restore_leaves_no_instance_behind(world) -> None:
+async def test_a_failed_restore_leaves_no_instance_behind(world: World) -> None:
     await asleep(world)
     world.nodes.lose("n1", world.inventory.instances_of("qa")[0].id)
     await world.settle()
@@ -154,7 +157,7 @@ async def test_a_failed_restore_leaves_no_instance_behind(world) -> None:
     assert [intent.instance for intent in (await world.registry.load()).intents] == [left]
 
 
-async def test_a_quarantined_snapshot_is_not_tried_again(world) -> None:
+async def test_a_quarantined_snapshot_is_not_tried_again(world: World) -> None:
     await world.node()
     await world.deploy()
     bad = Snapshot("bad", "qa", "n1", world.clock.moment().wall, quarantined=True)
@@ -165,7 +168,7 @@ async def test_a_quarantined_snapshot_is_not_tried_again(world) -> None:
     assert world.nodes.named("restore") == []
 
 
-async def test_when_every_tier_fails_the_caller_learns_all_of_it(world) -> None:
+async def test_when_every_tier_fails_the_caller_learns_all_of_it(world: World) -> None:
     await asleep(world)
     world.nodes.fail("resume", Internal("RESUME_FAILED", "stuck"))
     world.nodes.fail("restore", MISMATCH)
@@ -185,7 +188,7 @@ async def test_when_every_tier_fails_the_caller_learns_all_of_it(world) -> None:
     assert world.controller.starts.condition(world.controller.core.deployments.get("qa"))[0].name == "ACTIVE"
 
 
-async def test_a_failed_capture_does_not_fail_the_request_and_is_backed_off_from(world) -> None:
+async def test_a_failed_capture_does_not_fail_the_request_and_is_backed_off_from(world: World) -> None:
     await world.node()
     await world.deploy()
     world.nodes.fail("capture", Internal("DUMP_FAILED", "criu said no"))
@@ -208,7 +211,7 @@ async def test_a_failed_capture_does_not_fail_the_request_and_is_backed_off_from
     assert len(world.nodes.named("capture")) == 2
 
 
-async def test_an_instance_that_dies_in_its_capture_is_replaced(world) -> None:
+async def test_an_instance_that_dies_in_its_capture_is_replaced(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("capture")
@@ -226,7 +229,7 @@ async def test_an_instance_that_dies_in_its_capture_is_replaced(world) -> None:
     assert len(world.nodes.named("capture")) == 1
 
 
-async def test_requests_share_one_start(world) -> None:
+async def test_requests_share_one_start(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("start")
@@ -244,7 +247,7 @@ async def test_requests_share_one_start(world) -> None:
     assert all([phase.name for phase in info.phases] == ["queue"] for info in joined)
 
 
-async def test_one_who_leaves_does_not_take_the_start_away(world) -> None:
+async def test_one_who_leaves_does_not_take_the_start_away(world: World) -> None:
     await world.node()
     await world.deploy()
     held = world.nodes.hold("start")
@@ -261,7 +264,7 @@ async def test_one_who_leaves_does_not_take_the_start_away(world) -> None:
     assert world.nodes.cancelled == []
 
 
-async def test_a_start_nobody_waits_for_completes_and_idles_out(world) -> None:
+async def test_a_start_nobody_waits_for_completes_and_idles_out(world: World) -> None:
     await world.node()
     await world.deploy(StartMode.COLD)
     held = world.nodes.hold("start")
@@ -276,7 +279,7 @@ async def test_a_start_nobody_waits_for_completes_and_idles_out(world) -> None:
     assert world.nodes.cancelled == []
 
 
-async def test_prewarm_brings_it_up_without_a_request(world) -> None:
+async def test_prewarm_brings_it_up_without_a_request(world: World) -> None:
     await world.node()
     await world.deploy()
     world.controller.starts.begin("qa")
@@ -290,7 +293,7 @@ async def test_prewarm_brings_it_up_without_a_request(world) -> None:
     assert len(world.nodes.named("capture")) == 1
 
 
-async def test_an_instance_found_serving_is_never_captured(world) -> None:
+async def test_an_instance_found_serving_is_never_captured(world: World) -> None:
     """Given a stranger on a node, a prompt may be inside; only our own starts are surely clean."""
     await world.node()
     await world.deploy()
@@ -301,7 +304,7 @@ async def test_an_instance_found_serving_is_never_captured(world) -> None:
     assert world.nodes.named("capture") == []
 
 
-async def test_an_instance_a_prompt_has_entered_is_not_captured_later(world) -> None:
+async def test_an_instance_a_prompt_has_entered_is_not_captured_later(world: World) -> None:
     await world.node()
     await world.deploy()
     world.nodes.fail("capture", Internal("DUMP_FAILED", "criu said no"))
@@ -315,7 +318,7 @@ async def test_an_instance_a_prompt_has_entered_is_not_captured_later(world) -> 
     assert world.nodes.spoiled == []
 
 
-async def test_a_cold_start_that_fails_on_one_node_is_tried_on_another(world) -> None:
+async def test_a_cold_start_that_fails_on_one_node_is_tried_on_another(world: World) -> None:
     for name in ("n1", "n2"):
         await world.node(name)
     await world.deploy()
@@ -327,7 +330,7 @@ async def test_a_cold_start_that_fails_on_one_node_is_tried_on_another(world) ->
     assert f"cold start on nodes/{tried[0]} failed: GPU_MEMORY: no room" in info.reasons
 
 
-async def test_a_model_that_fails_everywhere_is_loaded_on_three_nodes_and_no_more(world) -> None:
+async def test_a_model_that_fails_everywhere_is_loaded_on_three_nodes_and_no_more(world: World) -> None:
     for name in ("n1", "n2", "n3", "n4", "n5"):
         await world.node(name)
     await world.deploy()
@@ -339,7 +342,7 @@ async def test_a_model_that_fails_everywhere_is_loaded_on_three_nodes_and_no_mor
     assert len({node for _, node, _ in world.nodes.named("start")}) == 3
 
 
-async def test_a_request_that_is_wrong_is_wrong_on_every_node(world) -> None:
+async def test_a_request_that_is_wrong_is_wrong_on_every_node(world: World) -> None:
     for name in ("n1", "n2"):
         await world.node(name)
     await world.deploy()
@@ -349,7 +352,7 @@ async def test_a_request_that_is_wrong_is_wrong_on_every_node(world) -> None:
     assert len(world.nodes.named("start")) == 1
 
 
-async def test_a_dead_node_stalls_only_what_it_may_hold(world) -> None:
+async def test_a_dead_node_stalls_only_what_it_may_hold(world: World) -> None:
     # Given a controller that starts beside a node that does not answer, and two deployments
     for name in ("n1", "n2"):
         await world.node(name)

@@ -49,7 +49,7 @@ def preflight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
             assert command[1:] == ["-m", "snapshotd.preflight", "--json"]
             return subprocess.CompletedProcess(command, 1, stdout, stderr)
 
-        monkeypatch.setattr(doctor.subprocess, "run", run)
+        monkeypatch.setattr("dumont.doctor.subprocess.run", run)
 
     return says
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -25,7 +27,7 @@ class Call(grpc.RpcError):
     def details(self) -> str:
         return self._details
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...] | None:
+    def trailing_metadata(self) -> Any:
         if self._status is None:
             return None
         return (("grpc-status-details-bin", self._status.SerializeToString()),)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from dumont.controller.v1 import inference_service_pb2 as controller
@@ -15,7 +16,7 @@ OWN = {"deployment", "name", "start"}
 
 
 def fields(message: type[Message]) -> dict[int, tuple[object, ...]]:
-    def describe(field: FieldDescriptor) -> tuple[object, ...]:
+    def describe(field: Any) -> tuple[object, ...]:
         kind = field.message_type
         if kind is not None and kind.GetOptions().map_entry:
             return (field.name, "map", *fields(kind._concrete_class).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dumont.errors import FailedPrecondition, Unavailable
 from model_host.engine import Canary, Engine, Phases, Settings
@@ -88,7 +89,7 @@ class FakeWorld:
     def reseed(self, entropy: bytes) -> None:
         self.seeds.append(entropy)
 
-    def draws(self) -> dict[str, object]:
+    def draws(self) -> dict[str, Any]:
         return {"python": 0.5}
 
     def release_memory(self) -> None:

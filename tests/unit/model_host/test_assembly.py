@@ -30,7 +30,7 @@ INPUT = torch.tensor([[1, 2, 3, 4, 5]])
 def llama_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
-    model = LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1, tie_word_embeddings=True))
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1, tie_word_embeddings=True))
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -143,10 +143,11 @@ def test_shards_make_one_model(llama: Path) -> None:
 def test_a_checkpoint_with_a_head_fits_the_model_without(tmp_path: Path, prefix: str) -> None:
     torch.manual_seed(0)
     config = BertConfig(**SMALL)
-    saved = BertForMaskedLM(config) if prefix else BertModel(config)
+    saved: Any = BertForMaskedLM(config) if prefix else BertModel(config)
     saved.save_pretrained(tmp_path)
     if prefix:  # the head has no pooler
-        base = {f"bert.pooler.{name}": value for name, value in BertModel(config).pooler.state_dict().items()}
+        pooler: Any = BertModel(config).pooler
+        base = {f"bert.pooler.{name}": value for name, value in pooler.state_dict().items()}
         rewrite(tmp_path, lambda tensors: {**tensors, **base})
     (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["BertModel"]}))
 

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,12 +66,12 @@ def test_aligned_neighbours_are_one_piece() -> None:
     assert plan(tensors).pieces == (("/f", 8, 100 * ALIGNMENT, 0),)
 
 
-def answering(path: Path, reply: bytes, descriptors: list[int]) -> list[dict[str, object]]:
+def answering(path: Path, reply: bytes, descriptors: list[int]) -> list[dict[str, Any]]:
     """A loader for one order; the list gets what it was asked."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen()
-    orders: list[dict[str, object]] = []
+    orders: list[dict[str, Any]] = []
 
     def serve() -> None:
         with listener, listener.accept()[0] as connection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy
 import pytest
@@ -21,7 +22,7 @@ def generators() -> Iterator[None]:
     numpy.random.set_state(array)
 
 
-def draw_after(seed: bytes) -> dict[str, object]:
+def draw_after(seed: bytes) -> dict[str, Any]:
     entropy.reseed(seed)
     return entropy.draws()
 
@@ -43,7 +44,7 @@ def test_the_same_entropy_gives_the_same_draws_but_for_the_kernels() -> None:
 
 def test_generators_that_something_holds_are_reseeded_too() -> None:
     # Given generators of every kind, each held by somebody
-    holder = {
+    holder: dict[str, Any] = {
         "python": random.Random(1),
         "generator": numpy.random.default_rng(1),
         "older": numpy.random.RandomState(1),

@@ -32,7 +32,7 @@ def host(world: FakeWorld) -> Iterator[Host]:
         made.run("stop", {})
 
 
-def load(host: Host, **arguments: object) -> Json:
+def load(host: Host, **arguments: Any) -> Json:
     return host.run("load", {"model_dir": "/models/m", **arguments})
 
 
@@ -42,7 +42,7 @@ def serving(host: Host) -> Host:
     return host
 
 
-def refusal(host: Host, command: str, **arguments: object) -> DumontError:
+def refusal(host: Host, command: str, **arguments: Any) -> DumontError:
     with pytest.raises(DumontError) as refused:
         host.run(command, arguments)
     return refused.value
@@ -208,7 +208,7 @@ def test_an_open_descriptor_is_named_and_the_host_is_as_before(host: Host, world
     assert world.engine.log[-1] == "wake"
     assert world.socket.socket == Path(SOCKET)
     host.run("accept", {})
-    assert host.state is State.SERVING
+    assert host.state is State.SERVING  # type: ignore[comparison-overlap]
 
 
 def test_an_engine_that_cannot_quiesce_leaves_the_host_as_before(host: Host, world: FakeWorld) -> None:

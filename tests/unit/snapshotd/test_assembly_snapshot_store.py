@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -18,7 +19,7 @@ from tests.unit.snapshotd.repository.world import a_key_file
 from tests.unit.snapshotd.test_manifest import a_manifest
 
 
-def opened(state: Path, **settings: object) -> SnapshotStore:
+def opened(state: Path, **settings: Any) -> SnapshotStore:
     read = Settings.model_validate({"state_dir": state, **settings})
     return open_snapshot_store(read, Failpoints(), Journal(state / "journal"))
 
@@ -28,7 +29,7 @@ async def captured(store: SnapshotStore, snapshot: str) -> None:
     await store.commit(a_manifest(id=snapshot, files=tuple(await store.digest(snapshot))))
 
 
-def refusal(state: Path, **settings: object) -> FailedPrecondition:
+def refusal(state: Path, **settings: Any) -> FailedPrecondition:
     with pytest.raises(FailedPrecondition) as refused:
         opened(state, encrypt_local=True, **settings)
     return refused.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,7 +191,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Downloads that fail when all room has been made."""
     asked: list[str] = []
 
-    def download(name: str, **_: object) -> str:
+    def download(name: str, **_: Any) -> str:
         asked.append(name)
         raise OSError("no route to the hub")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,7 +29,7 @@ def test_among_equals_it_is_where_it_comes_from_and_without_that_the_first() -> 
 
 
 @pytest.mark.parametrize("different", [{"model": "A100"}, {"memory_total": 40 * GIB}])
-def test_room_on_a_gpu_of_another_kind_is_no_room(different: dict[str, object]) -> None:
+def test_room_on_a_gpu_of_another_kind_is_no_room(different: dict[str, Any]) -> None:
     stranger = replace(B, **different)
     free = {A.uuid: 1, B.uuid: 9}
     assert choose([A, stranger], free, home=A) == A
@@ -54,7 +55,7 @@ def test_a_gpu_that_is_not_here_is_refused_with_those_that_are(wanted: str) -> N
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
-    assert check_free_memory(A, 3 * GIB, 3 * GIB) is None
+    check_free_memory(A, 3 * GIB, 3 * GIB)
     with pytest.raises(ResourceExhausted) as refusal:
         check_free_memory(A, 2 * GIB, 3 * GIB)
     assert refusal.value.reason == "GPU_MEMORY"

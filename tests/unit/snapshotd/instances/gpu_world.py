@@ -52,7 +52,7 @@ class GpuHost(FakeHost):
     def __init__(self, instance: str = "", pid: int = 42) -> None:
         super().__init__(instance)
         self.pid = pid
-        self.asked: list[str] = []
+        self.commands: list[str] = []
         self.environment: Mapping[str, str] = {}
         self.canary = LOADED["canary"]
         # The GPU of each order of weights.
@@ -72,8 +72,8 @@ class GpuHost(FakeHost):
         self.prepared = False
         return {"mounts": [], "pipes": {}}
 
-    async def call(self, command: str, timeout: float, **arguments: object) -> Json:
-        self.asked.append(command)
+    async def call(self, command: str, timeout: float, **arguments: Any) -> Json:
+        self.commands.append(command)
         await self._do(command)
         if "gpu" in arguments:
             self.ordered.append(arguments["gpu"])
@@ -97,7 +97,7 @@ class GpuHosts(FakeHosts):
 
     def __init__(self) -> None:
         super().__init__()
-        self.taken: list[GpuHost] = []
+        self.taken: list[GpuHost] = []  # type: ignore[assignment]
 
     async def take(self) -> GpuHost:
         self.taken.append(GpuHost(pid=42 + 10 * len(self.taken)))
@@ -180,12 +180,17 @@ class World:
     def host(self) -> GpuHost:
         return self.hosts.taken[0]
 
+    @property
+    def gpus(self) -> Gpus:
+        assert self.instances.node.gpus is not None
+        return self.instances.node.gpus
+
     async def serving(self, gpu: str = "") -> GpuHost:
         """An instance ``one`` that serves, with a child that computes and one that does not."""
         self.instances.admit(an_instance(State.STARTING))
         await self.instances.start("one", MODEL, gpu)
         self.status.holding[42] = (self.instances.get("one").gpu, 6 * GIB)
-        self.host.asked.clear()
+        self.host.commands.clear()
         return self.host
 
     async def restored(

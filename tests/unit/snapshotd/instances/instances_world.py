@@ -49,7 +49,7 @@ class FakeHost:
         self.reached = asyncio.Event()
         # What it answers to ``status`` beside its state.
         self.load: Json = {}
-        self.asked = 0
+        self.status_calls = 0
 
     def die(self, end: str = "") -> None:
         """Its process ends by itself."""
@@ -83,11 +83,11 @@ class FakeHost:
     async def dump(self, images: Path, timeout: float) -> Json:
         raise AssertionError("nothing here captures")
 
-    async def call(self, command: str, timeout: float, **arguments: object) -> Json:
+    async def call(self, command: str, timeout: float, **arguments: Any) -> Json:
         if self.lost.is_set():
             raise Unavailable("HOST_LOST", f"the model host ended before it answered {command}")
         await self._do(command)
-        self.asked += command == "status"
+        self.status_calls += command == "status"
         return {"load": LOADED | self.load, "status": {"state": self.state} | self.load}.get(command, {})
 
     async def freeze(self) -> None:

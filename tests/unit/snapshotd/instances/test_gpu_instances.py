@@ -100,7 +100,7 @@ async def test_a_capture_that_cannot_be_prepared_does_not_pause_its_source(world
     host.failing = {"prepare"}
     with pytest.raises(Aborted, match="prepare"):
         await world.instances.capture("one", "first")
-    assert not {"drain", "quiesce"} & set(host.asked)
+    assert not {"drain", "quiesce"} & set(host.commands)
     assert world.store.staged == set()
 
 
@@ -148,11 +148,7 @@ async def test_a_restore_that_the_driver_fails_leaves_no_process(world: World, k
         await world.restored("one", a_snapshot())
     assert world.host.released
     assert world.instances.get("one").state is State.FAILED
-    assert (
-        world.instances.node.gpus.reservations.reserved(A.uuid)
-        == world.instances.node.gpus.reservations.reserved(B.uuid)
-        == 0
-    )
+    assert world.gpus.reservations.reserved(A.uuid) == world.gpus.reservations.reserved(B.uuid) == 0
 
 
 @pytest.mark.parametrize(
@@ -202,7 +198,7 @@ async def test_beside_mig_and_mps_an_instance_serves_and_nothing_is_touched(
     assert refusal.value.reason == f"GPU_{sharing.kind}"
     assert sharing.message in refusal.value.message
     assert refusal.value.metadata.get("gpu", "") == sharing.gpu
-    assert host.asked == []
+    assert host.commands == []
     assert world.cuda.calls == []
     assert world.instances.get("one").state is State.SERVING
 
@@ -224,7 +220,7 @@ async def test_where_nothing_can_suspend_cuda_an_instance_starts_and_serves_and_
 
     assert refusal.value.reason == "GPU_NOT_SUSPENDABLE"
     assert "too old" in refusal.value.message or not known
-    assert host.asked == []
+    assert host.commands == []
     assert world.instances.get("one").state is State.SERVING
 
 
@@ -251,7 +247,7 @@ async def test_room_is_reserved_for_what_comes_from_the_gpu_before_anything_stop
         await world.instances.capture("one", "first")
 
     # Then it was asked for anything only if there was room
-    assert bool(host.asked) == fits
+    assert bool(host.commands) == fits
     assert world.instances.get("one").state is State.SERVING
 
 

@@ -73,11 +73,7 @@ async def test_replicas_restored_at_once_spread_over_the_gpus(world: World) -> N
     # The one that stays needs no map; the other's lists both GPUs.
     swap = {A.uuid: B.uuid, B.uuid: A.uuid}
     assert [devices for devices in world.cuda.devices if devices] == [swap] * (2 if one.gpu == B.uuid else 1)
-    assert (
-        world.instances.node.gpus.reservations.reserved(A.uuid)
-        == world.instances.node.gpus.reservations.reserved(B.uuid)
-        == 0
-    )
+    assert world.gpus.reservations.reserved(A.uuid) == world.gpus.reservations.reserved(B.uuid) == 0
 
 
 async def test_replicas_restored_at_once_are_not_promised_the_same_memory_twice(world: World) -> None:
@@ -142,7 +138,7 @@ async def test_a_live_instance_moves_to_another_gpu_and_is_known_to_be_there(wor
 
 async def test_weights_are_brought_to_the_gpu_that_the_process_comes_back_on(world: World) -> None:
     node = world.instances.node
-    world.instances.node = replace(node, gpus=replace(node.gpus, loader=ReadyLoader()))
+    world.instances.node = replace(node, gpus=replace(world.gpus, loader=ReadyLoader()))
     host = await world.serving(gpu="0")
     await move(world.instances, "one", "1")
     # Loaded on the one, brought back on the other.
@@ -179,7 +175,7 @@ async def test_a_parked_instance_stays_where_it_was_while_there_is_room(world: W
 async def test_where_it_is_already_it_stays_untouched(world: World) -> None:
     host = await world.serving()
     assert (await move(world.instances, "one", "0")).state is State.SERVING
-    assert host.asked == []
+    assert host.commands == []
 
 
 @pytest.mark.parametrize(
@@ -194,10 +190,10 @@ async def test_a_move_that_cannot_be_leaves_the_instance_serving_untouched(
     with pytest.raises(DumontError) as refusal:
         await move(world.instances, "one", gpu)
     assert refusal.value.reason == reason
-    assert host.asked == []
+    assert host.commands == []
     assert world.cuda.calls == []
     assert world.instances.get("one").state is State.SERVING
-    assert world.instances.node.gpus.reservations.reserved(B.uuid) == 0
+    assert world.gpus.reservations.reserved(B.uuid) == 0
 
 
 async def test_a_move_whose_room_is_taken_meanwhile_ends_where_it_began(world: World) -> None:

@@ -27,11 +27,11 @@ async def test_while_a_source_is_off_its_gpu_its_room_is_promised_to_it(world: W
     working = asyncio.create_task(work)
     await host.reached.wait()
 
-    assert world.instances.node.gpus.reservations.reserved(A.uuid) == 6 * GIB
+    assert world.gpus.reservations.reserved(A.uuid) == 6 * GIB
 
     host.gates["trim"].set()
     await asyncio.wait([working])
-    assert world.instances.node.gpus.reservations.reserved(A.uuid) == 0
+    assert world.gpus.reservations.reserved(A.uuid) == 0
 
 
 async def test_a_cancelled_capture_waits_for_the_trim_before_it_wakes_the_driver(world: World) -> None:
@@ -56,7 +56,7 @@ async def test_a_cancelled_capture_waits_for_the_trim_before_it_wakes_the_driver
 async def test_an_order_of_weights_that_fails_costs_nothing_but_time(world: World) -> None:
     # given a node with a loader, and a model host that does not get through to it
     node = world.instances.node
-    node = replace(node, gpus=replace(node.gpus, loader=ReadyLoader()))
+    node = replace(node, gpus=replace(world.gpus, loader=ReadyLoader()))
     world.instances.node = node
     host = await world.serving()
     world.instances._record("one").instance = replace(world.instances.get("one"), weight_files=FILES)
@@ -68,7 +68,7 @@ async def test_an_order_of_weights_that_fails_costs_nothing_but_time(world: Worl
 
     # then it serves, having tried
     assert resumed.state is State.SERVING
-    assert "order_weights" in host.asked
+    assert "order_weights" in host.commands
 
 
 async def test_a_capture_of_what_came_from_a_damaged_snapshot_is_refused(world: World) -> None:

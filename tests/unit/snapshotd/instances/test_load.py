@@ -96,10 +96,10 @@ async def test_an_instance_that_parks_or_is_gone_or_silent_is_left_alone(world: 
 
     host.failing.clear()
     await world.instances.park("one")
-    asked = host.asked
+    asked = host.status_calls
     await world.instances.measure("one")
     await world.instances.measure("gone")
-    assert host.asked == asked
+    assert host.status_calls == asked
 
 
 async def test_one_that_begins_to_serve_is_asked_at_once(world: World) -> None:

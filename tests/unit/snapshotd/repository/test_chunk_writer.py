@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,11 +118,11 @@ def test_want_of_room_is_an_error_before_anything_is_touched(
 
 
 def test_what_cannot_be_mapped_is_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_mapping(*arguments: object, **others: object) -> None:
+    def no_mapping(*arguments: object, **others: Any) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(chunk_writer, "_in_memory", lambda device: True)
-    monkeypatch.setattr(chunk_writer.mmap, "mmap", no_mapping)
+    monkeypatch.setattr("mmap.mmap", no_mapping)
     plain = noise(SIZE)
     fill(path, True, [a_whole_chunk(0, SIZE)], holding(plain))
     assert path.read_bytes() == plain

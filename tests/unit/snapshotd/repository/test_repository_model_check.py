@@ -90,8 +90,8 @@ class StoreMachine(RuleBasedStateMachine):
         needed = {manifest_key(found.manifest.id) for found in listed}
         needed |= {chunk_key(chunk) for found in listed for chunk in found.chunks()}
         assert self.objects.keys() == needed
-        for node in self.nodes:
-            node.close()
+        for opened in self.nodes:
+            opened.close()
         self.folder.cleanup()
         self.loop.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -103,7 +103,7 @@ class MemoryObjects:
     def keys(self, prefix: str = "") -> set[str]:
         return {key for key in self.objects if key.startswith(prefix)}
 
-    def sent(self) -> list[str]:
+    def sent(self) -> Sequence[str]:
         """The chunks that were put, in order, since the calls were last cleared."""
         return [key for method, key in self.calls if method == "put" and key.startswith("chunks/")]
 

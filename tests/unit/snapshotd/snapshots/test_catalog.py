@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ class World:
         self.nodes.append(made)
         return made
 
-    async def capture(self, node: Snapshots, snapshot: str = "s1", **facts: object) -> Snapshot:
+    async def capture(self, node: Snapshots, snapshot: str = "s1", **facts: Any) -> Snapshot:
         folder = await node.store.stage(snapshot)
         for name, data in CONTENT.items():
             (folder / name).write_bytes(data)
