@@ -62,7 +62,7 @@ def find_criu() -> tuple[Criu | None, list[Finding]]:
                 f"{binary} is CRIU {version or '?'}, and 4.0 is the oldest that works; run scripts/setup"
             )
             continue
-        pycriu = _find_pycriu(binary)
+        pycriu = find_pycriu(binary)
         if pycriu is None:
             problem = f"{binary} has no pycriu beside it; install python3-pycriu or run scripts/setup"
             continue
@@ -94,7 +94,7 @@ def _criu_version(binary: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _find_pycriu(binary: Path) -> Path | None:
+def find_pycriu(binary: Path) -> Path | None:
     """The directory that holds pycriu; ``Path()`` if it is on Python's path, None if there is none."""
     prefix = binary.resolve().parent.parent
     if (prefix / "pycriu" / "__init__.py").exists():
