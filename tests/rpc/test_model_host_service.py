@@ -469,3 +469,22 @@ def test_a_draining_host_refuses_calls_on_a_stream(stream: Stream, gate: Gate) -
     stream.receive(1)
 
     assert stream.failures[1].reason == "INSTANCE_DRAINING"
+
+
+def test_a_caller_who_never_reads_holds_up_nobody(
+    stream: Stream, stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine, gate: Gate
+) -> None:
+    # given more than a connection takes, on a stream that nobody reads
+    stream.generate(1, "wait " + "more " * 20_000)
+    assert engine.hold.reached.wait(5)
+    engine.hold.go_on()
+
+    # when another calls, then it is answered,
+    answers = list(stub.Generate(pb2.GenerateRequest(prompt="one two")))
+    assert [answer.chunk.text for answer in answers[:-1]] == ["one", "two"]
+
+    # and the first is computed to its end and holds no room
+    assert engine.works[0].left.wait(10)
+    assert engine.works[0].finished
+    stream.close()
+    assert gate.wait_empty(5)
