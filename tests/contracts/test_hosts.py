@@ -90,10 +90,7 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         request.getfixturevalue("criu")
     made = World(directory) if request.param == "memory" else RealWorld(directory)
     yield made
-    await made.next_daemon()
-    for host in await made.hosts.find():
-        await host.release()
-    await made.hosts.close()
+    await release_all(made)
 
 
 @pytest.fixture
@@ -102,7 +99,14 @@ async def real(criu: Path, tmp_path: Path) -> AsyncIterator[RealWorld]:
     (directory := tmp_path / "one").mkdir()
     made = RealWorld(directory)
     yield made
-    await made.hosts.close()
+    await release_all(made)
+
+
+async def release_all(world: World) -> None:
+    await world.next_daemon()
+    for host in await world.hosts.find():
+        await host.release()
+    await world.hosts.close()
 
 
 async def refused(host: Host, command: str, timeout: float = 10.0) -> DumontError:

@@ -267,7 +267,7 @@ def test_a_caller_who_hangs_up_stops_the_computation(
 def test_a_deadline_stops_the_computation(
     stub: pb2_grpc.ModelHostServiceStub, engine: ScriptedEngine, gate: Gate
 ) -> None:
-    error = failure(lambda: list(stub.Generate(pb2.GenerateRequest(prompt=ENDLESS), timeout=0.5)))
+    error = failure(lambda: list(stub.Generate(pb2.GenerateRequest(prompt=ENDLESS), timeout=1.5)))
 
     engine.hold.go_on()
 
