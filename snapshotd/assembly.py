@@ -170,7 +170,7 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
 
 
 def host_memory(settings: Settings) -> int:
-    """Bytes that one model host may take; 0: no limit."""
+    """Bytes of memory that one model host may take; 0 for no limit."""
     if settings.host_memory_bytes is not None:
         return settings.host_memory_bytes
     return int(psutil.virtual_memory().total * HOST_MEMORY_SHARE)
@@ -327,7 +327,7 @@ async def check_repository(repository: Repository) -> None:
 
 
 def models_limit(settings: Settings) -> int:
-    """Bytes that models fetched from the hub may take; 0: no limit."""
+    """Bytes that models fetched from the hub may take; 0 for no limit."""
     if settings.models_bytes is not None:
         return settings.models_bytes
     existing = next(path for path in (settings.models_dir, *settings.models_dir.parents) if path.exists())
@@ -335,7 +335,7 @@ def models_limit(settings: Settings) -> int:
 
 
 def snapshot_limit(settings: Settings) -> int:
-    """Bytes that the node's own snapshots may take; 0: no limit."""
+    """Bytes that the node's own snapshots may take; 0 for no limit."""
     if settings.cache_bytes is not None:
         return settings.cache_bytes
     directory = settings.cache_dir or settings.state_dir
@@ -374,7 +374,7 @@ def open_snapshots(
 
 
 def open_weight_cache(settings: Settings, on_gpus: bool) -> WeightCache | None:
-    """Mount the node's weight cache; None: it has none.
+    """Mount the node's weight cache; None if it has none.
 
     Raises:
         FailedPrecondition: WEIGHT_CACHE_UNUSABLE.
@@ -417,7 +417,7 @@ def open_cuda(settings: Settings, driver: str) -> tuple[CudaAgent | CudaCheckpoi
 
 
 def open_loader(cache: WeightCache, clock: Clock) -> weight_loader.LoaderProcess | None:
-    """The loader of the cache's weights, not started yet; None: the package that it needs is missing."""
+    """The loader of the cache's weights, not started yet; None if its package is not installed."""
     if not weight_loader.available():
         log.warning("weight_loader_unavailable", error="the package cuda-bindings is not installed")
         return None

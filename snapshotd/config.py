@@ -22,7 +22,7 @@ CONFIG_VARIABLE = "DUMONT_SNAPSHOTD_CONFIG"
 
 
 class Settings(BaseSettings):
-    """Where snapshotd keeps things, whom it talks to, and how it runs model hosts."""
+    """The settings of snapshotd."""
 
     model_config = SettingsConfigDict(
         env_prefix="DUMONT_SNAPSHOTD_",
@@ -39,7 +39,7 @@ class Settings(BaseSettings):
         False, description="belong to that controller, though this node belongs to another one"
     )
     advertise: str = Field(
-        "", description="endpoint that the controller reaches this node at; empty: as listened"
+        "", description="endpoint at which the controller reaches this node; empty: as --listen"
     )
     node_id: str = Field("", description="empty: the host's name and a number kept in the state directory")
     models_dir: Path = Field(
@@ -48,8 +48,8 @@ class Settings(BaseSettings):
     models_bytes: int | None = Field(
         None,
         ge=0,
-        description="bytes that models fetched from the hub may take; beyond it those used longest ago go, "
-        "unless instances run them; unset: half of the file system that they are on; 0: no limit",
+        description="bytes that models fetched from the hub may take; beyond it the least recently used are "
+        "deleted, unless instances run them; unset: half of their file system; 0: no limit",
     )
     cache_dir: Path | None = Field(
         None, description="the node's own snapshots, on disk or tmpfs; unset: in the state directory"
@@ -57,14 +57,14 @@ class Settings(BaseSettings):
     cache_bytes: int | None = Field(
         None,
         ge=0,
-        description="bytes they may take; beyond it those used longest ago leave, published ones first; "
-        "unset: a quarter of their file system, or nine tenths of one of their own; 0: no limit",
+        description="bytes they may take; beyond it the least recently used are deleted, published ones "
+        "first; unset: a quarter of their file system, or nine tenths of one of their own; 0: no limit",
     )
     disk_reserve_bytes: int | None = Field(
         None,
         ge=0,
-        description="bytes of a disk that captures and fetches leave free for all else that is written; "
-        "unset: a fiftieth of it, at most 1 GiB",
+        description="bytes of a disk that captures and fetches leave free for other uses; unset: a fiftieth "
+        "of it, at most 1 GiB",
     )
     weight_cache_bytes: int | None = Field(
         None,
@@ -128,7 +128,7 @@ class Settings(BaseSettings):
     host_memory_bytes: int | None = Field(
         None,
         ge=0,
-        description="memory that one model host may take; beyond it that one is ended; unset: nine tenths of "
+        description="bytes of memory that one model host may take before it is ended; unset: nine tenths of "
         "all; 0: no limit",
     )
     host_threads: int = Field(0, ge=0, description="compute threads of a model host; 0: one for each core")
@@ -137,14 +137,14 @@ class Settings(BaseSettings):
     start_timeout_seconds: float = Field(
         1800.0,
         gt=0,
-        description="time for a start or restore, with all that it downloads, loads and warms up",
+        description="seconds that a start or a restore may take, including downloads",
     )
     heartbeat_seconds: float = Field(5.0, gt=0)
     drain_seconds: float = Field(
         30.0,
         ge=0,
-        description="time for running calls at SIGTERM, and before a park; ten seconds after it the daemon "
-        "ends, whatever hangs",
+        description="seconds for running calls to end, at SIGTERM and before a park; ten seconds later the "
+        "daemon ends, even if something hangs",
     )
     metrics_listen: str = Field("", description="host:port of the Prometheus page; empty: none")
     log_format: Literal["json", "console"] = "json"

@@ -124,16 +124,16 @@ async def run(settings: Settings) -> None:
 
 
 def unsuspendable(node: Node, findings: Sequence[Finding]) -> list[Finding]:
-    """What keeps CUDA processes from being suspended here, unless a check of the machine found it already."""
+    """Why CUDA processes cannot be suspended on this node, unless another finding says so already."""
     if node.gpus is None or node.gpus.cuda is not None or not all(finding.passed for finding in findings):
         return []
     return [Finding("cuda_backend", False, node.gpus.unsuspendable, needed=False)]
 
 
 def end_within(seconds: float) -> None:
-    """End this process by then, whatever it still waits for; instances live on for the next daemon.
+    """End this process after some time, whatever it still waits for. The instances go on.
 
-    A thread that reads from a mount that hangs cannot be ended, and the interpreter would wait for it.
+    A thread that reads from a hanging mount cannot be ended, and the interpreter would wait for it.
     """
 
     def end() -> None:

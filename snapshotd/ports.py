@@ -141,7 +141,7 @@ class Hosts(Protocol):
         ...
 
     async def end_orphans(self, instances: Path) -> None:
-        """End the model hosts that no shim holds any more: a frozen one would stay for ever.
+        """End the model hosts whose shims have ended. A frozen one would otherwise stay for ever.
 
         Args:
             instances: the directory that holds a directory for each instance.
@@ -343,7 +343,7 @@ class Models(Protocol):
         ...
 
     async def find(self, name: str, engine: str = "") -> Model | None:
-        """The model as it is on this node, checked likewise; None: it is not here."""
+        """Find a model on this node and check that it can be loaded; None if it is not here."""
         ...
 
     async def digests(self, model: Model) -> Mapping[str, str]:
@@ -366,12 +366,13 @@ class WeightFiles(Protocol):
         ...
 
     async def mapped(self, model: Model) -> tuple[MappedFile, ...]:
-        """The weight files as the file system knows them now, for whoever is about to map them."""
+        """The model's own weight files as they are now, before a process maps them."""
         ...
 
     async def overwritten(self, files: Sequence[MappedFile]) -> str:
-        """The path of one that was written to since: whoever maps it sees other weights now. Empty: none was;
-        one that was replaced by another file is mapped as it was.
+        """The path of a mapped file that has been written to since, so that its weights have changed.
+
+        Empty if there is none. A file that was replaced by another one is still mapped as it was.
         """
         ...
 

@@ -43,13 +43,13 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 class NodeModels:
     """Models at ``<models>/<organisation>/<name>``, in the hub's cache beside them, or by path.
 
-    Those that were fetched from the hub are noted, and go again when others need their room; what was put
-    here by hand stays.
+    Models that were fetched from the hub may be evicted when others need their space. Models that somebody
+    has put here stay.
 
     Args:
-        directory: of the models.
-        limit: bytes that fetched models may take; 0: no limit.
-        in_use: names of models that instances run, and that must stay.
+        directory: holds the models.
+        limit: bytes that fetched models may take; 0 for no limit.
+        in_use: finds the names of models that instances run, which are not evicted.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class NodeModels:
         return await self._reading.run(partial(_describe, model.name, Path(folder), model.engine))
 
     def _note(self, name: str) -> Path:
-        """Says that a model was fetched, and by its time when it was used last."""
+        """A file that marks a model as fetched; its time is that of the last use."""
         return self._fetched / name.replace("/", "--")
 
     def _note_fetched(self, name: str) -> None:
@@ -141,10 +141,10 @@ class NodeModels:
         self._note(name).write_text(name)
 
     def _make_room(self, model: Model) -> None:
-        """Delete fetched models that were used longest ago, until this one fits.
+        """Evict the least recently used fetched models until this one fits.
 
         Raises:
-            ResourceExhausted: MODELS_FULL, it does not fit even then.
+            ResourceExhausted: MODELS_FULL, it does not fit even without them.
         """
         if not self.limit:
             return
@@ -164,7 +164,7 @@ class NodeModels:
             )
         for name in leaving:
             log.info("model_evicted", model=name)
-            # Files that a process has mapped stay until it ends.
+            # Mapped files stay until the process that maps them ends.
             shutil.rmtree(self._hub_folder(name), ignore_errors=True)
             notes[name].unlink(missing_ok=True)
 

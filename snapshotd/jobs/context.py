@@ -61,9 +61,9 @@ class Gpus:
     Attributes:
         devices: in the driver's order; at least one.
         facts: what a snapshot of a CUDA process is bound to.
-        cuda: None: nothing here can suspend a CUDA process; it starts, serves and stops.
+        cuda: None if nothing here can suspend CUDA processes, which can then only start, serve and stop.
         unsuspendable: why, and how to change that.
-        loader: None: model hosts copy their weights to a GPU themselves.
+        loader: None if model hosts copy their weights to a GPU themselves.
         reservations: GPU memory set aside for jobs under way.
     """
 

@@ -59,7 +59,7 @@ class _Call:
         """The next messages of the answer; None after its last.
 
         Raises:
-            DumontError: what the model host answered, or that it is gone.
+            DumontError: the model host has refused the call, or has ended.
         """
         if self._last:
             return None
@@ -109,7 +109,7 @@ class _Exchange:
         """Make a call.
 
         Args:
-            timeout: seconds until its caller gives up; None: never.
+            timeout: seconds after which the caller gives up; None for never.
 
         Raises:
             Unavailable: INSTANCE_GONE.
@@ -119,7 +119,7 @@ class _Exchange:
         try:
             await self._order(host_pb2.ExchangeRequest(call=number, generate=request, timeout=timeout or 0))
         except BaseException:
-            # The order may have gone before its caller left.
+            # The request may have been sent before its caller was cancelled.
             self._leave(number, ended=False)
             raise
         return call

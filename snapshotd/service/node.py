@@ -20,13 +20,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class NodeServicer(pb2_grpc.NodeServiceServicer):
-    """
+    """``dumont.snapshotd.v1.NodeService`` over this node.
+
     Args:
-        node: what it runs.
-        node_id: its id.
-        findings: of the checks at its start.
-        object_store: its URL; empty: none.
-        limit: bytes that its own snapshots may take; 0: no limit.
+        node: the node's collaborators.
+        node_id: the node's id.
+        findings: of the checks of the machine at the start.
+        object_store: the URL of its object store; empty if it has none.
+        limit: bytes that its own snapshots may take; 0 for no limit.
     """
 
     def __init__(

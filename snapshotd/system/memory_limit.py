@@ -55,7 +55,7 @@ class MemoryLimit:
 
 
 def version() -> int:
-    """Of the cgroups that bound memory on this machine; 0: none do."""
+    """The version of the cgroups that limit memory on this machine; 0 if there are none."""
     root = cgroup2_root()
     with contextlib.suppress(OSError):
         if root is not None and "memory" in (root / "cgroup.controllers").read_text().split():

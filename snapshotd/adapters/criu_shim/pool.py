@@ -41,9 +41,9 @@ class ShimPool:
         Args:
             directory: where the shims' sockets lie; private to root.
             criu: the CRIU binary.
-            pycriu: directory that holds the package pycriu; None: it is on Python's path.
-            weights: the node's weight cache, mounted before the first shim is started; None: it has none.
-            memory_bytes: that one model host may take; 0: no limit.
+            pycriu: directory that holds the package pycriu; None if it is on Python's path.
+            weights: the node's weight cache, mounted before the first shim starts; None if it has none.
+            memory_bytes: memory that one model host may take; 0 for no limit.
         """
         self.directory = directory
         self.criu = criu
