@@ -30,6 +30,10 @@ from typing import Any, Final, Protocol
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
 
+class DeviceLost(Exception):
+    """This process can use its device no more; only another one can."""
+
+
 class FinishReason(Enum):
     """Why a token stream ended."""
 
@@ -307,7 +311,11 @@ class Engine(Protocol):
         """End work that was admitted, and give back what it holds; nothing if it has ended already."""
 
     def step(self) -> Sequence[Output]:
-        """Advance all that is admitted. What goes wrong for one is that one's last output."""
+        """Advance all that is admitted. What goes wrong for one is that one's last output.
+
+        Raises:
+            DeviceLost: nothing more will be computed in this process.
+        """
 
     def quiesce(self) -> None:
         """Release what a snapshot must not hold: weights on a GPU, caches, everything of past requests."""

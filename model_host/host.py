@@ -122,7 +122,7 @@ class Host:
         )
         folder = Path(arguments.text("model_dir"))
         engine = self._world.load(folder, arguments.text("engine", ""), settings, phases)
-        scheduler = Scheduler(engine, max_queue)
+        scheduler = Scheduler(engine, max_queue, lost=self._world.give_up)
         try:
             with phases.measure("import_grpc"):
                 server = self._world.server(engine, scheduler, self._gate, max_queue)

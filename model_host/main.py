@@ -23,6 +23,7 @@ class Process:
     regain_cpu = staticmethod(tiles.request)
     draws = staticmethod(entropy.draws)
     release_memory = staticmethod(process.release_memory)
+    give_up = staticmethod(process.give_up)
     memory_ranges = staticmethod(memory.ranges)
     drop_zero_pages = staticmethod(memory.drop_zero_pages)
     open_descriptors = staticmethod(process.open_descriptors)

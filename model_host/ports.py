@@ -39,6 +39,9 @@ class World(Protocol):
     def draws(self) -> dict[str, object]:
         """One draw from each generator."""
 
+    def give_up(self) -> None:
+        """End the process, once what it says now has been sent: another one must take its place."""
+
     def release_memory(self) -> None:
         """Give free memory back to the kernel."""
 

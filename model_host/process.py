@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Final
 CONTROL_IN: Final = 3
 CONTROL_OUT: Final = 4
 EXPECTED: Final = frozenset(range(5))
+# Exit status of a process that could use its device no more, and the seconds until it ends.
+GAVE_UP: Final = 70
+GIVE_UP_SECONDS: Final = 0.5
 
 
 def open_descriptors() -> dict[int, str]:
@@ -41,6 +46,11 @@ def wait_for_descriptors(allowed: Callable[[int, str], bool], timeout: float = 2
         if not extra or time.monotonic() >= end:
             return extra
         time.sleep(0.001)
+
+
+def give_up() -> None:
+    """End the process in a moment, for callers to hear why; it does not wait for anything that may hang."""
+    threading.Timer(GIVE_UP_SECONDS, os._exit, [GAVE_UP]).start()
 
 
 def release_memory() -> None:

@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Generic, TypeVar
 
-from dumont.errors import Cancelled, DeadlineExceeded, DumontError, Internal, ResourceExhausted
-from model_host.engine import Engine, Load, Work
+from dumont.errors import Cancelled, DeadlineExceeded, DumontError, Internal, ResourceExhausted, Unavailable
+from model_host.engine import DeviceLost, Engine, Load, Work
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -141,10 +141,18 @@ class Scheduler:
     Args:
         max_queue: jobs that may wait, those admitted not counted.
         clock: monotonic seconds, the same that deadlines are given in.
+        lost: called when the engine can compute no more in this process.
     """
 
-    def __init__(self, engine: Engine, max_queue: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        max_queue: int,
+        clock: Callable[[], float] = time.monotonic,
+        lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self._engine = engine
+        self._lost = lost
         self._max_queue = max_queue
         self._clock = clock
         self._waiting: deque[Job] = deque()
@@ -280,6 +288,9 @@ class Scheduler:
     def _step(self) -> None:
         try:
             outputs: Sequence[Any] = self._engine.step()
+        except DeviceLost as error:
+            self._give_up(error)
+            return
         except Exception as error:
             # The engine could not say whose fault it was.
             failure = _as_dumont(error)
@@ -302,6 +313,20 @@ class Scheduler:
             if output.last or isinstance(output.item, BaseException):
                 del self._running[output.work]
                 self._stirred = True  # there is room for one that waits
+
+    def _give_up(self, error: DeviceLost) -> None:
+        """End all jobs, those that wait as well: another process may answer them."""
+        log.error("nothing can be computed any more: %s", error)
+        failure = Unavailable(
+            "DEVICE_LOST", f"The model host cannot use its device any more ({error}).", retry_after=0.2
+        )
+        with self._changed:
+            jobs = [*self._running.values(), *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for job in jobs:
+            job.end(failure)
+        self._lost()
 
 
 def _stopped(job: Job, now: float) -> DumontError | None:

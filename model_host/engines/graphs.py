@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dumont.errors import Internal, ResourceExhausted
 from model_host import cuda
-from model_host.engine import Phases
+from model_host.engine import DeviceLost, Phases
 from model_host.engines import attention, backends
 from model_host.engines.attention import KeysAndValues, LayerShape, NotBatchable, PagedRows, Pass
 from model_host.engines.backends import Flight, Result
@@ -48,8 +48,6 @@ log = logging.getLogger(__name__)
 BUCKETS: Final = (32, 64, 128, 256, 512)
 ROWS: Final = BUCKETS[-1]
 SEQUENCES: Final = 256
-# Addresses cost nothing; what the graphs of the largest models need is a few GiB.
-SCRATCH_ADDRESSES: Final = 64 << 30
 # Memory for keys and values comes in pieces of this many bytes, as sequences need it.
 PIECE: Final = 1 << 30
 MOST_BIASES: Final = 2048
@@ -57,9 +55,9 @@ MOST_BIASES: Final = 2048
 GATE_BLOCK: Final = 1024
 
 # Rows of the state, as in kernels.py.
-(TOKEN, POSITION, SLOT, START, LENGTH, FLAGS, TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE,
-FREQUENCY,
- SEED_LOW, SEED_HIGH, PLACE, BIASES) = range(17)  # fmt: skip
+TOKEN, POSITION, SLOT, START, LENGTH, FLAGS = range(6)
+TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6, 13)
+SEED_LOW, SEED_HIGH, PLACE, BIASES = range(13, 17)
 STATE_ROWS: Final = 17
 SAMPLED, PENALISED, ADJUSTED = 1, 2, 4
 IN_PROMPT: Final = 0x4000
@@ -85,7 +83,6 @@ class Compiler:
     """A process that compiles our kernels while the model is loaded."""
 
     def __init__(self, wanted: Wanted, capability: int) -> None:
-        self.wanted = wanted
         self._cache = tempfile.TemporaryDirectory(prefix="kernels-")
         order = {
             "capability": capability, "dtype": wanted.dtype, "shapes": wanted.shapes, "rotary": wanted.rotary,
@@ -123,7 +120,6 @@ class Scratch:
     def __init__(self, device: int) -> None:
         self._device = device
         self._blocks: dict[int, cuda.Block] = {}
-        self._freed: list[cuda.Block] = []
         # torch calls them for as long as the process lives.
         self._allocate = ALLOCATE(self._take)
         self._free = FREE(self._put)
@@ -233,7 +229,6 @@ class Graphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._places: list[int] = list(range(SEQUENCES))
         self._place: dict[TokenSequence, int] = {}
-        self._random = np.random
         self._make_buffers()
 
     def _make_buffers(self) -> None:
@@ -272,7 +267,7 @@ class Graphs:
                     self._bias_values = torch.zeros(
                         SEQUENCES, MOST_BIASES, dtype=torch.float32, device=self._device
                     )
-                self._rest(ROWS)
+                self._rest()
                 for bucket in reversed(BUCKETS):
                     self._compute(bucket)
                 self._stream.synchronize()
@@ -295,8 +290,8 @@ class Graphs:
         except (RuntimeError, cuda.CudaError) as error:
             raise NotBatchable(f"its steps cannot be captured: {error}") from error
 
-    def _rest(self, rows: int) -> None:
-        """Let the first ``rows`` rows be fillers: one token that looks at itself."""
+    def _rest(self) -> None:
+        """Let all rows be fillers: one token that looks at itself."""
         state = np.zeros((STATE_ROWS, ROWS + 1), dtype=np.int32)
         state[LENGTH] = 1
         self._state.copy_(torch.from_numpy(state))
@@ -454,7 +449,11 @@ class Graphs:
 
     def harvest(self, flight: Flight) -> list[Result]:
         bucket, turn, rows = flight.what
-        self._events[turn].synchronize()
+        try:
+            self._events[turn].synchronize()
+        except RuntimeError as error:
+            # Errors of kernels show here, and after one of them a process can use its GPU no more.
+            raise DeviceLost(f"the GPU failed: {str(error).splitlines()[0]}") from error
         tokens, logprobs = (fetched.numpy() for fetched in self._fetched[turn])
         results: list[Result] = []
         for chunk, row in zip(flight.sampled, rows, strict=True):

@@ -92,6 +92,9 @@ class FakeWorld:
     def draws(self) -> dict[str, Any]:
         return {"python": 0.5}
 
+    def give_up(self) -> None:
+        self.engine.log.append("give_up")
+
     def release_memory(self) -> None:
         self.engine.log.append("release_memory")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dumont.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted
+from dumont.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from dumont.errors import Internal as InternalError
-from model_host.engine import Load, Reply
+from model_host.engine import DeviceLost, Load, Reply
 from model_host.scheduler import Job, Scheduler
 from tests.fakes.step_engine import Hold, Script, StepEngine
 
@@ -278,6 +278,26 @@ def test_the_hosts_own_work_fails_to_the_host_alone(scheduler: Scheduler) -> Non
     with pytest.raises(InternalError):
         scheduler.call(broken)
     assert list(scheduler.submit(Script([1]))) == [1]
+
+
+def test_a_lost_device_ends_all_jobs_and_the_process_is_given_up(engine: StepEngine, clock: Clock) -> None:
+    # given one that runs and one that waits
+    given_up = threading.Event()
+    scheduler = Scheduler(engine, max_queue=3, clock=clock, lost=given_up.set)
+    hold, running = occupy(scheduler, 0, 1)
+    waiting = scheduler.submit(Script([1]))
+
+    # when the step finds that its device is gone
+    engine.broken = DeviceLost("the GPU failed: an illegal memory access was encountered")
+    hold.go_on()
+
+    # then both are told so, in a way that lets them be answered elsewhere
+    for job in (running, waiting):
+        with pytest.raises(Unavailable) as failure:
+            list(job)
+        assert (failure.value.reason, failure.value.retry_after) == ("DEVICE_LOST", 0.2)
+    assert given_up.wait(5)
+    scheduler.close()
 
 
 def test_closing_cancels_what_waits_and_what_runs(engine: StepEngine, clock: Clock) -> None:
