@@ -10,7 +10,7 @@ from dataclasses import replace
 import structlog
 
 from controller.inventory import Inventory
-from controller.model import Node, NodeState, Report
+from controller.model import InstanceState, Node, NodeState, Report
 from controller.ports import NODE_UNAVAILABLE, Clock, Nodes, Registry, Removed, Synchronized
 from controller.tasks import Tasks
 from dumont.errors import DumontError, FailedPrecondition, NotFound, Unavailable
@@ -215,6 +215,19 @@ class Fleet:
                 elif isinstance(change, Removed):
                     self._inventory.removed(change.instance)
                 elif synchronized:
+                    captured = self._ends_an_unknown_capture(change)
                     self._inventory.report(identifier, change)
+                    if captured:
+                        await self.refresh_snapshots(identifier)
                 else:
                     reports.append(change)
+
+    def _ends_an_unknown_capture(self, report: Report) -> bool:
+        """Whether a capture ends that nobody here waits for, such as one that outlived its controller."""
+        known = self._inventory.instances.get(report.id)
+        return (
+            known is not None
+            and not known.busy
+            and known.state is InstanceState.CAPTURING
+            and report.state is not InstanceState.CAPTURING
+        )

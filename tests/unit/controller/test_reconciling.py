@@ -353,6 +353,29 @@ async def test_a_restarted_controller_knows_everything_again(world: World) -> No
     assert len(world.nodes.named("start")) == 1
 
 
+async def test_a_snapshot_is_known_whose_capture_ends_under_the_next_controller(world: World) -> None:
+    # given: the next controller finds the instance while it is captured, and no snapshot yet
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    (report,) = world.nodes.world["n1"].instances.values()
+    (made,) = world.nodes.world["n1"].snapshots.values()
+    world.nodes.world["n1"].snapshots.clear()
+    await world.crash()
+    world.nodes.world["n1"].instances[report.id] = replace(report, state=InstanceState.CAPTURING)
+    await world.boot()
+    inventory = world.controller.core.inventory
+    await world.until(lambda: inventory.nodes["n1"].state is NodeState.READY)
+    assert inventory.held_on("n1") == ()
+
+    # when
+    world.nodes.world["n1"].snapshots[made.id] = made
+    world.nodes.tell("n1", replace(report, state=SERVING))
+
+    # then
+    await world.until(lambda: [snapshot.id for snapshot in inventory.held_on("n1")] == [made.id])
+
+
 async def test_a_request_never_waits_for_the_database(world: World) -> None:
     await world.node()
     await world.deploy()
