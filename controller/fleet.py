@@ -145,7 +145,7 @@ class Fleet:
             self._ask_again(identifier, listed.store_silence)
 
     def _ask_again(self, identifier: str, silence: str) -> None:
-        """The node could not list its object store: until it can, published snapshots are as they were."""
+        """The node could not list its object store: until it can, those known as published stay so."""
         log.warning("object_store_silent", node=identifier, why=silence)
         if identifier not in self._listing:
             self._listing[identifier] = self._tasks.spawn(

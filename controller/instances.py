@@ -104,7 +104,7 @@ class Instances:
         return self._inventory.instance(instance)
 
     async def stop(self, instance: str, force: bool = False) -> None:
-        """End an instance; one that is gone already counts as ended. Raises like ``park``.
+        """End an instance; one that is already gone counts as ended. Raises like ``park``.
 
         Args:
             instance: its id.
@@ -162,7 +162,7 @@ class Instances:
             if error.reason not in TEMPORARY and self._serves(instance):
                 log.warning("instance_lost", instance=instance, reason=error.reason)
                 self._core.tasks.spawn(self.stop(instance, force=True), f"stop {instance}")
-                # One turn of the loop, in which it leaves the state that requests are routed to.
+                # One turn of the event loop, in which it leaves the state in which requests reach it.
                 await asyncio.sleep(0)
         return f"instances/{instance} did not answer: {error.reason}: {error.message}"
 

@@ -197,7 +197,7 @@ def _unsure(facts: Facts, now: float) -> Wait | None:
         return Wait(f"{_names(started)} was asked which instances it holds", nodes=tuple(sorted(started)))
     if facts.deployment.start_mode is not StartMode.CHECKPOINT or _usable(facts):
         return None
-    # A snapshot is worth a short wait, but not the time until a dead node is given up.
+    # A snapshot is worth a short wait, but not as long as it takes to give up on a dead node.
     captured = (facts.captured_on | {s.node for s in facts.snapshots if s.local}) & asked.keys()
     until = max((asked[node].since + CONNECT_PATIENCE for node in captured), default=now)
     if until <= now:

@@ -36,7 +36,7 @@ class Snapshots:
     async def delete(self, snapshot: str) -> None:
         """Delete a snapshot on every ready node and in the object store.
 
-        One that is gone already counts as deleted.
+        One that is already gone counts as deleted.
 
         Raises:
             NotFound: the controller knows no such snapshot.
@@ -59,7 +59,8 @@ class Snapshots:
         for copy in copies:
             self._inventory.drop_snapshot(snapshot, copy.node)
         if left:
-            # Some nodes do not answer now. A record without a deployment has it deleted when they do.
+            # Some nodes do not answer now. A record without a deployment gets their copies deleted when
+            # they do.
             abandoned = Captured(snapshot, left[0].deployment, "", left[0].manifest_digest, left[0].node)
             await self._core.registry.save_captured(abandoned)
             self._inventory.put_captured(abandoned)
@@ -147,7 +148,7 @@ class Snapshots:
                 metadata={"snapshot": f"snapshots/{snapshot}"},
             )
         node = self.store_node()
-        # A record that has it deleted wherever it turns up would delete it again.
+        # Its deletion may have left a record that would have it deleted again wherever it turns up.
         await self._core.registry.drop_captured(snapshot)
         self._inventory.drop_captured(snapshot)
         self._inventory.put_snapshot(await self._core.nodes.undelete_snapshot(node, snapshot))

@@ -78,7 +78,7 @@ class GenerateOptions(TypedDict, total=False):
     top_p: sample only from the likeliest tokens that together reach this probability.
     seed: makes sampling repeatable; answer ``i`` of ``n`` is sampled with ``seed + i``.
     stop: the answer ends before the first of these strings.
-    top_k: sample only from so many of the likeliest tokens; 0: from all.
+    top_k: sample only from this many of the likeliest tokens; 0: from all.
     min_p: sample only from tokens whose probability is at least this fraction of the likeliest one's.
     repetition_penalty: above 1 makes tokens of the prompt and the answer less likely.
     presence_penalty: subtracted from the logits of tokens that are in the answer already.
@@ -86,8 +86,8 @@ class GenerateOptions(TypedDict, total=False):
     logit_bias: added to logits, by token id; -100 rules a token out.
     stop_token_ids: the answer ends before the first of these tokens.
     ignore_eos: go on to ``max_new_tokens`` even where the model would end its answer.
-    min_new_tokens: the answer has at least so many tokens.
-    logprobs: report the log-probability of each token, and of so many of the likeliest at its position.
+    min_new_tokens: the answer has at least this many tokens.
+    logprobs: report the log-probability of each token, and of this many of the likeliest at its position.
     n: how many answers; they are in ``Generation.answers``.
     timeout: seconds for the whole answer, including a start.
     """

@@ -123,7 +123,7 @@ class Internal(DumontError):
 
 
 def services_not_installed(*missing: str) -> FailedPrecondition:
-    """The error of what needs the daemons where only the client is installed; ``missing`` names modules."""
+    """For what needs the daemons, where only the client is installed; ``missing`` names modules."""
     return FailedPrecondition(
         "SERVICES_NOT_INSTALLED",
         "only Dumont's client is installed here; for the services install 'dumont-services[controller,node]'",

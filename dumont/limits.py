@@ -13,7 +13,7 @@ from typing import Any, Final
 from dumont.errors import InvalidArgument
 
 INT32_MAX: Final = 2**31 - 1
-# Where a request sets none.
+# For a request that sets no max_new_tokens.
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
 STOP_LENGTH: Final = 256
@@ -62,7 +62,7 @@ class Count:
     reason: str
 
     def check(self, entries: int) -> None:
-        """Raise unless the field may have as many ``entries``.
+        """Raise unless the field may have this many ``entries``.
 
         Raises:
             InvalidArgument: the count's reason.

@@ -42,7 +42,7 @@ class AsyncInstances:
         if not found:
             raise NotFound(
                 "INSTANCE_NOT_FOUND",
-                f"{target} is no instance, nor a deployment with one",
+                f"{target} is neither an instance nor a deployment with one",
                 metadata={"name": target},
             )
         return found
@@ -131,7 +131,8 @@ class AsyncSnapshots:
         """Capture a deployment; cancelling this cancels the capture.
 
         Args:
-            deployment: from an instance of which that no prompt has entered; one is started if there is none.
+            deployment: of its instances, one that no prompt has entered is captured; if there is none, one is
+                started.
             snapshot_id: chosen by the controller when left out.
             progress: called at each new step.
         """

@@ -6,7 +6,7 @@ requests come. ``generate`` or ``embed`` checks one on the caller's thread and r
 Everything after that happens on the host's one computing thread: ``admit`` takes work in while other work is
 under way, each ``step`` advances all that was admitted, and ``drop`` ends one at any time without touching
 the others. ``quiesce`` releases what a snapshot must not hold, when nothing is admitted; after ``wake`` the
-engine is as it was and ``canary`` must say the same tokens again.
+engine is as it was and ``canary`` must return the same tokens again.
 
 An example, two requests of which the second is cancelled::
 
@@ -54,7 +54,7 @@ class Message:
 class Generation:
     """A request for text: either ``prompt`` or ``messages``.
 
-    None means: what the model's ``generation_config.json`` says, and nothing where it says nothing.
+    A setting that is None is as in the model's ``generation_config.json``, or has no effect if that lacks it.
 
     Args:
         max_new_tokens: of each answer; 0 means 256.
@@ -65,15 +65,16 @@ class Generation:
         stop: strings that end the answer; the text before them is the answer.
         top_k: this many of the likeliest tokens are drawn from; 0: all.
         min_p: tokens less likely than this fraction of the likeliest are not drawn; 0: all are.
-        repetition_penalty: positive logits of tokens that the prompt or the answer has are divided by it,
-            others multiplied; 1 changes nothing.
-        presence_penalty: subtracted from the logits of tokens that the answer has.
-        frequency_penalty: the same, once for each time that the answer has the token.
+        repetition_penalty: divides the positive logits of tokens that are in the prompt or the answer, and
+            multiplies their negative ones; 1 changes nothing.
+        presence_penalty: subtracted from the logits of tokens that are in the answer.
+        frequency_penalty: the same, once for each time that the token is in the answer.
         logit_bias: added to logits, by token.
-        stop_token_ids: tokens that end the answer; they are no part of it.
-        ignore_eos: write on to ``max_new_tokens`` where the model would end.
+        stop_token_ids: tokens that end the answer; they are not part of it.
+        ignore_eos: go on to ``max_new_tokens`` even where the model would end its answer.
         min_new_tokens: no token ends the answer before it has this many.
-        logprobs: report the log-probability of each token and of this many of the likeliest; None: of none.
+        logprobs: report the log-probability of each token, and of this many of the likeliest at its
+            position; None: report none.
         n: how many answers.
     """
 
@@ -99,7 +100,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class TopLogprob:
-    """One of the likeliest tokens at a place of the answer; ``text`` is the token by itself."""
+    """One of the likeliest tokens at a position of the answer; ``text`` is the token by itself."""
 
     token_id: int
     text: str
@@ -131,10 +132,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of answer ``index``; a stream ends with that of its last one.
+    """The end of answer ``index``; a stream ends when the last of its answers does.
 
-    ``output_tokens`` leaves out the model's own end mark. ``cached_prompt_tokens`` are those of
-    ``prompt_tokens`` that another request's prompt had computed.
+    ``output_tokens`` leaves out the model's own end mark. ``cached_prompt_tokens`` counts those of
+    ``prompt_tokens`` that were already computed for an earlier request.
     """
 
     reason: FinishReason
@@ -170,7 +171,7 @@ class Reply:
 
 
 class Work(Protocol):
-    """One request that was found to be in order. What it holds while admitted is the engine's business."""
+    """One request, already checked. What it holds while admitted is the engine's business."""
 
     def receive(self, computed: Sequence[Any]) -> Reply:
         """Turn what steps have yielded into what the caller is sent. Runs on the caller's thread.
@@ -200,7 +201,7 @@ class Capacity:
 
     Attributes:
         sequences: how many answers are computed together.
-        kv_tokens: how many tokens of prompts and answers have room; None where nothing is cached.
+        kv_tokens: how many tokens of prompts and answers there is room for; None where nothing is cached.
     """
 
     sequences: int
@@ -236,12 +237,12 @@ class Settings:
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda:N``.
-        weights: for good: parameters are made as mapped files or as memory of their own.
+        weights: whether parameters are made as mapped files or as memory of their own; never changes later.
         weight_files: where a weight file is to be mapped from, by its name; others from the model directory.
         max_new_tokens_limit: the most a caller may ask for.
         threads: compute threads; None leaves the library's choice.
         loader: socket of the node's loader of weights; None: there is none.
-        gpu: UUID of the GPU that ``device`` is, for the loader.
+        gpu: UUID of the GPU that ``device`` names; the loader knows it by that.
         kv_cache: bytes for the keys and values of all requests together; None: the engine's choice.
     """
 
@@ -271,7 +272,7 @@ class Phases:
 
 
 class Engine(Protocol):
-    """One model, ready to compute. Raises DumontError subclasses for everything a caller can mend."""
+    """One model, ready to compute. Raises DumontError subclasses for everything that a caller can fix."""
 
     name: str
     device: str
@@ -286,7 +287,7 @@ class Engine(Protocol):
         """Run every path once with synthetic input."""
 
     def canary(self) -> Canary:
-        """The same way through every layer and the cache that requests take, over a fixed input."""
+        """What the model says to a fixed input, computed as requests are: every layer, and the cache."""
 
     def generate(self, request: Generation) -> Work:
         """Check a request and tokenise its prompt. Runs on the caller's thread and holds nothing.
@@ -311,7 +312,7 @@ class Engine(Protocol):
         """End work that was admitted, and give back what it holds; nothing if it has ended already."""
 
     def step(self) -> Sequence[Output]:
-        """Advance all that is admitted. What goes wrong for one is that one's last output.
+        """Advance everything admitted. An error in one work is that work's last output.
 
         Raises:
             DeviceLost: nothing more will be computed in this process.

@@ -1,7 +1,7 @@
 """Many calls on one stream: what is ready together is sent together.
 
-A stream for each call costs a message, and the turn of a thread that wants the interpreter, for each call
-and moment; with a hundred calls, the thread that computes then waits for the interpreter more than for the
+With a stream for each call, every few tokens of each call cost a message and a thread's turn with the
+interpreter; with a hundred calls, the computing thread then waits longer for the interpreter than for the
 GPU. Here one thread looks at all calls fifty times a second, and at once when one has its first token or its
 end.
 """
@@ -39,7 +39,7 @@ class Exchange:
 
     Args:
         begin: checks a request (bytes, seconds until its caller gives up, what to call when it has something
-            urgent) and hands it to the scheduler; gives the job, and what to call when the call is over.
+            urgent) and hands it to the scheduler; returns the job, and what to call when the call is over.
         encode: an item of a reply as the bytes of a message.
         failure: what the caller is told of an error.
         clock: monotonic seconds.
@@ -81,7 +81,7 @@ class Exchange:
                             self._beginning.add(order.call)
                         pool.submit(self._take, order)
             except Exception:
-                # The stream broke; gRPC has its own words for it, and nobody is left to hear them.
+                # The stream broke: gRPC reports that itself, and nobody is left to be told.
                 pass
         self.close()
 
@@ -100,7 +100,7 @@ class Exchange:
             return
         with self._changed:
             self._calls[number] = _Call(job, leave)
-            # It may have had something to say before it was known here.
+            # It may have had something urgent before it was among the calls.
             self._urgent.add(number)
             unwanted = self._closed or number in self._cancelled
             self._beginning.discard(number)
@@ -162,7 +162,7 @@ class Exchange:
             frames += [frame for number, call in calls if (frame := self._frame(number, call)) is not None]
             if frames:
                 yield pb2.ExchangeResponse(frames=frames)
-                # Asked for more, gRPC has taken these: only now is a call over that ended with one of them.
+                # gRPC asks for more once it has taken these. Only now are the calls over that they end.
                 for frame in frames:
                     if frame.last:
                         self._forget(frame.call)

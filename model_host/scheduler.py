@@ -49,8 +49,8 @@ class Job:
         self._failure: BaseException | None = None
         self._ended = False
         self._arrived = threading.Condition()
-        # Whether the reader waits for anything at all. Else it sleeps, and only the end wakes it: a thread
-        # that woke for each token would take the interpreter from the one that computes.
+        # Whether the next item wakes the reader. If not, only the end does, until its interval is over: a
+        # thread that woke for each token would take the interpreter from the one that computes.
         self._hungry = True
         self._changed = changed
         self._urgent = urgent
@@ -73,7 +73,7 @@ class Job:
             self._urgent()
 
     def end(self, failure: BaseException | None = None) -> None:
-        """Say that nothing more will come, and why if it was not finished."""
+        """Say that nothing more will come, and why, if the work did not finish."""
         with self._arrived:
             if self._ended:
                 return
@@ -83,7 +83,7 @@ class Job:
             self._urgent()
 
     def take(self) -> tuple[list[Any], bool, BaseException | None]:
-        """What was computed since the last time, whether that is all, and why if it was not finished."""
+        """What was computed since the last call, whether that is all, and why, if the work did not finish."""
         with self._arrived:
             computed, self._computed = self._computed, []
             return computed, self._ended, self._failure
@@ -139,7 +139,7 @@ class Scheduler:
     """Steps one engine for many jobs, admitted first come first served.
 
     Args:
-        max_queue: jobs that may wait, those admitted not counted.
+        max_queue: jobs that may wait, not counting those admitted.
         clock: monotonic seconds, the same that deadlines are given in.
         lost: called when the engine can compute no more in this process.
     """
@@ -187,8 +187,8 @@ class Scheduler:
 
         Args:
             deadline: on this scheduler's clock; the job ends at the first step after it.
-            urgent: called, on the computing thread, when the job has something that must not wait: what it
-                computes first, and its end. For a reader that looks with ``Job.take``.
+            urgent: for a reader that polls ``Job.take``: called on the computing thread when the job has
+                something that must not wait, which is its first item and its end.
 
         Raises:
             ResourceExhausted: QUEUE_FULL.
@@ -198,7 +198,7 @@ class Scheduler:
             if len(self._waiting) >= self._max_queue:
                 raise ResourceExhausted(
                     "QUEUE_FULL",
-                    f"{self._max_queue} calls are waiting for this instance already; call again later.",
+                    f"{self._max_queue} calls are already waiting for this instance; call again later.",
                     metadata={"max_queue": str(self._max_queue)},
                     retry_after=RETRY_AFTER,
                 )
@@ -208,7 +208,7 @@ class Scheduler:
         return job
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run ``function`` on the computing thread between two steps, wait, and give what it returned."""
+        """Run ``function`` on the computing thread between two steps, wait for it, and return its result."""
         errand = _Errand(function)
         with self._changed:
             self._errands.append(errand)
@@ -271,7 +271,7 @@ class Scheduler:
                 job.end(failure)
 
     def _admit(self) -> None:
-        """Let those who wait in, first come first served, as long as there is room."""
+        """Admit waiting jobs, first come first served, as long as there is room."""
         while self._waiting:
             job = self._waiting[0]
             try:
@@ -312,7 +312,7 @@ class Scheduler:
                     job.end()
             if output.last or isinstance(output.item, BaseException):
                 del self._running[output.work]
-                self._stirred = True  # there is room for one that waits
+                self._stirred = True  # a waiting job may have room now
 
     def _give_up(self, error: DeviceLost) -> None:
         """End all jobs, those that wait as well: another process may answer them."""

@@ -5,7 +5,7 @@
 ``NAMES``: ``deployments/{id}`` of a controller, ``instances/{id}`` of a snapshotd, empty for a model host;
 several of a kind, by comma, are asked in turn. It writes one line when it is connected. Then it reads a wave
 as one line of JSON from standard input (``at``, ``prompts``, ``answer_tokens``), and writes one line when the
-wave is over. Messages are only noted while they come, and read afterwards, so that it keeps up.
+wave is over. Messages are only kept as they arrive, and parsed afterwards, so that it keeps up.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Load(ABC):
 
     Args:
         names: ``deployments/{id}`` of a controller or ``instances/{id}`` of a snapshotd, asked in turn; one
-            that is empty for a model host.
+            empty name for a model host.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ def new_server(
 
     Args:
         domain: names this service in the errors its callers receive.
-        limits: refused beyond these.
+        limits: callers are refused beyond these.
         interceptors: run inside the error interceptor, so that they may raise as well.
     """
     return grpc.aio.server(
@@ -210,7 +210,7 @@ async def run_until_signalled(
 def _keep_what_there_is() -> None:
     """Take what was imported and built until now out of the garbage collector's sight.
 
-    There are 140,000 such objects, and each look at all of them stops every stream for a tenth of a second.
+    There are 140,000 such objects, and each pass over all of them stops every stream for a tenth of a second.
     """
     gc.collect()
     gc.freeze()

@@ -73,7 +73,7 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
         except DumontError:
             raise
         except Exception as error:
-            # As text: whoever keeps the record would keep the mapped files with the error.
+            # As text: a log record that held the error would keep the files mapped.
             log.warning("%s is loaded by transformers' own loader: %s", files.folder, str(error))
             model, names = _load_plainly(model_class, files), {}
         model.eval().requires_grad_(False)
@@ -187,7 +187,7 @@ def _load_plainly(model_class: Any, files: ModelFiles) -> Any:
 
 
 def _own(model: Any) -> None:
-    """Give the model memory of its own in place of mapped files: nobody maps them once it has."""
+    """Give the model memory of its own in place of mapped files, which then nothing maps any more."""
     for value in chain(model.parameters(), model.buffers()):  # tied ones once
         value.data = value.data.clone()
 

@@ -1,9 +1,9 @@
 """How a transformers model computes tokens of many sequences in one pass.
 
-The tokens of a pass lie one behind the other in a batch of one. Everything in such a model treats tokens
-alone, but for attention: a layer hands its keys and values to the cache (``update``), which puts them where
-their sequences lie, and asks transformers' attention interface for attention, where ours looks at each
-sequence's own.
+The tokens of a pass lie one after the other in a batch of one. Everything in such a model treats each token
+by itself, except attention. There a layer hands its keys and values to the cache (``update``), which stores
+them with those of their sequence. Then it calls transformers' attention interface, behind which ours looks at
+the keys and values of each row's own sequence.
 
 Source: transformers' ``AttentionInterface``; a name without a mask function gets no mask from the model.
 """
@@ -27,7 +27,7 @@ HARMLESS: Final = frozenset(
         "is_causal",
     }
 )  # fmt: skip
-# FlashAttention's window on the side that causal attention does not look at.
+# How FlashAttention's window says that it has no limit.
 NO_LIMIT: Final = -1
 
 
@@ -54,7 +54,7 @@ class Segment:
     """Rows of a pass that belong to one sequence.
 
     Attributes:
-        rows: the first, and one behind the last.
+        first, last: its first row, and the row after its last.
         start: where the sequence's keys and values begin in the cache.
         length: tokens that the last row looks at, itself included.
     """
@@ -67,10 +67,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class PagedRows:
-    """The same as tensors on a GPU, in which each row is a sequence of its own.
+    """The same, as tensors on a GPU; each row is treated as a sequence of its own.
 
     Attributes:
-        firsts: which row each begins with, int32 (rows + 1,).
+        firsts: the row that each begins with, int32 (rows + 1,).
         starts: where the keys and values that it looks at begin, int32 (rows + 1,); the last is not read.
         lengths: how many they are, int32 (rows,).
         longest: the most that any row could ever look at.
@@ -98,7 +98,7 @@ class Pass:
 
 @dataclass
 class KeysAndValues:
-    """Keys and values of all layers for ``tokens`` tokens, those of one token together.
+    """Keys and values of all layers for the tokens of a cache; those of one token lie together.
 
     Args:
         memory: shape (tokens, width of all layers).
@@ -263,7 +263,7 @@ def _mask(rows: int, length: int, window: int | None, device: torch.device) -> T
 def _flash(
     query: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, scaling: float | None, window: int | None
 ) -> Tensor:
-    """FlashAttention as torch has it. ``starts`` need not be in order: ``lengths`` says how many count."""
+    """FlashAttention from torch. ``starts`` need not be in order: ``lengths`` says how many count."""
     found: Tensor = torch.ops.aten._flash_attention_forward(
         query[0].transpose(0, 1),
         keys,

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # What a chunk's sequence is given: a token, or what is wrong with it.
 Result = Chosen | DumontError
 
-# Tokens of prompts in a step of the CPU while answers wait for it, and at all.
+# On a CPU: how many prompt tokens a step may have while answers wait for it, and how many tokens in any case.
 CPU_PROMPT_ROWS: Final = 128
 CPU_ROWS: Final = 512
 
@@ -73,7 +73,7 @@ class Backend(Protocol):
         """Begin a step."""
 
     def relaunch(self, flight: Flight) -> Flight | None:
-        """Begin the step after ``flight`` for the same sequences; None if this cannot be done unseen."""
+        """Begin the step after ``flight`` for the same sequences; None if its tokens must be seen first."""
 
     def harvest(self, flight: Flight) -> list[Result]:
         """Wait for a step; what was chosen in each of ``flight.sampled``."""
@@ -92,7 +92,7 @@ def shapes(model: Any, cache: Any) -> list[LayerShape]:
         cache: transformers' own, which the model has filled.
 
     Raises:
-        NotBatchable: layers do not all keep keys and values, or share them.
+        NotBatchable: some layers keep no keys and values, or share them.
     """
     kept = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
     layers = model.config.get_text_config().num_hidden_layers
@@ -164,7 +164,7 @@ class Together:
 
     def _allocate(self) -> KeysAndValues:
         width = sum(layer.width for layer in self._layers)
-        # The kernel gives memory when it is written to: room that nobody needs costs nothing.
+        # The kernel provides memory only where it is written to, so room that nobody uses costs nothing.
         memory = torch.empty(self._tokens, width, dtype=self._model.dtype, device=self._device)
         return KeysAndValues(memory, self._layers)
 

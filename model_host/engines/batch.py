@@ -23,7 +23,7 @@ class TokenSequence:
         limit: the most tokens that the answer may have.
         ends: tokens that end it and are not part of it.
         own_ends: those of them that are the model's own end marks.
-        seed: of the draws; None: the process's own generator draws.
+        seed: of the draws; None: they come from the process's own generator.
         answer: tokens so far.
         computed: how many tokens of prompt and answer have their keys and values in the cache.
         cached: how many of them another sequence had computed.
@@ -71,7 +71,7 @@ class TokenSequence:
         return self.slice(0, self.computed)
 
     def take(self, token: int) -> FinishReason | None:
-        """Add a token, unless it ends the answer; why the answer has ended, None if it goes on."""
+        """Add a token, unless it ends the answer. Returns why the answer has ended, or None if it goes on."""
         if token in self.ends and len(self.answer) >= self.sampling.min_new_tokens:
             return FinishReason.END if token in self.own_ends else FinishReason.STOP
         self.answer.append(token)

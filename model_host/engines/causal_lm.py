@@ -58,24 +58,26 @@ DEFAULT_CONTEXT: Final = 2048
 # How many answers a CPU computes together, and the bytes it has for their keys and values.
 CPU_SEQUENCES: Final = 64
 CPU_KV_CACHE: Final = 2 << 30
-# How much of a GPU's memory is for keys and values if nobody says otherwise, and tokens for which more is no
-# use.
+# The share of a GPU's memory for keys and values unless the settings name a size, and the number of tokens
+# beyond which more room is of no use.
 GPU_KV_SHARE: Final = 0.25
 GPU_TOKENS: Final = graphs.SEQUENCES * 4096
 
-# Tokens of the two prompts with which a way to compute is checked, and of the first's first piece.
+# Lengths of the two prompts with which a backend is checked. The longer is computed in two pieces, of which
+# CHECKED_PIECE is the first.
 CHECKED_PROMPTS: Final = (13, 3)
 CHECKED_PIECE: Final = 5
-# How many of the likeliest tokens are compared after each.
+# How many of the likeliest tokens are compared at each position.
 CHECKED_TOP: Final = 20
-# Tokens that the cache has for that.
+# Room in the cache for that check, in tokens.
 CHECKED_ROOM: Final = 256
-# How far from right logits may be, as a part of their spread: root mean squares. Between two ways to add the
-# same numbers in bfloat16 it was 0.04 after 28 layers; between logits that have nothing to do with each other
-# it is 1.4.
+# How far logits may be from transformers' own, as a fraction of their spread; both are root mean squares.
+# Adding the same numbers in two orders in bfloat16 made 0.04 after 28 layers; logits that have nothing to do
+# with each other are 1.4 apart.
 TOLERANCE: Final = {torch.float32: 1e-3}
 ROUGH_TOLERANCE: Final = 0.2
-# Beyond that many times it a model is refused: an expert chosen otherwise is further off than rounding.
+# A model that is computed alone is refused when it is this many times further off. That allows for more than
+# rounding: one expert chosen differently changes logits further.
 ALONE_SLACK: Final = {torch.float32: 20.0}
 ROUGH_ALONE_SLACK: Final = 3.5
 
@@ -94,7 +96,10 @@ def load(files: ModelFiles, settings: Settings, phases: Phases) -> CausalLM:
 
 
 def _begin_to_compile(files: ModelFiles, settings: Settings) -> graphs.Compiler | None:
-    """A compiler at work on what the configuration lets expect; None where there is no GPU."""
+    """A compiler, already at work on the kernels that the configuration suggests.
+
+    None if it suggests none, or there is no GPU.
+    """
     device = choose_device(settings.device)
     if device.type != "cuda":
         return None
@@ -115,7 +120,7 @@ def _begin_to_compile(files: ModelFiles, settings: Settings) -> graphs.Compiler 
 
 @dataclass(frozen=True)
 class Right:
-    """What ways to compute are checked by.
+    """What backends are checked against.
 
     Attributes:
         texts: tokens; the last of each is the answer to those before it.
@@ -191,7 +196,7 @@ class Answering:
 
 @dataclass
 class _Text:
-    """The text of one answer. Pieces joined are the text; their tokens are those counted as output."""
+    """The text of one answer. Its pieces, joined, are the text; their tokens are those counted as output."""
 
     tokenizer: Tokenizer
     stop: tuple[str, ...]
@@ -261,7 +266,7 @@ class CausalLM:
     def _choose_backend(
         self, settings: Settings, phases: Phases, kernels: dict[str, Any]
     ) -> tuple[Backend, int]:
-        """The fastest way to compute that is right for this model, and for how many tokens it has room.
+        """The fastest backend that computes this model right, and how many tokens it has room for.
 
         Raises:
             FailedPrecondition: MODEL_UNSUPPORTED, there is none.
@@ -289,10 +294,10 @@ class CausalLM:
                 self._check(backend, right)
             return backend, backend.tokens
         except NotBatchable as error:
-            # As text: whoever keeps the record would keep with the error all that failed.
+            # As text: a log record that held the error would keep all that failed alive.
             log.warning("sequences are computed one at a time: %s", str(error))
             if backend is not None:
-                backend.quiesce()  # its memory is of no use to what computes now
+                backend.quiesce()  # what computes instead does not use its memory
         attention.uninstall(self._model)
         with phases.measure("check_alone"):
             return self._alone(right), self._most_tokens()
@@ -331,13 +336,13 @@ class CausalLM:
 
     @torch.inference_mode()
     def _right_logits(self) -> Right:
-        """What transformers itself computes for fixed texts, in one pass; a cache is only written to."""
+        """What transformers itself computes for fixed texts, in one pass; the cache is only written to."""
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
         texts = [self._fixed(length + 1, salt=length) for length in CHECKED_PROMPTS]
         longest = max(map(len, texts))
-        # What fills up the shorter one comes behind it, and so changes nothing in it.
+        # The padding of the shorter text comes after it, and so changes nothing in it.
         ids = [text + [0] * (longest - len(text)) for text in texts]
         tensor = torch.tensor(ids, dtype=torch.long, device=self._device)
         takes_cache = "past_key_values" in inspect.signature(self._model.forward).parameters
@@ -346,11 +351,11 @@ class CausalLM:
         return Right(texts, [row[: len(text)] for row, text in zip(logits, texts, strict=True)], cache)
 
     def _check(self, backend: Backend, right: Right, slack: float = 1.0) -> None:
-        """See that a backend computes what transformers does: a prompt in two pieces, beside another prompt
+        """Check that a backend computes what transformers does: a prompt in two pieces, beside another prompt
         and its answer.
 
         Args:
-            slack: how many times further off than by rounding the logits may be.
+            slack: how many times the effect of rounding the logits may be off.
 
         Raises:
             NotBatchable: it does not.
@@ -392,10 +397,10 @@ class CausalLM:
             off = [float(expected[token]) - logprob for token, logprob in result.top]
             wrong = math.sqrt(sum(value * value for value in off) / len(off))
             allowed = slack * TOLERANCE.get(self._model.dtype, ROUGH_TOLERANCE) * float(logits.std())
-            best = result.top[0][1]  # which may be that of several
+            best = result.top[0][1]  # several tokens may share it
             if not (wrong <= allowed and result.logprob >= best - 1e-3):
                 raise NotBatchable(
-                    f"in a batch its log-probabilities are {wrong:.3g} off; rounding is {allowed:.3g}"
+                    f"in a batch its log-probabilities are {wrong:.3g} off; rounding explains {allowed:.3g}"
                 )
 
     # The port
@@ -423,7 +428,7 @@ class CausalLM:
     def canary(self) -> Canary:
         """The greedy tokens after pieces of a fixed prompt, and the one after those.
 
-        They take the way of every request: through all layers, the cache, and a step that follows another.
+        They are computed as any request is: through all layers and the cache, one step after another.
         """
         sequence = TokenSequence(self._fixed(CANARY_TOKENS), 2, Sampling(logprobs=0))
         if not self._place(sequence):
@@ -445,7 +450,7 @@ class CausalLM:
 
     @property
     def _canary_piece(self) -> int:
-        """Tokens of a piece: all where each would need a pass, one on a GPU, where they cost nothing."""
+        """Tokens in a piece: all where each piece needs a pass; one on a GPU, where pieces cost nothing."""
         if not self._shares:
             return CANARY_TOKENS
         return CPU_CANARY_PIECE if self._device.type == "cpu" else 1
@@ -522,7 +527,7 @@ class CausalLM:
             if wrong := [token for token in tokens if token >= self._vocabulary]:
                 raise InvalidArgument(
                     "INVALID_TOKEN_ID",
-                    f"{name} names token {wrong[0]}; this model has {self._vocabulary} of them",
+                    f"{name} names token {wrong[0]}; this model has {self._vocabulary} tokens",
                     field=name,
                 )
 
@@ -547,7 +552,7 @@ class CausalLM:
         return True
 
     def _place(self, sequence: TokenSequence) -> bool:
-        """Reserve room for all that a sequence may come to; copy what another has computed of its prompt."""
+        """Reserve room for all tokens it may ever have; copy what an earlier one computed of its prompt."""
         if not self._shares:
             self._backend.begin(sequence)
             return True
@@ -580,7 +585,7 @@ class CausalLM:
             self._leave(sequence)
 
     def _leave(self, sequence: TokenSequence) -> None:
-        """Take a sequence out; what it has computed is kept for others that begin alike."""
+        """Take a sequence out; what it has computed is kept for others that begin the same way."""
         sequence.ended = True
         self._release(sequence, keep=True)
 
@@ -637,7 +642,7 @@ class CausalLM:
         reason = sequence.take(result.token)
         chosen = result if len(sequence.answer) > before else None
         if reason is not None:
-            # A token that came in beyond the end is nobody's.
+            # A step launched before the end was known may have computed one token too many.
             sequence.computed = min(sequence.computed, sequence.length)
             self._leave(sequence)
         last = reason is not None and all(other.ended for other in work.sequences)
@@ -675,13 +680,13 @@ class CausalLM:
 
 
 def _distrust(sequences: Iterable[TokenSequence]) -> None:
-    """Let nobody reuse what was computed for these: it may be wrong, or not be there."""
+    """Let nobody reuse what was computed for these: it may be wrong or missing."""
     for sequence in sequences:
         sequence.computed = 0
 
 
 def _room(sequence: TokenSequence) -> int:
-    """Tokens to reserve for a sequence: one more than it may have, for a step that nobody will look at."""
+    """Tokens to reserve for a sequence: one more than it may have, for a step launched before it ends."""
     return sequence.most + 1
 
 

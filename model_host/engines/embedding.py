@@ -96,7 +96,7 @@ class Embedding:
         return Load(len(self._running))
 
     def warm_up(self) -> None:
-        """One batch of two texts of different length, so that padding is taken too."""
+        """One batch of two texts of different length, so that padding is tried too."""
         self.admit(self.embed(["Hello", "Hello there, world"]))
         self.step()
 

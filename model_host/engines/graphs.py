@@ -1,16 +1,18 @@
 """Steps as CUDA graphs that sleep with their process.
 
 A graph computes a fixed number of rows, and each row is one token of any sequence: the next token of an
-answer or a token of a prompt, whose keys and values all rows have written before any looks at them. So one
-set of graphs serves prompts and answers, mixed, and a prompt of sixteen tokens costs what one token costs.
+answer or a token of a prompt. In each layer all rows write their keys and values before any row reads them.
+So one set of graphs serves prompts and answers, mixed, and a prompt of sixteen tokens costs what one token
+costs.
 
 Everything that a graph points to is at the same address for ever. What is large (weights, keys and values,
 scratch memory) lies in blocks whose memory is given back while the process is checkpointed, and is neither
-copied by the checkpoint nor carried in a snapshot. The graphs themselves are: a process that was restored has
+copied by the checkpoint nor carried in a snapshot. The graphs themselves are carried: a restored process has
 them.
 
-The state of the rows is on the GPU, and a step makes it that of the next step. As long as the same answers go
-on, the host has nothing to say, and starts a step before it has seen the tokens of the one before.
+The state of the rows is on the GPU, and each step turns it into the state for the next step. As long as the
+same answers go on, the host has nothing to send, and starts a step before it has seen the tokens of the one
+before.
 """
 
 from __future__ import annotations
@@ -131,13 +133,13 @@ class Scratch:
             block = cuda.Block(size, self._device)
             block.map()
         except cuda.CudaError as error:
-            log.warning("%d bytes of scratch memory: %s", size, error)
+            log.warning("cannot get %d bytes of scratch memory: %s", size, error)
             return 0
         self._blocks[block.address] = block
         return block.address
 
     def _put(self, address: int, _size: int, _device: int, _stream: int) -> None:
-        # The addresses are not given back: a graph may know them.
+        # The addresses stay reserved: a graph may still use them.
         if block := self._blocks.pop(address, None):
             block.unmap()
 
@@ -271,7 +273,8 @@ class Graphs:
                 for bucket in reversed(BUCKETS):
                     self._compute(bucket)
                 self._stream.synchronize()
-            # The libraries' workspaces must be scratch memory: captured anew, they are.
+            # The libraries' workspaces must lie in scratch memory. Freed here, they are allocated there while
+            # the graphs are captured.
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
             with phases.measure("capture_graphs"):
@@ -291,7 +294,7 @@ class Graphs:
             raise NotBatchable(f"its steps cannot be captured: {error}") from error
 
     def _rest(self) -> None:
-        """Let all rows be fillers: one token that looks at itself."""
+        """Let all rows be fillers: each a single token that looks only at itself."""
         state = np.zeros((STATE_ROWS, ROWS + 1), dtype=np.int32)
         state[LENGTH] = 1
         self._state.copy_(torch.from_numpy(state))
@@ -353,7 +356,7 @@ class Graphs:
                 counts.zero_()
                 seen = torch.tensor(sorted(set(sequence.prompt)), dtype=torch.long).to(self._device)
                 counts.index_fill_(0, seen, IN_PROMPT)
-            # Those that hold at first come last, so that leaving them out is a smaller number.
+            # Those that hold only at first come last, so that a smaller count leaves them out.
             biases = {**sampling.bias, **dict.fromkeys(sampling.ends, -np.inf)}
             if sampling.bias or sampling.min_new_tokens:
                 tokens, values = list(biases)[:MOST_BIASES], list(biases.values())[:MOST_BIASES]
@@ -373,7 +376,7 @@ class Graphs:
         bucket = next(size for size in BUCKETS if size >= rows)
         staged = self._staged[self._turn]
         state = staged.numpy()
-        self._events[self._turn].synchronize()  # what was staged there has long been read
+        self._events[self._turn].synchronize()  # until what was staged there before has been read
         sampled: list[tuple[Chunk, int]] = []
         row = 0
         for chunk in chunks:
@@ -438,8 +441,7 @@ class Graphs:
         following = []
         for chunk, row in zip(flight.sampled, rows, strict=True):
             sequence, sampling = chunk.sequence, chunk.sequence.sampling
-            # The token that is on its way is the last but one at the most, and bans of tokens stay as they
-            # are.
+            # Only if the token under way cannot be the last, and if the same tokens stay banned after it.
             if chunk.count != 1 or len(sequence.answer) + 2 > sequence.limit:
                 return None
             if sampling.logprobs or len(sequence.answer) + 1 <= sampling.min_new_tokens:
@@ -483,7 +485,7 @@ class Graphs:
         self._make_buffers()
 
 
-# What Triton's kernels take behind their own arguments, and ours do not use.
+# What Triton's kernels take after their own arguments, and ours do not use.
 NO_SCRATCH: Final = (ctypes.c_void_p(0), ctypes.c_void_p(0))
 
 
@@ -627,5 +629,5 @@ def _close(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     one, other = one.float(), other.float()
-    # A few roundings of bfloat16, of numbers that may cancel each other.
+    # This allows for a few roundings in bfloat16 of numbers that may cancel out.
     return bool(((one - other).abs() <= 0.02 * (one.abs() + one.square().mean().sqrt())).all())

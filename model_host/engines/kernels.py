@@ -1,8 +1,9 @@
-"""The kernels of our own, and the process that compiles them: ``python -m model_host.engines.kernels 90``.
+"""The kernels of our own, and the process that compiles them: ``python -m model_host.engines.kernels ORDER``.
 
 Triton compiles them ahead of time, in a process that ends: the model host loads the machine code alone. A
-compiler in it would be a few hundred MB that every snapshot carries. The process writes one line of JSON for
-each kernel: ``{"name": …, "threads": …, "shared": bytes, "code": base64}``.
+compiler in it would be a few hundred MB that every snapshot carries. ``ORDER`` is the arguments of
+``compile_for`` as JSON. The process writes one line of JSON for each kernel:
+``{"name": …, "entry": …, "threads": …, "shared": bytes, "code": base64}``.
 """
 
 from __future__ import annotations

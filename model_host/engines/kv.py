@@ -1,9 +1,9 @@
 """Where the keys and values of sequences lie: extents of one long array of tokens, and whose prefix is
 reused.
 
-A sequence reserves, when it is admitted, one extent for all the tokens it may come to, so none that runs ever
-lacks room. Extents of sequences that ended stay for those whose prompts begin alike until their room is
-wanted.
+When a sequence is admitted, it reserves one extent for all the tokens it may ever have, so a running sequence
+never lacks room. The extents of sequences that have ended are kept for later prompts that begin the same way,
+until their room is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-# Tokens. Extents begin and end on it, so that freed ones fit again.
+# Tokens. Extents begin and end at multiples of it, so that freed ones fit again.
 GRAIN: Final = 16
 # The first extent of the array belongs to nobody: rows that only fill up a batch write there.
 FILLER: Final = GRAIN
@@ -93,7 +93,7 @@ class Prefixes:
         return sum(kept.extent.size for kept in self._kept.values())
 
     def keep(self, extent: Extent, tokens: list[int]) -> Extent | None:
-        """Keep what is in ``extent``; an extent that is not worth keeping any more is given back."""
+        """Keep what is in ``extent``; returns an extent that is not worth keeping, if there is one."""
         if len(tokens) < WORTH_SHARING:
             return extent
         for start, kept in self._kept.items():
@@ -120,7 +120,7 @@ class Prefixes:
         return best.extent, length
 
     def evict(self) -> Extent | None:
-        """Forget the least recently used; its extent, None if nothing is kept."""
+        """Forget the least recently used. Returns its extent, or None if nothing is kept."""
         return self._kept.popitem(last=False)[1].extent if self._kept else None
 
 

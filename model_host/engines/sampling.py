@@ -1,7 +1,7 @@
 """Choosing a token from logits on the CPU, for one sequence or for the rows of a batch.
 
-On a GPU a kernel of our own does it for all rows (``kernels.py``); what it does not do is done here: to
-report the likeliest tokens beside the chosen one.
+On a GPU a kernel of our own chooses for all rows (``kernels.py``), but the likeliest tokens that are
+reported beside the chosen one are found here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from dumont.errors import Internal
 from model_host.engine import Generation
 
-# Tokens among which a nucleus is looked for first: sorting all of a vocabulary takes ten times longer.
+# A nucleus is first looked for among this many of the likeliest tokens: sorting a whole vocabulary takes ten
+# times longer.
 LIKELY: Final = (1024, 16384)
 
-# Below it a draw is the best token anyway, and single precision ends.
+# Below it a draw gives the likeliest token anyway, and single precision no longer suffices.
 SMALLEST_TEMPERATURE: Final = 1e-6
 
 Floats = NDArray[np.float32]
@@ -76,7 +77,7 @@ class Sampling:
         return self.repetition != 1 or self.presence != 0 or self.frequency != 0
 
     def biases(self, given: int) -> dict[int, float]:
-        """What is added to logits when ``given`` tokens of the answer are there."""
+        """What is added to logits once the answer has ``given`` tokens."""
         if given >= self.min_new_tokens:
             return dict(self.bias)
         return {**self.bias, **dict.fromkeys(self.ends, -np.inf)}
@@ -88,7 +89,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token, its log-probability if asked for, and the likeliest at its place."""
+    """A token, its log-probability if asked for, and the likeliest at its position."""
 
     token: int
     logprob: float = 0.0
@@ -105,7 +106,7 @@ def choose(
     """The next token of a sequence.
 
     Args:
-        logits: shape (vocabulary,); left as they are.
+        logits: shape (vocabulary,); not changed.
         generator: None: the process's own, which is seeded anew when a restored process wakes.
 
     Raises:
@@ -120,7 +121,7 @@ def choose(
         adjusted = adjust(logits, sampling, prompt, answer)
         token = int(adjusted.argmax())
         if sampling.temperature > 0:
-            # The best first, so that a tiny temperature does not make infinities of it.
+            # Less the best before dividing, so that a tiny temperature makes no infinities.
             scaled = (adjusted - adjusted[token]) / np.float32(
                 max(sampling.temperature, SMALLEST_TEMPERATURE)
             )

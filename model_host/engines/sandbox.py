@@ -23,17 +23,17 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-# What a rendering, and anything made on the way to it, may have: so many times what it is given, or this
-# much.
+# How large a rendering, and anything made on the way to it, may be: this many times its input, or this many
+# characters if that is more.
 GROWTH: Final = 4
 LEAST_CHARACTERS: Final = 256 << 10
-# All that is made on the way, together, in multiples of that: a template that adds message after message to
-# one string makes half as much of it as there are messages.
+# How much may be made on the way altogether, in multiples of that: a template that adds n messages to one
+# string, one by one, makes n/2 times what the string has in the end.
 ALTOGETHER: Final = 256
 # A long conversation takes milliseconds.
 SECONDS: Final = 2.0
 SOURCE_CHARACTERS: Final = 1 << 20
-# Whole numbers beyond it are no counts of anything in a conversation; they may not get longer by multiplying.
+# No count of anything in a conversation is a longer number than this; multiplying may not make one.
 LARGEST_BITS: Final = 256
 LARGEST_INDENT: Final = 64
 # Where a format string says how wide something is: after % in the old way, after a colon in the new one.
@@ -42,7 +42,7 @@ FILE: Final = "<template>"
 
 
 class LimitReached(Exception):
-    """A template would take more time or room than it may; the message says of which."""
+    """A template would take more time or room than it may; the message says which."""
 
 
 class Sandbox:
@@ -54,19 +54,20 @@ class Sandbox:
 
     Raises:
         jinja2.TemplateError: it is no template.
-        LimitReached: it is too long, or holds what would be.
+        LimitReached: it is too long, or one of its constants would be.
     """
 
     def __init__(self, source: str, seconds: float = SECONDS) -> None:
         if len(source) > SOURCE_CHARACTERS:
-            raise LimitReached(f"it has {len(source)} characters, and {SOURCE_CHARACTERS} are read")
+            raise LimitReached(f"it has {len(source)} characters, and at most {SOURCE_CHARACTERS} are read")
         self._seconds = seconds
         self._environment = _Environment.like_transformers()
         with _deadline(seconds):
             self._template = self._environment.from_string(source)
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """
+        """What the template makes of these variables.
+
         Raises:
             jinja2.TemplateError: the template refuses these variables.
             LimitReached: it would take too long or make too much.
@@ -127,7 +128,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         made.budget = _Budget()
         made.finalize = made._weighed
         made.globals.update(model.globals)
-        del made.globals["lipsum"]  # text by the metre, which no chat template needs
+        del made.globals["lipsum"]  # filler text, which no chat template needs
         made.filters.update({name: made._limited(name, filter) for name, filter in model.filters.items()})
         return made
 
@@ -184,7 +185,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return __self._small(super().call(__context, __obj, *args, **kwargs))
 
     def _check_method(self, text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Of a string: the arguments to call it with."""
+        """Check a call of a string's method. Returns the arguments to call it with."""
         if name == "replace":
             self._check_replace(text, *args)
         elif name == "join" and args:
@@ -200,7 +201,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return wrapped
 
     def _limited(self, name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
-        # Jinja's own first argument, for some of them.
+        # Some filters take an argument of Jinja's own first.
         extra = 1 if hasattr(filter, "jinja_pass_arg") else 0
 
         @wraps(filter)
@@ -229,7 +230,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.budget.take(len(text) + text.count(old) * len(new))
 
     def _joinable(self, separator: str, parts: Iterable[Any]) -> list[Any]:
-        """``parts`` to be joined; some can be iterated over only once."""
+        """``parts``, if they may be joined, as a list: some can be iterated over only once."""
         kept, length = [], 0
         for part in parts:
             length += len(separator) + self._weigh((part,))
@@ -240,7 +241,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return kept
 
     def _check_arguments(self, values: Iterable[Any]) -> None:
-        """Before a call: what is passed can be written out, and no number among it is a count too large."""
+        """Check before a call that its arguments can be written out and no number is too large."""
         values = tuple(values)
         self._weigh(values)
         for value in values:
@@ -248,7 +249,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise LimitReached(f"it passes a number above {self.budget.characters}")
 
     def _check_widths(self, text: str | bytes) -> None:
-        """Before it is formatted with; what it is given besides is of no matter then."""
+        """Check the widths in a format string before it is used; then its arguments do not matter."""
         found = WIDTHS.findall(text if isinstance(text, str) else text.decode("latin-1"))
         widths = "|".join(chain.from_iterable(found))
         if "*" in widths or "{" in widths:
@@ -295,7 +296,7 @@ def _magnitude(value: Any) -> int:
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """End what this thread runs inside, as far as it is written in Python, when its time is up."""
+    """Raise in the Python code that this thread runs inside once its time is up."""
     end = time.monotonic() + seconds
 
     def check(frame: Any, event: str, argument: Any) -> Any:

@@ -76,7 +76,7 @@ class ChatTemplate:
                 "This model has no chat template; send a prompt instead.",
                 field="messages",
             )
-        # Here, because a start need not wait for it.
+        # Imported here, so that a start does not wait for it.
         from model_host.engines.sandbox import LimitReached
 
         conversation = [{"role": message.role, "content": message.content} for message in messages]

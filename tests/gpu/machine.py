@@ -21,14 +21,14 @@ GENERATED = "dumont.snapshotd.v1.instance_service_pb2"
 
 @dataclass(frozen=True)
 class Requirement:
-    """What the tests need, and what was found or is to be done."""
+    """Something that the tests need, and what was found or what to do about it."""
 
     met: bool
     message: str
 
 
 def requirements() -> Iterator[Requirement]:
-    """In the order in which to meet them; nothing is looked at that an earlier one is needed for."""
+    """In the order in which to meet them. Stops where the rest needs one that is not met."""
     yield Requirement(os.geteuid() == 0, "root" if os.geteuid() == 0 else "not root; run it with sudo")
     missing = [name for name in NEEDED if not _found(name)] or list(_not_importable())
     yield Requirement(
@@ -127,7 +127,7 @@ def twins() -> int:
 
 
 def chosen(requirements: Iterable[Requirement]) -> bool:
-    """Tell each; whether all are met."""
+    """Report each. Returns whether all are met."""
     met = True
     for requirement in requirements:
         sys.stderr.write(f"{'ok  ' if requirement.met else 'MISS'} {requirement.message}\n")

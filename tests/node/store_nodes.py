@@ -37,7 +37,7 @@ class StoreNodes:
         return self.root / "trusted"
 
     def node(self, name: str, *flags: str, store: str = "") -> Daemon:
-        """A node that trusts everyone of whom ``trust`` was said before it starts."""
+        """A node that trusts every node passed to ``trust`` before it starts."""
         self.trusted.touch()
         return Daemon(
             self.root / name, self.port(), "--store-url", store or self.store,
@@ -61,7 +61,7 @@ class StoreNodes:
         folder.mkdir(mode=0o700)
         shutil.copytree(self.root / source / "snapshots", folder / "snapshots", copy_function=os.link)
         shutil.copy2(self.root / source / "signing.key", folder / "signing.key")
-        # Not read again: the model's files are the same.
+        # So that the model's files are not read again: they are the same.
         shutil.copy2(self.root / source / "weights.json", folder / "weights.json")
 
 

@@ -38,7 +38,7 @@ def daemon(
 
 @pytest.fixture(scope="module")
 def instance(daemon: Daemon, small_model: Path) -> str:
-    """An instance that has answered, with a snapshot taken before."""
+    """A serving instance, and a snapshot of it; both are called ``one``."""
     daemon.start_instance("one", small_model)
     request = pb2.CaptureInstanceRequest(name="instances/one", snapshot_id="one")
     snapshot = snapshots_pb2.Snapshot()
@@ -57,7 +57,7 @@ def test_a_model_host_that_needs_too_much_memory_is_ended_by_name(
         with pytest.raises(DumontError) as refused:
             daemon.start_instance("small", embedding_model)
 
-        # Then it alone ends, and says of what
+        # Then it alone ends, and says why
         assert refused.value.reason == "HOST_OUT_OF_MEMORY"
         assert f"{64 << 20} bytes" in refused.value.message
         assert daemon.get("small").state == pb2.Instance.STATE_FAILED

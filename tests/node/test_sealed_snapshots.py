@@ -1,4 +1,4 @@
-"""Snapshots that are encrypted on the node as well: nothing of them is readable but while it is used."""
+"""Snapshots that are encrypted on the node as well: they are readable only while they are in use."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from dumont.controller.v1 import inference_service_pb2 as controller
 from dumont.model_host.v1 import model_host_service_pb2 as model_host
 from dumont.snapshotd.v1 import inference_service_pb2 as snapshotd
 
-# Each service says itself for whom a request is, and the controller how the model was started.
+# Fields that differ on purpose: each service names the target of a request in its own way, and only the
+# controller tells how the model was started.
 OWN = {"deployment", "name", "start"}
 
 

@@ -1,4 +1,4 @@
-"""When what the calls of one stream have to say is sent, on a clock that stands still."""
+"""When the exchange sends what the calls of a stream have ready, on a clock that stands still."""
 
 from __future__ import annotations
 

@@ -409,7 +409,7 @@ def test_readers_who_never_read_hold_up_nobody(scheduler: Scheduler, engine: Ste
 
     assert list(scheduler.submit(Script(range(100)))) == list(range(100))
 
-    # What is held for them is their own work's and no more, and their room is free again.
+    # Nothing is held for them but what their own work computed, and their room is free again.
     settle(scheduler)
     assert unread.take() == (list(range(500)), True, None)
     assert engine.load == Load()

@@ -1,4 +1,4 @@
-"""Work that hangs is given up, and only work of its own kind waits for the thread that it keeps."""
+"""Work that hangs is given up on, and the thread that it keeps is lost only to work of its own kind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_work_that_hangs_is_given_up(hanging: threading.Event) -> None:
 
     assert refused.value.reason == "FILES_HANG"
     assert "reading the model" in refused.value.message
-    # Another place is left.
+    # Another thread is free.
     assert await threads.run(lambda: 3) == 3
 
 
