@@ -53,7 +53,9 @@ def _answer(line: bytes | None, run: Callable[[str, Json], Json]) -> tuple[Json,
         failure = error
     except Exception as error:
         log.exception("a control command failed")
-        failure = Internal("HOST_FAILED", f"{type(error).__name__}: {error}")
+        failure = Internal(
+            "HOST_FAILED", f"the command failed with {type(error).__name__}; the host's log has the rest"
+        )
     return {"id": identity, "error": _describe(failure)}, False
 
 

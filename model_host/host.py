@@ -1,7 +1,7 @@
 """The life of a model host: runs one control command at a time and keeps its state.
 
-A command either succeeds and the state advances as ``machine.TABLE`` says, or it fails and the host is as it
-was before.
+A command either succeeds and the state advances as ``lifecycle.TABLE`` says, or it fails and the host is as
+it was before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model_host import entropy
 from model_host.arguments import Arguments
 from model_host.engine import Engine, Phases, Settings, WeightsPlace
 from model_host.gate import Gate
-from model_host.machine import Command, State, advance
+from model_host.lifecycle import Command, State, advance
 from model_host.ports import Server, World
 from model_host.process import EXPECTED, is_gpu_drivers
 from model_host.scheduler import Scheduler

@@ -11,7 +11,7 @@ import pytest
 from dumont.errors import DumontError, Unavailable
 from model_host.engine import WeightsPlace
 from model_host.host import Host
-from model_host.machine import State
+from model_host.lifecycle import State
 from tests.unit.model_host.fake_world import FakeWorld
 
 Json = dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dumont.errors import FailedPrecondition
-from model_host.machine import Command, State, advance
+from model_host.lifecycle import Command, State, advance
 
 LIFE = {
     State.NEW: {Command.LOAD: State.LOADED},
