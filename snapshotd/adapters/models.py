@@ -78,13 +78,17 @@ class NodeModels:
             raise InvalidArgument(
                 "MODEL_REQUIRED", "model must name a Hugging Face id or a directory", field="model"
             )
-        found = await self.find(name, engine)
+        found = await self._reading.run(partial(self._look, name, engine))
         if found is None:
             found = await self._asking.run(partial(self._ask_hub, name, engine))
         return found
 
     async def find(self, name: str, engine: str = "") -> Model | None:
-        return await self._reading.run(partial(self._look, name, engine))
+        try:
+            return await self._reading.run(partial(self._look, name, engine))
+        except NotFound:
+            # A directory; no hub has it.
+            return None
 
     def _look(self, name: str, engine: str) -> Model | None:
         found = self._find(name)

@@ -49,6 +49,11 @@ async def test_a_model_is_found_by_its_id_and_by_its_path(models: NodeModels) ->
         assert await models.fetch(found) == found
 
 
+@pytest.mark.parametrize("name", ["org/none", "/no/such/directory"])
+async def test_what_is_not_here_is_not_found_and_no_hub_is_asked(models: NodeModels, name: str) -> None:
+    assert await models.find(name) is None
+
+
 async def test_the_engine_follows_from_the_model_unless_it_is_named(models: NodeModels) -> None:
     write_model(models, "org/bert", "BertModel")
     sentence = write_model(models, "org/sentence")
