@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -244,7 +246,8 @@ class Capture:
         try:
             yield
         except DumontError as error:
-            if _is_full(staged):
+            # By now CRIU may have removed what it wrote, and then only its message says so.
+            if _is_full(staged) or os.strerror(errno.ENOSPC) in error.message:
                 raise ResourceExhausted(
                     "DISK_FULL",
                     f"{staged.parent} filled up during the capture; delete snapshots or give it more room",
