@@ -27,7 +27,7 @@ NEARLY = 0.125
 
 @dataclass
 class Answer:
-    """Tokens, and at the place of each its log-probability and those of the two likeliest."""
+    """Tokens, and at the place of each its log-probability and those of the likeliest."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -89,7 +89,7 @@ def check_same(alone: list[Answer], together: list[Answer]) -> int:
         for place, (expected, token) in enumerate(zip(one.tokens, other.tokens, strict=True)):
             if expected != token:
                 differ += 1
-                assert token in one.tops[place], f"token {token} is not among the two likeliest"
+                assert token in one.tops[place], f"token {token} is not among the likeliest"
                 assert one.tops[place][expected] - one.tops[place][token] <= NEARLY
                 break
     return differ
@@ -101,7 +101,7 @@ async def test_many_at_once_are_answered_as_each_alone_through_every_sleep(
     # given what each is answered alone
     await node.restore("busy", snapshot)
     asked = requests()
-    alone = [await ask(node, "busy", logprobs=2, **fields) for fields in asked]
+    alone = [await ask(node, "busy", logprobs=20, **fields) for fields in asked]
     assert all(answer.status is None for answer in alone)
 
     # when all ask at once, then park and resume in the middle of it, three times
@@ -129,7 +129,7 @@ async def test_a_park_in_the_middle_of_answers_lets_them_end_first(
     asked: list[dict[str, Any]] = [
         {"prompt": f"p{number}", "max_new_tokens": 60, "ignore_eos": True} for number in range(32)
     ]
-    alone = [await ask(node, "drained", logprobs=2, **fields) for fields in asked]
+    alone = [await ask(node, "drained", logprobs=20, **fields) for fields in asked]
     busy = asyncio.ensure_future(asyncio.gather(*(ask(node, "drained", **fields) for fields in asked)))
     await asyncio.sleep(0.05)
 
