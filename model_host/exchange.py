@@ -22,6 +22,12 @@ from model_host.scheduler import SEND_INTERVAL, Job
 # Requests that are checked and tokenised at a time.
 CHECKING_THREADS: Final = 4
 
+# Bytes that one message may have. For a message that is too large, gRPC ends the stream and so every call on
+# it, and what waits for a slow reader may be much.
+MESSAGE_BYTES: Final = 1 << 20
+# Items that are joined to a piece at once, each with up to twenty log-probabilities.
+JOINED_ITEMS: Final = 256
+
 Frame = pb2.ExchangeResponse.Frame
 Begin = Callable[[bytes, float, Callable[[], None]], tuple[Job, Callable[[], None]]]
 
@@ -160,10 +166,10 @@ class Exchange:
             else:
                 calls = [(number, call) for number, call in calls if number in urgent]
             frames += [frame for number, call in calls if (frame := self._frame(number, call)) is not None]
-            if frames:
-                yield pb2.ExchangeResponse(frames=frames)
+            for packed in _packed(frames):
+                yield pb2.ExchangeResponse(frames=packed)
                 # gRPC asks for more once it has taken these. Only now are the calls over that they end.
-                for frame in frames:
+                for frame in packed:
                     if frame.last:
                         self._forget(frame.call)
 
@@ -173,12 +179,14 @@ class Exchange:
             return None
         frame = Frame(call=number)
         try:
-            if computed:
-                reply = call.job.work.receive(computed)
+            for start in range(0, len(computed), JOINED_ITEMS):
+                reply = call.job.work.receive(computed[start : start + JOINED_ITEMS])
                 frame.messages.extend(map(self._encode, reply.items))
-                if reply.ended and not ended:
-                    call.job.cancel()
-                    ended, failure = True, None
+                if reply.ended:
+                    if not ended:
+                        call.job.cancel()
+                        ended, failure = True, None
+                    break
             if ended and failure is not None:
                 raise failure
         except BaseException as error:
@@ -188,3 +196,33 @@ class Exchange:
         if ended:
             frame.last = True
         return frame if frame.messages or frame.last else None
+
+
+def _packed(frames: Iterable[pb2.ExchangeResponse.Frame]) -> Iterator[list[pb2.ExchangeResponse.Frame]]:
+    """The frames of each message to be sent."""
+    packed: list[pb2.ExchangeResponse.Frame] = []
+    size = 0
+    for frame in frames:
+        for part in _parts(frame):
+            if packed and size + part.ByteSize() > MESSAGE_BYTES:
+                yield packed
+                packed, size = [], 0
+            packed.append(part)
+            size += part.ByteSize()
+    if packed:
+        yield packed
+
+
+def _parts(frame: pb2.ExchangeResponse.Frame) -> Iterator[pb2.ExchangeResponse.Frame]:
+    """Frames that say together what ``frame`` says; the last one says that the call has ended."""
+    if frame.ByteSize() <= MESSAGE_BYTES:
+        yield frame
+        return
+    part = Frame(call=frame.call)
+    for message in frame.messages:
+        if part.messages and part.ByteSize() + len(message) > MESSAGE_BYTES:
+            yield part
+            part = Frame(call=frame.call)
+        part.messages.append(message)
+    part.last, part.status = frame.last, frame.status
+    yield part

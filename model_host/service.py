@@ -35,11 +35,14 @@ log = logging.getLogger(__name__)
 DOMAIN: Final = "model_host.dumont"
 UNIX_PATH_LIMIT: Final = 107  # bytes in sockaddr_un, less the final zero
 SPARE_THREADS: Final = 8  # answer "full" and "draining" while every other thread waits in the queue
+MESSAGE_BYTES: Final = 4 * 1024 * 1024  # of a request that snapshotd takes, and of an answer
+ORDER_BYTES: Final = 1024  # that snapshotd adds to a request: its number and its deadline
 OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_concurrent_streams", 1000),
-    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
-    ("grpc.max_send_message_length", 4 * 1024 * 1024),
+    # For an order that is too large, gRPC would end the stream, and with it the calls of others.
+    ("grpc.max_receive_message_length", MESSAGE_BYTES + ORDER_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
 )
 REASONS: Final = {
     FinishReason.END: inference_pb2.FINISH_REASON_END,

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,7 +95,8 @@ class _Exchange:
         self._stream: grpc.aio.StreamStreamCall[Any, Any] = method()
         self._numbers = itertools.count(1)
         self._calls: dict[int, _Call] = {}
-        self._cancelling: set[asyncio.Task[None]] = set()
+        # Orders and cancels under way.
+        self._tasks: set[asyncio.Task[None]] = set()
         self._writing = asyncio.Lock()
         self._broken: BaseException | None = None
         self._reading = asyncio.create_task(self._read())
@@ -117,7 +118,9 @@ class _Exchange:
         number = next(self._numbers)
         call = self._calls[number] = _Call(partial(self._leave, number))
         try:
-            await self._order(host_pb2.ExchangeRequest(call=number, generate=request, timeout=timeout or 0))
+            order = host_pb2.ExchangeRequest(call=number, generate=request, timeout=timeout or 0)
+            # gRPC ends a stream in which a write is cancelled, and this one carries the calls of others.
+            await asyncio.shield(self._spawn(self._order(order)))
         except BaseException:
             # The request may have been sent before its caller was cancelled.
             self._leave(number, ended=False)
@@ -127,9 +130,13 @@ class _Exchange:
     def _leave(self, number: int, *, ended: bool) -> None:
         self._calls.pop(number, None)
         if not ended and not self.broken:
-            task = asyncio.create_task(self._cancel(number))
-            self._cancelling.add(task)
-            task.add_done_callback(self._cancelling.discard)
+            self._spawn(self._cancel(number))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _cancel(self, number: int) -> None:
         with contextlib.suppress(DumontError):

@@ -32,6 +32,8 @@ class Host:
         self.orders: list[host_pb2.ExchangeRequest] = []
         self.cancelled = asyncio.Event()
         self.hanging = asyncio.Event()
+        self.reading = asyncio.Event()
+        self.reading.set()
 
     async def exchange(self, orders: AsyncIterator[bytes], context: Context) -> None:
         self.streams += 1
@@ -46,6 +48,7 @@ class Host:
                 return
             if prompt == "hang":
                 self.hanging.set()
+                await self.reading.wait()
                 continue
             frame = host_pb2.ExchangeResponse.Frame(call=order.call, last=True)
             if prompt == "full":
@@ -77,8 +80,9 @@ class OneInstance:
 
 
 class Served:
-    def __init__(self, host: Host, channel: grpc.aio.Channel) -> None:
+    def __init__(self, host: Host, inference: Inference, channel: grpc.aio.Channel) -> None:
         self.host = host
+        self.inference = inference
         self._generate: Any = channel.unary_stream(
             "/dumont.snapshotd.v1.InferenceService/Generate",
             request_serializer=pb2.GenerateRequest.SerializeToString,
@@ -107,7 +111,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     address = bind(server, "127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
-        yield Served(host, channel)
+        yield Served(host, inference, channel)
     await server.stop(0)
     await inference.close()
     await behind.stop(0)
@@ -143,6 +147,40 @@ async def test_one_who_leaves_ends_the_computing_for_it_and_for_nobody_else(serv
     assert served.host.orders[-1].call == served.host.orders[0].call
     assert await served.words("still here") == ["still", "here"]
     assert served.host.streams == 1
+
+
+async def test_one_who_leaves_while_its_order_is_written_ends_nothing_for_the_others(served: Served) -> None:
+    # given: a host that reads nothing at present, with a call, and an order that it has no room for
+    served.host.reading.clear()
+    hanging = served.call("hang", timeout=None)
+    await asyncio.wait_for(served.host.hanging.wait(), 10)
+    large = pb2.GenerateRequest(name="instances/one", prompt="x" * 3_000_000).SerializeToString()
+    context: Any = NobodysContext()
+    leaving = asyncio.create_task(served.inference.generate(large, context))
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+    # when its caller leaves, and the host reads again
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    served.host.reading.set()
+
+    # then the others have their stream,
+    assert await served.words("still here") == ["still", "here"]
+    assert served.host.streams == 1
+    assert not hanging.done()
+    # and the host is told to compute nothing for the one who left
+    await asyncio.wait_for(served.host.cancelled.wait(), 10)
+
+
+class NobodysContext:
+    """Of a call without a deadline whose answer nobody looks at."""
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def write(self, message: bytes) -> None:
+        pass
 
 
 async def test_a_callers_deadline_travels_with_its_order(served: Served) -> None:

@@ -18,6 +18,7 @@ from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, Unav
 from dumont.inference.v1 import inference_pb2
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
+from dumont.rpc.server import ServerLimits
 from dumont.rpc.status import from_rpc_error, from_status
 from model_host.engine import (
     Capacity,
@@ -400,6 +401,20 @@ def test_a_call_that_is_refused_says_why_and_others_go_on(stream: Stream, gate: 
     assert "secret" not in stream.failures[3].message
     assert stream.said == {4: ["one", "two"]}
     assert gate.wait_empty(5)
+
+
+def test_the_largest_request_that_a_node_takes_ends_nobody_elses_call(stream: Stream) -> None:
+    # given: a call, and a request of the size at which the node itself refuses
+    stream.generate(1, "one two")
+    request = pb2.GenerateRequest(prompt="wrong")
+    request.stop.append("x" * (ServerLimits().max_message_bytes - request.ByteSize() - 5))
+    assert request.ByteSize() == ServerLimits().max_message_bytes
+
+    stream.order(pb2.ExchangeRequest(call=2**62, generate=request.SerializeToString(), timeout=1e9))
+    stream.receive(1, 2**62)
+
+    # then only the request is refused
+    assert (stream.said, set(stream.failures)) == ({1: ["one", "two"]}, {2**62})
 
 
 def test_what_does_not_fit_in_the_queue_is_refused_alone(stream: Stream, engine: ScriptedEngine) -> None:

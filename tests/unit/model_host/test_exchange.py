@@ -11,7 +11,7 @@ from google.rpc.status_pb2 import Status
 
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from model_host.engine import Reply
-from model_host.exchange import Exchange
+from model_host.exchange import MESSAGE_BYTES, Exchange
 from model_host.scheduler import SEND_INTERVAL, Job
 
 
@@ -36,8 +36,10 @@ class World:
         self.clock = Clock()
         self.jobs: list[Job] = []
         self.left = 0
+        # Bytes of each item's message.
+        self.item_bytes = 1
         self._orders: SimpleQueue[pb2.ExchangeRequest | None] = SimpleQueue()
-        self.exchange = Exchange(self._begin, lambda item: bytes([item]), lambda error: Status(), self.clock)
+        self.exchange = Exchange(self._begin, self._encode, lambda error: Status(), self.clock)
         self.exchange.listen(iter(self._orders.get, None))
         self._responses = self.exchange.responses()
 
@@ -46,6 +48,9 @@ class World:
     ) -> tuple[Job, Callable[[], None]]:
         self.jobs.append(Job(Passed(), None, lambda: None, urgent))
         return self.jobs[-1], self._leave
+
+    def _encode(self, item: int) -> bytes:
+        return bytes([item]) * self.item_bytes
 
     def _leave(self) -> None:
         self.left += 1
@@ -64,11 +69,13 @@ class World:
             assert self.next() == {call: [0]}
         return self.jobs[-len(calls) :]
 
+    def receive(self) -> pb2.ExchangeResponse:
+        """The next message."""
+        return next(self._responses)
+
     def next(self) -> dict[int, list[int]]:
         """What the next message has to say of each call."""
-        return {
-            frame.call: [message[0] for message in frame.messages] for frame in next(self._responses).frames
-        }
+        return {frame.call: [message[0] for message in frame.messages] for frame in self.receive().frames}
 
     def close(self) -> None:
         self._orders.put(None)
@@ -110,6 +117,31 @@ def test_later_tokens_of_all_calls_are_sent_together(world: World) -> None:
     world.clock.now = SEND_INTERVAL
 
     assert world.next() == {1: [1, 2, 3], 2: [1, 2, 3]}
+
+
+def test_what_a_slow_reader_left_waiting_is_sent_in_messages_that_grpc_takes(world: World) -> None:
+    # given: calls with much more to say than one message may hold
+    jobs = world.begin(1, 2)
+    world.item_bytes = MESSAGE_BYTES // 10
+    for item in range(25):
+        for job in jobs:
+            job.put(item)
+    for job in jobs:
+        job.end()
+
+    # when it is read
+    said: dict[int, list[int]] = {1: [], 2: []}
+    ended: list[int] = []
+    while len(ended) < 2:
+        message = world.receive()
+        assert message.ByteSize() < 1.1 * MESSAGE_BYTES
+        for frame in message.frames:
+            assert frame.call not in ended
+            said[frame.call] += [item[0] for item in frame.messages]
+            ended += [frame.call] * frame.last
+
+    # then all of it arrives, in order
+    assert said == {1: list(range(25)), 2: list(range(25))}
 
 
 def test_a_call_is_over_when_its_end_was_taken(world: World) -> None:
