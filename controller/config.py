@@ -87,9 +87,10 @@ class Config(BaseSettings):
 
     @property
     def database_file(self) -> Path | None:
-        """The SQLite file that ``database`` names; None: it names none."""
-        scheme, _, path = self.database.partition(":///")
-        return Path(path.partition("?")[0]) if scheme.startswith("sqlite") and path else None
+        """The registry's SQLite file, wherever links lead to it; None: it is not in a file."""
+        scheme, _, rest = self.database_url.partition(":///")
+        path = rest.partition("?")[0]
+        return Path(path).resolve() if scheme.startswith("sqlite") and path not in ("", ":memory:") else None
 
 
 def load(arguments: Sequence[str]) -> Config:

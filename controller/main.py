@@ -167,7 +167,7 @@ async def _establish(settings: Config, state_dir: Path, registry: SqlRegistry) -
 
 
 def _database_locked(settings: Config) -> AbstractContextManager[None]:
-    """Lock a SQLite file that lies outside the state directory as well."""
+    """Lock the SQLite file too: a controller with another state directory may name the same file."""
     path = settings.database_file
     if path is None:
         return nullcontext()

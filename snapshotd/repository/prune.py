@@ -127,6 +127,10 @@ async def execute(
         marked = await marks.named(plan.cutoff)
         await workers.each(plan.garbage[start : start + BATCH], remove)
     for tombstone in plan.tombstones:
+        current = await objects.stat(tombstone.key)
+        if current is None or current.modified > plan.cutoff:
+            # The snapshot has been brought back and deleted again since.
+            continue
         failpoints.hit("prune.tombstone")
         await objects.delete(tombstone.key)
         failpoints.hit("prune.tombstone.after")

@@ -510,21 +510,43 @@ class Snapshots:
         return bool(self.users.pinned.get(snapshot)) or snapshot in self.users.mapped()
 
     async def _make_room(self, needed: int) -> None:
-        held = [
-            Candidate(
-                entry.snapshot,
-                entry.size,
-                entry.last_use,
-                # Deleting a mapped file frees nothing.
-                removable=entry.published and not self._used(entry.snapshot),
-            )
-            for entry in await self.store.entries()
-        ]
-        for snapshot in eviction.snapshots_to_evict(held, self.budget, needed):
+        entries = await self.store.entries()
+        only_here: set[str] = set()
+        while True:
+            held = [
+                Candidate(
+                    entry.snapshot,
+                    entry.size,
+                    entry.last_use,
+                    # Deleting a mapped file frees nothing.
+                    removable=entry.published
+                    and not self._used(entry.snapshot)
+                    and entry.snapshot not in only_here,
+                )
+                for entry in entries
+            ]
+            evicted = eviction.snapshots_to_evict(held, self.budget, needed)
+            lost = [snapshot for snapshot in evicted if not await self._in_store(snapshot)]
+            if not lost:
+                break
+            log.warning("eviction_refused", snapshots=lost, why="the object store does not show them intact")
+            only_here.update(lost)
+        for snapshot in evicted:
             if self._used(snapshot):
                 continue
             log.info("snapshot_evicted", snapshot=snapshot)
-            await self.store.delete(snapshot)
+            # Another fetch may have evicted it meanwhile.
+            with contextlib.suppress(NotFound):
+                await self.store.delete(snapshot)
+
+    async def _in_store(self, snapshot: str) -> bool:
+        """Whether the object store still has a snapshot that was published, as far as is known intact."""
+        if self.remote is None or snapshot in self._listed.damaged:
+            return False
+        try:
+            return not self._as_snapshot(await self.remote.repository.get(snapshot)).quarantine_reason
+        except DumontError:
+            return False
 
     # Damage
 

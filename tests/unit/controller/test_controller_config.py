@@ -37,6 +37,18 @@ def test_the_database_is_in_the_state_directory_unless_named(tmp_path: Path) -> 
     assert load(["--database=postgresql+asyncpg://db/x"]).database_url == "postgresql+asyncpg://db/x"
 
 
+def test_a_database_file_is_the_same_by_whichever_way_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "controller.db")
+
+    by_default = load(["--state-dir", str(tmp_path)]).database_file
+    by_name = load([f"--database=sqlite+aiosqlite:///{tmp_path}/controller.db?timeout=5"]).database_file
+    by_link = load([f"--database=sqlite+aiosqlite:///{tmp_path}/link"]).database_file
+
+    assert by_default == by_name == by_link == tmp_path / "controller.db"
+    assert load(["--database=sqlite+aiosqlite:///:memory:"]).database_file is None
+    assert load(["--database=postgresql+asyncpg://db/x"]).database_file is None
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -270,6 +270,26 @@ async def test_a_deleted_snapshot_comes_back_whole_until_the_grace_is_over(tmp_p
     await store.verify(await store.get("s1"))
 
 
+async def test_a_snapshot_deleted_again_after_the_plan_has_its_whole_grace_time(tmp_path: Path) -> None:
+    # given: a plan in which the snapshot's tombstone is to go
+    objects = MemoryObjects()
+    store = a_node(objects)
+    await publish(store, tmp_path, "s1", 2)
+    await store.delete("s1")
+    objects.clock.advance(GRACE - timedelta(seconds=1))
+    await store.undelete("s1")
+    objects.clock.advance(timedelta(seconds=2))
+    plan = await store.plan_prune()
+    assert len(plan.tombstones) == 1
+
+    # when it is deleted once more before the plan is carried out
+    await store.delete("s1")
+    await store.prune(plan)
+
+    # then it can still be brought back
+    assert (await store.undelete("s1")).manifest.id == "s1"
+
+
 async def test_a_snapshot_deleted_too_long_ago_is_not_brought_back(tmp_path: Path) -> None:
     objects = MemoryObjects()
     store = a_node(objects)

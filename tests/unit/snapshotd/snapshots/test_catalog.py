@@ -465,6 +465,36 @@ async def test_the_cache_lets_go_of_what_can_be_fetched_again(world: World) -> N
     assert [one.manifest.id for one in (await node.list())[0] if one.local] == ["s2"]
 
 
+@pytest.mark.parametrize("loss", ["emptied", "damaged", "silent"])
+async def test_the_cache_keeps_what_the_store_has_lost(world: World, loss: str) -> None:
+    # given: published snapshots on a node without room for them, and a store that has lost them meanwhile
+    node = world.node("a")
+    for snapshot in ("s1", "s2"):
+        await world.capture(node, snapshot)
+        await node.publish(snapshot, silent)
+    if loss == "emptied":
+        world.objects.objects.clear()
+    elif loss == "damaged":
+        for key in world.objects.keys("chunks/"):
+            world.objects.objects[key] = (b"damaged", world.objects.objects[key][1])
+        for snapshot in ("s1", "s2"):
+            with pytest.raises(DataLoss):
+                await node.verify(snapshot, silent)
+    else:
+        world.objects.before = _silent
+
+    # when it makes room
+    node.budget = 1
+    await node.enforce_budget()
+
+    # then its own copies, which are the last, stay
+    assert {entry.snapshot for entry in await node.store.entries()} == {"s1", "s2"}
+
+
+def _silent(method: str, key: str) -> None:
+    raise Unavailable("STORE_UNAVAILABLE", "down")
+
+
 async def test_the_cache_keeps_what_is_in_use_and_what_is_only_here(world: World) -> None:
     await world.published("s1")
     await world.published("s2")
