@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any, Final
 
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -38,6 +38,7 @@ LARGEST_BITS: Final = 256
 LARGEST_INDENT: Final = 64
 # Where a format string says how wide something is: after % in the old way, after a colon in the new one.
 WIDTHS: Final = re.compile(r"%(?:\([^)]*\))?([-+ #0]*[\d.*]*)|\{[^{}]*:([^{}]*[{]?)")
+COLLECTIONS: Final = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 FILE: Final = "<template>"
 
 
@@ -101,7 +102,35 @@ class _Budget(threading.local):
 
 
 class _Generator(CodeGenerator):
-    """Lets the environment join what ``~`` joins."""
+    """Lets the environment join what ``~`` joins, and weigh what is compared or hashed.
+
+    Lists of lists may take no room and a life-time to compare, at one go that no clock interrupts.
+    """
+
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        self.write("(")
+        self._visit_weighed(node.expr, frame)
+        for operand in node.ops:
+            self.visit(operand, frame)
+        self.write(")")
+
+    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:
+        self.write(f" {operators[node.op]} ")
+        self._visit_weighed(node.expr, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self.write("{")
+        for item in node.items:
+            self._visit_weighed(item.key, frame)
+            self.write(": ")
+            self.visit(item.value, frame)
+            self.write(", ")
+        self.write("}")
+
+    def _visit_weighed(self, node: nodes.Expr, frame: Frame) -> None:
+        self.write("environment.weighed(")
+        self.visit(node, frame)
+        self.write(")")
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.join((")
@@ -126,10 +155,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[type(extension) for extension in model.extensions.values()],
         )
         made.budget = _Budget()
-        made.finalize = made._weighed
+        made.finalize = made.weighed
         made.globals.update(model.globals)
         del made.globals["lipsum"]  # filler text, which no chat template needs
         made.filters.update({name: made._limited(name, filter) for name, filter in model.filters.items()})
+        made.tests.update({name: made._weighing(test) for name, test in model.tests.items()})
         return made
 
     def concat(self, parts: Iterable[str]) -> str:
@@ -141,7 +171,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.budget.take(self._weigh(parts))
         return "".join(map(str, parts))
 
-    def _weighed(self, value: Any) -> Any:
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, self.weighed(argument))
+
+    def weighed(self, value: Any) -> Any:
         """``value``, if it can be written out."""
         self._weigh((value,))
         return value
@@ -226,6 +259,14 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         return limited
 
+    def _weighing(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(test)
+        def weighing(*args: Any) -> Any:
+            self._weigh(args)
+            return test(*args)
+
+        return weighing
+
     def _check_replace(self, text: str, old: str = "", new: str = "", *_: Any) -> None:
         self.budget.take(len(text) + text.count(old) * len(new))
 
@@ -270,7 +311,7 @@ def _written(value: Any, most: int = sys.maxsize) -> int:
     if isinstance(value, Mapping):
         return _written([*value.keys(), *value.values()], most)
     length = 1
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, COLLECTIONS):
         for part in value:
             length += 2 + _written(part, most - length)
             if length > most:

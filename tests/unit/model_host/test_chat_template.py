@@ -40,6 +40,9 @@ TEMPLATES = {
     "{{ messages[0].content | indent(4) }}{{ '%s-%03d' | format('a', 7) }}{{ [1, 2] | sum }}",
     "methods": "{{ messages[0].content.strip().split(' ') | join('~') }}{{ 'a{}b'.format(3) }}{{ 'x' ~ 1 ~ none }}"
     "{{ ', '.join(['a', 'b']) }}{{ messages[0].items() | list }}{{ 'abc'.replace('b', 'BB') }}{{ 'ab' * 3 }}",
+    "comparisons": "{{ messages[0] == messages[1] }}{{ 'user' in messages | map(attribute='role') | list }}"
+    "{{ 1 < 2 <= 2 }}{{ messages | length is gt 1000000 }}{{ nothing is defined }}{{ {'a': 1, (1, 2): 3}[(1, 2)] }}"
+    "{{ messages[1].items() == messages[1].items() }}{{ messages[0].role is in ['system'] }}{{ 5 not in [1] }}",
     "tokens": "{{ bos_token }}{% for m in messages[1:] %}{{ m.content ~ eos_token }}{% endfor %}",
 }
 
@@ -70,6 +73,23 @@ TOO_MUCH = {
     "escaping": "{{ ('<' * 200000) | e | e | e }}",
     "writing on and on": "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
     "keeping on and on": "{% set x %}{% for i in range(99999) %}{{ 'a' * 100000 }}{% endfor %}{% endset %}",
+}
+
+# Two values, each written with few lists and 2^24 times as long when it is written out.
+NESTED = (
+    "{% set ns = namespace(x=[1], y=[1], t=(1,)) %}{% for i in range(24) %}{% set ns.x = [ns.x, ns.x] %}"
+    "{% set ns.y = [ns.y, ns.y] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
+)
+# Python compares and hashes such values at one go, which nothing could interrupt.
+COMPARED = {
+    "equal": "{{ ns.x == ns.y }}",
+    "less": "{{ ns.x < ns.y }}",
+    "within": "{{ ns.x in [ns.y] }}",
+    "a test": "{{ ns.x is eq ns.y }}",
+    "a test in a filter": "{{ [1] | select('in', [ns.x]) | list }}",
+    "items": "{{ {1: ns.x}.items() == {1: ns.y}.items() }}",
+    "a key": "{{ {ns.t: 1} | length }}",
+    "a key that is looked for": "{{ {1: 1}[ns.t] }}",
 }
 
 ENDLESS = {
@@ -115,6 +135,12 @@ def test_a_template_that_does_not_end_is_stopped(name: str) -> None:
         sandbox.render({})
 
     assert time.thread_time() - begin < 1
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_template_compares_nothing_that_it_could_not_write_out(name: str) -> None:
+    with pytest.raises(LimitReached, match="characters"):
+        Sandbox(NESTED + COMPARED[name], seconds=60).render({})
 
 
 def test_a_long_conversation_has_more_room() -> None:
