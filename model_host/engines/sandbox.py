@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from contextlib import contextmanager
 from functools import wraps
 from itertools import chain
@@ -38,7 +38,6 @@ LARGEST_BITS: Final = 256
 LARGEST_INDENT: Final = 64
 # Where a format string says how wide something is: after % in the old way, after a colon in the new one.
 WIDTHS: Final = re.compile(r"%(?:\([^)]*\))?([-+ #0]*[\d.*]*)|\{[^{}]*:([^{}]*[{]?)")
-COLLECTIONS: Final = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 FILE: Final = "<template>"
 
 
@@ -311,7 +310,7 @@ def _written(value: Any, most: int = sys.maxsize) -> int:
     if isinstance(value, Mapping):
         return _written([*value.keys(), *value.values()], most)
     length = 1
-    if isinstance(value, COLLECTIONS):
+    if isinstance(value, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
         for part in value:
             length += 2 + _written(part, most - length)
             if length > most:
