@@ -244,10 +244,16 @@ class Scheduler:
                 stirred, self._stirred = self._stirred, False
             for errand in errands:
                 errand.run()
-            self._end_the_late(look_at_all=stirred)
-            self._admit()
-            if self._running:
-                self._step()
+            try:
+                self._end_the_late(look_at_all=stirred)
+                self._admit()
+                if self._running:
+                    self._step()
+            except DeviceLost as error:
+                self._give_up(error)
+            except Exception as error:
+                # Without this thread, every caller would wait for ever.
+                self._end_all(_as_dumont(error))
 
     def _until_deadline(self) -> float | None:
         """Seconds until the first waiting job is out of time; only asked while nothing runs."""
@@ -277,6 +283,8 @@ class Scheduler:
             try:
                 if not self._engine.admit(job.work):
                     return
+            except DeviceLost:
+                raise
             except Exception as error:
                 self._waiting.popleft()
                 job.end(_as_dumont(error))
@@ -288,9 +296,8 @@ class Scheduler:
     def _step(self) -> None:
         try:
             outputs: Sequence[Any] = self._engine.step()
-        except DeviceLost as error:
-            self._give_up(error)
-            return
+        except DeviceLost:
+            raise
         except Exception as error:
             # The engine could not say whose fault it was.
             failure = _as_dumont(error)
@@ -317,16 +324,21 @@ class Scheduler:
     def _give_up(self, error: DeviceLost) -> None:
         """End all jobs, those that wait as well: another process may answer them."""
         log.error("nothing can be computed any more: %s", error)
-        failure = Unavailable(
-            "DEVICE_LOST", f"The model host cannot use its device any more ({error}).", retry_after=0.2
+        self._end_all(
+            Unavailable(
+                "DEVICE_LOST", f"The model host cannot use its device any more ({error}).", retry_after=0.2
+            )
         )
+        self._lost()
+
+    def _end_all(self, failure: DumontError) -> None:
+        """End all jobs, those that wait as well."""
         with self._changed:
             jobs = [*self._running.values(), *self._waiting]
             self._running.clear()
             self._waiting.clear()
         for job in jobs:
             job.end(failure)
-        self._lost()
 
 
 def _stopped(job: Job, now: float) -> DumontError | None:

@@ -130,8 +130,9 @@ class NodeModels:
             download = partial(
                 snapshot_download, model.name, cache_dir=self.hub_cache, allow_patterns=list(WANTED)
             )
-            folder = await self._fetching.run(download, FETCH_SECONDS)
+            # Before it is there: what a download leaves that breaks off takes room, too.
             await self._reading.run(partial(self._note_fetched, model.name))
+            folder = await self._fetching.run(download, FETCH_SECONDS)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise Unavailable("MODEL_FETCH_FAILED", f"{model.name} could not be fetched: {error}") from error
         return await self._reading.run(partial(_describe, model.name, Path(folder), model.engine))
@@ -157,6 +158,8 @@ class NodeModels:
         held = [
             Candidate(name, _size(self._hub_folder(name)), note.stat().st_mtime, name not in in_use)
             for name, note in notes.items()
+            # A download that broke off goes on.
+            if name != model.name
         ]
         leaving, excess = choose(held, self.limit, model.weights_bytes)
         if excess:

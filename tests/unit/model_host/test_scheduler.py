@@ -10,7 +10,7 @@ import pytest
 
 from dumont.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from dumont.errors import Internal as InternalError
-from model_host.engine import DeviceLost, Load, Reply
+from model_host.engine import DeviceLost, Load, Reply, Work
 from model_host.scheduler import Job, Scheduler
 from tests.fakes.step_engine import Hold, Script, StepEngine
 
@@ -413,3 +413,31 @@ def test_readers_who_never_read_hold_up_nobody(scheduler: Scheduler, engine: Ste
     settle(scheduler)
     assert unread.take() == (list(range(500)), True, None)
     assert engine.load == Load()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a defect"), DeviceLost("gone")])
+def test_work_that_cannot_be_dropped_leaves_nobody_waiting_for_ever(error: Exception) -> None:
+    # given: an engine that fails when work is taken from it, a job under way and one that waits
+    engine, lost = StepEngine(sequences=1), threading.Event()
+    made = Scheduler(engine, max_queue=3, lost=lost.set)
+    hold = Hold()
+    leaving = made.submit(Script([hold, 0, 1]))
+    assert hold.reached.wait(5)
+    waiting = made.submit(Script([2]))
+
+    def drop(work: Work) -> None:
+        raise error
+
+    engine.drop = drop  # type: ignore[method-assign]
+
+    # when the first is cancelled, then both are told,
+    leaving.cancel()
+    hold.go_on()
+    for job in (leaving, waiting):
+        with pytest.raises((InternalError, Unavailable)):
+            list(job)
+
+    # and the computing thread lives on
+    assert made.call(lambda: "alive") == "alive"
+    assert lost.is_set() == isinstance(error, DeviceLost)
+    made.close()

@@ -221,6 +221,37 @@ async def test_models_used_longest_ago_make_room_for_a_fetched_one(
     assert [folder.exists() for folder in (running, old, recent, by_hand)] == [True, False, True, True]
 
 
+async def test_what_a_download_left_that_broke_off_makes_room_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given: a download of which only a part has come
+    models = NodeModels(tmp_path, limit=100)
+    part = tmp_path / "hub/models--org--broken/blobs/part.incomplete"
+
+    def download(name: str, **_: Any) -> str:
+        if name == "org/broken":
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(b"x" * 80)
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr("snapshotd.adapters.models.snapshot_download", download)
+    with pytest.raises(Unavailable):
+        await models.fetch(Model("org/broken", "causal_lm", None, (), 90, 0))
+
+    # then it does not stand in the way of itself,
+    models.in_use = lambda: {"org/broken"}
+    with pytest.raises(Unavailable):
+        await models.fetch(Model("org/broken", "causal_lm", None, (), 90, 0))
+
+    # and when another model needs its room
+    models.in_use = frozenset
+    with pytest.raises(Unavailable):
+        await models.fetch(Model("org/new", "causal_lm", None, (), 40, 0))
+
+    # then it goes
+    assert not part.exists()
+
+
 async def test_a_model_that_does_not_fit_is_refused_and_nothing_goes(
     tmp_path: Path, downloads: list[str]
 ) -> None:
