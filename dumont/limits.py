@@ -17,6 +17,8 @@ INT32_MAX: Final = 2**31 - 1
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
 STOP_LENGTH: Final = 256
+# Of a request, encoded. Nodes take messages of 4 MiB, and the controller adds the name of an instance.
+REQUEST_BYTES: Final = 4 * 1024 * 1024 - 1024
 
 # Who may speak in a conversation; chat templates know no others.
 ROLES: Final = frozenset({"system", "user", "assistant"})
@@ -148,6 +150,20 @@ def check_embed(inputs: Sequence[str]) -> None:
         if not text:
             field = f"inputs[{number}]"
             raise InvalidArgument("EMPTY_INPUT", f"{field} must not be empty", field=field)
+
+
+def check_size(size: int) -> None:
+    """Raise unless a node takes a request of ``size`` bytes, encoded.
+
+    Raises:
+        InvalidArgument: REQUEST_TOO_LARGE.
+    """
+    if size > REQUEST_BYTES:
+        raise InvalidArgument(
+            "REQUEST_TOO_LARGE",
+            f"a request may have at most {REQUEST_BYTES} bytes; this one has {size}; send less text at once",
+            metadata={"limit": str(REQUEST_BYTES), "value": str(size)},
+        )
 
 
 def _check_prompt(given: Mapping[str, Any]) -> None:

@@ -84,6 +84,8 @@ class _Stream:
 
 
 def _parse(request: R, data: bytes) -> R:
+    # Checked here, where many requests may wait for a node that would refuse them.
+    limits.check_size(len(data))
     try:
         request.ParseFromString(data)
     except DecodeError as error:

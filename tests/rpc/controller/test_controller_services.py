@@ -157,6 +157,23 @@ async def test_a_malformed_message_is_refused(served: Served) -> None:
         assert details(failure.value)[ErrorInfo].reason == "MALFORMED_REQUEST"
 
 
+async def test_a_request_that_no_node_takes_is_refused_before_it_waits_for_one(served: Served) -> None:
+    await create(served)
+    service = "/dumont.controller.v1.InferenceService/"
+    channel: Any = served.channel
+    prompt = inference.GenerateRequest(deployment="deployments/qa", prompt="x" * 4 * 1024 * 1024)
+    inputs = inference.EmbedRequest(deployment="deployments/qa", inputs=["x" * 1024 * 1024] * 4)
+    for call in (
+        channel.unary_unary(service + "Embed")(inputs.SerializeToString()),
+        anext(aiter(channel.unary_stream(service + "Generate")(prompt.SerializeToString()))),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await call
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert details(failure.value)[ErrorInfo].reason == "REQUEST_TOO_LARGE"
+    assert served.nodes.named("start") == []
+
+
 async def test_settings_are_refused_with_their_path(served: Served) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await create(served, checkpoint=deployments.CheckpointSettings(ttl=Duration(seconds=-1)))
