@@ -78,14 +78,14 @@ class NodeModels:
             raise InvalidArgument(
                 "MODEL_REQUIRED", "model must name a Hugging Face id or a directory", field="model"
             )
-        found = await self._reading.run(partial(self._look, name, engine))
+        found = await self._reading.run(partial(self._look, name, engine), subject=name)
         if found is None:
             found = await self._asking.run(partial(self._ask_hub, name, engine))
         return found
 
     async def find(self, name: str, engine: str = "") -> Model | None:
         try:
-            return await self._reading.run(partial(self._look, name, engine))
+            return await self._reading.run(partial(self._look, name, engine), subject=name)
         except NotFound:
             # A directory; no hub has it.
             return None
@@ -95,7 +95,7 @@ class NodeModels:
         return None if found is None else _describe(name, found, engine)
 
     async def digests(self, model: Model) -> Mapping[str, str]:
-        return await self._reading.run(partial(self._digest_all, model))
+        return await self._reading.run(partial(self._digest_all, model), subject=model.name)
 
     def _digest_all(self, model: Model) -> Mapping[str, str]:
         folder = model.directory
@@ -135,7 +135,8 @@ class NodeModels:
             folder = await self._fetching.run(download, FETCH_SECONDS)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise Unavailable("MODEL_FETCH_FAILED", f"{model.name} could not be fetched: {error}") from error
-        return await self._reading.run(partial(_describe, model.name, Path(folder), model.engine))
+        describe = partial(_describe, model.name, Path(folder), model.engine)
+        return await self._reading.run(describe, subject=model.name)
 
     def _note(self, name: str) -> Path:
         """A file that marks a model as fetched; its time is that of the last use."""

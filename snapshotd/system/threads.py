@@ -7,12 +7,15 @@ import contextlib
 import threading
 from collections.abc import Callable
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from dumont.errors import Unavailable
 
 Result = TypeVar("Result")
 
-COUNT = 8
+COUNT = 16
+# Threads for one subject, which would otherwise take all of them, one with each try.
+COUNT_OF_ONE = 2
 SECONDS = 30.0
 
 
@@ -32,12 +35,18 @@ class PatientThreads:
         self.purpose = purpose
         self.seconds = seconds
         self._places = asyncio.Semaphore(count)
+        # Kept by who waits for a place or has one.
+        self._places_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    async def run(self, work: Callable[[], Result], seconds: float | None = None) -> Result:
+    async def run(
+        self, work: Callable[[], Result], seconds: float | None = None, *, subject: str = ""
+    ) -> Result:
         """Run ``work`` in a thread, and return or raise what it does.
 
         Args:
             seconds: how long to wait; None for the usual time.
+            subject: what hangs if the work does, such as a directory. At most ``COUNT_OF_ONE``
+                threads work on one subject at a time. Empty: no other work shares it.
 
         Raises:
             Unavailable: FILES_HANG, it did not end in time, or no thread was free.
@@ -45,8 +54,14 @@ class PatientThreads:
         seconds = self.seconds if seconds is None else seconds
         try:
             async with asyncio.timeout(seconds):
-                await self._places.acquire()
-                return await self._start(work)
+                own = self._place_of(subject)
+                await own.acquire()
+                try:
+                    await self._places.acquire()
+                except BaseException:
+                    own.release()
+                    raise
+                return await self._start(work, own)
         except TimeoutError:
             raise Unavailable(
                 "FILES_HANG",
@@ -54,11 +69,20 @@ class PatientThreads:
                 metadata={"purpose": self.purpose},
             ) from None
 
-    def _start(self, work: Callable[[], Result]) -> asyncio.Future[Result]:
+    def _place_of(self, subject: str) -> asyncio.Semaphore:
+        own = self._places_of.get(subject)
+        if own is None:
+            own = asyncio.Semaphore(COUNT_OF_ONE)
+            if subject:
+                self._places_of[subject] = own
+        return own
+
+    def _start(self, work: Callable[[], Result], own: asyncio.Semaphore) -> asyncio.Future[Result]:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Result] = loop.create_future()
 
         def settle(result: Result | None, error: BaseException | None) -> None:
+            own.release()
             self._places.release()
             if answer.done():  # the caller no longer waits
                 return

@@ -58,11 +58,16 @@ class NodeWeightFiles:
 
     async def mapped(self, model: Model) -> tuple[MappedFile, ...]:
         """See :meth:`WeightFiles.mapped`."""
-        return await self._threads.run(lambda: tuple(map(_mapped, model.weights)))
+        return await self._threads.run(
+            lambda: tuple(map(_mapped, model.weights)), subject=_place(model.weights)
+        )
 
     async def overwritten(self, files: Sequence[MappedFile]) -> str:
         """See :meth:`WeightFiles.overwritten`."""
-        return await self._threads.run(lambda: next((file.path for file in files if _overwritten(file)), ""))
+        return await self._threads.run(
+            lambda: next((file.path for file in files if _overwritten(file)), ""),
+            subject=_place([Path(file.path) for file in files]),
+        )
 
     async def digest(self, model: Model) -> str:
         """See :meth:`WeightFiles.digest`."""
@@ -76,7 +81,7 @@ class NodeWeightFiles:
         if self.cache is None:
             return {}
         # A mount that hangs blocks one of these threads here, and not the event loop below.
-        await self._threads.run(partial(_identify_all, model.weights))
+        await self._threads.run(partial(_identify_all, model.weights), subject=_place(model.weights))
         try:
             pinned = {path: self._pin(self.cache, instance, path) for path in model.weights}
             missing = [path for path, digest in pinned.items() if digest is None]
@@ -172,7 +177,7 @@ class NodeWeightFiles:
         self._fills[identity] = _Fill(task, owners)
 
     async def _digest(self, path: Path) -> str:
-        identity = await self._threads.run(partial(identify, path))
+        identity = await self._threads.run(partial(identify, path), subject=_place([path]))
         if (known := self._known.get(identity)) is not None:
             return known
         if (fill := self._fills.get(identity)) is not None:
@@ -185,7 +190,7 @@ class NodeWeightFiles:
     async def _hash(self, path: Path, identity: str) -> str:
         try:
             hasher = blake3(max_threads=blake3.AUTO)
-            await self._threads.run(partial(update_from, hasher, path), HASH_SECONDS)
+            await self._threads.run(partial(update_from, hasher, path), HASH_SECONDS, subject=_place([path]))
             self._known.remember(identity, hasher.hexdigest())
             return str(hasher.hexdigest())
         finally:
@@ -215,3 +220,8 @@ def _hear(task: asyncio.Task[str]) -> None:
     """Log the error of a task for which nobody may wait any more."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.warning("weights_unreadable", file=task.get_name(), error=str(error))
+
+
+def _place(files: Sequence[Path]) -> str:
+    """The directory that hangs if these files of one model do."""
+    return str(files[0].parent) if files else ""

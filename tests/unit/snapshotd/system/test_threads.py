@@ -52,6 +52,21 @@ async def test_more_work_than_threads_waits_no_longer_than_any_other(hanging: th
     assert await threads.run(lambda: 3, seconds=10) == 3
 
 
+async def test_one_subject_that_hangs_leaves_threads_to_the_others(hanging: threading.Event) -> None:
+    # given: a model whose files hang, tried again and again
+    threads = PatientThreads("reading the model", count=4, seconds=0.02)
+    for _ in range(6):
+        with pytest.raises(Unavailable):
+            await threads.run(hanging.wait, subject="/mnt/hangs")
+
+    # then another model is read,
+    assert await threads.run(lambda: 3, subject="/models/other") == 3
+
+    # and the first one, too, when its files can be read again
+    hanging.set()
+    assert await threads.run(lambda: 3, subject="/mnt/hangs", seconds=10) == 3
+
+
 async def test_a_thread_that_hangs_keeps_no_process_from_ending(hanging: threading.Event) -> None:
     threads = PatientThreads("reading the model", seconds=0.02)
 
