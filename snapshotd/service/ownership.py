@@ -16,6 +16,7 @@ import grpc
 import structlog
 
 from dumont.errors import FailedPrecondition
+from snapshotd.system.files import sync
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +39,9 @@ class Ownership:
         if controller and controller != self.controller:
             staged = self._path.with_suffix(".new")
             staged.write_text(controller)
+            sync(staged)
             staged.replace(self._path)
+            sync(self._path.parent)
             log.info("node_owner_changed", controller=controller, before=self.controller)
             self.controller = controller
 

@@ -32,3 +32,19 @@ def test_a_node_that_is_told_to_belongs_to_another_one(tmp_path: Path) -> None:
     ownership.claim("first")
     ownership.claim("second")
     ownership.check("second")
+
+
+def test_whom_a_node_belongs_to_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # given: a disk that has after a power cut what was synced, and nothing else
+    durable: dict[str, str] = {}
+
+    def sync(path: Path) -> None:
+        inside = " ".join(entry.name for entry in path.iterdir()) if path.is_dir() else path.read_text()
+        durable[path.name] = inside
+
+    monkeypatch.setattr("snapshotd.service.ownership.sync", sync)
+
+    Ownership(tmp_path / "controller").claim("first")
+
+    # then: the content is there before its name is
+    assert list(durable.items()) == [("controller.new", "first"), (tmp_path.name, "controller")]
