@@ -250,10 +250,14 @@ class Inference:
         self._must_serve(instance)
         connection = self._connections.get(instance.id)
         if connection is None or connection.pid != instance.pid:
-            await self._drop(instance.id)
-            connection = self._connections[instance.id] = _connect(
-                instance, self.instances.node.instance_directory(instance.id)
+            # In its place before anything is awaited: another request must find it, not make a second.
+            stale, connection = (
+                connection,
+                _connect(instance, self.instances.node.instance_directory(instance.id)),
             )
+            self._connections[instance.id] = connection
+            if stale is not None:
+                await stale.close()
             await self._drop_gone()
         return connection
 

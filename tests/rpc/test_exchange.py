@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,24 @@ async def test_a_stream_that_breaks_fails_its_calls_and_is_opened_anew(served: S
     assert (type(error), error.reason) == (Unavailable, "INSTANCE_GONE")
     assert await served.words("back again") == ["back", "again"]
     assert served.host.streams == 2
+
+
+async def test_requests_at_once_to_a_process_that_took_anothers_place_share_a_connection(
+    tmp_path: Path,
+) -> None:
+    # given a connection to the process that was there before
+    instances: Any = OneInstance(tmp_path)
+    inference = Inference(instances)
+    before = await inference._connection("instances/one")
+    instances._instance = replace(instances._instance, pid=43)
+
+    # when two requests come at once for the one that is there now
+    first, second = await asyncio.gather(
+        inference._connection("instances/one"), inference._connection("instances/one")
+    )
+
+    # then they share one, and nothing of the old one is left open
+    assert first is second is not before
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(before.directory)
+    await inference.close()
