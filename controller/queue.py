@@ -1,4 +1,4 @@
-"""Requests that cannot be answered yet, in order of arrival, bounded by number and deadlines. Pure."""
+"""Requests that cannot be answered yet, in order of arrival, bounded by number, bytes and deadlines. Pure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dumont.errors import ResourceExhausted
 
 # Requests that may wait for one deployment.
 DEFAULT_LENGTH: Final = 1024
+# Bytes of requests that may wait for one deployment: a thousand of the largest allowed would fill a machine.
+MOST_BYTES: Final = 256 << 20
 RETRY_AFTER: Final = 1.0
 
 _serials = count()
@@ -24,11 +26,13 @@ class Ticket:
         arrived: monotonic time.
         deadline: monotonic time after which the caller no longer waits; None: it waits for ever.
         sequences: answers that it asks for, each of which takes one sequence of an instance.
+        size: of the request, in bytes.
     """
 
     arrived: float
     deadline: float | None = field(default=None, compare=False)
     sequences: int = field(default=1, compare=False)
+    size: int = field(default=0, compare=False)
     # Decides between tickets of the same instant.
     serial: int = field(default_factory=_serials.__next__, init=False)
 
@@ -74,6 +78,15 @@ class Queue:
                     "deployment": f"deployments/{self._deployment}",
                     "waiting": str(len(self._tickets)),
                 },
+                retry_after=RETRY_AFTER,
+            )
+        waiting = sum(known.size for known in self._tickets)
+        if waiting + ticket.size > MOST_BYTES:
+            raise ResourceExhausted(
+                "QUEUE_FULL",
+                f"{waiting} bytes of requests already wait for deployments/{self._deployment}; "
+                "call again later",
+                metadata={"deployment": f"deployments/{self._deployment}", "waiting_bytes": str(waiting)},
                 retry_after=RETRY_AFTER,
             )
         insort(self._tickets, ticket)

@@ -39,6 +39,7 @@ class Request:
         build: makes the node's request for an instance id.
         timeout: seconds that the caller will still wait; None: for ever.
         sequences: answers that it asks for.
+        size: in bytes, which it holds while it waits.
     """
 
     deployment: str
@@ -46,6 +47,7 @@ class Request:
     build: Callable[[str], bytes]
     timeout: float | None = None
     sequences: int = 1
+    size: int = 0
 
 
 class Answer(Protocol):
@@ -134,7 +136,9 @@ class Serving:
     def _attempts(self, request: Request) -> _Attempts:
         self._check_engine(request)
         deadline = None if request.timeout is None else self._core.now() + request.timeout - MARGIN
-        return _Attempts(self._core, self._instances, self._starts.ticket(deadline, request.sequences))
+        return _Attempts(
+            self._core, self._instances, self._starts.ticket(deadline, request.sequences, request.size)
+        )
 
     def _count(self, method: str, lease: Lease, outcome: str) -> None:
         self._core.metrics.requests.labels(method, lease.info.tier.value, outcome).inc()

@@ -49,7 +49,9 @@ class InferenceService:
         limits.check_generate({f.name: value for f, value in request.ListFields()}, self._max_new_tokens)
         default = min(limits.DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
         request.max_new_tokens = request.max_new_tokens or default
-        call = Request(deployment, CAUSAL_LM, _rewrite(request), context.time_remaining(), max(1, request.n))
+        call = Request(
+            deployment, CAUSAL_LM, _rewrite(request), context.time_remaining(), max(1, request.n), len(data)
+        )
         stream = _Stream(context, self._write_seconds)
         with stream.writer:
             await self._serving.generate(call, stream)
@@ -58,7 +60,7 @@ class InferenceService:
         request = _parse(pb.EmbedRequest(), data)
         deployment = names.parse(request.deployment, "deployments", "deployment")
         limits.check_embed(request.inputs)
-        call = Request(deployment, EMBEDDING, _rewrite(request), context.time_remaining())
+        call = Request(deployment, EMBEDDING, _rewrite(request), context.time_remaining(), size=len(data))
         info, answer = await self._serving.embed(call)
         # Concatenated encodings merge, and the node's answer has no start.
         return pb.EmbedResponse(start=convert.start_info_message(info)).SerializeToString() + answer

@@ -150,14 +150,15 @@ class Starts:
 
     # Requests
 
-    def ticket(self, deadline: float | None = None, sequences: int = 1) -> Ticket:
+    def ticket(self, deadline: float | None = None, sequences: int = 1, size: int = 0) -> Ticket:
         """A ticket for a request that arrives now.
 
         Args:
             deadline: monotonic time after which the caller no longer waits; None: it waits for ever.
             sequences: answers that it asks for.
+            size: in bytes.
         """
-        return Ticket(self._core.now(), deadline, sequences)
+        return Ticket(self._core.now(), deadline, sequences, size)
 
     async def acquire(
         self, deployment: str, reasons: tuple[str, ...] = (), ticket: Ticket | None = None

@@ -10,7 +10,7 @@ import pytest
 
 from controller import convert, routing
 from controller.model import Capacity, Instance, InstanceState, Load, Report, StartInfo, StartMode, Tier
-from controller.queue import Queue, Ticket
+from controller.queue import MOST_BYTES, Queue, Ticket
 from dumont.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
 from dumont.snapshotd.v1 import instance_service_pb2 as node_pb
 from tests.unit.controller.controller_world import Answered, World
@@ -41,6 +41,19 @@ def test_beyond_its_length_a_request_is_refused_with_advice() -> None:
     assert (refused.value.reason, refused.value.retry_after) == ("QUEUE_FULL", 1.0)
     assert refused.value.metadata == {"deployment": "deployments/qa", "waiting": "2"}
     assert len(queue) == 2
+
+
+def test_beyond_its_bytes_a_request_is_refused_with_advice() -> None:
+    queue = Queue("qa")
+    largest = 4 << 20
+    for number in range(MOST_BYTES // largest):
+        queue.enter(Ticket(float(number), size=largest))
+
+    with pytest.raises(ResourceExhausted) as refused:
+        queue.enter(Ticket(1000.0, size=1))
+
+    assert (refused.value.reason, refused.value.retry_after) == ("QUEUE_FULL", 1.0)
+    assert refused.value.metadata["waiting_bytes"] == str(MOST_BYTES)
 
 
 def test_it_knows_whose_time_is_up_and_when_that_of_the_next_is() -> None:
