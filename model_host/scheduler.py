@@ -195,7 +195,9 @@ class Scheduler:
         """
         job = Job(work, deadline, self._stir, urgent)
         with self._changed:
-            if len(self._waiting) >= self._max_queue:
+            # Those that the next step admits do not wait for room, only for the computing thread.
+            room = max(self._engine.capacity.sequences - len(self._running), 0)
+            if len(self._waiting) >= self._max_queue + room:
                 raise ResourceExhausted(
                     "QUEUE_FULL",
                     f"{self._max_queue} calls are already waiting for this instance; call again later.",

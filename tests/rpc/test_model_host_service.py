@@ -56,8 +56,10 @@ class ScriptedEngine(StepEngine):
         self.requests.append(request)
         if request.prompt == "wrong":
             raise InvalidArgument("EMPTY_PROMPT", "wrong", field="prompt")
-        self.works.append(Script(self.script or self._answer(request.prompt)))
-        return self.works[-1]
+        # Several threads check requests at a time: the last of the list may be another's.
+        work = Script(self.script or self._answer(request.prompt))
+        self.works.append(work)
+        return work
 
     def _answer(self, prompt: str) -> list[Any]:
         words = prompt.split()
@@ -238,7 +240,7 @@ def test_a_full_queue_says_when_to_come_back(
 ) -> None:
     # given one call that computes and one that waits
     computing = stub.Generate(pb2.GenerateRequest(prompt="wait"))
-    assert engine.hold.reached.wait(5)
+    assert engine.hold.reached.wait(20)
     scheduler.submit(Script([1]))
 
     # when a third comes
@@ -420,7 +422,7 @@ def test_the_largest_request_that_a_node_takes_ends_nobody_elses_call(stream: St
 def test_what_does_not_fit_in_the_queue_is_refused_alone(stream: Stream, engine: ScriptedEngine) -> None:
     engine.capacity = Capacity(sequences=1)
     stream.generate(1, "wait more")
-    assert engine.hold.reached.wait(5)
+    assert engine.hold.reached.wait(20)
     stream.generate(2, "waits")
     stream.generate(3, "too many")
 
@@ -436,7 +438,7 @@ def test_what_does_not_fit_in_the_queue_is_refused_alone(stream: Stream, engine:
 
 def test_a_cancelled_call_stops_and_others_go_on(stream: Stream, engine: ScriptedEngine) -> None:
     stream.generate(1, ENDLESS)
-    assert engine.hold.reached.wait(5)
+    assert engine.hold.reached.wait(20)
     stream.generate(2, "one two")
 
     stream.order(pb2.ExchangeRequest(call=1, cancel=True))
@@ -464,7 +466,7 @@ def test_a_stream_that_breaks_ends_its_calls(
 ) -> None:
     stream.generate(1, ENDLESS)
     stream.generate(2, ENDLESS)
-    assert engine.hold.reached.wait(5)
+    assert engine.hold.reached.wait(20)
 
     stream.call.cancel()
     engine.hold.go_on()
@@ -491,7 +493,7 @@ def test_a_caller_who_never_reads_holds_up_nobody(
 ) -> None:
     # given more than a connection takes, on a stream that nobody reads
     stream.generate(1, "wait " + "more " * 20_000)
-    assert engine.hold.reached.wait(5)
+    assert engine.hold.reached.wait(20)
     engine.hold.go_on()
 
     # when another calls, then it is answered,

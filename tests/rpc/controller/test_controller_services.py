@@ -493,6 +493,9 @@ async def test_an_answer_that_nobody_reads_releases_its_instance(served: Served)
             await served.controller.core.inventory.until(
                 lambda: served.controller.core.inventory.instance(instance.id).in_flight == 0
             )
+            # The node hears of it as soon as the answer's task gets to run.
+            while not served.nodes.cancelled:  # noqa: ASYNC110
+                await asyncio.sleep(0)
         assert [method for method, *_ in served.nodes.cancelled] == ["generate"]
 
         # and: whoever reads on is told

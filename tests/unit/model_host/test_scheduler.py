@@ -122,8 +122,8 @@ def test_one_that_does_not_fit_holds_back_those_behind_it(scheduler: Scheduler, 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(scheduler: Scheduler) -> None:
     hold, _ = occupy(scheduler)
-    waiting = [scheduler.submit(Script([number])) for number in range(2)]
-    assert scheduler.queued == 3
+    waiting = [scheduler.submit(Script([number])) for number in range(3)]
+    assert scheduler.queued == 4  # one of them has room already
 
     with pytest.raises(ResourceExhausted) as full:
         scheduler.submit(Script([0]))
@@ -131,7 +131,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(scheduler: Scheduler) -
     assert full.value.reason == "QUEUE_FULL"
     assert full.value.retry_after
     hold.go_on()
-    assert [list(job) for job in waiting] == [[0], [1]]
+    assert [list(job) for job in waiting] == [[0], [1], [2]]
 
 
 def test_a_job_cancelled_in_the_queue_is_never_begun(scheduler: Scheduler, engine: StepEngine) -> None:
@@ -278,6 +278,26 @@ def test_the_hosts_own_work_fails_to_the_host_alone(scheduler: Scheduler) -> Non
     with pytest.raises(InternalError):
         scheduler.call(broken)
     assert list(scheduler.submit(Script([1]))) == [1]
+
+
+def test_calls_for_which_there_is_room_are_not_refused_before_they_are_admitted(
+    scheduler: Scheduler,
+) -> None:
+    # given a computing thread that is busy, so that nobody is admitted yet
+    hold = Hold()
+    busy = threading.Thread(target=scheduler.call, args=[hold.wait])
+    busy.start()
+    assert hold.reached.wait(20)
+
+    # when as many come as there is room for, and as may wait
+    jobs = [scheduler.submit(Script([number])) for number in range(ROOM + 3)]
+    with pytest.raises(ResourceExhausted):
+        scheduler.submit(Script([9]))
+
+    # then all of those are answered
+    hold.go_on()
+    assert [list(job) for job in jobs] == [[number] for number in range(ROOM + 3)]
+    busy.join(20)
 
 
 def test_a_lost_device_ends_all_jobs_and_the_process_is_given_up(engine: StepEngine, clock: Clock) -> None:
