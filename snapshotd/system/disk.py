@@ -43,14 +43,18 @@ class DiskReservations:
     _reserved: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def reserve(self, owner: str, directory: Path, needed: int) -> None:
-        """Reserve bytes below ``directory`` for ``owner`` until it releases them.
+        """Reserve bytes below ``directory`` for ``owner`` until it releases them, in place of what it had.
 
         Raises:
             ResourceExhausted: DISK_FULL, there is not enough space.
         """
         found = self.file_system(directory)
         kept = min(found.total // RESERVE_PARTS, LARGEST_RESERVE) if self.kept is None else self.kept
-        others = sum(size for where, size in self._reserved.values() if where == found.device)
+        others = sum(
+            size
+            for other, (where, size) in self._reserved.items()
+            if where == found.device and other != owner
+        )
         if needed > found.free - others - kept:
             raise ResourceExhausted(
                 "DISK_FULL",

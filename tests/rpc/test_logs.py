@@ -12,7 +12,10 @@ from dumont.rpc.logs import configure_logs
 
 
 class FullDisk(io.StringIO):
+    tried = 0
+
     def write(self, text: str) -> int:
+        self.tried += 1
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -23,10 +26,13 @@ def unconfigured() -> object:
 
 
 def test_a_log_on_a_full_disk_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stderr", FullDisk())
+    disk = FullDisk()
+    monkeypatch.setattr("sys.stderr", disk)
     configure_logs("json")
 
     structlog.get_logger("test").error("no room", bytes=1)
+
+    assert disk.tried == 1
 
 
 def test_a_log_whose_reader_is_gone_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

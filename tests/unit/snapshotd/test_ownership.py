@@ -32,6 +32,8 @@ def test_a_node_that_is_told_to_belongs_to_another_one(tmp_path: Path) -> None:
     ownership.claim("first")
     ownership.claim("second")
     ownership.check("second")
+    with pytest.raises(FailedPrecondition, match="belongs to controller second"):
+        ownership.check("first")
 
 
 def test_whom_a_node_belongs_to_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,13 +33,17 @@ def test_what_was_promised_is_free_again_once_it_is_released(tmp_path: Path) -> 
     room.release("nobody")
 
     room.reserve("other", tmp_path, 500)
+    with pytest.raises(ResourceExhausted):
+        room.reserve("third", tmp_path, 1)
 
 
 def test_asking_again_replaces_what_one_was_promised(tmp_path: Path) -> None:
     room = disk(1000, free=500)
     room.reserve("one", tmp_path, 400)
-    room.release("one")
     room.reserve("one", tmp_path, 500)
+
+    with pytest.raises(ResourceExhausted):
+        room.reserve("other", tmp_path, 1)
 
 
 @pytest.mark.parametrize(("total", "kept"), [(1000, 20), (1 << 50, LARGEST_RESERVE)])

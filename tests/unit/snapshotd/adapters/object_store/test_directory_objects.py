@@ -73,3 +73,5 @@ def test_a_directory_that_another_node_removes_is_made_again(tmp_path: Path) -> 
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(work) for _ in range(100) for work in (create, delete)]:
             done.result()
+    create()
+    assert (objects.root / "snapshots/one/manifest").read_bytes() == b"1"
