@@ -6,34 +6,26 @@ import inspect
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from dumont import limits
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from model_host import cuda
 from model_host.engine import (
-    DEFAULT_MAX_NEW_TOKENS,
     Canary,
     Capacity,
-    Finish,
-    FinishReason,
     Generation,
     Load,
-    Message,
     Output,
     Phases,
-    Piece,
-    Reply,
     Settings,
-    TokenLogprob,
-    TopLogprob,
     Work,
 )
 from model_host.engines import attention, graphs
+from model_host.engines.answers import Answering, Step, TextRequests
 from model_host.engines.assembly import build, choose_device
 from model_host.engines.attention import NotBatchable
 from model_host.engines.backends import Alone, Backend, Flight, Together, shapes
@@ -41,9 +33,8 @@ from model_host.engines.batch import Chunk, TokenSequence, plan
 from model_host.engines.kv import FILLER, GRAIN, Extent, Extents, Prefixes
 from model_host.engines.libraries import library_versions
 from model_host.engines.sampling import Chosen, Sampling
-from model_host.engines.tokens import ChatTemplate, load_tokenizer
-from model_host.model_files import Json, ModelFiles
-from model_host.text import Detokenizer, StopFilter
+from model_host.engines.tokens import load_tokenizer
+from model_host.model_files import ModelFiles
 from model_host.weights import Weights, Workspace
 
 if TYPE_CHECKING:
@@ -133,94 +124,6 @@ class Right:
     cache: Any
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a step has computed for one answer: a token, its end, or both."""
-
-    index: int
-    chosen: Chosen | None = None
-    reason: FinishReason | None = None
-
-
-class Answering:
-    """A request for text: the sequences to compute, and the text made of their tokens for the caller."""
-
-    def __init__(self, tokenizer: Tokenizer, request: Generation, sequences: Sequence[TokenSequence]) -> None:
-        self.sequences = sequences
-        self._tokenizer = tokenizer
-        self._wants_logprobs = request.logprobs is not None
-        self._texts = [_Text(tokenizer, request.stop) for _ in sequences]
-
-    def receive(self, computed: Sequence[Step]) -> Reply:
-        """Join the tokens of several steps into one piece for each answer."""
-        items: list[Piece | Finish] = []
-        for index in sorted({step.index for step in computed}):
-            text = self._texts[index]
-            if not text.ended:
-                items += self._advance(index, text, [step for step in computed if step.index == index])
-        return Reply(items, ended=all(text.ended for text in self._texts))
-
-    def _advance(self, index: int, text: _Text, steps: Sequence[Step]) -> list[Piece | Finish]:
-        sequence = self.sequences[index]
-        ready, reason = "", None
-        for step in steps:
-            if step.chosen is not None:
-                ready += text.push(step.chosen)
-                if text.stopped:
-                    reason = FinishReason.STOP
-                    break
-            reason = step.reason
-        if reason is not None:
-            ready += text.flush()
-            if text.stopped:
-                reason = FinishReason.STOP
-        items: list[Piece | Finish] = []
-        if ready or (reason is not None and text.pending):
-            logprobs = tuple(map(self._logprob, text.pending)) if self._wants_logprobs else ()
-            items.append(Piece(ready, tuple(chosen.token for chosen in text.pending), index, logprobs))
-            text.pending.clear()
-        if reason is not None:
-            text.ended = True
-            items.append(
-                Finish(reason, len(sequence.prompt), text.count, index, cached_prompt_tokens=sequence.cached)
-            )
-        return items
-
-    def _logprob(self, chosen: Chosen) -> TokenLogprob:
-        top = tuple(TopLogprob(token, self._alone(token), logprob) for token, logprob in chosen.top)
-        return TokenLogprob(chosen.token, self._alone(chosen.token), chosen.logprob, top)
-
-    def _alone(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False)
-
-
-@dataclass
-class _Text:
-    """The text of one answer. Its pieces, joined, are the text; their tokens are those counted as output."""
-
-    tokenizer: Tokenizer
-    stop: tuple[str, ...]
-    pending: list[Chosen] = field(default_factory=list)
-    count: int = 0
-    ended: bool = False
-
-    def __post_init__(self) -> None:
-        self._text = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
-        self._stops = StopFilter(self.stop)
-
-    @property
-    def stopped(self) -> bool:
-        return self._stops.stopped
-
-    def push(self, chosen: Chosen) -> str:
-        self.count += 1
-        self.pending.append(chosen)
-        return self._stops.push(self._text.push(chosen.token))
-
-    def flush(self) -> str:
-        return self._stops.push(self._text.flush()) + self._stops.flush()
-
-
 class CausalLM:
     """An ``Engine`` that generates."""
 
@@ -239,12 +142,8 @@ class CausalLM:
         self._model = model
         self._weights = weights
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(files)
-        self._max_new_tokens_limit = settings.max_new_tokens_limit
         self._device = next(model.parameters()).device
         self._workspace = Workspace(self._device)
-        self._ends = _end_tokens(files.generation, files.config)
-        self._defaults = files.generation
         text_config = model.config.get_text_config()
         self._vocabulary = int(text_config.vocab_size)
         self._context = int(getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
@@ -254,6 +153,9 @@ class CausalLM:
         self._prefixes = Prefixes()
         self._shares = not isinstance(self._backend, Alone)
         self.context_length = min(self._context, self._extents.largest - 1)
+        self._requests = TextRequests(
+            files, tokenizer, self._vocabulary, self.context_length, settings.max_new_tokens_limit
+        )
         on_cpu = self._device.type == "cpu"
         self.capacity = Capacity(
             CPU_SEQUENCES if on_cpu else graphs.SEQUENCES, self._extents.largest if self._shares else None
@@ -413,16 +315,7 @@ class CausalLM:
         """Prompts and answers, drawing and greedy, together and alone; the chat template and the tokenizer
         both ways.
         """
-        text = "Hello"
-        if self._template:
-            text = self._template.render([Message("user", text)])
-        tokens = self._tokenizer.encode(text).ids[: self.context_length // 2] or [0]
-        works = [
-            self._work(Generation(temperature=1.0, top_p=0.9, seed=0, stop=("\n\n",)), tokens, 2),
-            self._work(Generation(repetition_penalty=1.1, logprobs=1, logit_bias={0: 1.0}), tokens[:4], 2),
-            self._work(Generation(), tokens[:2], 3),
-        ]
-        self._run_together(works)
+        self._run_together(self._requests.synthetic())
         self._forget_prefixes()
 
     def canary(self) -> Canary:
@@ -477,59 +370,15 @@ class CausalLM:
         """As the port says. Reasons: those of ``limits.check_generate``, INVALID_TOKEN_ID, EMPTY_PROMPT,
         PROMPT_TOO_LONG, TOO_MANY_ANSWERS, INVALID_MESSAGES, NO_CHAT_TEMPLATE.
         """
-        self._check_request(request)
-        if request.messages:
-            field = "messages"
-            prompt = self._template.render(request.messages)
-        else:
-            field, prompt = "prompt", request.prompt
-        # A rendered conversation carries the special tokens itself.
-        tokens = self._tokenizer.encode(prompt, add_special_tokens=not request.messages).ids
-        if not tokens:
-            raise InvalidArgument("EMPTY_PROMPT", f"{field} holds no tokens", field=field)
-        room = self.context_length - len(tokens)
-        if room < 1:
-            raise InvalidArgument(
-                "PROMPT_TOO_LONG",
-                f"{field} has {len(tokens)} tokens; with an answer of at least one, this instance takes "
-                f"{self.context_length}. Shorten it.",
-                field=field,
-                metadata={"tokens": str(len(tokens)), "context_length": str(self.context_length)},
-            )
-        limit = min(request.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, room)
-        work = self._work(request, tokens, limit)
+        work = self._requests.read(request)
         if self._shares and sum(map(_room, work.sequences)) > self._extents.largest:
             raise InvalidArgument(
                 "TOO_MANY_ANSWERS",
-                f"{request.n} answers of {limit} tokens need more room than the cache has; ask for fewer, or "
-                "for shorter ones",
+                f"{request.n} answers of {work.sequences[0].limit} tokens need more room than the cache has; "
+                "ask for fewer, or for shorter ones",
                 field="n",
             )
         return work
-
-    def _work(self, request: Generation, prompt: list[int], limit: int) -> Answering:
-        own = frozenset() if request.ignore_eos else self._ends
-        ends = own | frozenset(request.stop_token_ids)
-        sampling = Sampling.of(request, self._defaults, ends)
-        sequences = [
-            TokenSequence(
-                prompt, limit, sampling, ends, own, None if request.seed is None else request.seed + index
-            )
-            for index in range(request.n)
-        ]
-        return Answering(self._tokenizer, request, sequences)
-
-    def _check_request(self, request: Generation) -> None:
-        asked = {known.name: getattr(request, known.name) for known in fields(request)}
-        asked["max_new_tokens"] = request.max_new_tokens or None
-        limits.check_generate(asked, self._max_new_tokens_limit)
-        for name, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
-            if wrong := [token for token in tokens if token >= self._vocabulary]:
-                raise InvalidArgument(
-                    "INVALID_TOKEN_ID",
-                    f"{name} names token {wrong[0]}; this model has {self._vocabulary} tokens",
-                    field=name,
-                )
 
     def embed(self, inputs: Sequence[str]) -> Work:
         raise FailedPrecondition(
@@ -688,11 +537,3 @@ def _distrust(sequences: Iterable[TokenSequence]) -> None:
 def _room(sequence: TokenSequence) -> int:
     """Tokens to reserve for a sequence: one more than it may have, for a step launched before it ends."""
     return sequence.most + 1
-
-
-def _end_tokens(generation: Json, config: Json) -> frozenset[int]:
-    for source in (generation, config):
-        ends = source.get("eos_token_id")
-        if ends is not None:
-            return frozenset(ends if isinstance(ends, list) else [ends])
-    return frozenset()

@@ -14,9 +14,10 @@ from transformers import LlamaForCausalLM
 
 from dumont.errors import FailedPrecondition, Internal, InvalidArgument
 from model_host.engine import Capacity, Finish, FinishReason, Generation, Load, Message, Piece
+from model_host.engines.answers import Answering, Step
 from model_host.engines.backends import Together
 from model_host.engines.batch import TokenSequence
-from model_host.engines.causal_lm import Answering, CausalLM, Step
+from model_host.engines.causal_lm import CausalLM
 from model_host.engines.kv import FILLER
 from model_host.engines.sampling import Chosen, Sampling
 from model_host.scheduler import Scheduler

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model_host import model_files
 from model_host.engine import Finish, Generation, Phases, Piece, Settings, Work
 from model_host.engines import causal_lm
-from model_host.engines.causal_lm import Answering, CausalLM
+from model_host.engines.answers import Answering
+from model_host.engines.causal_lm import CausalLM
 
 VOCABULARY = 64
 CONTEXT = 48

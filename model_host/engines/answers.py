@@ -1,0 +1,230 @@
+"""Requests for text turned into tokens, and the tokens of answers turned into text.
+
+Shared by the engines that generate: whichever of them computes, a prompt has the same tokens and an answer
+the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from dumont import limits
+from dumont.errors import InvalidArgument
+from model_host.engine import (
+    DEFAULT_MAX_NEW_TOKENS,
+    Finish,
+    FinishReason,
+    Generation,
+    Message,
+    Piece,
+    Reply,
+    TokenLogprob,
+    TopLogprob,
+)
+from model_host.engines.batch import TokenSequence
+from model_host.engines.sampling import Chosen, Sampling
+from model_host.engines.tokens import ChatTemplate
+from model_host.model_files import Json, ModelFiles
+from model_host.text import Detokenizer, StopFilter
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class TextRequests:
+    """Checks requests for text and tokenises their prompts, as one model needs it.
+
+    Args:
+        vocabulary: how many tokens the model has.
+        context_length: tokens of a prompt and its answer together.
+        max_new_tokens_limit: the most tokens that a caller may ask for.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        tokenizer: Tokenizer,
+        vocabulary: int,
+        context_length: int,
+        max_new_tokens_limit: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(files)
+        self._defaults = files.generation
+        self._ends = end_tokens(files.generation, files.config)
+        self._vocabulary = vocabulary
+        self._context_length = context_length
+        self._max_new_tokens_limit = max_new_tokens_limit
+
+    def read(self, request: Generation) -> Answering:
+        """Check a request and tokenise its prompt.
+
+        Raises:
+            InvalidArgument: reasons of ``limits.check_generate``, INVALID_TOKEN_ID, EMPTY_PROMPT,
+                PROMPT_TOO_LONG, INVALID_MESSAGES.
+            FailedPrecondition: NO_CHAT_TEMPLATE, CHAT_TEMPLATE_LIMIT.
+        """
+        self._check(request)
+        if request.messages:
+            field = "messages"
+            prompt = self._template.render(request.messages)
+        else:
+            field, prompt = "prompt", request.prompt
+        # A rendered conversation carries the special tokens itself.
+        tokens = self._tokenizer.encode(prompt, add_special_tokens=not request.messages).ids
+        if not tokens:
+            raise InvalidArgument("EMPTY_PROMPT", f"{field} holds no tokens", field=field)
+        room = self._context_length - len(tokens)
+        if room < 1:
+            raise InvalidArgument(
+                "PROMPT_TOO_LONG",
+                f"{field} has {len(tokens)} tokens; with an answer of at least one, this instance takes "
+                f"{self._context_length}. Shorten it.",
+                field=field,
+                metadata={"tokens": str(len(tokens)), "context_length": str(self._context_length)},
+            )
+        return self.answering(request, tokens, min(request.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, room))
+
+    def answering(self, request: Generation, prompt: list[int], limit: int) -> Answering:
+        """The work of a request whose prompt is tokenised.
+
+        Args:
+            limit: the most tokens of each answer.
+        """
+        own = frozenset() if request.ignore_eos else self._ends
+        ends = own | frozenset(request.stop_token_ids)
+        sampling = Sampling.of(request, self._defaults, ends)
+        sequences = [
+            TokenSequence(
+                prompt, limit, sampling, ends, own, None if request.seed is None else request.seed + index
+            )
+            for index in range(request.n)
+        ]
+        return Answering(self._tokenizer, request, sequences)
+
+    def synthetic(self) -> list[Answering]:
+        """Work for a warm-up, which takes the paths of real requests: the chat template and the tokenizer, a
+        drawn answer and greedy ones, penalties, biases and log-probabilities.
+        """
+        text = "Hello"
+        if self._template:
+            text = self._template.render([Message("user", text)])
+        tokens = self._tokenizer.encode(text).ids[: self._context_length // 2] or [0]
+        drawn = Generation(temperature=1.0, top_p=0.9, seed=0, stop=("\n\n",))
+        altered = Generation(repetition_penalty=1.1, logprobs=1, logit_bias={0: 1.0})
+        return [
+            self.answering(drawn, tokens, 2),
+            self.answering(altered, tokens[:4], 2),
+            self.answering(Generation(), tokens[:2], 3),
+        ]
+
+    def _check(self, request: Generation) -> None:
+        asked = {known.name: getattr(request, known.name) for known in fields(request)}
+        asked["max_new_tokens"] = request.max_new_tokens or None
+        limits.check_generate(asked, self._max_new_tokens_limit)
+        for name, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
+            if wrong := [token for token in tokens if token >= self._vocabulary]:
+                raise InvalidArgument(
+                    "INVALID_TOKEN_ID",
+                    f"{name} names token {wrong[0]}; this model has {self._vocabulary} tokens",
+                    field=name,
+                )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step has computed for one answer: a token, its end, or both."""
+
+    index: int
+    chosen: Chosen | None = None
+    reason: FinishReason | None = None
+
+
+class Answering:
+    """A request for text: the sequences to compute, and the text made of their tokens for the caller."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Generation, sequences: Sequence[TokenSequence]) -> None:
+        self.sequences = sequences
+        self._tokenizer = tokenizer
+        self._wants_logprobs = request.logprobs is not None
+        self._texts = [_Text(tokenizer, request.stop) for _ in sequences]
+
+    def receive(self, computed: Sequence[Step]) -> Reply:
+        """Join the tokens of several steps into one piece for each answer."""
+        items: list[Piece | Finish] = []
+        for index in sorted({step.index for step in computed}):
+            text = self._texts[index]
+            if not text.ended:
+                items += self._advance(index, text, [step for step in computed if step.index == index])
+        return Reply(items, ended=all(text.ended for text in self._texts))
+
+    def _advance(self, index: int, text: _Text, steps: Sequence[Step]) -> list[Piece | Finish]:
+        sequence = self.sequences[index]
+        ready, reason = "", None
+        for step in steps:
+            if step.chosen is not None:
+                ready += text.push(step.chosen)
+                if text.stopped:
+                    reason = FinishReason.STOP
+                    break
+            reason = step.reason
+        if reason is not None:
+            ready += text.flush()
+            if text.stopped:
+                reason = FinishReason.STOP
+        items: list[Piece | Finish] = []
+        if ready or (reason is not None and text.pending):
+            logprobs = tuple(map(self._logprob, text.pending)) if self._wants_logprobs else ()
+            items.append(Piece(ready, tuple(chosen.token for chosen in text.pending), index, logprobs))
+            text.pending.clear()
+        if reason is not None:
+            text.ended = True
+            items.append(
+                Finish(reason, len(sequence.prompt), text.count, index, cached_prompt_tokens=sequence.cached)
+            )
+        return items
+
+    def _logprob(self, chosen: Chosen) -> TokenLogprob:
+        top = tuple(TopLogprob(token, self._alone(token), logprob) for token, logprob in chosen.top)
+        return TokenLogprob(chosen.token, self._alone(chosen.token), chosen.logprob, top)
+
+    def _alone(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
+
+@dataclass
+class _Text:
+    """The text of one answer. Its pieces, joined, are the text; their tokens are those counted as output."""
+
+    tokenizer: Tokenizer
+    stop: tuple[str, ...]
+    pending: list[Chosen] = field(default_factory=list)
+    count: int = 0
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self._text = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
+        self._stops = StopFilter(self.stop)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.stopped
+
+    def push(self, chosen: Chosen) -> str:
+        self.count += 1
+        self.pending.append(chosen)
+        return self._stops.push(self._text.push(chosen.token))
+
+    def flush(self) -> str:
+        return self._stops.push(self._text.flush()) + self._stops.flush()
+
+
+def end_tokens(generation: Json, config: Json) -> frozenset[int]:
+    """The tokens with which the model itself ends an answer."""
+    for source in (generation, config):
+        ends = source.get("eos_token_id")
+        if ends is not None:
+            return frozenset(ends if isinstance(ends, list) else [ends])
+    return frozenset()
