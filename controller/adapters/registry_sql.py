@@ -86,6 +86,7 @@ CONTROLLER = sa.Table(
 
 # Of PostgreSQL's advisory locks: "dumont" in ASCII.
 LOCK = 0x64756D6F6E74
+MIGRATING = LOCK + 1
 HOLDER = sa.text(
     "SELECT activity.application_name, COALESCE(host(activity.client_addr), 'this machine') "
     "FROM pg_locks AS locks JOIN pg_stat_activity AS activity ON activity.pid = locks.pid "
@@ -291,12 +292,15 @@ async def open_registry(url: str) -> SqlRegistry:
     return SqlRegistry(engine)
 
 
-def migrate(connection: sa.Connection, revision: str = "head") -> None:
-    """Run the revisions that the database lacks, up to ``revision``."""
+def migrate(connection: sa.Connection, revision: str = "head", down: bool = False) -> None:
+    """Run the revisions that the database lacks, up to ``revision``; ``down``: undo those after it."""
+    if connection.dialect.name == "postgresql":
+        # Two controllers that start at the same time would both run them.
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATING)))
     config = AlembicConfig()
     config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
     config.attributes["connection"] = connection
-    command.upgrade(config, revision)
+    (command.downgrade if down else command.upgrade)(config, revision)
 
 
 def _tune_sqlite(engine: AsyncEngine) -> None:

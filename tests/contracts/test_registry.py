@@ -1,19 +1,19 @@
-"""What every registry promises, over each of them. DUMONT_TEST_POSTGRES_URL adds PostgreSQL."""
+"""What every registry promises, in memory and on both databases."""
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from controller.adapters.registry_sql import DEPLOYMENTS, METADATA, _row, migrate, open_registry
+from controller.adapters.registry_sql import METADATA, migrate, open_registry
 from controller.identity import Identity
 from controller.model import (
     Captured,
@@ -29,29 +29,35 @@ from controller.model import (
 from controller.ports import Registry
 from dumont.errors import Aborted, AlreadyExists, FailedPrecondition, Unavailable
 from tests.fakes.memory_registry import MemoryRegistry
+from tests.helpers.postgres import PostgresServer
 
-POSTGRES = os.environ.get("DUMONT_TEST_POSTGRES_URL", "")
 Reopen = Callable[[], Awaitable[Registry]]
 
 
-@pytest.fixture(params=["memory", "sqlite", *(["postgres"] if POSTGRES else [])])
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty database; each test that asks for it runs on both."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path}/controller.db"
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return await server.new_database()
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Reopen]:
     """Open the registry; every call opens the same one again, as the next controller would."""
     opened: list[Registry] = []
     memory = MemoryRegistry()
-    urls = {"sqlite": f"sqlite+aiosqlite:///{tmp_path}/controller.db", "postgres": POSTGRES}
+    database = f"sqlite+aiosqlite:///{tmp_path}/controller.db"
+    if request.param == "postgresql":
+        server: PostgresServer = request.getfixturevalue("postgres_server")
+        database = await server.new_database()
 
     async def open_one() -> Registry:
-        made = memory if request.param == "memory" else await open_registry(urls[request.param])
+        made = memory if request.param == "memory" else await open_registry(database)
         opened.append(made)
         return made
 
-    if request.param == "postgres":
-        engine = create_async_engine(POSTGRES)
-        async with engine.begin() as connection:
-            await connection.run_sync(METADATA.drop_all)
-            await connection.execute(sa.text("DROP TABLE IF EXISTS alembic_version"))
-        await engine.dispose()
     yield open_one
     for registry in opened:
         await registry.close()
@@ -60,6 +66,15 @@ async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 @pytest.fixture
 async def registry(reopen: Reopen) -> Registry:
     return await reopen()
+
+
+@asynccontextmanager
+async def on(url: str) -> AsyncIterator[AsyncConnection]:
+    """A transaction on a database that no registry has open."""
+    engine = create_async_engine(url)
+    async with engine.begin() as connection:
+        yield connection
+    await engine.dispose()
 
 
 def deployment(identifier: str = "qa", **changes: Any) -> Deployment:
@@ -206,56 +221,95 @@ async def test_a_database_that_cannot_be_used_is_unavailable(tmp_path: Path, url
     assert failure.value.retry_after
 
 
-async def test_the_migrated_schema_is_the_one_the_code_uses(tmp_path: Path) -> None:
-    url = f"sqlite+aiosqlite:///{tmp_path}/c.db"
+async def test_the_migrated_schema_is_the_one_the_code_uses(url: str) -> None:
     await (await open_registry(url)).close()
-    engine = create_async_engine(url)
-    async with engine.connect() as connection:
+    async with on(url) as connection:
         found = await connection.run_sync(
             lambda sync: {
                 table: {column["name"]: column["nullable"] for column in sa.inspect(sync).get_columns(table)}
                 for table in METADATA.tables
             }
         )
-        mode = (await connection.execute(sa.text("PRAGMA journal_mode"))).scalar()
-    await engine.dispose()
     assert found == {
         name: {column.name: column.nullable for column in table.columns}
         for name, table in METADATA.tables.items()
     }
-    assert mode == "wal"
 
 
-if POSTGRES:
+async def test_sqlite_writes_ahead(tmp_path: Path) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path}/c.db"
+    await (await open_registry(url)).close()
+    async with on(url) as connection:
+        assert (await connection.execute(sa.text("PRAGMA journal_mode"))).scalar() == "wal"
 
-    async def test_a_second_controller_on_a_server_s_database_is_told_who_has_it() -> None:
-        first, second = await open_registry(POSTGRES), await open_registry(POSTGRES)
-        await first.lock("10.0.0.1:7070")
-        with pytest.raises(FailedPrecondition) as refusal:
-            await second.lock("10.0.0.2:7070")
-        assert refusal.value.reason == "STATE_IN_USE"
-        assert "dumont-controller on 10.0.0.1:7070, from 127.0.0.1" in refusal.value.message
-        await first.close()
+
+async def test_a_second_controller_on_a_server_s_database_is_told_who_has_it(postgres_url: str) -> None:
+    first, second = await open_registry(postgres_url), await open_registry(postgres_url)
+    await first.lock("10.0.0.1:7070")
+    with pytest.raises(FailedPrecondition) as refusal:
         await second.lock("10.0.0.2:7070")
-        await second.close()
+    assert refusal.value.reason == "STATE_IN_USE"
+    assert "dumont-controller on 10.0.0.1:7070, from this machine" in refusal.value.message
+    await first.close()
+    await second.lock("10.0.0.2:7070")
+    await second.close()
 
 
-async def test_captured_snapshots_of_an_older_version_find_their_deployments(tmp_path: Path) -> None:
-    """Those of deployments that are gone become orphans, which nobody deletes."""
-    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/c.db")
-    async with engine.begin() as connection:
-        await connection.run_sync(migrate, "0003")
-        await connection.execute(sa.insert(DEPLOYMENTS).values(**_row(deployment(uid="its uid"))))
-        for name, owner in (("s1", "qa"), ("s2", "gone")):
-            await connection.execute(
-                sa.text("INSERT INTO captured (id, deployment, manifest_digest) VALUES (:id, :owner, 'd')"),
-                {"id": name, "owner": owner},
-            )
-    await engine.dispose()
-    registry = await open_registry(f"sqlite+aiosqlite:///{tmp_path}/c.db")
+# What a controller of the first version left behind.
+FIRST = """
+INSERT INTO deployments VALUES ('qa', 'its uid', 'org/model', 'causal_lm', 'checkpoint', true, 3600.5,
+  NULL, 0.0, 1.5, 2.5, 12.5, 'one', false, NULL);
+INSERT INTO nodes VALUES ('n1', 'a:1', '{"version": "1", "gpu_models": ["H100"], "findings": []}');
+INSERT INTO intents VALUES ('qa-1', 'qa', 'n1', '', 7.25)
+"""
+# And of the second, which recorded captures.
+SECOND = """
+INSERT INTO captured VALUES ('s1', 'qa', 'd');
+INSERT INTO captured VALUES ('s2', 'gone', 'd')
+"""
+
+
+async def test_what_the_first_version_stored_is_read_by_this_one(url: str) -> None:
+    """Captures of deployments that are gone become orphans, which nobody deletes."""
+    async with on(url) as connection:
+        for revision, left in (("0001", FIRST), ("0002", SECOND)):
+            await connection.run_sync(migrate, revision)
+            for statement in left.split(";"):
+                await connection.exec_driver_sql(statement)
+
+    registry = await open_registry(url)
+
     stored = await registry.load()
+    (found,) = stored.deployments
+    assert found == Deployment(
+        id="qa",
+        uid="its uid",
+        model="org/model",
+        engine="causal_lm",
+        start_mode=StartMode.CHECKPOINT,
+        checkpoint=Checkpoint(True, 3600.5, Storage.LOCAL, Weights.DETACHED),
+        idle_timeout=None,
+        park_timeout=0.0,
+        create_time=1.5,
+        update_time=2.5,
+        etag="one",
+    )
+    assert stored.nodes == (Node("n1", "a:1", version="1", gpu_models=("H100",)),)
+    assert stored.intents == (Intent("qa-1", "qa", "n1", "", 7.25),)
     assert stored.captured == (Captured("s1", "qa", "its uid", "d"),)
+    assert stored.last_use == {"qa": 12.5}
     assert await registry.identity() is None
+    await registry.close()
+
+
+async def test_revisions_can_be_undone_and_done_again(url: str) -> None:
+    await (await open_registry(url)).close()
+    async with on(url) as connection:
+        await connection.run_sync(migrate, "0001", down=True)
+        for statement in FIRST.split(";"):
+            await connection.exec_driver_sql(statement)
+    registry = await open_registry(url)
+    assert [found.id for found in (await registry.load()).deployments] == ["qa"]
     await registry.close()
 
 
