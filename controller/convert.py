@@ -16,6 +16,7 @@ from controller.model import (
     Deployment,
     DeploymentState,
     Finding,
+    Gpu,
     Instance,
     InstanceState,
     Load,
@@ -299,6 +300,9 @@ def report(message: node_instances_pb.Instance) -> Report:
         model=message.model,
         capacity=_capacity(message.capacity) if message.HasField("capacity") else None,
         load=Load(message.load.running, message.load.waiting, message.load.kv_tokens_used),
+        gpu=message.gpu,
+        gpu_bytes=message.gpu_bytes,
+        ram_bytes=message.ram_bytes,
     )
 
 
@@ -313,7 +317,9 @@ def node_weights(value: node_instances_pb.Weights.ValueType) -> Weights:
     return Weights.INCLUDED if value == node_instances_pb.WEIGHTS_INCLUDED else Weights.DETACHED
 
 
-def instance_message(facts: Instance, last_use: float | None, orphan: bool = False) -> instances_pb.Instance:
+def instance_message(
+    facts: Instance, last_use: float | None, orphan: bool = False, reasons: Iterable[str] = ()
+) -> instances_pb.Instance:
     """An instance for callers."""
     report = facts.report
     message = instances_pb.Instance(
@@ -339,6 +345,10 @@ def instance_message(facts: Instance, last_use: float | None, orphan: bool = Fal
             kv_tokens_used=report.load.kv_tokens_used,
         ),
         in_flight=facts.in_flight,
+        gpu=report.gpu,
+        gpu_bytes=report.gpu_bytes,
+        ram_bytes=report.ram_bytes,
+        reasons=reasons,
     )
     if report.capacity is not None:
         message.capacity.sequences = report.capacity.sequences
@@ -373,6 +383,8 @@ def snapshot(node: str, message: node_snapshots_pb.Snapshot) -> Snapshot:
         incompatibility=message.incompatibility,
         engine=message.engine,
         stored=_stored_snapshot(message.stored) if message.HasField("stored") else None,
+        device=message.device,
+        gpu_bytes=message.gpu_bytes,
     )
 
 
@@ -460,10 +472,26 @@ def node(identifier: str, message: nodes_pb.Node) -> Node:
         findings=tuple(Finding(f.check, f.passed, f.message) for f in message.findings),
         object_store=message.object_store,
         snapshot_limit_bytes=max(0, message.snapshot_limit_bytes),
+        gpus=gpus(message.gpus),
+        instance_memory_limit_bytes=max(0, message.instance_memory_limit_bytes),
+        parked_memory_limit_bytes=max(0, message.parked_memory_limit_bytes),
+        weight_cache_limit_bytes=max(0, message.weight_cache_limit_bytes),
+        weight_cache_bytes=max(0, message.weight_cache_bytes),
+        disk_free_bytes=max(0, message.disk_free_bytes),
     )
 
 
-def node_message(facts: Node, snapshot_bytes: int = 0) -> nodes_pb.Node:
+def gpus(messages: Iterable[nodes_pb.NodeGpu]) -> tuple[Gpu, ...]:
+    """The GPUs of a node."""
+    return tuple(
+        Gpu(gpu.uuid, gpu.model, gpu.memory_total_bytes, gpu.memory_free_bytes, gpu.memory_other_bytes)
+        for gpu in messages
+    )
+
+
+def node_message(
+    facts: Node, snapshot_bytes: int = 0, instance_memory_bytes: int = 0, parked_memory_bytes: int = 0
+) -> nodes_pb.Node:
     """A node for callers."""
     # A node that is still being asked what it holds cannot be used either.
     ready = facts.state is NodeState.READY
@@ -485,6 +513,23 @@ def node_message(facts: Node, snapshot_bytes: int = 0) -> nodes_pb.Node:
         object_store=facts.object_store,
         snapshot_limit_bytes=facts.snapshot_limit_bytes,
         snapshot_bytes=snapshot_bytes,
+        gpus=[
+            nodes_pb.NodeGpu(
+                uuid=gpu.uuid,
+                model=gpu.model,
+                memory_total_bytes=gpu.total_bytes,
+                memory_free_bytes=gpu.free_bytes,
+                memory_other_bytes=gpu.other_bytes,
+            )
+            for gpu in facts.gpus
+        ],
+        instance_memory_limit_bytes=facts.instance_memory_limit_bytes,
+        instance_memory_bytes=instance_memory_bytes,
+        parked_memory_limit_bytes=facts.parked_memory_limit_bytes,
+        parked_memory_bytes=parked_memory_bytes,
+        weight_cache_limit_bytes=facts.weight_cache_limit_bytes,
+        weight_cache_bytes=facts.weight_cache_bytes,
+        disk_free_bytes=facts.disk_free_bytes,
     )
 
 

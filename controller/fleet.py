@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -85,8 +86,13 @@ class Fleet:
         log.info("node_registered", node=node.id, endpoint=node.endpoint)
         return self._inventory.node(node.id)
 
-    def heartbeat(self, identifier: str, memory_available_bytes: int) -> None:
+    def heartbeat(self, identifier: str, memory_available_bytes: int, **facts: Any) -> None:
         """Note that a node is alive.
+
+        Args:
+            identifier: the node's id.
+            memory_available_bytes: as it is now; 0: as it was.
+            facts: other fields of the node that have changed.
 
         Raises:
             NotFound: NODE_UNKNOWN, the node has to register again.
@@ -101,7 +107,13 @@ class Fleet:
         now = self._clock.moment()
         memory = memory_available_bytes or known.memory_available_bytes
         self._inventory.put_node(
-            replace(known, heartbeat_time=now.wall, heartbeat_at=now.monotonic, memory_available_bytes=memory)
+            replace(
+                known,
+                heartbeat_time=now.wall,
+                heartbeat_at=now.monotonic,
+                memory_available_bytes=memory,
+                **facts,
+            )
         )
         # It stays unreachable until it has listed what it holds, so that no request waits for it.
         if known.state is NodeState.UNREACHABLE and identifier not in self._followers:

@@ -39,8 +39,10 @@ class Inventory:
         self.instances: dict[str, Instance] = {}
         # By id and node: a snapshot may be on several nodes, and in the object store as well.
         self._copies: dict[str, dict[str, Snapshot]] = {}
-        # Ids of instances and snapshots by deployment, in the order in which they appeared.
+        # Ids of instances and snapshots by deployment, and of instances by node, in the order in which they
+        # appeared.
         self._instances_of: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._instances_on: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._snapshots_of: defaultdict[str, dict[str, None]] = defaultdict(dict)
         # What this controller has recorded; only a snapshot or an instance that is recorded is its own.
         self.captured: dict[str, Captured] = {}
@@ -97,6 +99,10 @@ class Inventory:
     def instances_of(self, deployment: str) -> tuple[Instance, ...]:
         """The instances that name a deployment, whoever started them; see ``Deployment.runs``."""
         return tuple(self.instances[instance] for instance in self._instances_of.get(deployment, ()))
+
+    def instances_on(self, node: str) -> tuple[Instance, ...]:
+        """The instances that a node has, or is about to have."""
+        return tuple(self.instances[instance] for instance in self._instances_on.get(node, ()))
 
     def snapshots_of(self, deployment: str) -> tuple[Snapshot, ...]:
         """The snapshots that name a deployment, orphans included, each as ``snapshots`` has it."""
@@ -439,9 +445,11 @@ class Inventory:
             self._instances_of[instance.deployment].pop(instance.id, None)
             if not self._instances_of[instance.deployment]:
                 del self._instances_of[instance.deployment]
+            self._instances_on[instance.node].pop(instance.id, None)
             self._depart(instance.id)
         else:
             self.instances[instance.id] = instance
+            self._instances_on[instance.node][instance.id] = None
             self._instances_of[instance.deployment][instance.id] = None
         for watcher in self._watchers:
             watcher.mark(instance.id)

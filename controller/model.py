@@ -121,6 +121,24 @@ class Deployment:
     deleting: bool = False
     # Of the call that created the deployment; empty when the caller gave none.
     request_id: str = ""
+    priority: int = 0
+    # None for the default.
+    min_instances: int | None = None
+    max_instances: int | None = None
+    # Of the model's weight files, as a node found them; 0: not known.
+    weights_bytes: int = 0
+
+    @property
+    def kept_instances(self) -> int:
+        """How many instances serve without requests."""
+        if self.min_instances is not None:
+            return self.min_instances
+        return 1 if self.start_mode is StartMode.WARM else 0
+
+    @property
+    def most_instances(self) -> int:
+        """How many instances may serve at a time."""
+        return max(1, self.kept_instances, self.max_instances or 0)
 
     @property
     def idle_seconds(self) -> float:
@@ -193,6 +211,11 @@ class Report:
     capacity: Capacity | None = None
     load: Load = Load()
     model: str = ""
+    # UUID of the GPU that it is on, or was on when it was parked; empty if it uses none.
+    gpu: str = ""
+    # GPU memory that it holds, or held when it was parked; and memory that its end makes free.
+    gpu_bytes: int = 0
+    ram_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +318,9 @@ class Snapshot:
     # Wall time since which no known node can restore it; None: one can.
     unusable_since: float | None = None
     stored: StoredSnapshot | None = None
+    # The device that its source was on, and the GPU memory that it held there.
+    device: str = ""
+    gpu_bytes: int = 0
 
     @property
     def orphan(self) -> bool:
@@ -340,6 +366,17 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU of a node, as it last said; ``other_bytes`` are held by something that is no instance."""
+
+    uuid: str
+    model: str
+    total_bytes: int
+    free_bytes: int = 0
+    other_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """A snapshotd and the machine it runs on; ``since`` is when its state began."""
 
@@ -357,6 +394,15 @@ class Node:
     object_store: str = ""
     # Bytes that its own snapshots may take; 0: no limit.
     snapshot_limit_bytes: int = 0
+    gpus: tuple[Gpu, ...] = ()
+    # Bytes of memory that its instances may take together, and those of them that are parked; 0: no limit.
+    instance_memory_limit_bytes: int = 0
+    parked_memory_limit_bytes: int = 0
+    # Bytes of memory that the weights of running models may take, and take; 0: it has no weight cache.
+    weight_cache_limit_bytes: int = 0
+    weight_cache_bytes: int = 0
+    # Bytes that a fetched snapshot may take on its disk.
+    disk_free_bytes: int = 0
     heartbeat_time: float = 0.0
     heartbeat_at: float = 0.0
     since: float = 0.0
@@ -364,10 +410,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model as a node found it, and the engine that serves it."""
+    """A model as a node found it, the engine that serves it, and the bytes of its weights."""
 
     model: str
     engine: str
+    weights_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

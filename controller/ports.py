@@ -113,12 +113,28 @@ class Nodes(Protocol):
         """The snapshots that the node holds or finds in its object store."""
 
     async def start(
-        self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
+        self,
+        node: str,
+        instance: str,
+        deployment: str,
+        model: str,
+        engine: str,
+        weights: Weights,
+        gpu: str = "",
     ) -> Report:
-        """Load a model in a new instance and wait until it serves. A repeated call joins the first."""
+        """Load a model in a new instance and wait until it serves. A repeated call joins the first.
+
+        ``gpu`` is the UUID of one of the node's; empty: the node chooses.
+        """
 
     async def restore(
-        self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
+        self,
+        node: str,
+        instance: str,
+        deployment: str,
+        snapshot: str,
+        manifest_digest: str,
+        gpu: str = "",
     ) -> Report:
         """Make an instance from a snapshot and wait until it serves.
 
@@ -128,6 +144,7 @@ class Nodes(Protocol):
             deployment: the deployment that the instance is for.
             snapshot: the snapshot's id.
             manifest_digest: the digest that the manifest must have; empty: it is not checked.
+            gpu: the UUID of one of the node's; empty: the node chooses.
         """
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
@@ -136,8 +153,8 @@ class Nodes(Protocol):
     async def park(self, node: str, instance: str) -> Report:
         """Freeze an instance; its process stays."""
 
-    async def resume(self, node: str, instance: str) -> Report:
-        """Let a parked instance go on."""
+    async def resume(self, node: str, instance: str, gpu: str = "") -> Report:
+        """Let a parked instance go on; on the GPU of that UUID, or on one that the node chooses."""
 
     async def stop(self, node: str, instance: str) -> None:
         """End an instance and remove what it has on the node. Raises: NotFound."""

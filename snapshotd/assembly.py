@@ -36,6 +36,7 @@ from snapshotd.instances.journal import Journal
 from snapshotd.instances.manager import Instances
 from snapshotd.jobs.context import Deadlines, Gpus, HostSettings, Node
 from snapshotd.jobs.observers import Observers
+from snapshotd.model import Budgets
 from snapshotd.object_store import SIGNING_KEY, open_repository
 from snapshotd.ports import Clock, SnapshotStore
 from snapshotd.preflight import Criu
@@ -67,6 +68,8 @@ WEIGHT_CACHE_SHARE = 0.4
 FILE_SYSTEM_SHARE = 0.25
 MODELS_SHARE = 0.5
 OWN_FILE_SYSTEM_SHARE = 0.9
+# Of the memory of all instances together, what parked ones may take.
+PARKED_MEMORY_SHARE = 0.5
 # Of the node's memory, what one model host may take: the rest keeps the node itself alive.
 HOST_MEMORY_SHARE = 0.9
 
@@ -174,6 +177,20 @@ def host_memory(settings: Settings) -> int:
     if settings.host_memory_bytes is not None:
         return settings.host_memory_bytes
     return int(psutil.virtual_memory().total * HOST_MEMORY_SHARE)
+
+
+def budgets(settings: Settings, weights: NodeWeightFiles) -> Budgets:
+    """How much this node has for instances, snapshots and weights."""
+    cache = weights.cache.budget if weights.cache else 0
+    instances = settings.instance_memory_bytes
+    if instances is None:
+        instances = int((psutil.virtual_memory().total - cache) * HOST_MEMORY_SHARE)
+    parked = settings.parked_memory_bytes
+    if parked is None:
+        parked = int(instances * PARKED_MEMORY_SHARE)
+    return Budgets(
+        instances, parked, snapshot_limit(settings), cache, settings.cache_dir or settings.state_dir
+    )
 
 
 def prepare_state(directory: Path) -> None:

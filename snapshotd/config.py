@@ -131,6 +131,18 @@ class Settings(BaseSettings):
         description="bytes of memory that one model host may take before it is ended; unset: nine tenths of "
         "all; 0: no limit",
     )
+    instance_memory_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="bytes of memory that all instances may take together, by which the controller places "
+        "them; unset: nine tenths of what the weight cache leaves; 0: no limit",
+    )
+    parked_memory_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="of these, what parked instances may take, beyond which the least useful ones end; "
+        "unset: half; 0: no limit",
+    )
     host_threads: int = Field(0, ge=0, description="compute threads of a model host; 0: one for each core")
     max_queue: int = Field(64, ge=1, description="requests that one model host holds before it refuses more")
     max_new_tokens: int = Field(4096, ge=1, description="largest max_new_tokens of a request")

@@ -21,7 +21,7 @@ from dumont.rpc.server import ServerLimits, add_standard_services, bind, new_ser
 from dumont.snapshotd.v1 import instance_service_pb2_grpc, node_service_pb2_grpc, snapshot_service_pb2_grpc
 from snapshotd import preflight
 from snapshotd.adapters.registration import keep_registered
-from snapshotd.assembly import assemble, check_repository
+from snapshotd.assembly import assemble, budgets, check_repository
 from snapshotd.config import Settings, node_id
 from snapshotd.failpoints import Failpoints
 from snapshotd.instances.load import follow_load
@@ -71,7 +71,12 @@ async def run(settings: Settings) -> None:
         inference = Inference(instances)
         findings += unsuspendable(parts.node, findings)
         node_servicer = NodeServicer(
-            parts.node, node_id(settings), findings, settings.store_url, parts.snapshots.budget
+            instances,
+            node_id(settings),
+            findings,
+            budgets(settings, parts.weights),
+            settings.store_url,
+            parts.weights.cached_bytes,
         )
 
         ownership = Ownership(settings.state_dir / "controller")

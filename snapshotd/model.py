@@ -115,7 +115,7 @@ class Instance:
         model_files: the digest of each other file of the model that it has read.
         gpu: UUID of the GPU it is on, or was on when it gave it up. Inside the process the CUDA device is
             always number 0.
-        gpu_bytes: the GPU memory that it held when it last gave its GPU up.
+        gpu_bytes: the GPU memory that it holds, as far as it was measured, or held when it was parked.
         capacity: None until the model host has reported it.
     """
 
@@ -169,6 +169,25 @@ class Gpu:
     uuid: str
     model: str
     memory_total: int
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes that this node has for its uses; 0 for no limit.
+
+    Attributes:
+        instances: memory of all instances together.
+        parked: memory of those of them that are parked.
+        snapshots: disk space of its own snapshots.
+        weights: memory of the weights of running models; 0 if there is no weight cache.
+        directory: of its own snapshots.
+    """
+
+    instances: int
+    parked: int
+    snapshots: int
+    weights: int
+    directory: Path
 
 
 @dataclass(frozen=True)

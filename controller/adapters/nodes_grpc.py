@@ -116,7 +116,7 @@ class GrpcNodes:
         request = nodes.ResolveModelRequest(model=model, engine=engine)
         async with self._errors(node) as link:
             found = await link.nodes.ResolveModel(request, timeout=LONG)
-        return ResolvedModel(found.model, found.engine)
+        return ResolvedModel(found.model, found.engine, found.weights_size_bytes)
 
     async def watch(self, node: str) -> AsyncGenerator[Change]:
         async with self._errors(node) as link:
@@ -152,7 +152,14 @@ class GrpcNodes:
                 return ListedSnapshots(tuple(found), page.store_silence)
 
     async def start(
-        self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
+        self,
+        node: str,
+        instance: str,
+        deployment: str,
+        model: str,
+        engine: str,
+        weights: Weights,
+        gpu: str = "",
     ) -> Report:
         request = instances.StartInstanceRequest(
             instance_id=instance,
@@ -160,19 +167,27 @@ class GrpcNodes:
             model=model,
             engine=engine,
             weights=WEIGHTS[weights],
+            gpu=gpu,
         )
         async with self._errors(node) as link:
             begun = link.instances.StartInstance(request, timeout=LONG)
             return convert.report(await self._outcome(link, begun, instances.Instance()))
 
     async def restore(
-        self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
+        self,
+        node: str,
+        instance: str,
+        deployment: str,
+        snapshot: str,
+        manifest_digest: str,
+        gpu: str = "",
     ) -> Report:
         request = instances.RestoreInstanceRequest(
             instance_id=instance,
             deployment=f"deployments/{deployment}",
             snapshot=f"snapshots/{snapshot}",
             manifest_digest=manifest_digest,
+            gpu=gpu,
         )
         async with self._errors(node) as link:
             begun = link.instances.RestoreInstance(request, timeout=LONG)
@@ -189,8 +204,8 @@ class GrpcNodes:
         async with self._errors(node) as link:
             return convert.report(await link.instances.ParkInstance(request, timeout=LONG))
 
-    async def resume(self, node: str, instance: str) -> Report:
-        request = instances.ResumeInstanceRequest(name=f"instances/{instance}")
+    async def resume(self, node: str, instance: str, gpu: str = "") -> Report:
+        request = instances.ResumeInstanceRequest(name=f"instances/{instance}", gpu=gpu)
         async with self._errors(node) as link:
             return convert.report(await link.instances.ResumeInstance(request, timeout=LONG))
 

@@ -19,6 +19,7 @@ from controller.model import (
     Checkpoint,
     Deployment,
     Finding,
+    Gpu,
     Intent,
     Node,
     StartMode,
@@ -397,6 +398,10 @@ def _facts(node: Node) -> dict[str, Any]:
         "findings": [[f.check, f.passed, f.message] for f in node.findings],
         "object_store": node.object_store,
         "snapshot_limit_bytes": node.snapshot_limit_bytes,
+        "gpus": [[g.uuid, g.model, g.total_bytes, g.free_bytes, g.other_bytes] for g in node.gpus],
+        "instance_memory_limit_bytes": node.instance_memory_limit_bytes,
+        "parked_memory_limit_bytes": node.parked_memory_limit_bytes,
+        "weight_cache_limit_bytes": node.weight_cache_limit_bytes,
         "heartbeat_time": node.heartbeat_time,
     }
 
@@ -404,5 +409,7 @@ def _facts(node: Node) -> dict[str, Any]:
 def _node(row: Mapping[Any, Any]) -> Node:
     facts = dict(row["facts"])
     facts["gpu_models"] = tuple(facts["gpu_models"])
+    # Not in rows of earlier versions.
+    facts["gpus"] = tuple(Gpu(*gpu) for gpu in facts.get("gpus", ()))
     facts["findings"] = tuple(Finding(*finding) for finding in facts["findings"])
     return Node(id=row["id"], endpoint=row["endpoint"], **facts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from controller import convert
 from controller.core import Core
-from controller.model import Node
+from controller.model import InstanceState, Node
 from dumont import names
 from dumont.controller.v1 import node_service_pb2 as pb
 from dumont.controller.v1 import node_service_pb2_grpc as pb_grpc
@@ -41,7 +43,15 @@ class NodeService(pb_grpc.NodeServiceServicer):
                 "memory_available_bytes must not be negative",
                 field="memory_available_bytes",
             )
-        self._fleet.heartbeat(names.parse(request.name, "nodes", "name"), request.memory_available_bytes)
+        facts: dict[str, Any] = {}
+        # A snapshotd of an earlier version reports none of these.
+        if request.gpus:
+            facts["gpus"] = convert.gpus(request.gpus)
+        for field in ("disk_free_bytes", "weight_cache_bytes"):
+            if value := getattr(request, field):
+                facts[field] = value
+        identifier = names.parse(request.name, "nodes", "name")
+        self._fleet.heartbeat(identifier, request.memory_available_bytes, **facts)
         return pb.HeartbeatResponse()
 
     async def GetNode(self, request: pb.GetNodeRequest, context: object) -> pb.Node:
@@ -52,4 +62,8 @@ class NodeService(pb_grpc.NodeServiceServicer):
         return pb.ListNodesResponse(nodes=[self._message(node) for node in found], next_page_token=token)
 
     def _message(self, node: Node) -> pb.Node:
-        return convert.node_message(node, self._inventory.held_bytes(node.id))
+        tenants = self._inventory.instances_on(node.id)
+        parked = (i.report.ram_bytes for i in tenants if i.state is InstanceState.PARKED)
+        return convert.node_message(
+            node, self._inventory.held_bytes(node.id), sum(i.report.ram_bytes for i in tenants), sum(parked)
+        )

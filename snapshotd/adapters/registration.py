@@ -106,6 +106,12 @@ async def _register(
             checkpoint_capable=described.checkpoint_capable,
             object_store=described.object_store,
             snapshot_limit_bytes=described.snapshot_limit_bytes,
+            gpus=_gpus(described),
+            instance_memory_limit_bytes=described.instance_memory_limit_bytes,
+            parked_memory_limit_bytes=described.parked_memory_limit_bytes,
+            weight_cache_limit_bytes=described.weight_cache_limit_bytes,
+            weight_cache_bytes=described.weight_cache_bytes,
+            disk_free_bytes=described.disk_free_bytes,
             findings=[
                 pb2.NodeFinding(check=finding.check, passed=finding.passed, message=finding.message)
                 for finding in described.findings
@@ -118,6 +124,25 @@ async def _register(
 
 
 async def _heartbeat(stub: pb2_grpc.NodeServiceAsyncStub, node_id: str, describe: Describe) -> None:
-    available = describe().memory_available_bytes
-    request = pb2.HeartbeatRequest(name=names.build("nodes", node_id), memory_available_bytes=available)
+    described = describe()
+    request = pb2.HeartbeatRequest(
+        name=names.build("nodes", node_id),
+        memory_available_bytes=described.memory_available_bytes,
+        gpus=_gpus(described),
+        disk_free_bytes=described.disk_free_bytes,
+        weight_cache_bytes=described.weight_cache_bytes,
+    )
     await stub.Heartbeat(request, timeout=CALL_TIMEOUT)
+
+
+def _gpus(described: snapshotd_pb2.Node) -> list[pb2.NodeGpu]:
+    return [
+        pb2.NodeGpu(
+            uuid=gpu.uuid,
+            model=gpu.model,
+            memory_total_bytes=gpu.memory_total_bytes,
+            memory_free_bytes=gpu.memory_free_bytes,
+            memory_other_bytes=gpu.memory_other_bytes,
+        )
+        for gpu in described.gpus
+    ]

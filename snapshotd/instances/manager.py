@@ -204,6 +204,8 @@ class Instances:
             log.info("load_not_measured", instance=instance, reason=error.reason)
             return
         measured = actions.with_load(record.instance, answer)
+        if measured.gpu:
+            measured = actions.with_gpu_usage(self.node, measured, self.node.process_tree(measured.pid))
         if _idle(record) and measured != record.instance:
             record.instance = measured
             self._publish(record)

@@ -18,6 +18,7 @@ from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
 from snapshotd.model import Finding, Instance, Model, Phase, Snapshot, State, Weights
 from snapshotd.repository.model import PrunePlan, PublishedSnapshot, Usage
 from snapshotd.snapshots.catalog import RejectedSnapshot
+from snapshotd.system import linux
 
 STATES = {
     State.STARTING: instances_pb2.Instance.STATE_STARTING,
@@ -56,6 +57,8 @@ def instance(fact: Instance) -> instances_pb2.Instance:
         memory_bytes=resident_bytes(fact.pid) if fact.state is not State.FAILED else 0,
         device=fact.device,
         gpu=fact.gpu,
+        gpu_bytes=fact.gpu_bytes,
+        ram_bytes=linux.own_memory(fact.pid) if fact.state is not State.FAILED else 0,
         weights=WEIGHTS[fact.weights],
         capacity=None
         if fact.capacity is None
@@ -101,6 +104,8 @@ def snapshot(fact: Snapshot, incompatibility: str = "") -> snapshots_pb2.Snapsho
         published=fact.published,
         incompatibility=incompatibility,
         weights=WEIGHTS[manifest.weights],
+        device=manifest.device,
+        gpu_bytes=manifest.gpu_bytes,
     )
 
 

@@ -48,13 +48,7 @@ class DiskReservations:
         Raises:
             ResourceExhausted: DISK_FULL, there is not enough space.
         """
-        found = self.file_system(directory)
-        kept = min(found.total // RESERVE_PARTS, LARGEST_RESERVE) if self.kept is None else self.kept
-        others = sum(
-            size
-            for other, (where, size) in self._reserved.items()
-            if where == found.device and other != owner
-        )
+        found, others, kept = self._measure(directory, owner)
         if needed > found.free - others - kept:
             raise ResourceExhausted(
                 "DISK_FULL",
@@ -64,6 +58,22 @@ class DiskReservations:
                 metadata={"needed": str(needed), "free": str(found.free), "directory": str(directory)},
             )
         self._reserved[owner] = (found.device, needed)
+
+    def free(self, directory: Path) -> int:
+        """Bytes below ``directory`` that can be reserved."""
+        found, others, kept = self._measure(directory)
+        return max(0, found.free - others - kept)
+
+    def _measure(self, directory: Path, owner: str = "") -> tuple[FileSystem, int, int]:
+        """The file system, what others than ``owner`` have reserved on it, and what is kept free."""
+        found = self.file_system(directory)
+        kept = min(found.total // RESERVE_PARTS, LARGEST_RESERVE) if self.kept is None else self.kept
+        others = sum(
+            size
+            for other, (where, size) in self._reserved.items()
+            if where == found.device and other != owner
+        )
+        return found, others, kept
 
     def release(self, owner: str) -> None:
         """Give back what ``owner`` had reserved, if anything."""

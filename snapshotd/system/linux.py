@@ -81,14 +81,21 @@ def kill_children() -> None:
 
 def anonymous_memory(pid: int) -> int:
     """Bytes of memory of a process that it has written to and that no file backs; 0 if it has ended."""
+    return _resident(pid, "RssAnon:")
+
+
+def own_memory(pid: int) -> int:
+    """Bytes of resident memory of a process outside shared memory and tmpfs; 0 if it has ended."""
+    return _resident(pid, "RssAnon:", "RssFile:")
+
+
+def _resident(pid: int, *kinds: str) -> int:
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text() if pid else ""
     except OSError:
         return 0
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    lines = (line.split() for line in status.splitlines() if line.startswith(kinds))
+    return sum(int(words[1]) for words in lines) * 1024
 
 
 def pivot_root(root: Path) -> None:

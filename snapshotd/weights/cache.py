@@ -185,8 +185,12 @@ class WeightCache:
         # Recorded in the file for the next daemon.
         os.utime(self.directory / digest, (entry.last_use, entry.last_use))
 
+    def used(self) -> int:
+        """Bytes of all files, those on their way included."""
+        return self._reserved + sum(entry.size for entry in self._entries.values())
+
     def _show(self) -> None:
-        BYTES.set(self._reserved + sum(entry.size for entry in self._entries.values()))
+        BYTES.set(self.used())
 
 
 async def _nothing() -> None:

@@ -56,6 +56,10 @@ class NodeWeightFiles:
         self._fills: dict[str, _Fill] = {}
         self._hashes: dict[str, asyncio.Task[str]] = {}
 
+    def cached_bytes(self) -> int:
+        """Bytes that the weight cache holds; 0 if there is none."""
+        return self.cache.used() if self.cache else 0
+
     async def mapped(self, model: Model) -> tuple[MappedFile, ...]:
         """See :meth:`WeightFiles.mapped`."""
         return await self._threads.run(

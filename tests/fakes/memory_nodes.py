@@ -162,17 +162,29 @@ class MemoryNodes:
         return ListedSnapshots(tuple(found), self.store_silence)
 
     async def start(
-        self, node: str, instance: str, deployment: str, model: str, engine: str, weights: Weights
+        self,
+        node: str,
+        instance: str,
+        deployment: str,
+        model: str,
+        engine: str,
+        weights: Weights,
+        gpu: str = "",
     ) -> Report:
         self.weights[instance] = weights
-        return await self._create(
-            "start", node, Report(instance, deployment, InstanceState.STARTING, weights=weights, model=model)
-        )
+        report = Report(instance, deployment, InstanceState.STARTING, weights=weights, model=model)
+        return await self._create("start", node, replace(report, gpu=gpu))
 
     async def restore(
-        self, node: str, instance: str, deployment: str, snapshot: str, manifest_digest: str
+        self,
+        node: str,
+        instance: str,
+        deployment: str,
+        snapshot: str,
+        manifest_digest: str,
+        gpu: str = "",
     ) -> Report:
-        report = Report(instance, deployment, InstanceState.STARTING, snapshot=snapshot)
+        report = Report(instance, deployment, InstanceState.STARTING, snapshot=snapshot, gpu=gpu)
         known = {held.id: held for held in self._snapshots(node)}
         if snapshot not in known:
             raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
@@ -213,8 +225,11 @@ class MemoryNodes:
         await self._call("park", node, instance)
         return self._move(node, instance, InstanceState.SERVING, InstanceState.PARKED)
 
-    async def resume(self, node: str, instance: str) -> Report:
+    async def resume(self, node: str, instance: str, gpu: str = "") -> Report:
         await self._call("resume", node, instance)
+        if gpu:
+            known = self.world[node].instances[instance]
+            self.world[node].instances[instance] = replace(known, gpu=gpu)
         return self._move(node, instance, InstanceState.PARKED, InstanceState.SERVING)
 
     async def stop(self, node: str, instance: str) -> None:
