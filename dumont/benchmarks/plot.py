@@ -25,12 +25,15 @@ GROUPS: Final = {
     "first token": "#000000",
     OTHER: "#BBBBBB",
 }
-# The beginning of a phase's name, and the group that the phase is drawn in.
+# The beginning of a phase's name, and the group that the phase is drawn in; the first that fits holds.
 BEGINNINGS: Final = {
     "import": "imports",
     "load": "load",
     "warm_up": "warm-up, canary",
     "canary": "warm-up, canary",
+    "check_": "warm-up, canary",
+    "compile": "warm-up, canary",
+    "capture_graphs": "warm-up, canary",
     "check": "verify the image",
     "fetch": "verify the image",
     "verify": "verify the image",
@@ -173,7 +176,7 @@ def draw_serving(path: Path, rows: Sequence[serving.Row], machine: Mapping[str, 
         figsize=(INCHES_WIDE, 3.6 * max(1, len(groups)) + 0.6),
         dpi=DOTS_PER_INCH, layout="constrained", facecolor="white",
     )  # fmt: skip
-    panels = figure.subplots(max(1, len(groups)), len(SERVING_PANELS), squeeze=False)
+    panels = figure.subplots(max(1, len(groups)), len(SERVING_PANELS), sharey="col", squeeze=False)
     for (title, part), line in zip(groups.items(), panels, strict=False):
         for axes, (name, unit, value) in zip(line, SERVING_PANELS, strict=True):
             _serving_panel(axes, part, value)
@@ -188,6 +191,8 @@ def draw_serving(path: Path, rows: Sequence[serving.Row], machine: Mapping[str, 
 def _serving_panel(
     axes: Axes, rows: Sequence[serving.Row], value: Callable[[serving.Row], float | None]
 ) -> None:
+    from matplotlib.ticker import LogLocator
+
     for (engine, way), (label, colour, style) in SERVING_LINES.items():
         points = [
             (row.case.streams, height)
@@ -199,6 +204,9 @@ def _serving_panel(
     counts = sorted({row.case.streams for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    # Values within one decade would otherwise have a single number at their axis, or none.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set_xlabel("streams")

@@ -71,6 +71,9 @@ def test_a_phase_has_the_colour_of_what_it_does_in_whatever_case() -> None:
     assert groups == {"imports": "imports", "load.import_torch": "imports", "load.load_weights": "load"}
     assert plot.group("criu") == "CRIU restore"
     assert plot.group("cuda_restore") == "CUDA restore"
+    assert plot.group("check") == "verify the image"
+    checks = ("load.check_batching", "load.check_graphs", "load.compile_kernels", "load.capture_graphs")
+    assert {plot.group(phase) for phase in checks} == {"warm-up, canary"}
     assert plot.group("thaw") == plot.OTHER
     assert set(plot.BEGINNINGS.values()) | {plot.OTHER} == set(plot.GROUPS)
 
