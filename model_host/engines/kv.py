@@ -8,10 +8,10 @@ until their room is needed.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 # Tokens. Extents begin and end at multiples of it, so that freed ones fit again.
@@ -63,14 +63,14 @@ class Extents:
     def give_back(self, extent: Extent) -> None:
         """Free an extent; neighbouring gaps become one."""
         self.used -= extent.size
-        insort(self._free, extent)
-        merged: list[Extent] = []
-        for gap in self._free:
-            if merged and merged[-1].end == gap.start:
-                merged[-1] = Extent(merged[-1].start, merged[-1].size + gap.size)
-            else:
-                merged.append(gap)
-        self._free = merged
+        at = bisect_left(self._free, extent)
+        start, end = extent.start, extent.end
+        first, last = at, at
+        if at > 0 and self._free[at - 1].end == start:
+            start, first = self._free[at - 1].start, at - 1
+        if at < len(self._free) and self._free[at].start == end:
+            end, last = self._free[at].end, at + 1
+        self._free[first:last] = [Extent(start, end - start)]
 
 
 @dataclass(eq=False)
@@ -81,47 +81,59 @@ class Kept:
     tokens: list[int]
 
 
-@dataclass
+def _tokens(kept: Kept) -> list[int]:
+    return kept.tokens
+
+
 class Prefixes:
     """Extents of sequences that ended, by their first tokens, the least recently used first."""
 
-    _kept: OrderedDict[int, Kept] = field(default_factory=OrderedDict)
-
-    @property
-    def tokens(self) -> int:
-        """Room that is kept, in tokens."""
-        return sum(kept.extent.size for kept in self._kept.values())
+    def __init__(self) -> None:
+        self.tokens = 0  # room that is kept
+        self._kept: OrderedDict[int, Kept] = OrderedDict()
+        # The same by their tokens. Those that have most in common with given tokens are their neighbours in
+        # this order. There may be thousands, and each admission looks for one.
+        self._sorted: list[Kept] = []
 
     def keep(self, extent: Extent, tokens: list[int]) -> Extent | None:
         """Keep what is in ``extent``; returns an extent that is not worth keeping, if there is one."""
         if len(tokens) < WORTH_SHARING:
             return extent
-        for start, kept in self._kept.items():
-            if common(kept.tokens, tokens) == len(tokens):
-                self._kept.move_to_end(start)
+        free = None
+        for kept in self._neighbours(tokens):
+            shared = common(kept.tokens, tokens)
+            if shared == len(tokens):
+                self._kept.move_to_end(kept.extent.start)
                 return extent
-            if common(kept.tokens, tokens) == len(kept.tokens):
-                del self._kept[start]
-                self._kept[extent.start] = Kept(extent, tokens)
-                return kept.extent
-        self._kept[extent.start] = Kept(extent, tokens)
-        return None
+            if shared == len(kept.tokens):
+                free = self._forget(kept)
+        kept = self._kept[extent.start] = Kept(extent, tokens)
+        insort(self._sorted, kept, key=_tokens)
+        self.tokens += extent.size
+        return free
 
     def longest(self, tokens: Sequence[int]) -> tuple[Extent, int] | None:
         """The extent with the longest common prefix, and its length; None if none is worth it."""
-        best: Kept | None = None
-        length = WORTH_SHARING - 1
-        for kept in self._kept.values():
-            if (found := common(kept.tokens, tokens)) > length:
-                best, length = kept, found
-        if best is None:
+        found = [(common(kept.tokens, tokens), kept) for kept in self._neighbours(tokens)]
+        length, best = max(found, key=lambda pair: pair[0], default=(0, None))
+        if best is None or length < WORTH_SHARING:
             return None
         self._kept.move_to_end(best.extent.start)
         return best.extent, length
 
     def evict(self) -> Extent | None:
         """Forget the least recently used. Returns its extent, or None if nothing is kept."""
-        return self._kept.popitem(last=False)[1].extent if self._kept else None
+        return self._forget(next(iter(self._kept.values()))) if self._kept else None
+
+    def _neighbours(self, tokens: Sequence[int]) -> list[Kept]:
+        at = bisect_left(self._sorted, list(tokens), key=_tokens)
+        return self._sorted[max(at - 1, 0) : at + 1]
+
+    def _forget(self, kept: Kept) -> Extent:
+        del self._kept[kept.extent.start]
+        del self._sorted[bisect_left(self._sorted, kept.tokens, key=_tokens)]
+        self.tokens -= kept.extent.size
+        return kept.extent
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

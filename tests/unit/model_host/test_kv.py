@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise, takewhile
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,6 +79,23 @@ def test_the_longest_common_prefix_is_found() -> None:
     assert prefixes.longest([1] * (WORTH_SHARING - 1)) is None
 
 
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=WORTH_SHARING, max_size=24), max_size=12),
+    st.lists(st.integers(0, 1), max_size=30),
+)
+def test_no_kept_one_has_more_in_common_than_the_one_found(
+    all_tokens: list[list[int]], wanted: list[int]
+) -> None:
+    prefixes = Prefixes()
+    for place, tokens in enumerate(all_tokens):
+        kept(prefixes, place * 2 * GRAIN, tokens)
+
+    found = prefixes.longest(wanted)
+
+    most = max((common(tokens, wanted) for tokens in all_tokens), default=0)
+    assert (found[1] if found else 0) == (most if most >= WORTH_SHARING else 0)
+
+
 def test_what_is_too_short_is_not_kept() -> None:
     prefixes = Prefixes()
 
@@ -95,6 +113,25 @@ def test_what_another_begins_with_is_not_kept_twice() -> None:
     assert kept(prefixes, 200, [1] * 22) == Extent(200, 2 * GRAIN)
     assert prefixes.tokens == 2 * GRAIN
     assert prefixes.longest([1] * 30) == (Extent(100, 2 * GRAIN), 25)
+
+
+def test_a_search_among_thousands_looks_at_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = Prefixes()
+    looks = 0
+
+    def counted(one: Sequence[int], other: Sequence[int]) -> int:
+        nonlocal looks
+        looks += 1
+        return common(one, other)
+
+    monkeypatch.setattr("model_host.engines.kv.common", counted)
+    system = list(range(100))
+    for number in range(2000):
+        kept(prefixes, number * 2 * GRAIN, [*system, number, *system])
+    looks = 0
+
+    assert prefixes.longest([*system, 700, 5]) == (Extent(700 * 2 * GRAIN, 2 * GRAIN), 101)
+    assert looks <= 2
 
 
 def test_the_least_recently_used_goes_first() -> None:
