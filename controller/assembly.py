@@ -11,6 +11,7 @@ from controller.identity import Established
 from controller.instances import Instances
 from controller.inventory import Inventory
 from controller.metrics import Metrics
+from controller.migration import Migrations
 from controller.ports import Clock, Nodes, Registry
 from controller.queue import DEFAULT_LENGTH
 from controller.reconciler import Reconciler
@@ -28,6 +29,7 @@ class Controller:
     instances: Instances
     snapshots: Snapshots
     starts: Starts
+    migrations: Migrations
     serving: Serving
     reconciler: Reconciler
 
@@ -63,6 +65,7 @@ async def assemble(
     core = Core(nodes, registry, clock, inventory, deployments, fleet, tasks, Metrics())
     instances, snapshots = Instances(core), Snapshots(core)
     starts = Starts(core, instances, max_queue)
+    migrations = Migrations(core, starts, instances, snapshots)
     serving = Serving(core, starts, instances)
     reconciler = Reconciler(
         core, starts, instances, snapshots, silence=3 * heartbeat, prune_every=prune_every
@@ -79,4 +82,4 @@ async def assemble(
         inventory.put_intent(intent)
     fleet.load(stored.nodes)
     tasks.spawn(reconciler.run(), "reconcile")
-    return Controller(core, instances, snapshots, starts, serving, reconciler)
+    return Controller(core, instances, snapshots, starts, migrations, serving, reconciler)

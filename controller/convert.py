@@ -349,6 +349,7 @@ def instance_message(
         gpu_bytes=report.gpu_bytes,
         ram_bytes=report.ram_bytes,
         reasons=reasons,
+        draining=facts.draining,
     )
     if report.capacity is not None:
         message.capacity.sequences = report.capacity.sequences

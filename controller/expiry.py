@@ -33,6 +33,7 @@ LIVE: Final = frozenset(
         InstanceState.PARKING,
         InstanceState.PARKED,
         InstanceState.RESUMING,
+        InstanceState.MOVING,
     }
 )
 STOPPABLE: Final = frozenset(
@@ -241,6 +242,8 @@ def _instance(facts: Facts, instance: Instance, now: Moment) -> Iterator[tuple[f
             yield now.monotonic, Stop(instance.id, "its deployment is being deleted")
     elif instance.state is InstanceState.FAILED:
         yield instance.since + FAILED_KEPT, Stop(instance.id, "it failed")
+    elif instance.draining and instance.state in STOPPABLE:
+        yield now.monotonic, Stop(instance.id, "another instance has taken its place")
     elif instance.state is InstanceState.SERVING:
         yield from _serving(facts, instance, deployment, now)
     elif instance.state is InstanceState.PARKED and deployment.start_mode is not StartMode.WARM:
@@ -262,7 +265,10 @@ def _serving(
         serving = [
             i
             for i in facts.instances
-            if i.state is InstanceState.SERVING and deployment.runs(i.report) and facts.within_reach(i.node)
+            if i.state is InstanceState.SERVING
+            and not i.draining
+            and deployment.runs(i.report)
+            and facts.within_reach(i.node)
         ]
         oldest = min(serving, key=lambda i: (i.report.create_time, i.id))
         if instance.id != oldest.id:

@@ -103,6 +103,20 @@ class Instances:
         await self._command(instance, Event.RESUME, self._core.nodes.resume)
         return self._inventory.instance(instance)
 
+    async def move(self, instance: str, gpu: str) -> Instance:
+        """Bring a serving instance to another GPU of its node. Raises like ``park``.
+
+        Args:
+            instance: its id.
+            gpu: the GPU's UUID, or its index on the node.
+        """
+
+        async def call(node: str, moved: str) -> Report:
+            return await self._core.nodes.move(node, moved, gpu)
+
+        await self._command(instance, Event.MOVE, call, force=True)
+        return self._inventory.instance(instance)
+
     async def stop(self, instance: str, force: bool = False) -> None:
         """End an instance; one that is already gone counts as ended. Raises like ``park``.
 

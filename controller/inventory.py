@@ -405,6 +405,11 @@ class Inventory:
         if instance in self.instances:
             self._store(replace(self.instances[instance], park_refused=True))
 
+    def set_draining(self, instance: str, draining: bool) -> None:
+        """Another instance takes this one's place, or does not after all; nothing if it is gone."""
+        if instance in self.instances:
+            self._store(replace(self.instances[instance], draining=draining))
+
     def lease(self, instance: str, sequences: int = 1) -> None:
         """A request enters a serving instance. Never waits: this is the hot path."""
         known = self.instances[instance]

@@ -23,6 +23,7 @@ class Event(Enum):
     CAPTURE = auto()
     PARK = auto()
     RESUME = auto()
+    MOVE = auto()
     STOP = auto()
     # Outcomes of commands that no report covers.
     CAPTURED = auto()
@@ -58,6 +59,7 @@ COMMANDS: Final = {
     (State.SERVING, Event.CAPTURE): State.CAPTURING,
     (State.SERVING, Event.PARK): State.PARKING,
     (State.PARKED, Event.RESUME): State.RESUMING,
+    (State.SERVING, Event.MOVE): State.MOVING,
     (State.STARTING, Event.STOP): State.STOPPING,
     (State.SERVING, Event.STOP): State.STOPPING,
     (State.PARKED, Event.STOP): State.STOPPING,
@@ -71,6 +73,7 @@ OUTCOMES: Final = {
     (State.CAPTURING, Event.REFUSED): State.SERVING,
     (State.PARKING, Event.REFUSED): State.SERVING,
     (State.RESUMING, Event.REFUSED): State.PARKED,
+    (State.MOVING, Event.REFUSED): State.SERVING,
     # The instance must go whatever the node answered, so it is stopped again.
     (State.STOPPING, Event.REFUSED): State.FAILED,
     (State.FAILED, Event.REFUSED): State.FAILED,

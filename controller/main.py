@@ -75,7 +75,8 @@ def add_services(
     )
     InferenceService(controller.serving, settings.max_new_tokens, LIMITS.write_seconds).register(server)
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
-        InstanceService(controller.core, controller.instances, draining), server
+        InstanceService(controller.core, controller.instances, controller.migrations, running, draining),
+        server,
     )
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(
         NodeService(controller.core, settings.heartbeat_seconds), server

@@ -71,6 +71,8 @@ class InstanceState(Enum):
     PARKING = auto()
     PARKED = auto()
     RESUMING = auto()
+    # On its way to another GPU of its node; requests in flight go on when it has arrived.
+    MOVING = auto()
     STOPPING = auto()
     FAILED = auto()
     GONE = auto()
@@ -225,6 +227,8 @@ class Instance:
     ``in_flight`` counts the sequences of requests that were sent to the instance and are not answered yet.
     ``busy`` is set while a command is under way, whose outcome then decides the state.
     ``served`` is set once a prompt may have entered it, after which it is never captured.
+    ``draining`` is set once another instance has taken its place: it gets no new request, and is stopped
+    when it has answered those that it has.
     """
 
     node: str
@@ -236,6 +240,7 @@ class Instance:
     busy: bool = False
     served: bool = False
     park_refused: bool = False
+    draining: bool = False
 
     @property
     def id(self) -> str:

@@ -86,6 +86,7 @@ JOINABLE = {
     InstanceState.RESUMING: Tier.PARKED,
     InstanceState.CAPTURING: None,
     InstanceState.PARKING: None,
+    InstanceState.MOVING: None,
 }
 
 
@@ -133,7 +134,9 @@ def _reachable(facts: Facts) -> list[Instance]:
     return [
         instance
         for instance in facts.instances
-        if _ready(facts, instance.node) and f"instances/{instance.id}" not in facts.failed
+        if _ready(facts, instance.node)
+        and not instance.draining
+        and f"instances/{instance.id}" not in facts.failed
     ]
 
 

@@ -156,6 +156,15 @@ class Nodes(Protocol):
     async def resume(self, node: str, instance: str, gpu: str = "") -> Report:
         """Let a parked instance go on; on the GPU of that UUID, or on one that the node chooses."""
 
+    async def move(self, node: str, instance: str, gpu: str) -> Report:
+        """Bring a serving instance to another GPU of its node.
+
+        Args:
+            node: the node's id.
+            instance: its id.
+            gpu: the GPU's UUID, or its index on the node.
+        """
+
     async def stop(self, node: str, instance: str) -> None:
         """End an instance and remove what it has on the node. Raises: NotFound."""
 

@@ -146,6 +146,8 @@ def instance(message: instance_service_pb2.Instance) -> types.Instance:
         capacity=capacity(message.capacity) if message.HasField("capacity") else None,
         load=types.Load(message.load.running, message.load.waiting, message.load.kv_tokens_used),
         in_flight=message.in_flight,
+        gpu=message.gpu,
+        draining=message.draining,
     )
 
 

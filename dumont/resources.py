@@ -59,6 +59,57 @@ class AsyncInstances:
         with self._connection.errors():
             return convert.instance(await self._connection.instances.ResumeInstance(request))
 
+    async def migrate(
+        self,
+        name: str,
+        *,
+        node: str | None = None,
+        gpu: str | None = None,
+        cold: bool = False,
+        wait: bool = True,
+        progress: Callable[[str], None] | None = None,
+    ) -> Instance:
+        """Bring an instance to another GPU of its node, or to another node; cancelling this gives it up.
+
+        Args:
+            name: the instance.
+            node: where it goes; the controller chooses one if this and ``gpu`` are left out.
+            gpu: UUID or index of another GPU of its own node.
+            cold: load the model again on the other node if no snapshot can be brought there.
+            wait: until the source has answered its requests and has ended; else only begin.
+            progress: called with each new stage.
+
+        Returns:
+            The instance that serves now or, without ``wait``, the source as it was.
+
+        Raises:
+            FailedPrecondition: it cannot be brought there; nothing has changed.
+        """
+        request = instance_service_pb2.MigrateInstanceRequest(
+            name=full_name(name, "instances", "name"),
+            node=full_name(node, "nodes", "node") if node else "",
+            gpu=gpu or "",
+            cold=cold,
+        )
+
+        def report(metadata: instance_service_pb2.MigrateInstanceMetadata) -> None:
+            if progress:
+                progress(metadata.stage)
+
+        source = await self.get(name)
+        with self._connection.errors():
+            operation = await self._connection.instances.MigrateInstance(request)
+        if not wait:
+            return source
+        message = await operations.follow(
+            self._connection,
+            operation,
+            instance_service_pb2.Instance(),
+            instance_service_pb2.MigrateInstanceMetadata(),
+            report if progress else None,
+        )
+        return convert.instance(message)
+
     async def stop(self, name: str) -> None:
         """End an instance; its deployment's next request starts another."""
         request = instance_service_pb2.StopInstanceRequest(name=full_name(name, "instances", "name"))

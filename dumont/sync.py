@@ -306,6 +306,21 @@ class Instances:
         """Let a parked instance serve again."""
         return self._loop.run(self._instances.resume(name))
 
+    def migrate(
+        self,
+        name: str,
+        *,
+        node: str | None = None,
+        gpu: str | None = None,
+        cold: bool = False,
+        wait: bool = True,
+        progress: Callable[[str], None] | None = None,
+    ) -> Instance:
+        """Bring an instance elsewhere; see ``AsyncInstances.migrate``. Another thread runs ``progress``."""
+        return self._loop.run(
+            self._instances.migrate(name, node=node, gpu=gpu, cold=cold, wait=wait, progress=progress)
+        )
+
     def stop(self, name: str) -> None:
         """End an instance; its deployment's next request starts another."""
         self._loop.run(self._instances.stop(name))

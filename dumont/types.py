@@ -165,6 +165,8 @@ class Instance:
 
     ``orphan``: it names no deployment that the controller knows, and is kept until it is stopped.
     ``capacity`` is None while it has not told. ``in_flight`` are the answers that the controller waits for.
+    ``gpu`` is the UUID of the GPU that it is or was on, empty if it uses none. ``draining``: another instance
+    has taken its place, and it ends when it has answered what it was asked.
     """
 
     name: str
@@ -184,6 +186,8 @@ class Instance:
     load: Load
     in_flight: int
     orphan: bool = False
+    gpu: str = ""
+    draining: bool = False
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,11 @@ class GrpcNodes:
         async with self._errors(node) as link:
             return convert.report(await link.instances.ResumeInstance(request, timeout=LONG))
 
+    async def move(self, node: str, instance: str, gpu: str) -> Report:
+        request = instances.MoveInstanceRequest(name=f"instances/{instance}", gpu=gpu)
+        async with self._errors(node) as link:
+            return convert.report(await link.instances.MoveInstance(request, timeout=LONG))
+
     async def stop(self, node: str, instance: str) -> None:
         request = instances.StopInstanceRequest(name=f"instances/{instance}")
         async with self._errors(node) as link:

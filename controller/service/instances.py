@@ -6,17 +6,20 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from google.longrunning import operations_pb2
 from google.protobuf.empty_pb2 import Empty
 
 from controller import convert
 from controller.core import Core
 from controller.instances import Instances
+from controller.migration import Destination, Migrations
 from controller.model import Instance
 from controller.ports import Removed, Synchronized
 from dumont import names
 from dumont.controller.v1 import instance_service_pb2 as pb
 from dumont.controller.v1 import instance_service_pb2_grpc as pb_grpc
 from dumont.errors import InvalidArgument
+from dumont.rpc.operations import Operations, Progress
 from dumont.rpc.pages import page
 from dumont.rpc.streams import until_draining
 
@@ -27,13 +30,24 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
     Args:
         core: the ports and the facts.
         instances: the commands to instances.
+        migrations: what brings instances elsewhere.
+        operations: the long-running operations of this service.
         draining: set when streams without an end of their own must end.
     """
 
-    def __init__(self, core: Core, instances: Instances, draining: asyncio.Event) -> None:
+    def __init__(
+        self,
+        core: Core,
+        instances: Instances,
+        migrations: Migrations,
+        operations: Operations,
+        draining: asyncio.Event,
+    ) -> None:
         self._core = core
         self._inventory = core.inventory
         self._instances = instances
+        self._migrations = migrations
+        self._operations = operations
         self._draining = draining
 
     async def GetInstance(self, request: pb.GetInstanceRequest, context: object) -> pb.Instance:
@@ -68,6 +82,25 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
 
     async def ResumeInstance(self, request: pb.ResumeInstanceRequest, context: object) -> pb.Instance:
         return self._message(await self._instances.resume(names.parse(request.name, "instances", "name")))
+
+    async def MigrateInstance(
+        self, request: pb.MigrateInstanceRequest, context: object
+    ) -> operations_pb2.Operation:
+        instance = names.parse(request.name, "instances", "name")
+        node = names.parse(request.node, "nodes", "node") if request.node else ""
+        to = Destination(node, request.gpu, request.cold)
+        self._migrations.check(instance, to)
+
+        async def work(progress: Progress) -> pb.Instance:
+            def on_stage(stage: str) -> None:
+                progress.update(stage=stage)
+
+            return self._message(await self._migrations.migrate(instance, to, on_stage))
+
+        metadata = pb.MigrateInstanceMetadata(
+            instance=request.name, create_time=convert.timestamp(self._core.clock.moment().wall)
+        )
+        return self._operations.start("migrate", work, metadata)
 
     async def StopInstance(self, request: pb.StopInstanceRequest, context: object) -> Empty:
         # A person may end an instance that hangs in a request; only the timers wait for requests to end.

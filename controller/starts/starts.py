@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -28,6 +28,7 @@ log = structlog.get_logger()
 
 # A request gives up after so many starts whose instance was gone before the request could enter it.
 ATTEMPTS = 3
+T = TypeVar("T")
 FAST = frozenset({InstanceState.SERVING, InstanceState.PARKED})
 
 
@@ -416,13 +417,31 @@ class Starts:
             FailedPrecondition: CHECKPOINT_DISABLED.
             DumontError: the start or the capture failed.
         """
+
+        async def work() -> Snapshot:
+            self.check_capturable(deployment)
+            return await self._new(deployment).capture(snapshot, on_stage)
+
+        return await self.alone(deployment, work)
+
+    # Migrations
+
+    async def alone(self, deployment: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Run ``work`` in place of a start: after the one under way, while no other begins.
+
+        Cancelling this, or the deployment's start, cancels ``work``.
+
+        Args:
+            deployment: its id.
+            work: makes or captures instances of the deployment.
+
+        Raises:
+            DumontError: what ``work`` raises.
+        """
         while (run := self._runs.get(deployment)) is not None:
             await asyncio.wait([run.task])
-        self.check_capturable(deployment)
-        start = self._new(deployment)
-        run = self._begin(start, lambda: start.capture(snapshot, on_stage), captures=True)
-        captured: Snapshot = await run.task
-        return captured
+        result: T = await self._begin(self._new(deployment), work, captures=True).task
+        return result
 
 
 def _future() -> asyncio.Future[Lease]:

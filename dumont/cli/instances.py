@@ -1,4 +1,4 @@
-"""``dumont ps``, ``park``, ``resume``, ``stop`` and ``logs``."""
+"""``dumont ps``, ``park``, ``resume``, ``migrate``, ``stop`` and ``logs``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dumont import sync
 from dumont.cli.output import Endpoint, Json, age, command, console, print_json, short, size, table
+from dumont.errors import InvalidArgument
 from dumont.types import Instance
 
 Target = Annotated[str, typer.Argument(help="An instance, or a deployment for all of its instances.")]
@@ -61,6 +62,34 @@ def resume(target: Target, json: Json = False, endpoint: Endpoint = None) -> Non
             for instance in client.instances.find(target)
         ]
     _print(found, as_json=json)
+
+
+@command
+def migrate(
+    instance: Annotated[str, typer.Argument(help="The instance.")],
+    gpu: Annotated[
+        str | None, typer.Option(metavar="GPU", help="UUID or index of another GPU of its node.")
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option(help="The node to bring it to; by default the controller chooses one.")
+    ] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Load the model again there if no snapshot can be brought there.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option(help="Wait until the source has answered its requests; Ctrl-C gives up.")
+    ] = True,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Bring an instance to another GPU or node. Running answers are finished, none is lost."""
+    if gpu is not None and node is not None:
+        raise InvalidArgument("GPU_OR_NODE", "give --gpu for a GPU of the same node, or --node", field="gpu")
+    with sync.Client(endpoint) as client, console(stderr=True).status("checking") as status:
+        found = client.instances.migrate(
+            short(instance), node=node, gpu=gpu, cold=cold, wait=wait, progress=status.update
+        )
+    _print([found], as_json=json)
 
 
 @command

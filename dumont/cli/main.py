@@ -68,6 +68,7 @@ for function in (
     instances.ps,
     instances.park,
     instances.resume,
+    instances.migrate,
     instances.stop,
     instances.logs,
     doctor.doctor,

@@ -232,6 +232,22 @@ class MemoryNodes:
             self.world[node].instances[instance] = replace(known, gpu=gpu)
         return self._move(node, instance, InstanceState.PARKED, InstanceState.SERVING)
 
+    async def move(self, node: str, instance: str, gpu: str) -> Report:
+        # As on a real node, it cannot answer on the way.
+        source = self._find(node, instance)
+        if source.state is not InstanceState.SERVING:
+            raise FailedPrecondition("ILLEGAL_TRANSITION", f"instances/{instance} is {source.state.value}")
+        if not source.device.startswith("cuda"):
+            raise FailedPrecondition("NO_GPU", f"instances/{instance} runs on the CPU")
+        self.tell(node, replace(source, state=InstanceState.PARKING))
+        try:
+            await self._call("move", node, instance)
+            source = replace(source, gpu=gpu)
+        finally:
+            if instance in self.world[node].instances:
+                self.tell(node, source)
+        return source
+
     async def stop(self, node: str, instance: str) -> None:
         await self._call("stop", node, instance)
         self._find(node, instance)

@@ -174,6 +174,26 @@ class FakeController(
         instance.state = State.STATE_SERVING
         return instance
 
+    async def MigrateInstance(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        known = self._instance(request.name)
+
+        async def migrate(progress: Progress) -> instances.Instance:
+            progress.update(stage="moving" if request.gpu else "restoring")
+            del self.instances[known.name]
+            arrived = instances.Instance()
+            arrived.CopyFrom(known)
+            if request.gpu:
+                arrived.gpu = request.gpu
+            else:
+                arrived.name, arrived.node = "instances/successor", request.node or "nodes/two"
+            self.instances[arrived.name] = arrived
+            return arrived
+
+        return self.operations.start(
+            "migrate", migrate, instances.MigrateInstanceMetadata(instance=request.name)
+        )
+
     async def StopInstance(self, request: Any, context: Any) -> Empty:
         self._instance(request.name)
         del self.instances[request.name]

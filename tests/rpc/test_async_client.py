@@ -190,6 +190,18 @@ async def test_an_instance_parks_and_resumes_and_stops(client: dumont.AsyncClien
     assert [instance.name for instance in await client.instances.list()] == ["instances/b", "instances/c"]
 
 
+async def test_an_instance_migrates_to_a_node_or_a_gpu(client: dumont.AsyncClient) -> None:
+    stages: list[str] = []
+    moved = await client.instances.migrate("a", gpu="1", progress=stages.append)
+    assert (moved.name, moved.gpu) == ("instances/a", "1")
+    moved = await client.instances.migrate("a", node="two", cold=True)
+    assert (moved.name, moved.node) == ("instances/successor", "nodes/two")
+    assert stages[-1] == "moving"
+    with pytest.raises(dumont.NotFound):
+        await client.instances.migrate("a")
+    assert (await client.instances.migrate("b", wait=False)).name == "instances/b"
+
+
 async def test_instances_are_found_by_their_own_or_their_deployments_name(client: dumont.AsyncClient) -> None:
     async def found(target: str) -> list[str]:
         return [instance.name for instance in await client.instances.find(target)]

@@ -194,6 +194,15 @@ def test_park_takes_an_instance_or_a_deployment(cli: Cli) -> None:
     assert "serving" in cli("resume", "a").stdout
 
 
+def test_migrate_names_a_gpu_or_a_node(cli: Cli) -> None:
+    (moved,) = cli.document("migrate", "a", "--gpu", "1")
+    assert (moved["name"], moved["gpu"]) == ("instances/a", "1")
+    assert "successor" in cli("migrate", "instances/a", "--node", "two", "--cold").stdout
+    refused = cli("migrate", "b", "--gpu", "1", "--node", "two")
+    assert refused.exit_code == 1
+    assert "GPU_OR_NODE" in refused.output
+
+
 def test_stop_and_rm_end_things_quietly(cli: Cli) -> None:
     assert cli("stop", "a").output == ""
     assert cli.document("stop", "instances/b") == {"stopped": "b"}
@@ -296,6 +305,7 @@ def test_the_version_is_told(cli: Cli) -> None:
 def test_every_command_offers_json(cli: Cli) -> None:
     commands = [
         "up", "deploy", "ls", "rm", "generate", "embed", "ps", "park", "resume", "stop", "logs", "doctor",
+        "migrate",
         "snapshot create", "snapshot ls", "snapshot inspect", "snapshot rm", "node ls",
     ]  # fmt: skip
     offered = [command for command in commands if "--json" in cli(*command.split(), "--help").stdout]

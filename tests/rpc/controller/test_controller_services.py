@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from controller.main import DOMAIN, LIMITS, SERVICES
+from controller.model import Node, NodeState
 from controller.service.inference import SERVICE as INFERENCE_SERVICE
 from controller.service.inference import InferenceService
 from dumont.controller.v1 import deployment_service_pb2 as deployments
@@ -415,6 +416,39 @@ async def test_a_prefetch_names_the_node_that_holds_it_then_and_refuses_one_with
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await stub.PrefetchSnapshot(snapshots.PrefetchSnapshotRequest(name=name, node=node))
         assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_migration_is_an_operation_with_stages(served: Served) -> None:
+    # given: an instance on one of two nodes without an object store
+    await create(served)
+    first, *_ = [m async for m in generate(served)]
+    start = first.start
+    served.nodes.add_node("n2")
+    await served.controller.core.fleet.register(Node("n2", "n2:7071", checkpoint_capable=True))
+    await until(lambda: served.controller.core.inventory.nodes["n2"].state is NodeState.READY)
+    stub = instance_service_pb2_grpc.InstanceServiceStub(served.channel)
+
+    # when: it is refused without a cold start, and then allowed
+    request = instances.MigrateInstanceRequest(name=start.instance, node="nodes/n2")
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await stub.MigrateInstance(request)
+    assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert details(failure.value)[ErrorInfo].reason == "NO_SHARED_STORE"
+    request.cold = True
+    operation = await stub.MigrateInstance(request)
+
+    # then
+    waited = await operations_pb2_grpc.OperationsStub(served.channel).WaitOperation(
+        operations_pb2.WaitOperationRequest(name=operation.name, timeout=Duration(seconds=5))
+    )
+    made, metadata = instances.Instance(), instances.MigrateInstanceMetadata()
+    assert waited.done
+    assert waited.response.Unpack(made)
+    assert waited.metadata.Unpack(metadata)
+    assert (made.node, made.deployment) == ("nodes/n2", "deployments/qa")
+    assert (metadata.instance, metadata.stage) == (start.instance, "draining")
+    first, *_ = [m async for m in generate(served)]
+    assert first.start.instance == made.name
 
 
 async def test_a_failed_capture_is_the_operations_error(served: Served) -> None:

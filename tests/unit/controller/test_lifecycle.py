@@ -15,6 +15,7 @@ LEGAL_COMMANDS = {
     Event.CAPTURE: {State.SERVING: State.CAPTURING},
     Event.PARK: {State.SERVING: State.PARKING},
     Event.RESUME: {State.PARKED: State.RESUMING},
+    Event.MOVE: {State.SERVING: State.MOVING},
     Event.STOP: dict.fromkeys((State.STARTING, State.SERVING, State.PARKED, State.FAILED), State.STOPPING),
     Event.CAPTURED: {State.CAPTURING: State.SERVING, State.FAILED: State.FAILED},
     Event.REFUSED: {
@@ -22,6 +23,7 @@ LEGAL_COMMANDS = {
         State.CAPTURING: State.SERVING,
         State.PARKING: State.SERVING,
         State.RESUMING: State.PARKED,
+        State.MOVING: State.SERVING,
         State.STOPPING: State.FAILED,
         State.FAILED: State.FAILED,
     },

@@ -27,7 +27,13 @@ from controller.routing import choose
 from dumont.errors import Unavailable
 
 NOW = 1000.0
-SETTLING = {InstanceState.STARTING, InstanceState.RESUMING, InstanceState.CAPTURING, InstanceState.PARKING}
+SETTLING = {
+    InstanceState.STARTING,
+    InstanceState.RESUMING,
+    InstanceState.CAPTURING,
+    InstanceState.PARKING,
+    InstanceState.MOVING,
+}
 SEEN = [state for state in InstanceState if state not in (InstanceState.UNKNOWN, InstanceState.GONE)]
 
 
