@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
+# Tokens of a prompt that are decoded before its answer: enough to see where a word begins.
+CONTEXT = 6
 
 
 class Detokenizer:
@@ -15,13 +17,14 @@ class Detokenizer:
 
     Args:
         decode: tokens to text, special tokens left out.
+        before: the tokens that the text continues; their own text is not given out.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._ids: list[int] = []
+        self._ids = _tail(decode, before)
         self._window = 0
-        self._read = 0
+        self._read = len(self._ids)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
@@ -41,6 +44,17 @@ class Detokenizer:
         return text[len(known) :]
 
 
+def _tail(decode: Callable[[list[int]], str], tokens: Sequence[int]) -> list[int]:
+    """The last of ``tokens`` that decode to some text which begins with a whole character."""
+    size = CONTEXT
+    while size < len(tokens):
+        text = decode(list(tokens[-size:]))
+        if text and not text.startswith(REPLACEMENT):
+            break
+        size *= 2
+    return list(tokens[-size:])
+
+
 class StopFilter:
     """Passes text on up to the first stop string, holding back what may become one.
 
@@ -51,26 +65,36 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._shown: list[bool] = []  # of each character held, whether it is given out
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """The text that is safe to give out now; after a stop string, nothing more."""
+    def push(self, text: str, *, shown: bool = True) -> str:
+        """The text that is safe to give out now; after a stop string, nothing more.
+
+        Args:
+            shown: whether ``text`` is part of the text, or only of what stop strings are looked for in.
+        """
         if self.stopped:
             return ""
+        if not self._stops:
+            return text if shown else ""
         self._held += text
+        self._shown += [shown] * len(text)
         found = [at for at in map(self._held.find, self._stops) if at >= 0]
         if found:
             self.stopped = True
-            ready, self._held = self._held[: min(found)], ""
-            return ready
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        ready, self._held = self._held[:cut], self._held[cut:]
-        return ready
+            return self._release(min(found))
+        return self._release(len(self._held) - max(_overlap(self._held, stop) for stop in self._stops))
 
     def flush(self) -> str:
         """What was held back, once no more text can come."""
-        ready, self._held = self._held, ""
+        return "" if self.stopped else self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        ready = "".join(
+            character for character, shown in zip(self._held[:count], self._shown, strict=False) if shown
+        )
+        self._held, self._shown = self._held[count:], self._shown[count:]
         return ready
 
 

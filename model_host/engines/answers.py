@@ -6,7 +6,7 @@ the same text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from model_host.engine import (
 )
 from model_host.engines.batch import TokenSequence
 from model_host.engines.sampling import Chosen, Sampling
-from model_host.engines.tokens import ChatTemplate
+from model_host.engines.tokens import ChatTemplate, special_tokens
 from model_host.model_files import Json, ModelFiles
 from model_host.text import Detokenizer, StopFilter
 
@@ -51,6 +51,7 @@ class TextRequests:
         max_new_tokens_limit: int,
     ) -> None:
         self._tokenizer = tokenizer
+        self._special = special_tokens(tokenizer)
         self._template = ChatTemplate(files)
         self._defaults = files.generation
         self._ends = end_tokens(files.generation, files.config)
@@ -102,7 +103,7 @@ class TextRequests:
             )
             for index in range(request.n)
         ]
-        return Answering(self._tokenizer, request, sequences)
+        return Answering(self._tokenizer, request, sequences, self._special)
 
     def synthetic(self) -> list[Answering]:
         """Work for a warm-up, which takes the paths of real requests: the chat template and the tokenizer, a
@@ -143,13 +144,29 @@ class Step:
 
 
 class Answering:
-    """A request for text: the sequences to compute, and the text made of their tokens for the caller."""
+    """A request for text: the sequences to compute, and the text made of their tokens for the caller.
 
-    def __init__(self, tokenizer: Tokenizer, request: Generation, sequences: Sequence[TokenSequence]) -> None:
+    The text that answers a prompt goes on where the prompt ends. The text that answers a conversation begins
+    anew, without the space that a tokenizer may put before each word.
+
+    Args:
+        special: tokens that are not text, and how they are written in stop strings.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Generation,
+        sequences: Sequence[TokenSequence],
+        special: Mapping[int, str],
+    ) -> None:
         self.sequences = sequences
         self._tokenizer = tokenizer
         self._wants_logprobs = request.logprobs is not None
-        self._texts = [_Text(tokenizer, request.stop) for _ in sequences]
+        self._texts = [
+            _Text(tokenizer, request.stop, special, () if request.messages else sequence.prompt)
+            for sequence in sequences
+        ]
 
     def receive(self, computed: Sequence[Step]) -> Reply:
         """Join the tokens of several steps into one piece for each answer."""
@@ -196,16 +213,24 @@ class Answering:
 
 @dataclass
 class _Text:
-    """The text of one answer. Its pieces, joined, are the text; their tokens are those counted as output."""
+    """The text of one answer. Its pieces, joined, are the text; their tokens are those counted as output.
+
+    Attributes:
+        before: the tokens that it continues.
+    """
 
     tokenizer: Tokenizer
     stop: tuple[str, ...]
+    special: Mapping[int, str]
+    before: Sequence[int]
     pending: list[Chosen] = field(default_factory=list)
     count: int = 0
     ended: bool = False
 
     def __post_init__(self) -> None:
-        self._text = Detokenizer(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
+        self._text = Detokenizer(
+            lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True), self.before
+        )
         self._stops = StopFilter(self.stop)
 
     @property
@@ -215,7 +240,8 @@ class _Text:
     def push(self, chosen: Chosen) -> str:
         self.count += 1
         self.pending.append(chosen)
-        return self._stops.push(self._text.push(chosen.token))
+        ready = self._stops.push(self._text.push(chosen.token))
+        return ready + self._stops.push(self.special.get(chosen.token, ""), shown=False)
 
     def flush(self) -> str:
         return self._stops.push(self._text.flush()) + self._stops.flush()

@@ -37,6 +37,15 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     return tokenizer
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The tokens that are not part of any text, and how they are written."""
+    return {
+        number: token.content
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
+    }
+
+
 def _convert(files: ModelFiles) -> Tokenizer:
     """From an older format, through transformers."""
     from transformers import AutoTokenizer

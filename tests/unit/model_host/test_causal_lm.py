@@ -474,7 +474,7 @@ class HalfCharacters:
 
 def test_a_stop_string_in_what_was_held_back_ends_the_answer() -> None:
     sequence = TokenSequence([0], 1, Sampling(), answer=[1])
-    work = Answering(cast(Any, HalfCharacters()), Generation(stop=("b",)), [sequence])
+    work = Answering(cast(Any, HalfCharacters()), Generation(stop=("b",)), [sequence], {})
 
     [answer] = answers(work, [Step(0, Chosen(1), FinishReason.LENGTH)])
 
