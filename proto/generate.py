@@ -70,6 +70,11 @@ class GenerateProtos(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Generate the code; hatch calls this before it builds."""
         generate()
+        if version == "editable":
+            # hatch would copy what is listed under force-include, and Python would find the copies before the
+            # sources. An empty directory in place of that list copies nothing.
+            self._nothing = tempfile.TemporaryDirectory()
+            build_data["force_include_editable"] = {self._nothing.name: "dumont"}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import dumont
@@ -16,6 +20,21 @@ def test_every_public_name_can_be_had() -> None:
     assert all(getattr(dumont, name) is not None for name in dumont.__all__)
     assert sorted(dumont.__all__) == dir(dumont)
     assert {error.__name__ for error in errors.ERRORS.values()} <= set(dumont.__all__)
+
+
+def test_the_sources_are_what_runs_from_every_directory(tmp_path: Path) -> None:
+    """An editable install that also copied them would run old code outside the repository."""
+    modules = ("controller", "dumont.up", "model_host", "snapshotd")
+    show = "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]))"
+
+    found = subprocess.run(
+        [sys.executable, "-c", show, *modules], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+
+    root = Path(dumont.__file__).parent.parent
+    assert [str(Path(file).relative_to(root)) for file in found.stdout.split()] == [
+        "controller/__init__.py", "dumont/up.py", "model_host/__init__.py", "snapshotd/__init__.py",
+    ]  # fmt: skip
 
 
 def test_other_names_cannot() -> None:
