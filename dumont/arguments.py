@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, TypedDict, Unpack
+from typing import Any, Final, TypedDict, TypeVar, Unpack
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from dumont import limits, names
 from dumont.controller.v1 import deployment_service_pb2, inference_service_pb2
@@ -15,6 +22,7 @@ from dumont.errors import InvalidArgument
 from dumont.inference.v1 import inference_pb2
 
 Seconds = float | timedelta
+Request = TypeVar("Request", bound=Message)
 
 LONGEST_SECONDS: Final = 315_576_000_000  # what google.protobuf.Duration holds
 START_MODES: Final = {
@@ -109,7 +117,25 @@ class GenerateOptions(TypedDict, total=False):
     min_new_tokens: int | None
     logprobs: int | None
     n: int | None
-    timeout: float | None
+    timeout: Seconds | None
+
+
+# For arguments that other libraries have.
+HINTS: Final = {
+    "max_tokens": "did you mean max_new_tokens?",
+    "max_completion_tokens": "did you mean max_new_tokens?",
+    "max_length": "did you mean max_new_tokens, which does not count the prompt?",
+    "stream": "call stream() instead, which gives the answer in pieces",
+    "do_sample": "a temperature above 0 samples",
+    "num_return_sequences": "did you mean n?",
+    "best_of": "did you mean n?",
+    "stop_sequences": "did you mean stop?",
+    "stop_strings": "did you mean stop?",
+    "eos_token_id": "did you mean stop_token_ids?",
+    "model": "a deployment has its model already; deploy() takes one",
+    "input": "give the prompt first, or messages",
+}
+EXAMPLE_MESSAGE: Final = {"role": "user", "content": "Hello"}
 
 
 def full_name(value: str, collection: str, field: str) -> str:
@@ -118,12 +144,14 @@ def full_name(value: str, collection: str, field: str) -> str:
     Raises:
         InvalidArgument: INVALID_NAME or INVALID_ID.
     """
+    if not isinstance(value, str):
+        raise _wrong_type(field, f"a string such as {collection}/ID or ID", value)
     name = value if "/" in value else names.build(collection, value)
     names.parse(name, collection, field)
     return name
 
 
-def deployment_id(model: str) -> str:
+def deployment_id(model: str | os.PathLike[str]) -> str:
     """The id of a deployment that the caller did not name: ``qwen3-0-6b`` for ``org/Qwen3-0.6B``.
 
     Raises:
@@ -131,11 +159,12 @@ def deployment_id(model: str) -> str:
     """
     label = re.sub(r"[^a-z0-9]+", "-", Path(model).name.lower()).strip("-")
     if not label:
+        shown = str(model)[:120]
         raise InvalidArgument(
             "NAME_REQUIRED",
-            f"no id can be derived from the model's name {model[:120]!r}; give the deployment a name",
+            f"no id can be derived from the model's name {shown!r}; give the deployment a name",
             field="name",
-            metadata={"model": model[:120]},
+            metadata={"model": shown},
         )
     if not label[0].isalpha():
         label = f"m-{label}"
@@ -143,7 +172,7 @@ def deployment_id(model: str) -> str:
 
 
 def deployment_message(
-    model: str,
+    model: str | os.PathLike[str],
     start_mode: str,
     checkpoint: Checkpoint | None,
     *,
@@ -156,9 +185,9 @@ def deployment_message(
     Raises:
         InvalidArgument: an argument is wrong; its field is named.
     """
-    _text(model, "model")
     mode = _choice(start_mode, START_MODES, "start_mode")
-    message = deployment_service_pb2.Deployment(model=_node_path(model), engine=engine or "", start_mode=mode)
+    message = request(deployment_service_pb2.Deployment, model=_model(model), engine=engine)
+    message.start_mode = mode
     paths = ["start_mode"]
     if checkpoint is not None or start_mode == "checkpoint":
         message.checkpoint.CopyFrom(_checkpoint(checkpoint or {}))
@@ -189,33 +218,37 @@ def generate_request(
     Raises:
         InvalidArgument: an argument is wrong; its field is named.
     """
-    fields: dict[str, Any] = {
-        **options,
-        "prompt": prompt,
-        "messages": [_message(message, index) for index, message in enumerate(options.get("messages") or ())],
-    }
-    fields.pop("timeout", None)
-    if isinstance(stop := fields.get("stop"), str):
-        fields["stop"] = [stop]
-    try:
-        limits.check_generate(fields)
-        return inference_service_pb2.GenerateRequest(deployment=deployment, **fields)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument("INVALID_REQUEST", f"the request cannot be sent: {error}") from error
+    check_options(options, GenerateOptions.__annotations__, "generate")
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes):
+        raise InvalidArgument(
+            "WRONG_TYPE", "prompt must be a string; pass a conversation as messages=[…]", field="prompt"
+        )
+    given: dict[str, Any] = dict(options)
+    to_timeout(given.pop("timeout", None))
+    if given.get("messages") is not None:
+        given["messages"] = _messages(given["messages"])
+    if isinstance(stop := given.get("stop"), str):
+        given["stop"] = [stop]
+    fields = {"deployment": deployment, "prompt": prompt, **given}
+    _check_types(inference_service_pb2.GenerateRequest, fields)
+    limits.check_generate(fields)
+    return request(inference_service_pb2.GenerateRequest, **fields)
 
 
-def embed_request(deployment: str, inputs: str | Sequence[str]) -> inference_service_pb2.EmbedRequest:
+def embed_request(deployment: str, inputs: str | Iterable[str]) -> inference_service_pb2.EmbedRequest:
     """A request for the embeddings of one or several texts.
 
     Raises:
         InvalidArgument: there is none, or one is empty or not a string.
     """
-    texts = [inputs] if isinstance(inputs, str) else list(inputs)
-    try:
-        limits.check_embed(texts)
-        return inference_service_pb2.EmbedRequest(deployment=deployment, inputs=texts)
-    except TypeError as error:
-        raise InvalidArgument("INVALID_REQUEST", f"the request cannot be sent: {error}") from error
+    if inputs is None:
+        raise _wrong_type("inputs", "a text or a list of texts", inputs)
+    # Anything may be handed over here; what is no list of texts is refused by its type.
+    texts: Any = [inputs] if isinstance(inputs, str) else inputs
+    texts = list(texts) if isinstance(texts, Iterator) else texts
+    _check_types(inference_service_pb2.EmbedRequest, {"inputs": texts})
+    limits.check_embed(texts)
+    return request(inference_service_pb2.EmbedRequest, deployment=deployment, inputs=texts)
 
 
 def to_seconds(value: Seconds, field: str) -> float:
@@ -226,7 +259,7 @@ def to_seconds(value: Seconds, field: str) -> float:
     """
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_SECONDS:
+    if not _is_number(value) or not 0 <= value <= LONGEST_SECONDS:
         raise InvalidArgument(
             "INVALID_DURATION",
             f"{field} must be a number of seconds from 0 to {LONGEST_SECONDS}; got {value!r}",
@@ -236,12 +269,125 @@ def to_seconds(value: Seconds, field: str) -> float:
     return float(value)
 
 
+def to_timeout(value: Seconds | None) -> float | None:
+    """The seconds of a call's own timeout; None: it waits for as long as it takes.
+
+    Raises:
+        InvalidArgument: INVALID_DURATION.
+    """
+    return None if value is None else to_seconds(value, "timeout")
+
+
+def check_callback(value: object, field: str) -> None:
+    """Raise unless ``value`` is None or can be called.
+
+    Raises:
+        InvalidArgument: WRONG_TYPE.
+    """
+    if value is not None and not callable(value):
+        raise _wrong_type(field, "a function", value)
+
+
+def check_options(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise for a keyword argument that ``what`` does not have, and name the one that was probably meant.
+
+    Raises:
+        InvalidArgument: UNKNOWN_OPTION.
+    """
+    known = tuple(known)
+    for name in given:
+        if name in known:
+            continue
+        if name in HINTS:
+            advice = HINTS[name]
+        elif near := get_close_matches(name, known, 1):
+            advice = f"did you mean {near[0]}?"
+        else:
+            advice = f"it has {', '.join(known)}"
+        raise InvalidArgument(
+            "UNKNOWN_OPTION",
+            f"{what} has no argument {name[:80]!r}; {advice}",
+            field=name,
+            metadata={"option": name[:80]},
+        )
+
+
+def request(kind: type[Request], **fields: Any) -> Request:
+    """A message with these fields; None leaves one unset.
+
+    Raises:
+        InvalidArgument: WRONG_TYPE, a value is not of its field's type; UNSENDABLE, it has no encoding.
+    """
+    _check_types(kind, fields)
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument("UNSENDABLE", f"the request cannot be sent: {error}") from error
+
+
+_SCALARS: Final[Mapping[int, tuple[str, Any]]] = {
+    FieldDescriptor.CPPTYPE_BOOL: ("True or False", bool),
+    FieldDescriptor.CPPTYPE_STRING: ("a string", str),
+    FieldDescriptor.CPPTYPE_FLOAT: ("a number", numbers.Real),
+    FieldDescriptor.CPPTYPE_DOUBLE: ("a number", numbers.Real),
+    FieldDescriptor.CPPTYPE_INT32: ("a whole number", numbers.Integral),
+    FieldDescriptor.CPPTYPE_INT64: ("a whole number", numbers.Integral),
+}
+
+
+def _check_types(kind: type[Message], fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        if value is not None:
+            _check_type(kind.DESCRIPTOR.fields_by_name[name], value, name)
+
+
+def _check_type(field: Any, value: Any, path: str) -> None:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        if not isinstance(value, Mapping):
+            raise _wrong_type(path, "a mapping", value)
+        entry = field.message_type.fields_by_name
+        for key, item in value.items():
+            _check_one(entry["key"], key, f"a key of {path}")
+            _check_one(entry["value"], item, f"{path}[{key!r}]")
+    elif field.is_repeated:
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+            raise _wrong_type(path, "a list", value)
+        for index, item in enumerate(value):
+            _check_one(field, item, f"{path}[{index}]")
+    else:
+        _check_one(field, value, path)
+
+
+def _check_one(field: Any, value: Any, path: str) -> None:
+    words, kind = _SCALARS.get(field.cpp_type, ("", object))
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
+        raise _wrong_type(path, words, value)
+
+
+def _wrong_type(path: str, wanted: str, value: Any) -> InvalidArgument:
+    shown = repr(value)[:80]
+    return InvalidArgument(
+        "WRONG_TYPE",
+        f"{path} must be {wanted}; got {shown}, a value of type {type(value).__name__}",
+        field=path,
+        metadata={"value": shown},
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
 def _checkpoint(given: Mapping[str, Any]) -> deployment_service_pb2.CheckpointSettings:
-    unknown = sorted(given.keys() - DEFAULT_CHECKPOINT.keys())
+    if not isinstance(given, Mapping):
+        raise _wrong_type("checkpoint", f"a dict such as {DEFAULT_CHECKPOINT}", given)
+    unknown = sorted(map(str, given.keys() - DEFAULT_CHECKPOINT.keys()))
     if unknown:
+        near = get_close_matches(unknown[0], DEFAULT_CHECKPOINT, 1)
+        advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(DEFAULT_CHECKPOINT)}"
         raise InvalidArgument(
             "UNKNOWN_SETTING",
-            f"checkpoint has no setting {unknown[0]!r}; it has {', '.join(DEFAULT_CHECKPOINT)}",
+            f"checkpoint has no setting {unknown[0]!r}; {advice}",
             field=f"checkpoint.{unknown[0]}",
         )
     settings: dict[str, Any] = {**DEFAULT_CHECKPOINT, **given}
@@ -258,29 +404,48 @@ def _checkpoint(given: Mapping[str, Any]) -> deployment_service_pb2.CheckpointSe
 
 
 def _choice(value: str, choices: Mapping[str, Any], field: str) -> Any:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
+        near = get_close_matches(str(value), choices, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
         raise InvalidArgument(
             "UNKNOWN_CHOICE",
-            f"{field} must be one of {', '.join(choices)}; got {value!r}",
+            f"{field} must be one of {', '.join(choices)}; got {value!r}{meant}",
             field=field,
             metadata={"value": str(value)},
         )
     return choices[value]
 
 
-def _text(value: object, field: str) -> None:
-    if not isinstance(value, str) or not value:
-        raise InvalidArgument("EMPTY", f"{field} must be a string that is not empty", field=field)
+def _messages(given: object) -> list[inference_pb2.ChatMessage]:
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Sequence):
+        raise _wrong_type("messages", f"a list of messages such as {EXAMPLE_MESSAGE}", given)
+    return [_message(message, index) for index, message in enumerate(given)]
 
 
-def _message(message: Mapping[str, str], index: int) -> inference_pb2.ChatMessage:
-    if set(message) != {"role", "content"}:
+def _message(message: object, index: int) -> inference_pb2.ChatMessage:
+    path = f"messages[{index}]"
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
         raise InvalidArgument(
             "INVALID_MESSAGE",
-            f"messages[{index}] must have exactly the keys role and content",
-            field=f"messages[{index}]",
+            f"{path} must have exactly the keys role and content, such as {EXAMPLE_MESSAGE}; "
+            f"got {str(message)[:80]}",
+            field=path,
         )
-    return inference_pb2.ChatMessage(role=message["role"], content=message["content"])
+    for key in ("role", "content"):
+        if not isinstance(message[key], str):
+            wanted = "a string"
+            if key == "content" and isinstance(message[key], Sequence):
+                wanted = "a string, as models here take text only; join the texts of its parts"
+            raise _wrong_type(f"{path}.{key}", wanted, message[key])
+    return request(inference_pb2.ChatMessage, **message)
+
+
+def _model(model: object) -> str:
+    if isinstance(model, os.PathLike):
+        return str(Path(model).expanduser().absolute())
+    if not isinstance(model, str) or not model:
+        raise InvalidArgument("EMPTY", "model must be a string that is not empty", field="model")
+    return _node_path(model)
 
 
 def _node_path(model: str) -> str:

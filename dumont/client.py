@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -52,12 +53,13 @@ class AsyncClient:
 
     async def deploy(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         start_mode: str = "checkpoint",
         checkpoint: Checkpoint | None = None,
         **settings: Unpack[DeploySettings],
     ) -> AsyncDeployment:
         """Serve a model, or change how it is served; see ``dumont.deploy``."""
+        arguments.check_options(settings, DeploySettings.__annotations__, "deploy")
         return await self.deployments.deploy(model, start_mode, checkpoint, **settings)
 
 
@@ -88,9 +90,11 @@ class AsyncDeployment:
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncTextStream:
         """The answer in pieces, as it is written. Takes the arguments of ``generate``."""
         request = arguments.generate_request(self.name, prompt, **options)
-        return AsyncTextStream(self._connection, request, options.get("timeout"))
+        return AsyncTextStream(self._connection, request, arguments.to_timeout(options.get("timeout")))
 
-    async def embed(self, inputs: str | Sequence[str], *, timeout: float | None = None) -> list[list[float]]:
+    async def embed(
+        self, inputs: str | Iterable[str], *, timeout: arguments.Seconds | None = None
+    ) -> list[list[float]]:
         """One vector for each text, in order; a single string gives a list of one.
 
         Args:
@@ -98,8 +102,9 @@ class AsyncDeployment:
             timeout: seconds for the whole answer, including a start.
         """
         request = arguments.embed_request(self.name, inputs)
-        with self._connection.errors():
-            response = await self._connection.inference.Embed(request, timeout=timeout)
+        within = arguments.to_timeout(timeout)
+        with self._connection.errors(within):
+            response = await self._connection.inference.Embed(request, timeout=within)
         return [list(embedding.values) for embedding in response.embeddings]
 
     async def refresh(self) -> DeploymentInfo:
@@ -124,7 +129,7 @@ class AsyncDeployments:
 
     async def deploy(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         start_mode: str = "checkpoint",
         checkpoint: Checkpoint | None = None,
         *,
@@ -163,8 +168,11 @@ class AsyncDeployments:
     async def _create(
         self, wanted: deployment_service_pb2.Deployment, prewarm: bool
     ) -> deployment_service_pb2.Deployment:
-        request = deployment_service_pb2.CreateDeploymentRequest(
-            deployment_id=wanted.name.removeprefix("deployments/"), deployment=wanted, prewarm=prewarm
+        request = arguments.request(
+            deployment_service_pb2.CreateDeploymentRequest,
+            deployment_id=wanted.name.removeprefix("deployments/"),
+            deployment=wanted,
+            prewarm=prewarm,
         )
         with self._connection.errors():
             return await self._connection.deployments.CreateDeployment(request)

@@ -8,7 +8,7 @@ says what happened, why, and what to do. ``dumont.rpc.status`` carries them over
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class DumontError(Exception):
@@ -42,6 +42,14 @@ class DumontError(Exception):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.reason!r}, {self.message!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For process pools. An exception's own way calls the class with ``args``, which lack the reason.
+        return _unpickled, (type(self), self.args), self.__dict__
+
+
+def _unpickled(kind: type[DumontError], args: tuple[Any, ...]) -> DumontError:
+    return kind.__new__(kind, *args)
 
 
 class InvalidArgument(DumontError):

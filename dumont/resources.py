@@ -6,7 +6,7 @@ import codecs
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from dumont import convert, operations
+from dumont import arguments, convert, operations
 from dumont.arguments import full_name
 from dumont.connection import Connection
 from dumont.controller.v1 import instance_service_pb2, node_service_pb2, snapshot_service_pb2
@@ -32,6 +32,8 @@ class AsyncInstances:
         Raises:
             NotFound: there is neither.
         """
+        if not isinstance(target, str):
+            full_name(target, "instances", "target")
         if not target.startswith("deployments/"):
             try:
                 return [await self.get(target)]
@@ -85,10 +87,12 @@ class AsyncInstances:
         Raises:
             FailedPrecondition: it cannot be brought there; nothing has changed.
         """
-        request = instance_service_pb2.MigrateInstanceRequest(
+        arguments.check_callback(progress, "progress")
+        request = arguments.request(
+            instance_service_pb2.MigrateInstanceRequest,
             name=full_name(name, "instances", "name"),
-            node=full_name(node, "nodes", "node") if node else "",
-            gpu=gpu or "",
+            node=full_name(node, "nodes", "node") if node else None,
+            gpu=gpu,
             cold=cold,
         )
 
@@ -144,8 +148,11 @@ class AsyncInstances:
             tail: how many of the last lines to begin with; 0: all that is kept.
             follow: stay, and go on as lines are printed.
         """
-        request = instance_service_pb2.StreamInstanceLogsRequest(
-            name=full_name(name, "instances", "name"), tail_lines=tail, follow=follow
+        request = arguments.request(
+            instance_service_pb2.StreamInstanceLogsRequest,
+            name=full_name(name, "instances", "name"),
+            tail_lines=tail,
+            follow=follow,
         )
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         call: Any = self._connection.instances.StreamInstanceLogs(request)
@@ -187,8 +194,11 @@ class AsyncSnapshots:
             snapshot_id: chosen by the controller when left out.
             progress: called at each new step.
         """
-        request = snapshot_service_pb2.CreateSnapshotRequest(
-            deployment=full_name(deployment, "deployments", "deployment"), snapshot_id=snapshot_id or ""
+        arguments.check_callback(progress, "progress")
+        request = arguments.request(
+            snapshot_service_pb2.CreateSnapshotRequest,
+            deployment=full_name(deployment, "deployments", "deployment"),
+            snapshot_id=snapshot_id,
         )
 
         def report(metadata: snapshot_service_pb2.CreateSnapshotMetadata) -> None:
@@ -296,7 +306,7 @@ class AsyncSnapshots:
         Raises:
             FailedPrecondition: OBJECT_STORE_NOT_CONFIGURED, no node has one.
         """
-        request = snapshot_service_pb2.PruneSnapshotsRequest(dry_run=dry_run)
+        request = arguments.request(snapshot_service_pb2.PruneSnapshotsRequest, dry_run=dry_run)
         with self._connection.errors():
             operation = await self._connection.snapshots.PruneSnapshots(request)
         found = await operations.follow(
@@ -309,8 +319,9 @@ class AsyncSnapshots:
 
     async def list(self, deployment: str | None = None, *, orphans: bool = False) -> list[Snapshot]:
         """All snapshots, or those of one deployment, or only the orphans among them."""
-        request = snapshot_service_pb2.ListSnapshotsRequest(
-            deployment=full_name(deployment, "deployments", "deployment") if deployment else "",
+        request = arguments.request(
+            snapshot_service_pb2.ListSnapshotsRequest,
+            deployment=full_name(deployment, "deployments", "deployment") if deployment else None,
             orphans=orphans,
         )
         found = pages(self._connection, self._connection.snapshots.ListSnapshots, request, "snapshots")

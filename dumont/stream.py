@@ -29,6 +29,7 @@ class AsyncTextStream:
         timeout: float | None,
     ) -> None:
         self._connection = connection
+        self._timeout = timeout
         self._called = time.monotonic()
         self._call: Any = connection.inference.Generate(request, timeout=timeout)
         self._wanted = max(1, request.n)
@@ -124,7 +125,7 @@ class AsyncTextStream:
 
     async def _next(self) -> Piece | None:
         """The piece of the next message, empty if it has none; None at the end."""
-        with self._connection.errors():
+        with self._connection.errors(self._timeout):
             response = await self._call.read()
         if response is grpc.aio.EOF:
             return None

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack, cast
 
-from dumont.arguments import Checkpoint, DeploySettings, GenerateOptions
+from dumont.arguments import Checkpoint, DeploySettings, GenerateOptions, Seconds
 from dumont.client import AsyncClient, AsyncDeployment
-from dumont.connection import resolve_endpoint
-from dumont.errors import Cancelled
+from dumont.connection import check_not_forked, resolve_endpoint
+from dumont.errors import Cancelled, FailedPrecondition
 from dumont.stream import AsyncTextStream
 from dumont.types import (
     DeploymentInfo,
@@ -38,19 +39,42 @@ class LoopThread:
     """An event loop in a thread of its own, which works for callers in threads and in notebooks alike."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="dumont-client", daemon=True)
-        self._thread.start()
+        self._starting = threading.Lock()
+        self._running: tuple[int, threading.Thread, asyncio.AbstractEventLoop] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return shared_loop, ()
+
+    def _started(self) -> tuple[threading.Thread, asyncio.AbstractEventLoop]:
+        """The thread and its loop in this process: a fork does not take a thread along."""
+        if self._running is None or self._running[0] != os.getpid():
+            check_not_forked()
+            with self._starting:
+                if self._running is None or self._running[0] != os.getpid():
+                    loop = asyncio.new_event_loop()
+                    thread = threading.Thread(target=loop.run_forever, name="dumont-client", daemon=True)
+                    thread.start()
+                    self._running = (os.getpid(), thread, loop)
+        return self._running[1:]
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Wait for ``work``. An interrupt of the waiting thread cancels it and lets it unwind first.
 
         Raises:
             Cancelled: CALL_CANCELLED, the client was closed meanwhile.
+            FailedPrecondition: FORKED_AFTER_USE, or CALLED_FROM_CALLBACK.
         """
-        if threading.current_thread() is self._thread:
+        try:
+            thread, loop = self._started()
+            if threading.current_thread() is thread:
+                raise FailedPrecondition(
+                    "CALLED_FROM_CALLBACK",
+                    "this call comes from a callback of the client itself, such as progress, where it would "
+                    "wait for ever; make it elsewhere",
+                )
+        except FailedPrecondition:
             work.close()
-            raise RuntimeError("called from a callback of the client itself, which would wait for ever")
+            raise
         ended = threading.Event()
 
         async def tracked() -> Result:
@@ -59,7 +83,7 @@ class LoopThread:
             finally:
                 ended.set()
 
-        future = asyncio.run_coroutine_threadsafe(tracked(), self._loop)
+        future = asyncio.run_coroutine_threadsafe(tracked(), loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -103,11 +127,8 @@ class Client:
     """
 
     def __init__(self, endpoint: str | None = None) -> None:
-        async def connect() -> AsyncClient:
-            return AsyncClient(endpoint)
-
         self._loop = shared_loop()
-        self._client = self._loop.run(connect())
+        self._client = AsyncClient(endpoint)
         self.endpoint = self._client.endpoint
         self.deployments = Deployments(self._loop, self._client)
         self.instances = Instances(self._loop, self._client)
@@ -128,7 +149,7 @@ class Client:
 
     def deploy(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         start_mode: str = "checkpoint",
         checkpoint: Checkpoint | None = None,
         **settings: Unpack[DeploySettings],
@@ -139,7 +160,7 @@ class Client:
 
 
 def deploy(
-    model: str,
+    model: str | os.PathLike[str],
     start_mode: str = "checkpoint",
     checkpoint: Checkpoint | None = None,
     *,
@@ -212,7 +233,7 @@ class Deployment:
 
         return TextStream(self._loop, self._loop.run(call()))
 
-    def embed(self, inputs: str | Sequence[str], *, timeout: float | None = None) -> list[list[float]]:
+    def embed(self, inputs: str | Iterable[str], *, timeout: Seconds | None = None) -> list[list[float]]:
         """One vector for each text, in order; a single string gives a list of one.
 
         Args:

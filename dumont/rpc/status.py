@@ -85,6 +85,12 @@ def from_rpc_error(error: grpc.RpcError) -> DumontError:
     return CLASSES.get(code, DumontError)(code.name, call.details() or code.name)
 
 
+def is_from_service(error: grpc.RpcError) -> bool:
+    """Whether a service of Dumont explained the error, rather than gRPC or something in between."""
+    trailing = cast(grpc.Call, error).trailing_metadata() or ()
+    return any(key == "grpc-status-details-bin" for key, _ in trailing)
+
+
 def _code(error: DumontError) -> grpc.StatusCode:
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 

@@ -126,7 +126,7 @@ def test_a_callback_may_not_wait_for_its_own_loop(served: Served, client: dumont
     def progress(step: dumont.SnapshotProgress) -> None:
         client.nodes.list()
 
-    with pytest.raises(RuntimeError, match="callback"):
+    with pytest.raises(dumont.FailedPrecondition, match="callback"):
         client.snapshots.create("qa", progress=progress)
 
 

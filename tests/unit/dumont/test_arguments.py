@@ -91,6 +91,9 @@ def test_a_relative_path_is_made_whole_and_an_id_is_left_alone(monkeypatch: pyte
         ({"model": None}, "EMPTY", "model"),
         ({"start_mode": "hot"}, "UNKNOWN_CHOICE", "start_mode"),
         ({"start_mode": "unspecified"}, "UNKNOWN_CHOICE", "start_mode"),
+        ({"start_mode": ["warm"]}, "UNKNOWN_CHOICE", "start_mode"),
+        ({"engine": 5}, "WRONG_TYPE", "engine"),
+        ({"checkpoint": True}, "WRONG_TYPE", "checkpoint"),
         ({"checkpoint": {"tll": 5}}, "UNKNOWN_SETTING", "checkpoint.tll"),
         ({"checkpoint": {"ttl": -1}}, "INVALID_DURATION", "checkpoint.ttl"),
         ({"checkpoint": {"ttl": "1h"}}, "INVALID_DURATION", "checkpoint.ttl"),
@@ -151,21 +154,75 @@ def test_every_option_is_carried() -> None:
         ({}, "EMPTY_PROMPT", "prompt"),
         ({"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]}, "PROMPT_AND_MESSAGES", "prompt"),
         ({"prompt": ""}, "EMPTY_PROMPT", "prompt"),
-        ({"prompt": 5}, "INVALID_REQUEST", None),
+        ({"prompt": 5}, "WRONG_TYPE", "prompt"),
+        ({"prompt": [{"role": "user", "content": "Hi"}]}, "WRONG_TYPE", "prompt"),
+        ({"messages": "Hi"}, "WRONG_TYPE", "messages"),
+        ({"messages": ["Hi"]}, "INVALID_MESSAGE", "messages[0]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
+            "WRONG_TYPE",
+            "messages[0].content",
+        ),
+        ({"messages": [{"role": 5, "content": "Hi"}]}, "WRONG_TYPE", "messages[0].role"),
+        ({"prompt": "Hi", "timeout": "5s"}, "INVALID_DURATION", "timeout"),
+        ({"prompt": "Hi", "max_tokens": 5}, "UNKNOWN_OPTION", "max_tokens"),
+        ({"prompt": "Hi", "stream": True}, "UNKNOWN_OPTION", "stream"),
+        ({"prompt": "Hi", "temprature": 1}, "UNKNOWN_OPTION", "temprature"),
+        ({"prompt": "Hi", "max_new_tokens": 2.5}, "WRONG_TYPE", "max_new_tokens"),
+        ({"prompt": "Hi", "max_new_tokens": True}, "WRONG_TYPE", "max_new_tokens"),
+        ({"prompt": "Hi", "ignore_eos": 1}, "WRONG_TYPE", "ignore_eos"),
+        ({"prompt": "Hi", "stop": 5}, "WRONG_TYPE", "stop"),
+        ({"prompt": "Hi", "stop_token_ids": ["a"]}, "WRONG_TYPE", "stop_token_ids[0]"),
+        ({"prompt": "Hi", "logit_bias": [1]}, "WRONG_TYPE", "logit_bias"),
+        ({"prompt": "Hi", "logit_bias": {"7": 1.0}}, "WRONG_TYPE", "a key of logit_bias"),
+        ({"prompt": "\ud800"}, "UNSENDABLE", None),
         ({"messages": []}, "EMPTY_PROMPT", "prompt"),
         ({"messages": [{"role": "user"}]}, "INVALID_MESSAGE", "messages[0]"),
         ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "INVALID_MESSAGE", "messages[0]"),
         ({"prompt": "Hi", "max_new_tokens": 0}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
         ({"prompt": "Hi", "temperature": 3}, "INVALID_TEMPERATURE", "temperature"),
         ({"prompt": "Hi", "max_new_tokens": 2**31}, "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
-        ({"prompt": "Hi", "temperature": "hot"}, "INVALID_REQUEST", None),
-        ({"prompt": "Hi", "stop": [1]}, "INVALID_REQUEST", None),
+        ({"prompt": "Hi", "temperature": "hot"}, "WRONG_TYPE", "temperature"),
+        ({"prompt": "Hi", "stop": [1]}, "WRONG_TYPE", "stop[0]"),
     ],
 )
 def test_a_wrong_request_is_refused(given: dict[str, Any], reason: str, field: str | None) -> None:
     with pytest.raises(InvalidArgument) as raised:
         arguments.generate_request("deployments/qa", **given)
     assert (raised.value.reason, raised.value.field) == (reason, field)
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("max_tokens", "max_new_tokens"),
+        ("stream", "stream()"),
+        ("temprature", "temperature"),
+        ("wholly_unknown", "max_new_tokens"),
+    ],
+)
+def test_an_option_of_another_library_leads_to_ours(option: str, advice: str) -> None:
+    options: dict[str, Any] = {option: 1}
+    with pytest.raises(InvalidArgument) as raised:
+        arguments.generate_request("deployments/qa", "Hi", **options)
+    assert advice in raised.value.message
+
+
+def test_a_conversation_in_place_of_the_prompt_is_told_where_it_belongs() -> None:
+    conversation: Any = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(InvalidArgument, match="messages="):
+        arguments.generate_request("deployments/qa", conversation)
+
+
+@pytest.mark.parametrize("inputs", [None, 5, b"one", {"a": 1}, [5], [b"one"], [["nested"]]])
+def test_what_is_not_text_is_not_embedded(inputs: Any) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        arguments.embed_request("deployments/qa", inputs)
+    assert raised.value.reason == "WRONG_TYPE"
+
+
+def test_texts_may_come_from_a_generator() -> None:
+    assert list(arguments.embed_request("deployments/qa", iter("ab")).inputs) == ["a", "b"]
 
 
 def test_one_text_or_several_are_embedded_and_none_is_refused() -> None:
