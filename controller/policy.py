@@ -1,11 +1,19 @@
-"""How a deployment is started: facts in, a decision and its reason out. Nothing here waits or acts."""
+"""How a deployment is started: facts in, a decision and its reason out. Nothing here waits or acts.
+
+Of all starts that are possible, on every node and from every tier, the one is chosen that is estimated to
+serve first, the time included in which other instances make room for it. A node with GPUs comes before one
+without.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
 
-from controller import routing
+from controller import room, routing
+from controller.estimates import Estimate, Estimates
 from controller.model import (
     Deployment,
     Instance,
@@ -17,7 +25,16 @@ from controller.model import (
     Storage,
     Tier,
 )
-from dumont.errors import Unavailable
+from controller.room import Need, NoRoom, Room, Tenant, Yield
+from dumont.errors import ResourceExhausted, Unavailable
+
+# Called with a node's id: the instances that take memory of it.
+Tenants = Callable[[str], Sequence[Tenant]]
+
+
+def nobody(node: str) -> Sequence[Tenant]:
+    """No instance is on any node."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +50,9 @@ class Facts:
         capture_at: monotonic time before which no capture is attempted, because an earlier one failed.
         started_on: ids of the nodes on which the records show an instance of the deployment.
         captured_on: ids of the nodes on which the records show a snapshot of the deployment.
+        tenants: the instances of each node.
+        estimates: of times and sizes.
+        another: whether another instance is to be started beside those that serve.
     """
 
     deployment: Deployment
@@ -43,11 +63,18 @@ class Facts:
     capture_at: float = 0.0
     started_on: frozenset[str] = frozenset()
     captured_on: frozenset[str] = frozenset()
+    tenants: Tenants = nobody
+    estimates: Estimates = field(default_factory=Estimates)
+    another: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Attempt this tier. ``instance`` is set for resident and parked, ``snapshot`` for local and remote."""
+    """Attempt this tier. ``instance`` is set for resident and parked, ``snapshot`` for local and remote.
+
+    ``gpu`` is the UUID of the GPU to use; empty: the node chooses. ``yields`` make room first. ``need`` is
+    what the instance will take. ``seconds`` are the estimate, that of making room included.
+    """
 
     tier: Tier
     node: str
@@ -55,13 +82,18 @@ class Attempt:
     instance: str = ""
     snapshot: str = ""
     capture: bool = False
+    gpu: str = ""
+    yields: tuple[Yield, ...] = ()
+    need: Need | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
     """Something is under way on ``instance``, or ``nodes`` are asked: decide again once one has settled.
 
-    ``until`` is a monotonic time at which to decide again in any case.
+    ``until`` is a monotonic time at which to decide again in any case. ``room``: no node has room now; decide
+    again once memory has become free anywhere.
     """
 
     reason: str
@@ -69,6 +101,29 @@ class Wait:
     instance: str = ""
     nodes: tuple[str, ...] = ()
     until: float | None = None
+    room: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A possible start. ``gpu_node`` says whether it would use a GPU.
+
+    ``start`` is the estimate of the start itself; ``room`` is None until it was looked for.
+    """
+
+    tier: Tier
+    node: str
+    start: Estimate
+    need: Need
+    gpu_node: bool = False
+    instance: str = ""
+    snapshot: str = ""
+    room: Room | NoRoom | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Until it serves, the time of making room included."""
+        return self.start.seconds + (self.room.seconds if isinstance(self.room, Room) else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +134,11 @@ class Full:
 
 
 # Seconds that a start waits for a node that may hold a snapshot and is being connected to.
-CONNECT_PATIENCE = 2.0
+CONNECT_PATIENCE: Final = 2.0
+# Seconds after which a start that waits for room looks again in any case.
+ROOM_AGAIN: Final = 1.0
+# Nodes on which one decision looks for room that others must make; those with most free memory come first.
+ROOMS_EXAMINED: Final = 32
 # States that end by themselves, and the tier of a request that waits for their end.
 JOINABLE = {
     InstanceState.STARTING: Tier.COLD,
@@ -91,7 +150,7 @@ JOINABLE = {
 
 
 def decide(facts: Facts, now: float) -> Attempt | Wait:
-    """Choose the fastest tier that is available.
+    """Choose the start that is estimated to serve first.
 
     Args:
         facts: what is known.
@@ -99,17 +158,119 @@ def decide(facts: Facts, now: float) -> Attempt | Wait:
 
     Raises:
         Unavailable: NO_NODE, no node can take a cold start.
+        ResourceExhausted: NO_ROOM, it is too large for every node.
     """
     reachable = _reachable(facts)
-    return (
-        _resident(facts, reachable, now)
-        or _join(reachable, (InstanceState.RESUMING,))
-        or _parked(reachable)
-        or _join(reachable, tuple(JOINABLE))
-        or _unsure(facts, now)
-        or _local(facts)
-        or _remote(facts)
-        or _cold(facts, now)
+    if facts.another:
+        # It joins nothing: those that start now were counted when it was decided to start another.
+        return _cheapest(facts, reachable, now)
+    waited = _resident(facts, reachable, now) or _join(reachable, (InstanceState.RESUMING,))
+    if waited is not None:
+        return waited
+    if any(instance.state is InstanceState.PARKED for instance in reachable):
+        cheapest = _cheapest(facts, reachable, now)
+        if isinstance(cheapest, Attempt) and cheapest.tier is Tier.PARKED:
+            return cheapest
+    return _join(reachable, tuple(JOINABLE)) or _unsure(facts, now) or _cheapest(facts, reachable, now)
+
+
+def explain(facts: Facts, now: float) -> list[Candidate]:
+    """Every possible start, each with its room or why there is none; the one that would be chosen first."""
+    found = [
+        _examined(facts, candidate, now)
+        for tier in (Tier.PARKED, Tier.LOCAL, Tier.REMOTE, Tier.COLD)
+        for candidate in _candidates(facts, _reachable(facts), tier)
+    ]
+    return sorted(found, key=lambda c: (not isinstance(c.room, Room), _rank(c), c.node))
+
+
+def _cheapest(facts: Facts, reachable: list[Instance], now: float) -> Attempt | Wait:
+    best: Candidate | None = None
+    refusals: list[NoRoom] = []
+    gpus = any(node.gpus and node.state is NodeState.READY for node in facts.nodes.values())
+    for tier in (Tier.PARKED, Tier.LOCAL, Tier.REMOTE, Tier.COLD):
+        least = facts.estimates.least(facts.deployment.id, tier, _least_bytes(facts, tier))
+        final = best is not None and (best.gpu_node or not gpus or best.tier is Tier.PARKED)
+        if best is not None and final and least >= best.seconds:
+            # Nothing in this tier can be faster: its nodes need not even be looked at.
+            continue
+        best = _best_of(facts, _candidates(facts, reachable, tier), best, refusals, now)
+    if best is not None:
+        return _attempt(facts, best, now)
+    if not refusals:
+        raise _no_node()
+    if all(refusal.never for refusal in refusals):
+        raise ResourceExhausted(
+            "NO_ROOM",
+            f"deployments/{facts.deployment.id} fits on no node: {refusals[0].reason}; use a smaller "
+            "model, or a node with more memory",
+            metadata={"deployment": f"deployments/{facts.deployment.id}"},
+        )
+    why = next(refusal.reason for refusal in refusals if not refusal.never)
+    return Wait(f"no node has room: {why}", until=now + ROOM_AGAIN, room=True)
+
+
+def _best_of(
+    facts: Facts,
+    candidates: Iterator[Candidate],
+    best: Candidate | None,
+    refusals: list[NoRoom],
+    now: float,
+) -> Candidate | None:
+    """The best of ``best`` and these.
+
+    Room is looked for in the order of their estimates, and no longer than another one can still be better.
+    """
+    heap = [(*_rank(c), -_spare(facts.nodes[c.node]), number, c) for number, c in enumerate(candidates)]
+    heapq.heapify(heap)
+    examined = 0
+    while heap and examined < ROOMS_EXAMINED:
+        candidate = heapq.heappop(heap)[-1]
+        if best is not None and _rank(candidate) >= _rank(best):
+            break
+        candidate = _examined(facts, candidate, now)
+        if isinstance(candidate.room, NoRoom):
+            examined += 1
+            refusals.append(candidate.room)
+        elif best is None or _rank(candidate) < _rank(best):
+            examined += bool(candidate.room and candidate.room.yields)
+            best = candidate
+    return best
+
+
+def _rank(candidate: Candidate) -> tuple[bool, float]:
+    # A parked instance is where it is. Anything else goes to a GPU while there is one with room.
+    return not (candidate.gpu_node or candidate.tier is Tier.PARKED), candidate.seconds
+
+
+def _spare(node: Node) -> int:
+    return max(gpu.free_bytes for gpu in node.gpus) if node.gpus else node.memory_available_bytes
+
+
+def _examined(facts: Facts, candidate: Candidate, now: float) -> Candidate:
+    node = facts.nodes[candidate.node]
+    found = room.find(node, facts.tenants(node.id), candidate.need, now)
+    return replace(candidate, room=found)
+
+
+def _attempt(facts: Facts, best: Candidate, now: float) -> Attempt:
+    assert isinstance(best.room, Room)
+    reason = _why(facts, best)
+    node = facts.nodes[best.node]
+    reason += "".join(f"; {one.reason}" for one in best.room.yields)
+    capture = best.tier is Tier.COLD and node.checkpoint_capable and _wants_capture(facts, now)
+    return Attempt(
+        best.tier,
+        best.node,
+        reason,
+        instance=best.instance,
+        snapshot=best.snapshot,
+        capture=capture,
+        # A divided GPU has parts that only the node knows.
+        gpu=best.room.gpu if node.checkpoint_capable else "",
+        yields=best.room.yields,
+        need=replace(best.need, gpu=best.room.gpu),
+        seconds=best.seconds,
     )
 
 
@@ -144,6 +305,11 @@ def _ready(facts: Facts, node: str) -> bool:
     return node in facts.nodes and facts.nodes[node].state is NodeState.READY
 
 
+def _open(facts: Facts, node: str) -> bool:
+    """Whether a start may be attempted on a node."""
+    return _ready(facts, node) and f"nodes/{node}" not in facts.failed
+
+
 def _resident(facts: Facts, instances: list[Instance], now: float, sequences: int = 1) -> Attempt | None:
     serving = [i for i in instances if i.state is InstanceState.SERVING and not i.busy]
     # An instance that a prompt has entered is not captured any more, so one that has served is preferred.
@@ -160,13 +326,6 @@ def _resident(facts: Facts, instances: list[Instance], now: float, sequences: in
     return Attempt(
         Tier.RESIDENT, chosen.node, f"instances/{chosen.id} is serving", instance=chosen.id, capture=capture
     )
-
-
-def _parked(instances: list[Instance]) -> Attempt | None:
-    parked = routing.choose(i for i in instances if i.state is InstanceState.PARKED)
-    if parked is None:
-        return None
-    return Attempt(Tier.PARKED, parked.node, f"instances/{parked.id} is parked", instance=parked.id)
 
 
 def _join(instances: list[Instance], states: tuple[InstanceState, ...]) -> Wait | None:
@@ -190,7 +349,7 @@ def _unsure(facts: Facts, now: float) -> Wait | None:
     }
     if not asked:
         return None
-    if not any(_ready(facts, node) and f"nodes/{node}" not in facts.failed for node in facts.nodes):
+    if not any(_open(facts, node) for node in facts.nodes):
         return Wait(
             f"{_names(asked)} was asked what it holds, and no other node is ready", nodes=tuple(asked)
         )
@@ -238,32 +397,100 @@ def _usable(facts: Facts) -> list[Snapshot]:
     ]
 
 
-def _local(facts: Facts) -> Attempt | None:
+def _candidates(facts: Facts, reachable: list[Instance], tier: Tier) -> Iterator[Candidate]:
+    """The possible starts from a tier; whether there is room for them is not looked at yet."""
+    if tier is Tier.PARKED:
+        return _parked(facts, reachable)
+    if tier is Tier.COLD:
+        return _colds(facts)
     if facts.deployment.start_mode is not StartMode.CHECKPOINT:
-        return None
-    held = (snapshot for snapshot in _usable(facts) if snapshot.local)
-    newest = max(held, key=lambda s: s.age_key, default=None)
-    if newest is None:
-        return None
-    return Attempt(
-        Tier.LOCAL, newest.node, f"snapshots/{newest.id} is on nodes/{newest.node}", snapshot=newest.id
+        return iter(())
+    return _restores(facts, tier)
+
+
+def _parked(facts: Facts, reachable: list[Instance]) -> Iterator[Candidate]:
+    deployment, estimates = facts.deployment, facts.estimates
+    for instance in reachable:
+        if instance.state is InstanceState.PARKED and not instance.busy:
+            report = instance.report
+            # Another GPU of its node will do where the node can move it.
+            need = Need(deployment.id, deployment.priority, report.gpu_bytes, 0, "", instance.id)
+            start = estimates.start(deployment.id, instance.node, Tier.PARKED, report.gpu_bytes)
+            yield Candidate(Tier.PARKED, instance.node, start, need, bool(report.gpu), instance.id)
+
+
+def _restores(facts: Facts, tier: Tier) -> Iterator[Candidate]:
+    deployment, estimates = facts.deployment, facts.estimates
+    size = estimates.size(deployment.id)
+    newest: dict[str, Snapshot] = {}
+    for copy in _usable(facts):
+        if copy.local is (tier is Tier.LOCAL) and _open(facts, copy.node):
+            known = newest.get(copy.node)
+            if known is None or known.age_key < copy.age_key:
+                newest[copy.node] = copy
+    last = max((copy.age_key for copy in newest.values()), default=None)
+    for copy in newest.values():
+        node = facts.nodes[copy.node]
+        if tier is Tier.REMOTE and copy.age_key != last:
+            # Fetching an older one would be of no further use.
+            continue
+        if tier is Tier.REMOTE and not _fits_disk(node, copy):
+            continue
+        gpu = bool(node.gpus) and (copy.device.startswith("cuda") or not copy.device)
+        need = Need(
+            deployment.id,
+            deployment.priority,
+            (copy.gpu_bytes or size.gpu_bytes) if gpu else 0,
+            size.ram_bytes or copy.size_bytes,
+        )
+        start = estimates.start(deployment.id, copy.node, tier, copy.size_bytes)
+        yield Candidate(tier, copy.node, start, need, gpu, snapshot=copy.id)
+
+
+def _fits_disk(node: Node, copy: Snapshot) -> bool:
+    # What is in the object store too leaves the disk for it.
+    limit = node.snapshot_limit_bytes
+    return (not limit or copy.size_bytes <= limit) and (
+        not node.disk_free_bytes or copy.size_bytes <= node.disk_free_bytes
     )
 
 
-def _remote(facts: Facts) -> Attempt | None:
-    if facts.deployment.start_mode is not StartMode.CHECKPOINT:
-        return None
-    published = [s for s in _usable(facts) if s.published and f"nodes/{s.node}" not in facts.failed]
-    if not published:
-        return None
-    newest = max(published, key=lambda s: s.age_key).id
-    within_reach = {s.node: facts.nodes[s.node] for s in published if s.id == newest}
-    node = place(within_reach)
-    return Attempt(Tier.REMOTE, node.id, f"snapshots/{newest} is in the object store", snapshot=newest)
+def _colds(facts: Facts) -> Iterator[Candidate]:
+    deployment, estimates = facts.deployment, facts.estimates
+    size = estimates.size(deployment.id)
+    need = Need(deployment.id, deployment.priority, 0, size.ram_bytes)
+    on_gpu = replace(need, gpu_bytes=estimates.gpu_bytes(deployment.id))
+    ready = [node for name, node in facts.nodes.items() if _open(facts, name)]
+    for node in _preferred(ready, deployment):
+        start = estimates.start(deployment.id, node.id, Tier.COLD, deployment.weights_bytes)
+        yield Candidate(Tier.COLD, node.id, start, on_gpu if node.gpus else need, bool(node.gpus))
+
+
+def _preferred(ready: list[Node], deployment: Deployment) -> list[Node]:
+    """The nodes where a cold start is worth most: where it can be captured and published, if it will be."""
+    if deployment.checkpoint.enabled:
+        ready = [node for node in ready if node.checkpoint_capable] or ready
+        if deployment.checkpoint.storage is Storage.S3:
+            ready = [node for node in ready if node.object_store] or ready
+    return ready
+
+
+def _least_bytes(facts: Facts, tier: Tier) -> int:
+    if tier is Tier.COLD:
+        return facts.deployment.weights_bytes
+    return min((snapshot.size_bytes for snapshot in facts.snapshots), default=0)
+
+
+def _no_node() -> Unavailable:
+    return Unavailable(
+        "NO_NODE",
+        "no node is ready; start a snapshotd that registers here, or see dumont node ls",
+        retry_after=1.0,
+    )
 
 
 def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset(), publishing: bool = False) -> Node:
-    """The ready node with the most free memory.
+    """The ready node with the most free memory, of GPUs if any node has GPUs.
 
     Args:
         nodes: by id.
@@ -275,48 +502,48 @@ def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset(), publi
     """
     ready = [n for n in nodes.values() if n.state is NodeState.READY and f"nodes/{n.id}" not in failed]
     if not ready:
-        raise Unavailable(
-            "NO_NODE",
-            "no node is ready; start a snapshotd that registers here, or see dumont node ls",
-            retry_after=1.0,
-        )
+        raise _no_node()
     return min(
         ready,
         key=lambda n: (
             not n.checkpoint_capable,
             publishing and not n.object_store,
-            -n.memory_available_bytes,
+            not n.gpus,
+            -_spare(n),
             n.id,
         ),
     )
 
 
-def _cold(facts: Facts, now: float) -> Attempt:
-    node = place(facts.nodes, facts.failed, publishing=facts.deployment.checkpoint.storage is Storage.S3)
-    if facts.deployment.start_mode is StartMode.CHECKPOINT:
-        reason = "no instance and no usable snapshot" + "".join(
-            f"; snapshots/{snapshot.id} is quarantined on nodes/{snapshot.node}: {snapshot.quarantine_reason}"
-            for snapshot in facts.snapshots
-            if snapshot.quarantined
-        )
-        reason += "".join(
-            f"; {snapshot.incompatibility}"
-            for snapshot in facts.snapshots
-            if snapshot.incompatibility and not snapshot.quarantined
-        )
-        wanted = facts.deployment.checkpoint.weights
-        reason += "".join(
-            f"; snapshots/{snapshot.id} has its weights {snapshot.weights.value}, not {wanted.value}"
-            for snapshot in facts.snapshots
-            if snapshot.weights is not wanted and not snapshot.quarantined and not snapshot.incompatibility
-        )
-        if not node.checkpoint_capable:
-            missing = "; ".join(finding.message for finding in node.findings if not finding.passed)
-            reason += f"; nodes/{node.id} cannot checkpoint: {missing or 'it does not say why'}"
-    else:
-        reason = f"no instance, and start mode {facts.deployment.start_mode.value} uses no snapshot"
-    capture = node.checkpoint_capable and _wants_capture(facts, now)
-    return Attempt(Tier.COLD, node.id, reason, capture=capture)
+def _why(facts: Facts, best: Candidate) -> str:
+    """Why it is this tier: what it starts from, or what keeps it from a faster one."""
+    if best.tier is Tier.PARKED:
+        return f"instances/{best.instance} is parked"
+    if best.tier is Tier.LOCAL:
+        return f"snapshots/{best.snapshot} is on nodes/{best.node}"
+    if best.tier is Tier.REMOTE:
+        return f"snapshots/{best.snapshot} is in the object store"
+    deployment, node = facts.deployment, facts.nodes[best.node]
+    if deployment.start_mode is not StartMode.CHECKPOINT:
+        return f"no instance, and start mode {deployment.start_mode.value} uses no snapshot"
+    reason = "no instance and no usable snapshot"
+    wanted = deployment.checkpoint.weights
+    for snapshot in facts.snapshots:
+        if snapshot.quarantined:
+            reason += (
+                f"; snapshots/{snapshot.id} is quarantined on nodes/{snapshot.node}: "
+                f"{snapshot.quarantine_reason}"
+            )
+        elif snapshot.incompatibility:
+            reason += f"; {snapshot.incompatibility}"
+        elif snapshot.weights is not wanted:
+            reason += (
+                f"; snapshots/{snapshot.id} has its weights {snapshot.weights.value}, not {wanted.value}"
+            )
+    if not node.checkpoint_capable:
+        missing = "; ".join(finding.message for finding in node.findings if not finding.passed)
+        reason += f"; nodes/{node.id} cannot checkpoint: {missing or 'it does not say why'}"
+    return reason
 
 
 def _wants_capture(facts: Facts, now: float) -> bool:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from controller.estimates import Estimates, Work
 from controller.model import (
     Checkpoint,
     Deployment,
     Finding,
+    Gpu,
     Instance,
     InstanceState,
     Node,
@@ -22,9 +24,10 @@ from controller.model import (
     Tier,
     Weights,
 )
-from controller.policy import CONNECT_PATIENCE, Attempt, Facts, Wait, decide, place
+from controller.policy import CONNECT_PATIENCE, Attempt, Facts, Tenants, Wait, decide, explain, place
+from controller.room import NoRoom, Tenant
 from controller.routing import choose
-from dumont.errors import Unavailable
+from dumont.errors import ResourceExhausted, Unavailable
 
 NOW = 1000.0
 SETTLING = {
@@ -275,3 +278,195 @@ def test_a_request_goes_to_the_instance_with_the_fewest_in_flight() -> None:
     twin = instance(InstanceState.SERVING, "c", in_flight=1)
     assert choose([busy, twin, idle]) is idle
     assert choose([]) is None
+
+
+# Where: room, estimates and GPUs
+
+GIB = 1 << 30
+
+
+def gpu_node(identifier: str = "g1", total: int = 10, **known: Any) -> Node:
+    gpus = (Gpu(f"GPU-{identifier}", "H", total * GIB, free_bytes=total * GIB),)
+    return node(identifier=identifier, gpus=gpus, **known)
+
+
+def tenant(where: str, gpu: int = 0, ram: int = 0, **known: Any) -> Tenant:
+    """An instance of another deployment."""
+    name = f"other-on-{where}"
+    report = Report(
+        name,
+        name,
+        InstanceState.SERVING,
+        gpu=f"GPU-{where}" if gpu else "",
+        gpu_bytes=gpu * GIB,
+        ram_bytes=ram * GIB,
+    )
+    mine = {key: known.pop(key) for key in ("in_flight", "idle_since") if key in known}
+    made = replace(Instance(where, InstanceState.SERVING, report, 0.0, 0.0), **mine)
+    return Tenant(made, **{"park_seconds": 0.5, "stop_seconds": 0.2} | known)
+
+
+def around(*tenants: Tenant) -> Tenants:
+    return lambda where: [one for one in tenants if one.instance.node == where]
+
+
+def sized(gpu: int = 0, ram: int = 0) -> Estimates:
+    """Estimates that know how much an instance of ``qa`` takes."""
+    known = Estimates()
+    known.learn(
+        "n1",
+        Report(
+            "qa-0",
+            "qa",
+            InstanceState.SERVING,
+            gpu="GPU-0" if gpu else "",
+            gpu_bytes=gpu * GIB,
+            ram_bytes=ram * GIB,
+        ),
+        None,
+    )
+    return known
+
+
+def attempt(known: Facts) -> Attempt:
+    decision = decide(known, NOW)
+    assert isinstance(decision, Attempt), decision
+    return decision
+
+
+def test_a_model_goes_to_a_gpu_even_if_a_node_without_one_has_more_memory() -> None:
+    nodes = {"n1": node(memory_available_bytes=999 * GIB), "g1": gpu_node(memory_available_bytes=GIB)}
+    decision = attempt(facts(nodes=nodes, estimates=sized(gpu=6)))
+    assert (decision.tier, decision.node, decision.gpu) == (Tier.COLD, "g1", "GPU-g1")
+    assert place(nodes).id == "g1"
+
+
+def test_it_goes_to_a_cpu_if_no_gpu_is_large_enough_or_its_start_there_has_failed() -> None:
+    nodes = {"n1": node(), "g1": gpu_node(total=4)}
+    assert attempt(facts(nodes=nodes, estimates=sized(gpu=6))).node == "n1"
+    failed = frozenset({"nodes/g1"})
+    nodes = {"n1": node(), "g1": gpu_node()}
+    assert attempt(facts(nodes=nodes, estimates=sized(gpu=6), failed=failed)).node == "n1"
+
+
+def test_of_equal_nodes_the_one_where_nobody_must_yield_is_chosen() -> None:
+    nodes = {name: gpu_node(name) for name in ("g1", "g2", "g3")}
+    full = around(tenant("g1", gpu=8), tenant("g3", gpu=8))
+    decision = attempt(facts(nodes=nodes, estimates=sized(gpu=6), tenants=full))
+    assert (decision.node, decision.yields) == ("g2", ())
+
+
+def test_the_fastest_start_counts_the_time_until_others_have_made_room() -> None:
+    known = sized(gpu=6)
+    for where, seconds in (("g1", 1.0), ("g2", 1.3)):
+        known.took("qa", where, Work.RESTORE, seconds)
+    nodes = {name: gpu_node(name) for name in ("g1", "g2")}
+    held = (snapshot("s1", node="g1", device="cuda:0"), snapshot("s1", node="g2", device="cuda:0"))
+    free = facts(nodes=nodes, snapshots=held, estimates=known)
+    assert attempt(free).node == "g1"
+    # A park of half a second costs more than the slower node.
+    crowded = replace(free, tenants=around(tenant("g1", gpu=8)))
+    assert attempt(crowded).node == "g2"
+    quick = replace(free, tenants=around(tenant("g1", gpu=8, park_seconds=0.1)))
+    decision = attempt(quick)
+    assert decision.node == "g1"
+    assert decision.seconds == pytest.approx(1.1)
+    assert [one.instance for one in decision.yields] == ["other-on-g1"]
+    assert "instances/other-on-g1 parks: it was not used for 1000 s" in decision.reason
+
+
+def test_a_measured_cold_start_that_is_faster_than_a_restore_is_chosen() -> None:
+    known = Estimates()
+    known.took("qa", "n1", Work.START, 0.2)
+    known.took("qa", "n1", Work.RESTORE, 0.9)
+    assert attempt(facts(snapshots=(snapshot(),), estimates=known)).tier is Tier.COLD
+
+
+def test_a_snapshot_elsewhere_is_fetched_if_its_node_has_no_room() -> None:
+    nodes = {"n1": node(instance_memory_limit_bytes=10 * GIB), "n2": node(identifier="n2")}
+    copies = (snapshot(published=True), snapshot(node="n2", local=False, published=True))
+    known = facts(nodes=nodes, snapshots=copies, estimates=sized(ram=4))
+    assert attempt(known).node == "n1"
+    busy = replace(known, tenants=around(tenant("n1", ram=8, in_flight=1)))
+    assert (attempt(busy).tier, attempt(busy).node) == (Tier.REMOTE, "n2")
+
+
+@pytest.mark.parametrize(
+    "small", [{"snapshot_limit_bytes": GIB}, {"disk_free_bytes": GIB}], ids=["budget", "disk"]
+)
+def test_a_snapshot_is_not_fetched_to_a_disk_without_room_for_it(small: dict[str, Any]) -> None:
+    remote = snapshot(local=False, published=True, size_bytes=2 * GIB)
+    assert attempt(facts(snapshots=(remote,))).tier is Tier.REMOTE
+    assert attempt(facts(snapshots=(remote,), nodes={"n1": node(**small)})).tier is Tier.COLD
+
+
+def test_where_all_are_in_use_a_start_waits_for_room_and_says_who_holds_it() -> None:
+    known = facts(
+        nodes={"g1": gpu_node()}, estimates=sized(gpu=6), tenants=around(tenant("g1", gpu=8, in_flight=3))
+    )
+    decision = decide(known, NOW)
+    assert isinstance(decision, Wait)
+    assert decision.room
+    assert decision.until is not None
+    assert "instances/other-on-g1 is in use and has priority 0, which is not below 0" in decision.reason
+
+
+def test_a_higher_priority_takes_the_room_of_one_that_is_in_use() -> None:
+    urgent = replace(deployment(), priority=5)
+    known = facts(
+        deployment=urgent,
+        nodes={"g1": gpu_node()},
+        estimates=sized(gpu=6),
+        tenants=around(tenant("g1", gpu=8, in_flight=3)),
+    )
+    (one,) = attempt(known).yields
+    assert (one.instance, one.drains) == ("other-on-g1", True)
+    assert "its priority is 0, below 5" in one.reason
+
+
+def test_what_is_too_large_for_every_node_is_refused_at_once() -> None:
+    with pytest.raises(ResourceExhausted) as refusal:
+        decide(facts(nodes={"g1": gpu_node(total=4)}, estimates=sized(gpu=6)), NOW)
+    assert refusal.value.reason == "NO_ROOM"
+    assert "it needs 6144 MiB of GPU memory" in refusal.value.message
+
+
+def test_a_parked_instance_without_room_on_its_gpu_is_left_for_a_snapshot_elsewhere() -> None:
+    parked = instance(InstanceState.PARKED, node="g1")
+    parked = replace(parked, report=replace(parked.report, gpu="GPU-g1", gpu_bytes=6 * GIB))
+    nodes = {name: gpu_node(name) for name in ("g1", "g2")}
+    known = facts(
+        nodes=nodes,
+        instances=(parked,),
+        snapshots=(snapshot(node="g2", device="cuda:0", gpu_bytes=6 * GIB),),
+    )
+    assert attempt(known).tier is Tier.PARKED
+    full = replace(known, tenants=around(tenant("g1", gpu=8, in_flight=1)))
+    assert (attempt(full).tier, attempt(full).node) == (Tier.LOCAL, "g2")
+
+
+def test_another_instance_is_started_beside_those_that_serve() -> None:
+    serving = instance(InstanceState.SERVING, served=True)
+    parked = instance(InstanceState.PARKED, "qa-2")
+    known = facts(instances=(serving, parked), snapshots=(snapshot(),), another=True)
+    assert attempt(known).instance == "qa-2"
+    assert attempt(replace(known, instances=(serving,))).tier is Tier.LOCAL
+
+
+def test_every_possible_start_is_explained_the_chosen_one_first() -> None:
+    nodes = {name: gpu_node(name) for name in ("g1", "g2")}
+    known = facts(
+        nodes=nodes,
+        snapshots=(snapshot(node="g1", device="cuda:0"),),
+        estimates=sized(gpu=6),
+        tenants=around(tenant("g2", gpu=8, in_flight=1)),
+    )
+    found = explain(known, NOW)
+    assert [(one.tier, one.node) for one in found] == [
+        (Tier.LOCAL, "g1"),
+        (Tier.COLD, "g1"),
+        (Tier.COLD, "g2"),
+    ]
+    chosen = attempt(known)
+    assert (found[0].tier, found[0].node, found[0].seconds) == (chosen.tier, chosen.node, chosen.seconds)
+    assert isinstance(found[2].room, NoRoom)

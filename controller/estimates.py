@@ -1,0 +1,234 @@
+"""How long each start will take, and how much memory each instance: moving estimates of what was measured.
+
+Pure: measurements go in, estimates come out. A deployment is estimated by what it took on the same node, else
+by what it took elsewhere, else by its size and the speed of the node, else by an assumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from controller.model import InstanceState, Phase, Report, Tier, total_seconds
+
+
+class Work(Enum):
+    """What is estimated: a step towards an instance that serves, or towards room for one."""
+
+    RESUME = "resume"
+    RESTORE = "restore"
+    FETCH = "fetch"
+    START = "start"
+    PARK = "park"
+    STOP = "stop"
+
+
+# The work of each tier.
+WORK_OF: Final = {
+    Tier.RESIDENT: (),
+    Tier.PARKED: (Work.RESUME,),
+    Tier.LOCAL: (Work.RESTORE,),
+    Tier.REMOTE: (Work.FETCH, Work.RESTORE),
+    Tier.COLD: (Work.START,),
+}
+# Assumed until something is measured: seconds, and bytes that are moved in one second.
+ASSUMED: Final = {
+    Work.RESUME: (0.25, 100e9),
+    Work.RESTORE: (0.5, 10e9),
+    Work.FETCH: (0.1, 500e6),
+    Work.START: (15.0, 1e9),
+    Work.PARK: (0.5, 10e9),
+    Work.STOP: (0.3, 100e9),
+}
+# The share of a new measurement in a moving estimate.
+NEWEST: Final = 0.3
+# What an engine takes besides the weights of a model that was never measured: its cache and workspace.
+ENGINE_SHARE: Final = 0.25
+ENGINE_GPU_BYTES: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """A moving mean, and of how many values."""
+
+    value: float
+    count: int = 1
+
+    def moved(self, value: float) -> Moving:
+        """The mean after one more value."""
+        return Moving(self.value + NEWEST * (value - self.value), self.count + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds that something will take, and what the estimate rests on."""
+
+    seconds: float
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes that an instance takes: of a GPU, and of memory while it serves and while it is parked."""
+
+    gpu_bytes: int = 0
+    ram_bytes: int = 0
+    parked_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Measured:
+    anywhere: Moving
+    here: dict[str, Moving] = field(default_factory=dict)
+
+
+class Estimates:
+    """What was measured, by deployment and node.
+
+    ``weights_bytes`` has the bytes of each deployment's weights, where they are known.
+    """
+
+    def __init__(self) -> None:
+        self._measured: dict[tuple[str, Work], _Measured] = {}
+        # Measured over assumed time, by node and over all nodes.
+        self._speeds: dict[tuple[str, Work], Moving] = {}
+        self._sizes: dict[str, Size] = {}
+        self.weights_bytes: dict[str, int] = {}
+
+    # Measuring
+
+    def took(self, deployment: str, node: str, work: Work, seconds: float, size_bytes: int = 0) -> None:
+        """Note how long something took.
+
+        Args:
+            deployment: its id.
+            node: the node's id.
+            work: what was done.
+            seconds: how long it took.
+            size_bytes: of the snapshot or the weights, if it has to do with any.
+        """
+        known = self._measured.get((deployment, work))
+        if known is None:
+            self._measured[deployment, work] = _Measured(Moving(seconds), {node: Moving(seconds)})
+        else:
+            known.anywhere = known.anywhere.moved(seconds)
+            here = known.here.get(node)
+            known.here[node] = Moving(seconds) if here is None else here.moved(seconds)
+        ratio = seconds / _assumed(work, size_bytes)
+        for where in (node, ""):
+            speed = self._speeds.get((where, work))
+            self._speeds[where, work] = Moving(ratio) if speed is None else speed.moved(ratio)
+
+    def learn(self, node: str, report: Report, before: Report | None, snapshot_bytes: int = 0) -> None:
+        """Take in the phases and the size that a node reports of an instance.
+
+        Args:
+            node: the node's id.
+            report: what it reports now.
+            before: what it had reported; None: nothing.
+            snapshot_bytes: the size of the snapshot that the instance came from, if it did.
+        """
+        if report.phases and (before is None or report.phases != before.phases):
+            for work, seconds in measured(report.phases):
+                size = snapshot_bytes if report.snapshot else self.weights_bytes.get(report.deployment, 0)
+                self.took(report.deployment, node, work, seconds, size)
+        if report.state is InstanceState.SERVING and (report.ram_bytes or report.gpu_bytes):
+            known = self._sizes.get(report.deployment, Size())
+            gpu = report.gpu_bytes or (known.gpu_bytes if report.gpu else 0)
+            self._sizes[report.deployment] = Size(gpu, report.ram_bytes, known.parked_bytes)
+        elif report.state is InstanceState.PARKED and report.ram_bytes:
+            known = self._sizes.get(report.deployment, Size())
+            gpu = report.gpu_bytes or known.gpu_bytes
+            self._sizes[report.deployment] = Size(gpu, known.ram_bytes, report.ram_bytes)
+
+    def forget(self, deployment: str) -> None:
+        """Drop what was measured of a deployment that is gone."""
+        for work in Work:
+            self._measured.pop((deployment, work), None)
+        self._sizes.pop(deployment, None)
+        self.weights_bytes.pop(deployment, None)
+
+    # Estimating
+
+    def seconds(self, deployment: str, node: str, work: Work, size_bytes: int = 0) -> float:
+        """The estimate of one piece of work; see ``took`` for the arguments."""
+        known = self._measured.get((deployment, work))
+        if known is not None and work is not Work.FETCH:
+            here = known.here.get(node)
+            return known.anywhere.value if here is None else here.value
+        return _assumed(work, size_bytes) * self._speed(node, work)
+
+    def start(self, deployment: str, node: str, tier: Tier, size_bytes: int = 0) -> Estimate:
+        """How long a start from a tier will take, and what says so.
+
+        Args:
+            deployment: its id.
+            node: the node's id.
+            tier: where it starts from.
+            size_bytes: of the snapshot, or of the weights for a cold start.
+        """
+        works = WORK_OF[tier]
+        seconds = sum(self.seconds(deployment, node, work, size_bytes) for work in works)
+        return Estimate(seconds, ", ".join(self._basis(deployment, node, work) for work in works))
+
+    def least(self, deployment: str, tier: Tier, size_bytes: int = 0) -> float:
+        """A time below which no node is estimated to start the deployment from a tier."""
+        return sum(self._least(deployment, work, size_bytes) for work in WORK_OF[tier])
+
+    def size(self, deployment: str) -> Size:
+        """The size of a deployment's instances; zeros where nothing is known."""
+        known = self._sizes.get(deployment)
+        if known is not None:
+            return known if known.parked_bytes else Size(known.gpu_bytes, known.ram_bytes, known.ram_bytes)
+        return Size()
+
+    def gpu_bytes(self, deployment: str) -> int:
+        """GPU memory that a cold start will take: as measured, else by the weights; 0 if nothing is known."""
+        if (known := self._sizes.get(deployment)) is not None and known.gpu_bytes:
+            return known.gpu_bytes
+        weights = self.weights_bytes.get(deployment, 0)
+        return int(weights * (1 + ENGINE_SHARE)) + ENGINE_GPU_BYTES if weights else 0
+
+    def _least(self, deployment: str, work: Work, size_bytes: int) -> float:
+        known = self._measured.get((deployment, work))
+        if known is not None and work is not Work.FETCH:
+            return min(known.anywhere.value, *(here.value for here in known.here.values()))
+        speeds = [speed.value for (_, what), speed in self._speeds.items() if what is work]
+        return _assumed(work, size_bytes) * min(speeds, default=1.0)
+
+    def _speed(self, node: str, work: Work) -> float:
+        speed = self._speeds.get((node, work)) or self._speeds.get(("", work))
+        return 1.0 if speed is None else speed.value
+
+    def _basis(self, deployment: str, node: str, work: Work) -> str:
+        known = self._measured.get((deployment, work))
+        if known is not None and work is not Work.FETCH:
+            here = known.here.get(node)
+            times = f"measured here {here.count} times" if here else ""
+            return f"{work.value} {times or f'measured elsewhere {known.anywhere.count} times'}"
+        if (node, work) in self._speeds:
+            return f"{work.value} by its size and the node's speed"
+        return f"{work.value} by its size and {'other nodes' if ('', work) in self._speeds else 'assumption'}"
+
+
+def measured(phases: Sequence[Phase]) -> Iterator[tuple[Work, float]]:
+    """What the phases of an instance's last start, restore or resume measure."""
+    names = {phase.name for phase in phases}
+    fetch = sum(phase.seconds for phase in phases if phase.name == "fetch")
+    total = total_seconds(phases)
+    if names & {"criu", "restore"}:
+        if fetch:
+            yield Work.FETCH, fetch
+        yield Work.RESTORE, total - fetch
+    elif "load" in names:
+        # A download of the model happens once.
+        yield Work.START, total - fetch
+    elif names & {"thaw", "cuda_restore"}:
+        yield Work.RESUME, total
+
+
+def _assumed(work: Work, size_bytes: int) -> float:
+    seconds, speed = ASSUMED[work]
+    return seconds + size_bytes / speed

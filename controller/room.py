@@ -1,0 +1,336 @@
+"""Room for an instance on a node: whether it fits, and which other instances must yield for it. Pure.
+
+An idle instance yields to anyone: it is parked where that makes enough room, else it ends and only its
+snapshot stays. One that is in use yields only to a strictly higher priority, and not within
+``ACTIVE_SECONDS`` after it began to serve. Among those that may yield, the first is the one whose return
+costs least for the time that it was not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from controller.model import Gpu, Instance, InstanceState, Node
+
+# An instance that is in use serves for so long before it yields, so that two deployments do not take turns
+# at evicting each other.
+ACTIVE_SECONDS: Final = 10.0
+# States in which an instance holds no memory of a GPU.
+OFF_GPU: Final = frozenset({InstanceState.PARKED, InstanceState.FAILED, InstanceState.GONE})
+
+
+class How(Enum):
+    """How an instance yields."""
+
+    PARK = "park"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What an instance needs that is to come to a node.
+
+    Args:
+        deployment: its id; its own instances do not yield for it.
+        priority: of the deployment.
+        gpu_bytes: of one GPU; 0 if it uses none or that is not known.
+        ram_bytes: of memory, beyond what it takes there already.
+        gpu: the UUID of the GPU on which it must be; empty: any.
+        instance: the id of the parked instance that is to resume; empty: it is a new one.
+    """
+
+    deployment: str
+    priority: int = 0
+    gpu_bytes: int = 0
+    ram_bytes: int = 0
+    gpu: str = ""
+    instance: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """An instance that takes memory of a node, and what its deployment says about yielding it.
+
+    Args:
+        instance: the instance.
+        priority: of its deployment.
+        kept: its deployment keeps it serving without requests.
+        wanted: requests wait for its deployment, or a start of it is under way.
+        ours: whether this controller may touch it.
+        back_seconds: how long it would take to bring it back.
+        park_seconds, stop_seconds: how long it takes to park or to stop it.
+        parked_bytes: of memory, while it is parked.
+    """
+
+    instance: Instance
+    priority: int = 0
+    kept: bool = False
+    wanted: bool = False
+    ours: bool = True
+    back_seconds: float = 1.0
+    park_seconds: float = 0.0
+    stop_seconds: float = 0.0
+    parked_bytes: int = 0
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it yields only to a higher priority."""
+        return self.kept or self.wanted or self.instance.in_flight > 0
+
+    def loss(self, now: float) -> float:
+        """How much is lost by ending it: seconds to bring it back, for each second that it was not used."""
+        return self.back_seconds / (1.0 + max(0.0, now - self.instance.idle_since))
+
+
+@dataclass(frozen=True, slots=True)
+class Yield:
+    """An instance makes room.
+
+    ``seconds``: how long that takes. ``drains``: it is in use, and answers its requests first.
+    """
+
+    instance: str
+    how: How
+    seconds: float
+    drains: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """There is room on a GPU (empty: none is needed or chosen), once some instances have yielded."""
+
+    gpu: str = ""
+    yields: tuple[Yield, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes to make the room."""
+        return sum(one.seconds for one in self.yields)
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoom:
+    """Why there is no room. ``never``: there would be none even if every instance ended."""
+
+    reason: str
+    never: bool = False
+
+
+def find(node: Node, tenants: Sequence[Tenant], need: Need, now: float) -> Room | NoRoom:
+    """The room for an instance on a node that costs least.
+
+    Args:
+        node: the node.
+        tenants: every instance on it.
+        need: what the instance needs.
+        now: monotonic time in seconds.
+    """
+    found: list[tuple[float, float, int, Room]] = []
+    refusals: list[NoRoom] = []
+    for number, gpu in enumerate(_gpus(node, need)):
+        plan = _Plan(node, tenants, need, now, gpu)
+        refusal = plan.make()
+        if refusal is not None:
+            refusals.append(refusal)
+            continue
+        room = Room(gpu.uuid if gpu is not None and need.gpu_bytes else "", plan.yields())
+        found.append((plan.lost(), -plan.free_gpu if gpu else 0.0, number, room))
+    if found:
+        return min(found, key=lambda one: one[:3])[3]
+    return next((one for one in refusals if not one.never), refusals[0])
+
+
+def _gpus(node: Node, need: Need) -> Iterable[Gpu | None]:
+    if not node.gpus or not need.gpu_bytes:
+        return (None,)
+    chosen = [gpu for gpu in node.gpus if need.gpu in ("", gpu.uuid)]
+    return chosen or (None,)
+
+
+class _Plan:
+    """Who yields so that the need is met on one GPU, or in memory alone."""
+
+    def __init__(
+        self, node: Node, tenants: Sequence[Tenant], need: Need, now: float, gpu: Gpu | None
+    ) -> None:
+        self.node = node
+        self.need = need
+        self.now = now
+        self.gpu = gpu
+        self.others = [tenant for tenant in tenants if tenant.instance.id != need.instance]
+        self.how: dict[str, How] = {}
+        self.by_id = {tenant.instance.id: tenant for tenant in self.others}
+        used = sum(held_bytes(t.instance, gpu.uuid) for t in self.others) if gpu else 0
+        self.free_gpu = gpu.total_bytes - gpu.other_bytes - used if gpu else 0
+        self.ram = sum(tenant.instance.report.ram_bytes for tenant in tenants) + need.ram_bytes
+        self.parked = sum(
+            t.instance.report.ram_bytes for t in self.others if t.instance.state is InstanceState.PARKED
+        )
+
+    def make(self) -> NoRoom | None:
+        """Choose who yields; the reason if nobody's yielding is enough."""
+        if self.gpu is not None and (refusal := self._make_gpu_room(self.gpu)) is not None:
+            return refusal
+        return self._make_memory_room()
+
+    def yields(self) -> tuple[Yield, ...]:
+        """Who yields and how; those that end first, because a park may need their memory."""
+        order = sorted(self.how.items(), key=lambda one: one[1] is How.PARK)
+        return tuple(self._yield(self.by_id[instance], how) for instance, how in order)
+
+    def lost(self) -> float:
+        """Seconds that making room takes, and that bringing everybody back would take."""
+        return sum(
+            tenant.back_seconds + (tenant.park_seconds if how is How.PARK else tenant.stop_seconds)
+            for instance, how in self.how.items()
+            for tenant in (self.by_id[instance],)
+        )
+
+    def _make_gpu_room(self, gpu: Gpu) -> NoRoom | None:
+        needed = self.need.gpu_bytes
+        if needed > gpu.total_bytes - gpu.other_bytes:
+            return NoRoom(
+                f"it needs {_mib(needed)} of GPU memory, and {gpu.uuid} of nodes/{self.node.id} has "
+                f"{_mib(gpu.total_bytes)}, of which {_mib(gpu.other_bytes)} are not Dumont's",
+                never=True,
+            )
+        there = [t for t in self.others if held_bytes(t.instance, gpu.uuid)]
+        free = self.free_gpu
+        chosen: list[Tenant] = []
+        for tenant in self._willing(there):
+            if free >= needed:
+                break
+            chosen.append(tenant)
+            free += tenant.instance.report.gpu_bytes
+        if free < needed:
+            return NoRoom(
+                f"{gpu.uuid} of nodes/{self.node.id} has {_mib(max(0, self.free_gpu))} free of the "
+                f"{_mib(needed)} that it needs{self._holders(there, chosen)}"
+            )
+        for tenant in reversed(chosen[:-1]):
+            # Chosen before a larger one that makes enough room without it.
+            if free - tenant.instance.report.gpu_bytes >= needed:
+                free -= tenant.instance.report.gpu_bytes
+                chosen.remove(tenant)
+        for tenant in chosen:
+            parks = self.node.checkpoint_capable and not tenant.instance.park_refused
+            self.how[tenant.instance.id] = How.PARK if parks else How.STOP
+        return None
+
+    def _make_memory_room(self) -> NoRoom | None:
+        limit, parked_limit = self.node.instance_memory_limit_bytes, self.node.parked_memory_limit_bytes
+        if limit and self.need.ram_bytes > limit:
+            return NoRoom(
+                f"it needs {_mib(self.need.ram_bytes)} of memory, and nodes/{self.node.id} has "
+                f"{_mib(limit)} for instances",
+                never=True,
+            )
+
+        def over() -> bool:
+            ram, parked = self.ram, self.parked
+            for instance, how in self.how.items():
+                tenant = self.by_id[instance]
+                if how is How.STOP:
+                    ram -= tenant.instance.report.ram_bytes
+                    if tenant.instance.state is InstanceState.PARKED:
+                        parked -= tenant.instance.report.ram_bytes
+                else:
+                    ram += max(0, tenant.parked_bytes - tenant.instance.report.ram_bytes)
+                    parked += tenant.parked_bytes
+            more_parked = any(how is How.PARK for how in self.how.values())
+            return bool(limit and ram > limit) or bool(parked_limit and more_parked and parked > parked_limit)
+
+        parks, ended = dict(self.how), []
+        for tenant in self._ends():
+            if not over():
+                break
+            self.how[tenant.instance.id] = How.STOP
+            ended.append(tenant.instance.id)
+        if over():
+            return NoRoom(
+                f"nodes/{self.node.id} has {_mib(max(0, limit - self.ram + self.need.ram_bytes))} of memory "
+                f"left for instances, and it needs {_mib(self.need.ram_bytes)}"
+                f"{self._holders(self.others, [])}"
+            )
+        for instance in ended[-2::-1]:
+            # Ended before a larger one that makes enough room without it.
+            before = parks.get(instance)
+            if before is None:
+                del self.how[instance]
+            else:
+                self.how[instance] = before
+            if over():
+                self.how[instance] = How.STOP
+        return None
+
+    def _ends(self) -> Iterator[Tenant]:
+        """Who may end to free memory: parked ones, then those that were to be parked, then others."""
+        willing = list(self._willing(self.others))
+        yield from (t for t in willing if t.instance.state is InstanceState.PARKED)
+        yield from (t for t in willing if self.how.get(t.instance.id) is How.PARK)
+        yield from (t for t in willing if t.instance.id not in self.how)
+
+    def _willing(self, tenants: Iterable[Tenant]) -> Iterator[Tenant]:
+        """Those that may yield, the least loss first; idle ones before those in use."""
+        found = [t for t in tenants if not self._unwilling(t)]
+        yield from sorted(
+            found,
+            key=lambda t: (
+                t.in_use,
+                t.priority if t.in_use else 0,
+                t.loss(self.now),
+                t.instance.id,
+            ),
+        )
+
+    def _unwilling(self, tenant: Tenant) -> str:
+        """Why a tenant does not yield; empty if it does."""
+        instance = tenant.instance
+        if not tenant.ours:
+            return "is not this controller's"
+        if instance.busy or instance.state not in (InstanceState.SERVING, InstanceState.PARKED):
+            return f"is {instance.state.name.lower()}"
+        if instance.deployment == self.need.deployment:
+            return "is the deployment's own"
+        if not tenant.in_use:
+            return ""
+        if tenant.priority >= self.need.priority:
+            return f"is in use and has priority {tenant.priority}, which is not below {self.need.priority}"
+        if instance.state is InstanceState.SERVING and self.now - instance.since < ACTIVE_SECONDS:
+            return f"is in use and has served for less than {ACTIVE_SECONDS:g} s"
+        return ""
+
+    def _holders(self, tenants: Iterable[Tenant], yielding: Sequence[Tenant]) -> str:
+        held = [f"instances/{t.instance.id} {why}" for t in tenants if (why := self._unwilling(t))]
+        return f": {'; '.join(held[:3])}" + (" …" if len(held) > 3 else "") if held else ""
+
+    def _yield(self, tenant: Tenant, how: How) -> Yield:
+        instance = tenant.instance
+        idle = max(0.0, self.now - instance.idle_since)
+        if not tenant.in_use:
+            why = f"it was not used for {idle:.0f} s"
+        else:
+            why = f"its priority is {tenant.priority}, below {self.need.priority}"
+        seconds = tenant.park_seconds if how is How.PARK else tenant.stop_seconds
+        word = "parks" if how is How.PARK else "ends"
+        reason = f"instances/{instance.id} {word}: {why}, and back in {tenant.back_seconds:.1f} s"
+        return Yield(instance.id, how, seconds, instance.in_flight > 0, reason)
+
+
+def held_bytes(instance: Instance, gpu: str) -> int:
+    """Memory of a GPU that an instance holds now, or is about to."""
+    report = instance.report
+    return 0 if report.gpu != gpu or instance.state in OFF_GPU else report.gpu_bytes
+
+
+def active_from(instance: Instance) -> float:
+    """The monotonic time from which an instance that is in use may yield."""
+    return instance.since + ACTIVE_SECONDS
+
+
+def _mib(size: int) -> str:
+    return f"{size >> 20} MiB"
