@@ -10,7 +10,7 @@ import typer
 from dumont import sync
 from dumont.arguments import GenerateOptions
 from dumont.cli.durations import parse_duration
-from dumont.cli.output import Endpoint, Json, command, print_json, span
+from dumont.cli.output import Endpoint, Json, command, own_line, print_json, span
 from dumont.types import Piece, StartInfo
 
 Timeout = Annotated[
@@ -106,12 +106,14 @@ def generate(
 
 def _write(stream: sync.TextStream, *, as_json: bool, several: bool) -> None:
     """The answer as it comes, or several of them when they are complete."""
-    for piece in stream.pieces():
-        if as_json:
-            print_json(_described(piece))
-        elif not several:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
+    if as_json or several:
+        for piece in stream.pieces():
+            if as_json:
+                print_json(_described(piece))
+    else:
+        with own_line() as line:
+            for piece in stream.pieces():
+                line.write(piece.text)
     generation = stream.generation
     if as_json and generation:
         for index, answer in enumerate(generation.answers):
@@ -126,8 +128,6 @@ def _write(stream: sync.TextStream, *, as_json: bool, several: bool) -> None:
     elif several and generation:
         for index, answer in enumerate(generation.answers, start=1):
             sys.stdout.write(f"--- {index} ---\n{answer.text}\n")
-    else:
-        sys.stdout.write("\n")
 
 
 def _described(piece: Piece) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json as json_codec
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, ParamSpec
 
@@ -70,6 +71,34 @@ def describe_error(error: DumontError) -> dict[str, Any]:
         "metadata": error.metadata,
         "retry_after": error.retry_after,
     }
+
+
+class Line:
+    """Text on standard output that comes in pieces."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, piece: str) -> None:
+        """Print another piece at once."""
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        self.text += piece
+
+
+@contextlib.contextmanager
+def own_line() -> Iterator[Line]:
+    """End the line of what is printed within, however that ends: an error that follows has one of its own."""
+    line = Line()
+    try:
+        yield line
+    except BaseException:
+        if line.text:
+            with contextlib.suppress(OSError):
+                print(flush=True)
+        raise
+    else:
+        print(flush=True)
 
 
 def print_json(value: Any) -> None:

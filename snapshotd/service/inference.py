@@ -23,7 +23,7 @@ from dumont import names
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from dumont.model_host.v1 import model_host_service_pb2 as host_pb2
 from dumont.rpc.server import remaining
-from dumont.rpc.status import from_rpc_error, from_status
+from dumont.rpc.status import from_rpc_error, from_status, is_from_service
 from dumont.rpc.streams import WRITE_SECONDS, PatientWriter
 from dumont.snapshotd.v1 import inference_service_pb2 as pb2
 from snapshotd.instances.manager import Instances
@@ -38,8 +38,11 @@ Request = TypeVar("Request", pb2.GenerateRequest, pb2.EmbedRequest)
 SERVICE = "dumont.snapshotd.v1.InferenceService"
 HOST_SERVICE = "dumont.model_host.v1.ModelHostService"
 SOCKET_NAME = "host.sock"
+GONE = "INSTANCE_GONE"
 # The answer of gRPC itself, without a reason, if a model host has more calls than threads.
 HOST_BUSY = "Concurrent RPC limit exceeded!"
+# The shim needs a moment to tell how a model host ended whose connection broke.
+END_SECONDS = 1.0
 
 
 class _Call:
@@ -173,9 +176,7 @@ class _Exchange:
     def _failure(self, error: BaseException | None) -> DumontError:
         if isinstance(error, grpc.aio.AioRpcError) and error.code() is not grpc.StatusCode.CANCELLED:
             return told(error)
-        return Unavailable(
-            "INSTANCE_GONE", "the model host ended or was taken out of service", retry_after=0.2
-        )
+        return _gone()
 
 
 @dataclass
@@ -220,26 +221,56 @@ class Inference:
 
     async def generate(self, request: bytes, context: Context) -> None:
         """Pass on each message. There is no generator in between, which would cost time for every token."""
-        connection = await self._connection(_parse(pb2.GenerateRequest(), request).name)
-        call = await connection.stream().begin(request, remaining(context))
-        writer = PatientWriter(context, WRITE_SECONDS, call.cancel)
-        write = writer.write
+        name = _parse(pb2.GenerateRequest(), request).name
+        connection = await self._connection(name)
         try:
-            with writer:
-                while (messages := await call.read()) is not None:
-                    for message in messages:
-                        await write(message)
-        finally:
-            # However the caller's stream has ended, the model host must not go on computing.
-            call.cancel()
+            call = await connection.stream().begin(request, remaining(context))
+            writer = PatientWriter(context, WRITE_SECONDS, call.cancel)
+            write = writer.write
+            try:
+                with writer:
+                    while (messages := await call.read()) is not None:
+                        for message in messages:
+                            await write(message)
+            finally:
+                # However the caller's stream has ended, the model host must not go on computing.
+                call.cancel()
+        except Unavailable as error:
+            raise await self._explained(name, error) from error
 
     async def embed(self, request: bytes, context: Context) -> bytes:
-        channel = (await self._connection(_parse(pb2.EmbedRequest(), request).name)).channel
+        name = _parse(pb2.EmbedRequest(), request).name
+        channel = (await self._connection(name)).channel
         try:
             method: BytesUnary = channel.unary_unary(f"/{HOST_SERVICE}/Embed")
             return await method(request, timeout=remaining(context))
         except grpc.aio.AioRpcError as error:
-            raise told(error) from error
+            raise await self._explained(name, told(error)) from error
+
+    async def _explained(self, name: str, error: DumontError) -> DumontError:
+        """How the instance ended, if a call failed because of that; else ``error`` as it is."""
+        if error.reason != GONE:
+            return error
+        ended = await self._ended(names.parse(name, "instances", "name"))
+        if ended is None:
+            return error
+        return Unavailable(
+            GONE,
+            f"{name} ended while it answered: {ended.failure_message}; the next request starts another",
+            metadata={"instance": name, "cause": ended.failure_reason},
+            retry_after=error.retry_after,
+        )
+
+    async def _ended(self, instance: str) -> Instance | None:
+        """The instance once it is known to have failed; None if it is in another state."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_SECONDS), self.instances.changes() as changes:
+                while True:
+                    found = (await changes.get()).instance
+                    if found is None or found.id != instance or found.state is State.SERVING:
+                        continue
+                    return found if found.state is State.FAILED else None
+        return None
 
     async def close(self) -> None:
         for instance in list(self._connections):
@@ -293,7 +324,14 @@ def told(error: grpc.aio.AioRpcError) -> DumontError:
         return ResourceExhausted(
             "QUEUE_FULL", "the instance takes no more calls at present; try again", retry_after=0.2
         )
+    # Only a connection that breaks has no details: a model host gives some for each of its errors.
+    if error.code() is grpc.StatusCode.UNAVAILABLE and not is_from_service(error):
+        return _gone()
     return from_rpc_error(error)
+
+
+def _gone() -> DumontError:
+    return Unavailable(GONE, "the model host ended or was taken out of service", retry_after=0.2)
 
 
 def _parse(message: Request, data: bytes) -> Request:

@@ -130,6 +130,8 @@ class FakeController(
             if request.prompt == "endless":
                 self.endless.set()
                 await asyncio.Event().wait()
+            if request.prompt == "killed":
+                raise Unavailable("INSTANCE_GONE", "instances/a ended while it answered: ended by SIGKILL")
             if request.prompt != "cut":
                 usage = inference_pb2.Usage(prompt_tokens=4, output_tokens=3)
                 reason = inference_pb2.FINISH_REASON_END

@@ -116,6 +116,15 @@ def test_generate_reads_its_prompt_from_standard_input(cli: Cli) -> None:
     assert cli.served.controller.requests[-1].prompt == "Count"
 
 
+def test_an_error_in_mid_answer_begins_on_its_own_line(cli: Cli) -> None:
+    result = cli("generate", "qa", "killed")
+    assert result.exit_code == 1
+    assert result.stdout == "one two three\n"
+    assert result.stderr.splitlines()[1:] == [
+        "error: instances/a ended while it answered: ended by SIGKILL [INSTANCE_GONE]"
+    ]
+
+
 def test_generate_sends_every_sampling_option(cli: Cli) -> None:
     cli(
         "generate", "qa", "Count", "--top-k", "40", "--min-p", "0.125", "--repetition-penalty", "1.5",

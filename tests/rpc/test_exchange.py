@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from dumont.model_host.v1 import model_host_service_pb2 as host_pb2
 from dumont.rpc.server import bind, new_server
 from dumont.rpc.status import from_rpc_error, to_status
 from dumont.snapshotd.v1 import inference_service_pb2 as pb2
+from snapshotd.instances.record import Change
 from snapshotd.model import Instance, State
 from snapshotd.service.inference import HOST_SERVICE, SOCKET_NAME, Inference
 
@@ -36,6 +38,7 @@ class Host:
         self.hanging = asyncio.Event()
         self.reading = asyncio.Event()
         self.reading.set()
+        self.killed = asyncio.Event()
 
     async def exchange(self, orders: AsyncIterator[bytes], context: Context) -> None:
         self.streams += 1
@@ -48,6 +51,13 @@ class Host:
             prompt = host_pb2.GenerateRequest.FromString(order.generate).prompt
             if prompt == "die":
                 return
+            if prompt == "be killed":
+                chunk = inference_pb2.TextChunk(text="half an ")
+                frame = host_pb2.ExchangeResponse.Frame(call=order.call)
+                frame.messages.append(host_pb2.GenerateResponse(chunk=chunk).SerializeToString())
+                await context.write(host_pb2.ExchangeResponse(frames=[frame]).SerializeToString())
+                self.killed.set()
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
             if prompt == "hang":
                 self.hanging.set()
                 await self.reading.wait()
@@ -67,6 +77,8 @@ class OneInstance:
     def __init__(self, directory: Path) -> None:
         self.node = self
         self._directory = directory
+        self._changes: asyncio.Queue[Change] = asyncio.Queue()
+        self.watched = asyncio.Event()
         self._instance = Instance(
             "one", "qa", "org/model", "causal_lm", State.SERVING, datetime.now(UTC), pid=42
         )
@@ -76,6 +88,18 @@ class OneInstance:
 
     def all(self) -> list[Instance]:
         return [self._instance]
+
+    @asynccontextmanager
+    async def changes(self) -> AsyncIterator[asyncio.Queue[Change]]:
+        self._changes.put_nowait(Change(self._instance))
+        self.watched.set()
+        yield self._changes
+
+    def fail(self, message: str) -> None:
+        self._instance = replace(
+            self._instance, state=State.FAILED, failure_reason="HOST_DIED", failure_message=message
+        )
+        self._changes.put_nowait(Change(self._instance))
 
     def instance_directory(self, instance: str) -> Path:
         return self._directory
@@ -207,6 +231,27 @@ async def test_a_stream_that_breaks_fails_its_calls_and_is_opened_anew(served: S
     assert (type(error), error.reason) == (Unavailable, "INSTANCE_GONE")
     assert await served.words("back again") == ["back", "again"]
     assert served.host.streams == 2
+
+
+async def test_a_host_that_is_killed_in_an_answer_is_named_with_its_end(served: Served) -> None:
+    # given an answer under way
+    call = served.call("be killed")
+    assert (await call.read()).chunk.text == "half an "
+    await asyncio.wait_for(served.host.killed.wait(), 10)
+
+    # when its host is killed, which its shim tells a moment later
+    instances: Any = served.inference.instances
+    await asyncio.wait_for(instances.watched.wait(), 10)
+    instances.fail("its process ended by itself: ended by SIGKILL, and the last line of its log is: ready")
+    with pytest.raises(grpc.aio.AioRpcError) as lost:
+        await call.read()
+
+    # then the caller is told which instance it was, and how it ended
+    error = from_rpc_error(lost.value)
+    assert (type(error), error.reason) == (Unavailable, "INSTANCE_GONE")
+    assert "instances/one ended while it answered" in error.message
+    assert "ended by SIGKILL, and the last line of its log is: ready" in error.message
+    assert error.metadata == {"instance": "instances/one", "cause": "HOST_DIED"}
 
 
 async def test_requests_at_once_to_a_process_that_took_anothers_place_share_a_connection(

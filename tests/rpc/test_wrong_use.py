@@ -23,7 +23,8 @@ WRONG = [True, 5, -1, 2.5, b"bytes", "", "Not An Id", "a/b/c", "\ud800", [], [5]
 RIGHT: dict[str, Any] = {
     "model": "org/model", "start_mode": "checkpoint", "checkpoint": None, "name": "qa", "target": "b",
     "deployment": "qa", "prompt": "Count", "inputs": "one", "timeout": 5, "node": "one", "tail": 1,
-    "follow": False, "snapshot_id": "one", "progress": None, "orphans": False, "dry_run": True, "gpu": "1", "cold": False, "wait": True,
+    "follow": False, "snapshot_id": "one", "progress": None, "orphans": False,
+    "dry_run": True, "gpu": "1", "cold": False, "wait": True,
 }  # fmt: skip
 
 
