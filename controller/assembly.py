@@ -68,7 +68,7 @@ async def assemble(
     migrations = Migrations(core, starts, instances, snapshots)
     serving = Serving(core, starts, instances)
     reconciler = Reconciler(
-        core, starts, instances, snapshots, silence=3 * heartbeat, prune_every=prune_every
+        core, starts, instances, snapshots, migrations, silence=3 * heartbeat, prune_every=prune_every
     )
     stored = await registry.load()
     last_use = dict(stored.last_use or {})

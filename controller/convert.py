@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from controller.balance import Remainder
 from controller.deployments import Draft
 from controller.model import (
     Capacity,
@@ -145,11 +146,11 @@ def draft(message: deployments_pb.Deployment) -> Draft:
         engine=message.engine,
         start_mode=_start_mode(message.start_mode),
         checkpoint_enabled=checkpoint.enabled if checkpoint.HasField("enabled") else None,
-        checkpoint_ttl=_duration(checkpoint, "ttl", "deployment.checkpoint.ttl"),
+        checkpoint_ttl=optional_duration(checkpoint, "ttl", "deployment.checkpoint.ttl"),
         checkpoint_storage=_storage(checkpoint),
         checkpoint_weights=_weights(checkpoint),
-        idle_timeout=_duration(message, "idle_timeout", "deployment.idle_timeout"),
-        park_timeout=_duration(message, "park_timeout", "deployment.park_timeout"),
+        idle_timeout=optional_duration(message, "idle_timeout", "deployment.idle_timeout"),
+        park_timeout=optional_duration(message, "park_timeout", "deployment.park_timeout"),
     )
 
 
@@ -226,7 +227,8 @@ def _weights(checkpoint: deployments_pb.CheckpointSettings) -> Weights:
     )
 
 
-def _duration(message: Message, name: str, field: str) -> float | None:
+def optional_duration(message: Message, name: str, field: str) -> float | None:
+    """The seconds of a duration field; None: it is unset. Raises: InvalidArgument."""
     if not message.HasField(name):
         return None
     value: Duration = getattr(message, name)
@@ -514,6 +516,7 @@ def node_message(
         object_store=facts.object_store,
         snapshot_limit_bytes=facts.snapshot_limit_bytes,
         snapshot_bytes=snapshot_bytes,
+        draining=facts.draining,
         gpus=[
             nodes_pb.NodeGpu(
                 uuid=gpu.uuid,
@@ -531,6 +534,22 @@ def node_message(
         weight_cache_limit_bytes=facts.weight_cache_limit_bytes,
         weight_cache_bytes=facts.weight_cache_bytes,
         disk_free_bytes=facts.disk_free_bytes,
+    )
+
+
+def drained_message(node: str, left: Iterable[Remainder]) -> nodes_pb.DrainNodeResponse:
+    """What is left on a node that was drained, for callers."""
+    return nodes_pb.DrainNodeResponse(
+        node=f"nodes/{node}",
+        left=[
+            nodes_pb.NodeRemainder(
+                instance=f"instances/{one.instance}",
+                deployment=full_name("deployments", one.deployment),
+                reason=one.reason,
+                message=one.message,
+            )
+            for one in left
+        ],
     )
 
 

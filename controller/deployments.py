@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from controller import policy
 from controller.inventory import Inventory
-from controller.model import Checkpoint, Deployment, NodeState, StartMode, Storage, Weights
+from controller.model import Checkpoint, Deployment, Instance, NodeState, StartMode, Storage, Weights
 from controller.ports import Clock, Nodes, Registry
 from dumont.errors import (
     Aborted,
@@ -84,6 +84,12 @@ class Deployments:
                 metadata={"deployment": f"deployments/{deployment}"},
             )
         return self.by_id[deployment]
+
+    def owned(self, instances: Iterable[Instance]) -> frozenset[str]:
+        """The ids of those of the instances that belong to a deployment."""
+        return frozenset(
+            i.id for i in instances if (owner := self.by_id.get(i.deployment)) and owner.runs(i.report)
+        )
 
     def get_active(self, deployment: str, field: str = "deployment") -> Deployment:
         """The deployment of this id, if it is not being deleted.

@@ -139,7 +139,15 @@ class GiveUp(_Action):
     TARGET = "nodes/{}"
 
 
-Action = Park | Stop | DeleteSnapshot | Publish | KeepWarm | Forget | GiveUp
+class Evacuate(_Action):
+    """Bring an instance off a node that is being drained."""
+
+    __slots__ = ()
+    # Not the instance's own name: it is stopped once another instance has taken its place.
+    TARGET = "instances/{}/node"
+
+
+Action = Park | Stop | DeleteSnapshot | Publish | KeepWarm | Forget | GiveUp | Evacuate
 
 
 @dataclass(frozen=True, slots=True)

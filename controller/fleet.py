@@ -73,9 +73,11 @@ class Fleet:
                 metadata={"node": f"nodes/{node.id}", "controller": self.controller, "owner": owner},
             )
         now = self._clock.moment()
+        known = self._inventory.nodes.get(node.id)
         node = replace(
             node,
             state=NodeState.CONNECTING,
+            draining=known is not None and known.draining,
             heartbeat_time=now.wall,
             heartbeat_at=now.monotonic,
             since=now.monotonic,
@@ -118,6 +120,18 @@ class Fleet:
         # It stays unreachable until it has listed what it holds, so that no request waits for it.
         if known.state is NodeState.UNREACHABLE and identifier not in self._followers:
             self._follow(identifier)
+
+    async def set_draining(self, identifier: str, draining: bool) -> Node:
+        """Let nothing more be started on a node, or let starts be made there again; stored at once.
+
+        Raises:
+            NotFound: the controller knows no such node.
+        """
+        await self._registry.save_node(replace(self._inventory.node(identifier), draining=draining))
+        node = replace(self._inventory.node(identifier), draining=draining)
+        self._inventory.put_node(node)
+        log.info("node_draining" if draining else "node_undrained", node=identifier)
+        return node
 
     def check_reachable(self, identifier: str) -> None:
         """Raise unless commands can be sent to a node.

@@ -187,7 +187,7 @@ class Inventory:
         known = self.nodes.get(node.id)
         self.nodes[node.id] = node
         self.touch(f"nodes/{node.id}")
-        if known is not None and known.state is not node.state:
+        if known is not None and (known.state, known.draining) != (node.state, node.draining):
             # What can be done with everything on this node has changed.
             for deployment in self._on(node.id):
                 self.touch(f"deployments/{deployment}")
@@ -458,6 +458,8 @@ class Inventory:
             self._instances_of[instance.deployment][instance.id] = None
         for watcher in self._watchers:
             watcher.mark(instance.id)
+        if instance.node in self.nodes and self.nodes[instance.node].draining:
+            self.touch(f"nodes/{instance.node}")
         self.touch(f"deployments/{instance.deployment}")
 
     def _depart(self, instance: str) -> None:

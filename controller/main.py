@@ -79,7 +79,7 @@ def add_services(
         server,
     )
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(
-        NodeService(controller.core, settings.heartbeat_seconds), server
+        NodeService(controller.core, controller.migrations, running, settings.heartbeat_seconds), server
     )
     snapshot_service_pb2_grpc.add_SnapshotServiceServicer_to_server(
         SnapshotService(controller.core, controller.snapshots, controller.starts, running), server

@@ -7,13 +7,14 @@ prompts that it has, and then the reconciler stops it. A step that fails leaves 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import structlog
 
-from controller import policy, transfer
+from controller import balance, policy, transfer
 from controller.core import Core
 from controller.instances import Instances
 from controller.model import Deployment, Instance, InstanceState, Node, NodeState, StartMode
@@ -60,6 +61,76 @@ class Migrations:
         self._instances = instances
         self._snapshots = snapshots
         self._under_way: set[str] = set()
+        # Why instances could not leave a draining node: reason and message by instance.
+        self.refused: dict[str, tuple[str, str]] = {}
+
+    async def evacuate(self, instance: str) -> None:
+        """Bring an instance off its node: a serving one to another node, cold if need be.
+
+        A parked one only ends: its deployment wakes elsewhere from its snapshot, which the drain publishes.
+
+        Raises:
+            DumontError: it could not be brought elsewhere; ``refused`` has the reason until it leaves.
+        """
+        known = self._inventory.instance(instance)
+        try:
+            if known.state is InstanceState.PARKED:
+                await self._instances.stop(instance)
+            else:
+                await self.migrate(instance, Destination(cold=True))
+        except DumontError as error:
+            self.refused[instance] = (error.reason, error.message)
+            raise
+        finally:
+            if instance not in self._inventory.instances:
+                self.refused.pop(instance, None)
+            self._inventory.touch(f"nodes/{known.node}")
+
+    async def drain(
+        self, node: str, timeout: float | None, on_left: Callable[[int], None] = lambda left: None
+    ) -> tuple[balance.Remainder, ...]:
+        """Have a node drained, and wait until it is as empty as it can become.
+
+        The node goes on draining after this, also when this is cancelled, until it is undrained.
+
+        Args:
+            node: its id.
+            timeout: seconds after which to return with what is left; None: no limit.
+            on_left: called with the number of instances on the node when that changes.
+
+        Returns:
+            What is left on the node, and why.
+
+        Raises:
+            NotFound: there is no such node.
+            Unavailable: it could not be stored that the node drains.
+        """
+        for left in self._inventory.instances_on(self._inventory.node(node).id):
+            self.refused.pop(left.id, None)
+        await self._core.fleet.set_draining(node, True)
+        counted = -1
+
+        def settled() -> bool:
+            nonlocal counted
+            known = self._inventory.instances_on(node)
+            if len(known) != counted:
+                counted = len(known)
+                on_left(counted)
+            owned = self._core.deployments.owned(known)
+            stuck = (i.id not in owned or (i.id in self.refused and not i.in_flight) for i in known)
+            return not self._inventory.node(node).draining or all(stuck)
+
+        emptied = asyncio.ensure_future(self._inventory.until(settled, f"nodes/{node}"))
+        waits: set[asyncio.Future[None]] = {emptied}
+        if timeout is not None:
+            waits.add(asyncio.ensure_future(self._core.clock.sleep(timeout)))
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        known = self._inventory.instances_on(node)
+        return balance.remainder(known, self._core.deployments.owned(known), self.refused)
 
     async def migrate(
         self, instance: str, to: Destination, on_stage: OnStage = lambda stage: None
@@ -119,7 +190,7 @@ class Migrations:
                 metadata=metadata,
             )
         if not to.gpu:
-            self._way(deployment, known, self._target(known, to), to)
+            self._way(deployment, known, self._target(deployment, known, to), to)
 
     def _owner(self, known: Instance) -> Deployment:
         """The deployment of an instance. Raises: FailedPrecondition, ORPHAN."""
@@ -133,7 +204,7 @@ class Migrations:
             )
         return self._core.deployments.get_active(owner.id)
 
-    def _target(self, known: Instance, to: Destination) -> Node:
+    def _target(self, deployment: Deployment, known: Instance, to: Destination) -> Node:
         if to.node == known.node:
             raise FailedPrecondition(
                 "SAME_NODE",
@@ -144,7 +215,19 @@ class Migrations:
         if to.node:
             return self._inventory.node(to.node)
         others = {node.id: node for node in self._inventory.nodes.values() if node.id != known.node}
-        return policy.place(others, publishing=bool(self._inventory.node(known.node).object_store))
+        # A node that a snapshot can be brought to comes first, however much memory others have.
+        within_reach = {node.id: node for node in others.values() if self._reaches(deployment, known, node)}
+        return policy.place(
+            within_reach or others, publishing=bool(self._inventory.node(known.node).object_store)
+        )
+
+    def _reaches(self, deployment: Deployment, known: Instance, target: Node) -> bool:
+        """Whether a snapshot can be brought to a node."""
+        try:
+            self._way(deployment, known, target, Destination())
+        except DumontError:
+            return False
+        return True
 
     def _way(self, deployment: Deployment, known: Instance, target: Node, to: Destination) -> transfer.Way:
         copies = self._inventory.copies_of(deployment.id)
@@ -192,7 +275,7 @@ class Migrations:
         """Make an instance on the target; ``on_made`` is called with its id as soon as it serves."""
         known = self._inventory.instance(instance)
         deployment = self._owner(known)
-        target = self._target(known, to)
+        target = self._target(deployment, known, to)
         way = self._way(deployment, known, target, to)
         snapshot = way.snapshot
         log.info("migrating", instance=instance, node=target.id, because=way.reason)

@@ -383,7 +383,10 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A snapshotd and the machine it runs on; ``since`` is when its state began."""
+    """A snapshotd and the machine it runs on; ``since`` is when its state began.
+
+    ``draining`` is set by a person: nothing more is started there, and what runs there goes elsewhere.
+    """
 
     id: str
     endpoint: str
@@ -408,9 +411,15 @@ class Node:
     weight_cache_bytes: int = 0
     # Bytes that a fetched snapshot may take on its disk.
     disk_free_bytes: int = 0
+    draining: bool = False
     heartbeat_time: float = 0.0
     heartbeat_at: float = 0.0
     since: float = 0.0
+
+    @property
+    def takes_starts(self) -> bool:
+        """Whether instances may be started or woken on it."""
+        return self.state is NodeState.READY and not self.draining
 
 
 @dataclass(frozen=True, slots=True)

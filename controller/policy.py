@@ -187,7 +187,7 @@ def explain(facts: Facts, now: float) -> list[Candidate]:
 def _cheapest(facts: Facts, reachable: list[Instance], now: float) -> Attempt | Wait:
     best: Candidate | None = None
     refusals: list[NoRoom] = []
-    gpus = any(node.gpus and node.state is NodeState.READY for node in facts.nodes.values())
+    gpus = any(node.gpus and node.takes_starts for node in facts.nodes.values())
     for tier in (Tier.PARKED, Tier.LOCAL, Tier.REMOTE, Tier.COLD):
         least = facts.estimates.least(facts.deployment.id, tier, _least_bytes(facts, tier))
         final = best is not None and (best.gpu_node or not gpus or best.tier is Tier.PARKED)
@@ -198,7 +198,7 @@ def _cheapest(facts: Facts, reachable: list[Instance], now: float) -> Attempt | 
     if best is not None:
         return _attempt(facts, best, now)
     if not refusals:
-        raise _no_node()
+        raise _no_node(facts.nodes.values())
     if all(refusal.never for refusal in refusals):
         raise ResourceExhausted(
             "NO_ROOM",
@@ -307,7 +307,7 @@ def _ready(facts: Facts, node: str) -> bool:
 
 def _open(facts: Facts, node: str) -> bool:
     """Whether a start may be attempted on a node."""
-    return _ready(facts, node) and f"nodes/{node}" not in facts.failed
+    return node in facts.nodes and facts.nodes[node].takes_starts and f"nodes/{node}" not in facts.failed
 
 
 def _resident(facts: Facts, instances: list[Instance], now: float, sequences: int = 1) -> Attempt | None:
@@ -381,7 +381,7 @@ def usable(snapshot: Snapshot, nodes: Mapping[str, Node]) -> bool:
         and not snapshot.quarantined
         and not snapshot.incompatibility
         and node is not None
-        and node.state is NodeState.READY
+        and node.takes_starts
         and node.checkpoint_capable
     )
 
@@ -411,7 +411,8 @@ def _candidates(facts: Facts, reachable: list[Instance], tier: Tier) -> Iterator
 def _parked(facts: Facts, reachable: list[Instance]) -> Iterator[Candidate]:
     deployment, estimates = facts.deployment, facts.estimates
     for instance in reachable:
-        if instance.state is InstanceState.PARKED and not instance.busy:
+        draining = facts.nodes[instance.node].draining
+        if instance.state is InstanceState.PARKED and not instance.busy and not draining:
             report = instance.report
             # Another GPU of its node will do where the node can move it.
             need = Need(deployment.id, deployment.priority, report.gpu_bytes, 0, "", instance.id)
@@ -481,10 +482,12 @@ def _least_bytes(facts: Facts, tier: Tier) -> int:
     return min((snapshot.size_bytes for snapshot in facts.snapshots), default=0)
 
 
-def _no_node() -> Unavailable:
+def _no_node(nodes: Iterable[Node]) -> Unavailable:
+    drained = any(node.draining for node in nodes)
+    wanted, remedy = (" and takes starts", "undrain one") if drained else ("", "see dumont node ls")
     return Unavailable(
         "NO_NODE",
-        "no node is ready; start a snapshotd that registers here, or see dumont node ls",
+        f"no node is ready{wanted}; start a snapshotd that registers here, or {remedy}",
         retry_after=1.0,
     )
 
@@ -500,9 +503,9 @@ def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset(), publi
     Raises:
         Unavailable: NO_NODE, there is none.
     """
-    ready = [n for n in nodes.values() if n.state is NodeState.READY and f"nodes/{n.id}" not in failed]
+    ready = [n for n in nodes.values() if n.takes_starts and f"nodes/{n.id}" not in failed]
     if not ready:
-        raise _no_node()
+        raise _no_node(nodes.values())
     return min(
         ready,
         key=lambda n: (

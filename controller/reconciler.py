@@ -14,11 +14,12 @@ from typing import Any, assert_never
 
 import structlog
 
-from controller import expiry
+from controller import balance, expiry
 from controller.backoff import Backoff
 from controller.core import Core
-from controller.expiry import DeleteSnapshot, Forget, GiveUp, KeepWarm, Park, Publish, Stop
+from controller.expiry import DeleteSnapshot, Evacuate, Forget, GiveUp, KeepWarm, Park, Publish, Stop
 from controller.instances import Instances
+from controller.migration import Migrations
 from controller.model import Moment, Node, NodeState
 from controller.ports import NODE_UNAVAILABLE
 from controller.snapshots import Snapshots
@@ -33,6 +34,8 @@ STABLE_SECONDS = 60.0
 BATCH = 200
 # Seconds after which a deployment is planned again in any case: the wall clock may have jumped.
 LOOK_AGAIN = 3600.0
+# Seconds after which a draining node is planned again: what could not leave may leave now.
+DRAIN_AGAIN = 1.0
 # A park that fails for one of these reasons says nothing about whether the instance can be parked.
 TRANSIENT = frozenset({"INSTANCE_BUSY", "ILLEGAL_TRANSITION", "INSTANCE_NOT_FOUND", NODE_UNAVAILABLE})
 
@@ -81,6 +84,7 @@ class Reconciler:
         starts: where a deployment that must stay warm is started.
         instances: the commands to instances.
         snapshots: the commands to snapshots.
+        migrations: what brings instances elsewhere.
         silence: seconds without a heartbeat after which a node is given up.
         save_every: seconds between two saves of last-use times; a crash loses at most that much.
         prune_every: seconds between two prunings of each object store; 0: never.
@@ -92,6 +96,7 @@ class Reconciler:
         starts: Starts,
         instances: Instances,
         snapshots: Snapshots,
+        migrations: Migrations,
         silence: float = 15.0,
         save_every: float = 2.0,
         prune_every: float = 0.0,
@@ -100,6 +105,7 @@ class Reconciler:
         self._starts = starts
         self._instances = instances
         self._snapshots = snapshots
+        self._migrations = migrations
         self._silence = silence
         self._save_every = save_every
         self._prune_every = prune_every
@@ -172,8 +178,12 @@ class Reconciler:
         if kind == "nodes":
             node = self._core.inventory.nodes[identifier]
             plan = expiry.plan_node(node, self._silence, retry_at, now)
-            due = [a for a in self._room(node) if retry_at.get(a.target, 0.0) <= now.monotonic]
-            return replace(plan, actions=(*plan.actions, *due))
+            room = [a for a in self._room(node) if retry_at.get(a.target, 0.0) <= now.monotonic]
+            leaving = self._drain(node, retry_at, now.monotonic)
+            again_in = plan.again_in
+            if node.draining:
+                again_in = DRAIN_AGAIN if again_in is None else min(again_in, DRAIN_AGAIN)
+            return replace(plan, actions=(*plan.actions, *room, *leaving), again_in=again_in)
         facts = self.facts(identifier, retry_at)
         if facts.deployment is None and not facts.instances and not facts.snapshots:
             return None
@@ -197,6 +207,14 @@ class Reconciler:
             )
             held.append(expiry.Held(snapshot, used, in_use))
         return expiry.plan_room(node, held)
+
+    def _drain(self, node: Node, retry_at: Mapping[str, float], now: float) -> tuple[expiry.Action, ...]:
+        if not node.draining:
+            return ()
+        inventory = self._core.inventory
+        instances = inventory.instances_on(node.id)
+        owned = self._core.deployments.owned(instances)
+        return balance.plan_drain(node, instances, inventory.held_on(node.id), owned, retry_at, now)
 
     def facts(self, deployment: str, retry_at: Mapping[str, float]) -> expiry.Facts:
         """The facts that a deployment is planned from.
@@ -275,6 +293,8 @@ class Reconciler:
             case Forget():
                 await self._core.deployments.forget(action.id)
                 self._starts.failures.pop(action.id, None)
+            case Evacuate():
+                await self._migrations.evacuate(action.id)
             case GiveUp():
                 await self._core.fleet.give_up(action.id)
             case _:

@@ -57,7 +57,7 @@ def find(facts: Facts) -> Way:
 
     Raises:
         FailedPrecondition: why there is none, and what would make one.
-        Unavailable: NODE_UNAVAILABLE, the target does not answer, or DRAINING, it is being emptied.
+        Unavailable: NODE_UNAVAILABLE, the target does not answer.
     """
     check_target(facts.target)
     restorable = [
@@ -94,7 +94,14 @@ def check_target(target: Node) -> None:
 
     Raises:
         Unavailable: NODE_UNAVAILABLE, it does not answer.
+        FailedPrecondition: NODE_DRAINING.
     """
+    if target.draining:
+        raise FailedPrecondition(
+            "NODE_DRAINING",
+            f"nodes/{target.id} is being drained and takes no instances; undrain it, or name another node",
+            metadata={"node": f"nodes/{target.id}"},
+        )
     if target.state is not NodeState.READY:
         raise Unavailable(
             "NODE_UNAVAILABLE",

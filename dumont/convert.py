@@ -210,4 +210,12 @@ def node(message: node_service_pb2.Node) -> types.Node:
         object_store=message.object_store,
         snapshot_bytes=message.snapshot_bytes,
         snapshot_limit_bytes=message.snapshot_limit_bytes,
+        draining=message.draining,
+    )
+
+
+def remainders(message: node_service_pb2.DrainNodeResponse) -> tuple[types.Remainder, ...]:
+    """What is left on a node that was drained."""
+    return tuple(
+        types.Remainder(left.instance, left.deployment, left.reason, left.message) for left in message.left
     )

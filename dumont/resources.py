@@ -11,7 +11,7 @@ from dumont.arguments import full_name
 from dumont.connection import Connection
 from dumont.controller.v1 import instance_service_pb2, node_service_pb2, snapshot_service_pb2
 from dumont.errors import NotFound
-from dumont.types import Instance, Node, Pruned, Snapshot, SnapshotProgress, Verified
+from dumont.types import Instance, Node, Pruned, Remainder, Snapshot, SnapshotProgress, Verified
 
 
 class AsyncInstances:
@@ -345,6 +345,52 @@ class AsyncNodes:
         request = node_service_pb2.GetNodeRequest(name=full_name(name, "nodes", "name"))
         with self._connection.errors():
             return convert.node(await self._connection.nodes.GetNode(request))
+
+    async def drain(
+        self,
+        name: str,
+        *,
+        timeout: float | None = None,
+        wait: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Remainder, ...]:
+        """Start nothing more on a node, and bring what runs there to others. It stays so until ``undrain``.
+
+        Args:
+            name: the node.
+            timeout: seconds after which to return with what is left; the node goes on draining.
+            wait: until nothing is left that could go elsewhere; else only begin.
+            progress: called with the numbers of instances that are left and that there were.
+
+        Returns:
+            What is still on the node, and why; empty without ``wait``.
+        """
+        request = node_service_pb2.DrainNodeRequest(name=full_name(name, "nodes", "name"))
+        if timeout is not None:
+            request.timeout.CopyFrom(convert.duration(timeout))
+
+        def report(metadata: node_service_pb2.DrainNodeMetadata) -> None:
+            if progress:
+                progress(metadata.instances_left, metadata.instances_total)
+
+        with self._connection.errors():
+            operation = await self._connection.nodes.DrainNode(request)
+        if not wait:
+            return ()
+        message = await operations.follow(
+            self._connection,
+            operation,
+            node_service_pb2.DrainNodeResponse(),
+            node_service_pb2.DrainNodeMetadata(),
+            report if progress else None,
+        )
+        return convert.remainders(message)
+
+    async def undrain(self, name: str) -> Node:
+        """Let a node take starts again."""
+        request = node_service_pb2.UndrainNodeRequest(name=full_name(name, "nodes", "name"))
+        with self._connection.errors():
+            return convert.node(await self._connection.nodes.UndrainNode(request))
 
 
 async def pages(connection: Connection, method: Any, request: Any, field: str) -> AsyncIterator[Any]:

@@ -23,6 +23,7 @@ from dumont.types import (
     Node,
     Piece,
     Pruned,
+    Remainder,
     Snapshot,
     SnapshotProgress,
     StartInfo,
@@ -423,3 +424,18 @@ class Nodes:
     def list(self) -> list[Node]:
         """All nodes."""
         return self._loop.run(self._nodes.list())
+
+    def drain(
+        self,
+        name: str,
+        *,
+        timeout: float | None = None,
+        wait: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Remainder, ...]:
+        """Empty a node; see ``AsyncNodes.drain``. Another thread runs ``progress``."""
+        return self._loop.run(self._nodes.drain(name, timeout=timeout, wait=wait, progress=progress))
+
+    def undrain(self, name: str) -> Node:
+        """Let a node take starts again."""
+        return self._loop.run(self._nodes.undrain(name))

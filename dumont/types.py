@@ -286,10 +286,21 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Remainder:
+    """An instance that is still on a drained node; ``reason`` is a stable word, ``message`` a sentence."""
+
+    instance: str
+    deployment: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Node:
     """A snapshotd and the machine it runs on. ``object_store``: where it publishes snapshots, or empty.
 
     Its own snapshots take ``snapshot_bytes`` and may take ``snapshot_limit_bytes``, 0 for no limit.
+    ``draining``: nothing more is started there, and what runs there goes elsewhere.
     """
 
     name: str
@@ -306,3 +317,4 @@ class Node:
     object_store: str
     snapshot_bytes: int = 0
     snapshot_limit_bytes: int = 0
+    draining: bool = False

@@ -398,6 +398,7 @@ def _facts(node: Node) -> dict[str, Any]:
         "findings": [[f.check, f.passed, f.message] for f in node.findings],
         "object_store": node.object_store,
         "snapshot_limit_bytes": node.snapshot_limit_bytes,
+        "draining": node.draining,
         "gpus": [[g.uuid, g.model, g.total_bytes, g.free_bytes, g.other_bytes] for g in node.gpus],
         "instance_memory_limit_bytes": node.instance_memory_limit_bytes,
         "parked_memory_limit_bytes": node.parked_memory_limit_bytes,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from google.longrunning import operations_pb2
+
 from controller import convert
 from controller.core import Core
+from controller.migration import Migrations
 from controller.model import InstanceState, Node
 from dumont import names
 from dumont.controller.v1 import node_service_pb2 as pb
 from dumont.controller.v1 import node_service_pb2_grpc as pb_grpc
 from dumont.errors import InvalidArgument
+from dumont.rpc.operations import Operations, Progress
 from dumont.rpc.pages import page
 
 
@@ -19,10 +23,15 @@ class NodeService(pb_grpc.NodeServiceServicer):
 
     Args:
         core: the ports and the facts.
+        migrations: what empties nodes.
+        operations: the long-running operations of this service.
         interval: seconds that nodes should leave between heartbeats.
     """
 
-    def __init__(self, core: Core, interval: float) -> None:
+    def __init__(self, core: Core, migrations: Migrations, operations: Operations, interval: float) -> None:
+        self._core = core
+        self._migrations = migrations
+        self._operations = operations
         self._fleet = core.fleet
         self._inventory = core.inventory
         self._interval = interval
@@ -60,6 +69,27 @@ class NodeService(pb_grpc.NodeServiceServicer):
     async def ListNodes(self, request: pb.ListNodesRequest, context: object) -> pb.ListNodesResponse:
         found, token = page(self._inventory.nodes, request.page_size, request.page_token)
         return pb.ListNodesResponse(nodes=[self._message(node) for node in found], next_page_token=token)
+
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: object) -> operations_pb2.Operation:
+        node = self._inventory.node(names.parse(request.name, "nodes", "name")).id
+        timeout = convert.optional_duration(request, "timeout", "timeout")
+
+        async def work(progress: Progress) -> pb.DrainNodeResponse:
+            left = await self._migrations.drain(
+                node, timeout, lambda count: progress.update(instances_left=count)
+            )
+            return convert.drained_message(node, left)
+
+        metadata = pb.DrainNodeMetadata(
+            node=request.name,
+            create_time=convert.timestamp(self._core.clock.moment().wall),
+            instances_total=len(self._inventory.instances_on(node)),
+        )
+        return self._operations.start("drain", work, metadata)
+
+    async def UndrainNode(self, request: pb.UndrainNodeRequest, context: object) -> pb.Node:
+        node = names.parse(request.name, "nodes", "name")
+        return self._message(await self._core.fleet.set_draining(node, False))
 
     def _message(self, node: Node) -> pb.Node:
         tenants = self._inventory.instances_on(node.id)

@@ -291,7 +291,7 @@ class Start:
         """Whether a cold start may be attempted on another node; after several, all would fail."""
         tried = [name for name in self._failed if name.startswith("nodes/")]
         nodes = self._core.inventory.nodes.values()
-        left = [n for n in nodes if n.state is NodeState.READY and f"nodes/{n.id}" not in self._failed]
+        left = [n for n in nodes if n.takes_starts and f"nodes/{n.id}" not in self._failed]
         return len(tried) < COLD_ATTEMPTS and bool(left)
 
     def _phase(self, name: str, began: float) -> None:

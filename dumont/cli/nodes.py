@@ -1,19 +1,20 @@
-"""``dumont node ls``."""
+"""``dumont node``: the commands for nodes."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import typer
 
 from dumont import sync
-from dumont.cli.output import Endpoint, Json, age, command, print_json, print_table, short, size
+from dumont.cli.durations import parse_duration
+from dumont.cli.output import Endpoint, Json, age, command, console, print_json, print_table, short, size
 from dumont.types import Node
 
 app = typer.Typer(help="The machines that run models.", no_args_is_help=True)
 
 
-@app.callback()
-def group() -> None:
-    """Keeps ``ls`` a command of its own: a group of one would be run without its name."""
+Name = Annotated[str, typer.Argument(metavar="NODE", help="The node.")]
 
 
 @app.command()
@@ -41,7 +42,7 @@ def ls(json: Json = False, endpoint: Endpoint = None) -> None:
         (
             (
                 short(node.name),
-                node.state,
+                f"{node.state}, draining" if node.draining else node.state,
                 node.endpoint,
                 ", ".join(node.gpu_models) or "none",
                 f"{size(node.memory_available_bytes)} of {size(node.memory_total_bytes)}",
@@ -54,6 +55,49 @@ def ls(json: Json = False, endpoint: Endpoint = None) -> None:
             for node in found
         ),
     )
+
+
+@app.command()
+@command
+def drain(
+    name: Name,
+    wait: Annotated[bool, typer.Option(help="Wait until it is empty; Ctrl-C only ends the waiting.")] = True,
+    deadline: Annotated[
+        float | None,
+        typer.Option(parser=parse_duration, metavar="DURATION", help="Wait no longer than this."),
+    ] = None,
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Start nothing more on a node, and bring what runs there to others, until it is undrained.
+
+    Ends with status 1 if something is left there.
+    """
+    with sync.Client(endpoint) as client, console(stderr=True).status("draining") as status:
+
+        def show(left: int, total: int) -> None:
+            status.update(f"{left} of {total} instances left")
+
+        left = client.nodes.drain(name, timeout=deadline, wait=wait, progress=show)
+    if json:
+        print_json({"node": short(name), "left": left})
+    elif left:
+        print_table(
+            ("STILL THERE", "DEPLOYMENT", "WHY"),
+            ((short(one.instance), short(one.deployment), f"{one.reason}: {one.message}") for one in left),
+        )
+    if left:
+        raise typer.Exit(1)
+
+
+@app.command()
+@command
+def undrain(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
+    """Let a node take starts again."""
+    with sync.Client(endpoint) as client:
+        node = client.nodes.undrain(name)
+    if json:
+        print_json(node)
 
 
 def kept(node: Node) -> str:

@@ -110,6 +110,7 @@ async def test_what_was_stored_is_there_for_the_next_controller(registry: Regist
         findings=(Finding("criu", True, "4.1"),),
         heartbeat_time=5.5,
         object_store="s3://bucket/prefix",
+        draining=True,
     )
     intent = Intent("qa-1", "qa", "n1", "", 7.25)
     await registry.create_deployment(deployment())

@@ -68,6 +68,7 @@ class FakeController(
         self.requests: list[Any] = []
         self.unavailable = 0
         self.watch_ends = False
+        self.draining = False
         self.endless.clear()
         self.cancelled.clear()
 
@@ -225,10 +226,39 @@ class FakeController(
         metadata = snapshots.CreateSnapshotMetadata(deployment=request.deployment, stage="start")
         return self.operations.start("capture", capture, metadata)
 
+    async def DrainNode(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        self.draining = True
+
+        async def drain(progress: Progress) -> nodes.DrainNodeResponse:
+            progress.update(instances_left=1)
+            busy = nodes.NodeRemainder(
+                instance="instances/a",
+                deployment="deployments/qa",
+                reason="INSTANCE_BUSY",
+                message="it answers",
+            )
+            return nodes.DrainNodeResponse(
+                node=request.name, left=[busy] if request.HasField("timeout") else []
+            )
+
+        return self.operations.start(
+            "drain", drain, nodes.DrainNodeMetadata(node=request.name, instances_total=3)
+        )
+
+    async def UndrainNode(self, request: Any, context: Any) -> nodes.Node:
+        self.draining = False
+        return self._node(request.name)
+
     async def ListNodes(self, request: Any, context: Any) -> nodes.ListNodesResponse:
-        node = nodes.Node(name="nodes/one", state=nodes.Node.STATE_READY, memory_total_bytes=2**34)
+        return nodes.ListNodesResponse(nodes=[self._node("nodes/one")])
+
+    def _node(self, name: str) -> nodes.Node:
+        node = nodes.Node(
+            name=name, state=nodes.Node.STATE_READY, memory_total_bytes=2**34, draining=self.draining
+        )
         node.heartbeat_time.GetCurrentTime()
-        return nodes.ListNodesResponse(nodes=[node])
+        return node
 
     async def GetNode(self, request: Any, context: Any) -> nodes.Node:
         raise NotFound("NODE_NOT_FOUND", f"no {request.name}", field="name")

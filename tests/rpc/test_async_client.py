@@ -261,6 +261,17 @@ async def test_giving_up_on_a_snapshot_cancels_it(
     assert await asyncio.to_thread(controller.cancelled.wait, 10)
 
 
+async def test_a_node_is_drained_and_undrained(client: dumont.AsyncClient) -> None:
+    seen: list[tuple[int, int]] = []
+    assert await client.nodes.drain("one", progress=lambda *left: seen.append(left)) == ()
+    assert seen[-1] == (1, 3)
+    assert [node.draining for node in await client.nodes.list()] == [True]
+    (left,) = await client.nodes.drain("nodes/one", timeout=1)
+    assert (left.instance, left.reason) == ("instances/a", "INSTANCE_BUSY")
+    assert await client.nodes.drain("one", wait=False) == ()
+    assert not (await client.nodes.undrain("one")).draining
+
+
 async def test_nodes_are_listed(client: dumont.AsyncClient) -> None:
     assert [(node.name, node.state) for node in await client.nodes.list()] == [("nodes/one", "ready")]
 

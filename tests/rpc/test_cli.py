@@ -240,6 +240,16 @@ def test_snapshots_are_made_listed_shown_and_removed(cli: Cli) -> None:
     assert cli.document("snapshot", "rm", "snapshots/one") == {"deleted": "one"}
 
 
+def test_a_node_is_drained_and_what_is_left_is_told(cli: Cli) -> None:
+    assert cli("node", "drain", "one").exit_code == 0
+    assert "ready, draining" in cli("node", "ls").stdout
+    left = cli("node", "drain", "one", "--deadline", "1m")
+    assert left.exit_code == 1
+    assert "INSTANCE_BUSY: it answers" in left.stdout
+    assert cli("node", "undrain", "one").exit_code == 0
+    assert cli.document("node", "ls")[0]["draining"] is False
+
+
 def test_nodes_are_listed(cli: Cli) -> None:
     assert "16.0 GiB" in cli("node", "ls").stdout
     assert cli.document("node", "ls")[0]["name"] == "nodes/one"
@@ -314,7 +324,7 @@ def test_the_version_is_told(cli: Cli) -> None:
 def test_every_command_offers_json(cli: Cli) -> None:
     commands = [
         "up", "deploy", "ls", "rm", "generate", "embed", "ps", "park", "resume", "stop", "logs", "doctor",
-        "migrate",
+        "migrate", "node drain", "node undrain",
         "snapshot create", "snapshot ls", "snapshot inspect", "snapshot rm", "node ls",
     ]  # fmt: skip
     offered = [command for command in commands if "--json" in cli(*command.split(), "--help").stdout]
