@@ -46,12 +46,26 @@ from dumont.snapshotd.v1 import snapshot_service_pb2 as node_snapshots_pb
 
 TEN_YEARS: Final = 10 * 365 * 86400
 MODEL_LIMIT: Final = 1024
+HIGHEST_PRIORITY: Final = 1000
+MOST_INSTANCES: Final = 1000
 MODES: Final = {
     deployments_pb.START_MODE_COLD: StartMode.COLD,
     deployments_pb.START_MODE_WARM: StartMode.WARM,
     deployments_pb.START_MODE_CHECKPOINT: StartMode.CHECKPOINT,
 }
-EVERYTHING: Final = frozenset({"model", "engine", "start_mode", "checkpoint", "idle_timeout", "park_timeout"})
+EVERYTHING: Final = frozenset(
+    {
+        "model",
+        "engine",
+        "start_mode",
+        "checkpoint",
+        "idle_timeout",
+        "park_timeout",
+        "priority",
+        "min_instances",
+        "max_instances",
+    }
+)
 MODES_BACK: Final = {mode: value for value, mode in MODES.items()}
 STORAGES: Final = {
     deployments_pb.STORAGE_UNSPECIFIED: Storage.LOCAL,
@@ -151,6 +165,9 @@ def draft(message: deployments_pb.Deployment) -> Draft:
         checkpoint_weights=_weights(checkpoint),
         idle_timeout=optional_duration(message, "idle_timeout", "deployment.idle_timeout"),
         park_timeout=optional_duration(message, "park_timeout", "deployment.park_timeout"),
+        priority=_priority(message.priority),
+        min_instances=_count(message, "min_instances", 0),
+        max_instances=_count(message, "max_instances", 1),
     )
 
 
@@ -227,6 +244,32 @@ def _weights(checkpoint: deployments_pb.CheckpointSettings) -> Weights:
     )
 
 
+def _priority(value: int) -> int:
+    if abs(value) > HIGHEST_PRIORITY:
+        raise InvalidArgument(
+            "INVALID_PRIORITY",
+            f"deployment.priority must be from -{HIGHEST_PRIORITY} to {HIGHEST_PRIORITY}; got {value}",
+            field="deployment.priority",
+            metadata={"value": str(value)},
+        )
+    return value
+
+
+def _count(message: Message, name: str, least: int) -> int | None:
+    if not message.HasField(name):
+        return None
+    value: int = getattr(message, name)
+    if not least <= value <= MOST_INSTANCES:
+        field = f"deployment.{name}"
+        raise InvalidArgument(
+            "INVALID_INSTANCES",
+            f"{field} must be from {least} to {MOST_INSTANCES}; got {value}",
+            field=field,
+            metadata={"value": str(value)},
+        )
+    return value
+
+
 def optional_duration(message: Message, name: str, field: str) -> float | None:
     """The seconds of a duration field; None: it is unset. Raises: InvalidArgument."""
     if not message.HasField(name):
@@ -275,6 +318,9 @@ def deployment_message(
         create_time=timestamp(facts.create_time),
         update_time=timestamp(facts.update_time),
         etag=facts.etag,
+        priority=facts.priority,
+        min_instances=facts.kept_instances,
+        max_instances=facts.most_instances,
     )
     if last_use is not None:
         message.last_use_time.CopyFrom(timestamp(last_use))

@@ -9,7 +9,16 @@ from typing import Final
 
 from controller import policy
 from controller.inventory import Inventory
-from controller.model import Checkpoint, Deployment, Instance, NodeState, StartMode, Storage, Weights
+from controller.model import (
+    Checkpoint,
+    Deployment,
+    Instance,
+    NodeState,
+    ResolvedModel,
+    StartMode,
+    Storage,
+    Weights,
+)
 from controller.ports import Clock, Nodes, Registry
 from dumont.errors import (
     Aborted,
@@ -34,6 +43,9 @@ class Draft:
     checkpoint_weights: Weights = Weights.DETACHED
     idle_timeout: float | None = None
     park_timeout: float | None = None
+    priority: int = 0
+    min_instances: int | None = None
+    max_instances: int | None = None
 
 
 # Paths of an update mask, and the fields of the draft that they replace.
@@ -46,6 +58,9 @@ MUTABLE: Final[Mapping[str, tuple[str, ...]]] = {
     "checkpoint.weights": ("checkpoint_weights",),
     "idle_timeout": ("idle_timeout",),
     "park_timeout": ("park_timeout",),
+    "priority": ("priority",),
+    "min_instances": ("min_instances",),
+    "max_instances": ("max_instances",),
 }
 IMMUTABLE: Final = frozenset({"model", "engine"})
 OUTPUT_ONLY: Final = frozenset(
@@ -67,8 +82,9 @@ class Deployments:
 
     def load(self, deployments: tuple[Deployment, ...], last_use: Mapping[str, float]) -> None:
         """At start-up: take in what the registry holds."""
-        self.by_id = {deployment.id: deployment for deployment in deployments}
         self.last_use = dict(last_use)
+        for deployment in deployments:
+            self._keep(deployment)
 
     def get(self, deployment: str, field: str = "name") -> Deployment:
         """The deployment of this id; ``field`` is the request field that named it.
@@ -117,6 +133,7 @@ class Deployments:
             Unavailable: NO_NODE, no node can check the model.
         """
         checkpoint = _checkpoint(draft)
+        _check_instances(draft)
         for known in self.by_id.values():
             if request_id and known.request_id == request_id:
                 return known
@@ -128,17 +145,21 @@ class Deployments:
                 metadata={"deployment": f"deployments/{identifier}"},
             )
         self._check_storage(checkpoint)
-        engine = await self._resolve(draft)
+        model = await self._resolve(draft)
         now = self._clock.moment().wall
         deployment = Deployment(
             id=identifier,
             uid=str(uuid.uuid4()),
             model=draft.model,
-            engine=engine,
+            engine=model.engine,
             start_mode=draft.start_mode,
             checkpoint=checkpoint,
             idle_timeout=draft.idle_timeout,
             park_timeout=draft.park_timeout,
+            priority=draft.priority,
+            min_instances=draft.min_instances,
+            max_instances=draft.max_instances,
+            weights_bytes=model.weights_bytes,
             create_time=now,
             update_time=now,
             etag=uuid.uuid4().hex,
@@ -148,10 +169,10 @@ class Deployments:
         self._keep(stored)
         return stored
 
-    async def _resolve(self, draft: Draft) -> str:
+    async def _resolve(self, draft: Draft) -> ResolvedModel:
         node = policy.place(self._inventory.nodes)
         try:
-            return (await self._nodes.resolve_model(node.id, draft.model, draft.engine)).engine
+            return await self._nodes.resolve_model(node.id, draft.model, draft.engine)
         except (NotFound, FailedPrecondition, InvalidArgument) as error:
             raise _at_field(error, "deployment.model") from error
 
@@ -201,11 +222,15 @@ class Deployments:
             checkpoint_weights=old.checkpoint.weights,
             idle_timeout=old.idle_timeout,
             park_timeout=old.park_timeout,
+            priority=old.priority,
+            min_instances=old.min_instances,
+            max_instances=old.max_instances,
         )
         merged = replace(current, **{name: getattr(draft, name) for name in fields})
         if "checkpoint_enabled" not in fields and "start_mode" not in fields:
             merged = replace(merged, checkpoint_enabled=old.checkpoint.enabled)
         checkpoint = _checkpoint(merged)
+        _check_instances(merged)
         if checkpoint.storage is not old.checkpoint.storage:
             self._check_storage(checkpoint)
         new = replace(
@@ -214,6 +239,9 @@ class Deployments:
             checkpoint=checkpoint,
             idle_timeout=merged.idle_timeout,
             park_timeout=merged.park_timeout,
+            priority=merged.priority,
+            min_instances=merged.min_instances,
+            max_instances=merged.max_instances,
             update_time=self._clock.moment().wall,
             etag=uuid.uuid4().hex,
         )
@@ -234,6 +262,7 @@ class Deployments:
         """Remove a deployment of which nothing is left."""
         await self._registry.delete_deployment(identifier)
         self.by_id.pop(identifier, None)
+        self._inventory.estimates.forget(identifier)
         self.last_use.pop(identifier, None)
         self._unsaved.discard(identifier)
         self._inventory.touch(f"deployments/{identifier}")
@@ -257,6 +286,7 @@ class Deployments:
 
     def _keep(self, deployment: Deployment) -> None:
         self.by_id[deployment.id] = deployment
+        self._inventory.estimates.weights_bytes[deployment.id] = deployment.weights_bytes
         self._inventory.touch(f"deployments/{deployment.id}")
 
 
@@ -271,6 +301,17 @@ def _checkpoint(draft: Draft) -> Checkpoint:
         )
     enabled = wanted if draft.checkpoint_enabled is None else draft.checkpoint_enabled
     return Checkpoint(enabled, draft.checkpoint_ttl, draft.checkpoint_storage, draft.checkpoint_weights)
+
+
+def _check_instances(draft: Draft) -> None:
+    least, most = draft.min_instances, draft.max_instances
+    if least is not None and most is not None and least > most:
+        raise InvalidArgument(
+            "INSTANCES_DISAGREE",
+            f"min_instances is {least} and max_instances {most}; the first must not be larger",
+            field="deployment.min_instances",
+            metadata={"min_instances": str(least), "max_instances": str(most)},
+        )
 
 
 def _changed_fields(old: Deployment, draft: Draft, paths: frozenset[str]) -> set[str]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from controller import lifecycle
+from controller.estimates import Estimates
 from controller.lifecycle import Event
 from controller.model import Captured, Instance, InstanceState, Intent, Node, NodeState, Report, Snapshot
 from controller.ports import Clock, ListedSnapshots, Removed, Synchronized
@@ -35,6 +36,8 @@ class Inventory:
         # Called at every change.
         self.on_change: Callable[[], None] = lambda: None
         self._watchers: list[_Watcher] = []
+        # What was measured of starts and sizes.
+        self.estimates = Estimates()
         self.nodes: dict[str, Node] = {}
         self.instances: dict[str, Instance] = {}
         # By id and node: a snapshot may be on several nodes, and in the object store as well.
@@ -328,11 +331,17 @@ class Inventory:
             # An instance not seen before may have served anyone, unless it is still starting.
             starting = report.state is InstanceState.STARTING
             known = replace(self._new(node, report), served=not starting)
+        self._measure(node, report, known.report)
         known = replace(known, report=report)
         if known.busy and report.state is not InstanceState.FAILED:
             self._store(known)
         else:
             self._apply(known, lifecycle.SAW[report.state])
+
+    def _measure(self, node: str, report: Report, before: Report) -> None:
+        size = next((copy.size_bytes for copy in self.copies(report.snapshot)), 0) if report.snapshot else 0
+        # One that was not known before has its report already, and is measured by it.
+        self.estimates.learn(node, report, None if report is before else before, size)
 
     def removed(self, instance: str) -> None:
         """Take in that an instance is gone from its node."""
@@ -397,6 +406,7 @@ class Inventory:
         if known is None:
             return
         if report is not None:
+            self._measure(known.node, report, known.report)
             known = replace(known, report=report)
         self._apply(replace(known, busy=False), event)
 

@@ -133,9 +133,7 @@ class Deployment:
     @property
     def kept_instances(self) -> int:
         """How many instances serve without requests."""
-        if self.min_instances is not None:
-            return self.min_instances
-        return 1 if self.start_mode is StartMode.WARM else 0
+        return max(self.min_instances or 0, 1 if self.start_mode is StartMode.WARM else 0)
 
     @property
     def most_instances(self) -> int:

@@ -65,6 +65,9 @@ class DeploySettings(TypedDict, total=False):
     idle_timeout: seconds without a request after which its instance parks or stops.
     park_timeout: seconds parked after which the process ends and only the snapshot remains.
     prewarm: start, and capture, when the deployment is created rather than at its first request.
+    priority: -1000 to 1000, 0 when left out; a busy instance yields to a deployment of a higher priority.
+    min_instances: instances that serve without requests; 1 for ``warm``, else 0 when left out.
+    max_instances: instances that may serve at a time; 1 when left out.
     """
 
     name: str | None
@@ -72,6 +75,9 @@ class DeploySettings(TypedDict, total=False):
     idle_timeout: Seconds | None
     park_timeout: Seconds | None
     prewarm: bool
+    priority: int | None
+    min_instances: int | None
+    max_instances: int | None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -179,6 +185,9 @@ def deployment_message(
     engine: str | None = None,
     idle_timeout: Seconds | None = None,
     park_timeout: Seconds | None = None,
+    priority: int | None = None,
+    min_instances: int | None = None,
+    max_instances: int | None = None,
 ) -> tuple[deployment_service_pb2.Deployment, list[str]]:
     """The deployment that a caller asks for, and the paths of the mutable fields that it sets.
 
@@ -202,6 +211,12 @@ def deployment_message(
         if value is not None:
             getattr(message, field).CopyFrom(duration(to_seconds(value, field)))
             paths.append(field)
+    numbers = {"priority": priority, "min_instances": min_instances, "max_instances": max_instances}
+    given = {field: value for field, value in numbers.items() if value is not None}
+    _check_types(deployment_service_pb2.Deployment, given)
+    for field, number in given.items():
+        setattr(message, field, number)
+        paths.append(field)
     return message, paths
 
 

@@ -138,11 +138,15 @@ class AsyncDeployments:
         idle_timeout: arguments.Seconds | None = None,
         park_timeout: arguments.Seconds | None = None,
         prewarm: bool = False,
+        priority: int | None = None,
+        min_instances: int | None = None,
+        max_instances: int | None = None,
     ) -> AsyncDeployment:
         """Serve a model, or change how it is served; see ``dumont.deploy``."""
         wanted, paths = arguments.deployment_message(
             model, start_mode, checkpoint,
             engine=engine, idle_timeout=idle_timeout, park_timeout=park_timeout,
+            priority=priority, min_instances=min_instances, max_instances=max_instances,
         )  # fmt: skip
         wanted.name = full_name(name or arguments.deployment_id(model), "deployments", "name")
         try:

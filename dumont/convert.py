@@ -118,6 +118,10 @@ def deployment(message: deployment_service_pb2.Deployment) -> types.DeploymentIn
         ),
         idle_timeout=optional_seconds(message, "idle_timeout"),
         park_timeout=optional_seconds(message, "park_timeout"),
+        priority=message.priority,
+        min_instances=message.min_instances,
+        # A controller of an earlier version has one instance of each.
+        max_instances=message.max_instances or 1,
         state=word(deployment_service_pb2.Deployment.State, message.state, "STATE_"),
         state_message=message.state_message,
         create_time=time(message, "create_time"),

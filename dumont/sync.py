@@ -182,8 +182,8 @@ def deploy(
             ``{"enabled": True, "ttl": 3600, "storage": "local", "weights": "detached"}``, which is also what
             start mode ``"checkpoint"`` gets without this argument; the other modes then get none.
         endpoint: of the controller; ``DUMONT_ENDPOINT`` when left out, else ``localhost:7070``.
-        settings: ``name``, ``engine``, ``idle_timeout``, ``park_timeout``, ``prewarm``; see
-            ``dumont.arguments.DeploySettings``.
+        settings: ``name``, ``engine``, ``idle_timeout``, ``park_timeout``, ``prewarm``, ``priority``,
+            ``min_instances``, ``max_instances``; see ``dumont.arguments.DeploySettings``.
 
     Raises:
         InvalidArgument: an argument is wrong; its field is named.

@@ -140,6 +140,9 @@ class DeploymentInfo:
     create_time: datetime | None
     update_time: datetime | None
     last_use_time: datetime | None
+    priority: int = 0
+    min_instances: int = 0
+    max_instances: int = 1
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ DEPLOYMENTS = sa.Table(
     sa.Column("etag", sa.String(32), nullable=False),
     sa.Column("deleting", sa.Boolean, nullable=False),
     sa.Column("request_id", sa.String(36), unique=True),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("min_instances", sa.Integer),
+    sa.Column("max_instances", sa.Integer),
+    sa.Column("weights_bytes", sa.BigInteger, nullable=False),
 )
 NODES = sa.Table(
     "nodes",
@@ -361,6 +365,10 @@ def _row(deployment: Deployment) -> dict[str, Any]:
         "etag": deployment.etag,
         "deleting": deployment.deleting,
         "request_id": deployment.request_id or None,
+        "priority": deployment.priority,
+        "min_instances": deployment.min_instances,
+        "max_instances": deployment.max_instances,
+        "weights_bytes": deployment.weights_bytes,
     }
 
 
@@ -384,6 +392,10 @@ def _deployment(row: Mapping[Any, Any]) -> Deployment:
         etag=row["etag"],
         deleting=row["deleting"],
         request_id=row["request_id"] or "",
+        priority=row["priority"],
+        min_instances=row["min_instances"],
+        max_instances=row["max_instances"],
+        weights_bytes=row["weights_bytes"],
     )
 
 

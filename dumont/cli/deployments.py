@@ -50,6 +50,18 @@ def deploy(
     prewarm: Annotated[
         bool, typer.Option("--prewarm", help="Start, and capture, now instead of at the first request.")
     ] = False,
+    priority: Annotated[
+        int | None,
+        typer.Option(
+            min=-1000, max=1000, help="A busy instance yields to a deployment of a higher one; by default 0."
+        ),
+    ] = None,
+    min_instances: Annotated[
+        int | None, typer.Option(min=0, help="Instances that serve without requests.")
+    ] = None,
+    max_instances: Annotated[
+        int | None, typer.Option(min=1, help="Instances that may serve at a time; by default 1.")
+    ] = None,
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
@@ -71,6 +83,9 @@ def deploy(
             idle_timeout=idle_timeout,
             park_timeout=park_timeout,
             prewarm=prewarm,
+            priority=priority,
+            min_instances=min_instances,
+            max_instances=max_instances,
         )
     if json:
         print_json(deployment.info)
@@ -130,5 +145,7 @@ def describe(info: DeploymentInfo) -> dict[str, str]:
         "snapshots": f"{checkpoint.storage}{kept}" if checkpoint.enabled else "none",
         "idle timeout": span(info.idle_timeout),
         "park timeout": span(info.park_timeout),
+        "priority": str(info.priority),
+        "instances": f"{info.min_instances} to {info.max_instances}",
         "state": f"{info.state}: {info.state_message}" if info.state_message else info.state,
     }

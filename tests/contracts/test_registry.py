@@ -20,6 +20,7 @@ from controller.model import (
     Checkpoint,
     Deployment,
     Finding,
+    Gpu,
     Intent,
     Node,
     StartMode,
@@ -90,6 +91,10 @@ def deployment(identifier: str = "qa", **changes: Any) -> Deployment:
         create_time=1_700_000_000.123456,
         update_time=1_700_000_001.0,
         etag="one",
+        priority=-7,
+        min_instances=0,
+        max_instances=3,
+        weights_bytes=1 << 40,
     )
     return replace(made, **changes)
 
@@ -111,6 +116,10 @@ async def test_what_was_stored_is_there_for_the_next_controller(registry: Regist
         heartbeat_time=5.5,
         object_store="s3://bucket/prefix",
         draining=True,
+        gpus=(Gpu("GPU-a", "H100", 80 << 30, 70 << 30, 1 << 30),),
+        instance_memory_limit_bytes=1 << 39,
+        parked_memory_limit_bytes=1 << 38,
+        weight_cache_limit_bytes=1 << 37,
     )
     intent = Intent("qa-1", "qa", "n1", "", 7.25)
     await registry.create_deployment(deployment())

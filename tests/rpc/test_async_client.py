@@ -53,6 +53,16 @@ async def test_deploying_with_other_settings_updates_those(
     assert list(controller.requests[-1].update_mask.paths) == ["checkpoint", "park_timeout"]
 
 
+async def test_deploying_with_a_priority_and_replicas_sets_them(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    made = await client.deploy("org/model", priority=5, max_instances=3)
+    assert (made.info.priority, made.info.min_instances, made.info.max_instances) == (5, 0, 3)
+    changed = await client.deploy("org/model", priority=0, min_instances=1)
+    assert (changed.info.priority, changed.info.min_instances, changed.info.max_instances) == (0, 1, 3)
+    assert list(controller.requests[-1].update_mask.paths) == ["priority", "min_instances"]
+
+
 async def test_a_name_taken_by_another_model_is_refused(client: dumont.AsyncClient) -> None:
     await client.deploy("org/model", name="qa")
     with pytest.raises(dumont.AlreadyExists, match="another name") as raised:

@@ -130,6 +130,16 @@ async def test_a_created_deployment_is_complete_and_stored(world: World, service
             "INVALID_WEIGHTS",
             "deployment.checkpoint.weights",
         ),
+        ("qa", {"priority": 1001}, InvalidArgument, "INVALID_PRIORITY", "deployment.priority"),
+        ("qa", {"min_instances": -1}, InvalidArgument, "INVALID_INSTANCES", "deployment.min_instances"),
+        ("qa", {"max_instances": 0}, InvalidArgument, "INVALID_INSTANCES", "deployment.max_instances"),
+        (
+            "qa",
+            {"min_instances": 3, "max_instances": 2},
+            InvalidArgument,
+            "INSTANCES_DISAGREE",
+            "deployment.min_instances",
+        ),
     ],
 )
 async def test_bad_settings_are_refused_by_field_and_change_nothing(
@@ -234,6 +244,17 @@ async def test_where_the_weights_go_is_set_kept_and_changed(service: DeploymentS
     assert changed.checkpoint.weights == pb.WEIGHTS_INCLUDED
     changed = await update(service, ["checkpoint.weights"], checkpoint=checkpoint())
     assert (changed.checkpoint.weights, changed.checkpoint.ttl.seconds) == (pb.WEIGHTS_DETACHED, 5)
+
+
+async def test_priority_and_the_number_of_instances_are_set_kept_and_changed(
+    service: DeploymentService,
+) -> None:
+    made = await create(service)
+    assert (made.priority, made.min_instances, made.max_instances) == (0, 0, 1)
+    changed = await update(service, ["priority", "max_instances"], priority=-5, max_instances=4)
+    assert (changed.priority, changed.min_instances, changed.max_instances) == (-5, 0, 4)
+    changed = await update(service, ["start_mode"], start_mode=pb.START_MODE_WARM)
+    assert (changed.priority, changed.min_instances, changed.max_instances) == (-5, 1, 4)
 
 
 async def test_without_a_mask_every_set_field_counts(service: DeploymentService) -> None:
