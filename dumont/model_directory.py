@@ -52,6 +52,21 @@ def files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def names(folder: Path) -> frozenset[str]:
+    """The paths of all files, relative to ``folder``; hidden ones are left out.
+
+    Raises:
+        Unusable: there are too many files.
+        OSError: the directory cannot be read.
+    """
+    found: set[str] = set()
+    for path in _walk(folder, DEPTH):
+        found.add(path.relative_to(folder).as_posix())
+        if len(found) > MOST_FILES:
+            raise Unusable(folder, f"holds more than {MOST_FILES} files")
+    return frozenset(found)
+
+
 def check(folder: Path) -> None:
     """Raise unless all files of a directory may be read, before a library reads them.
 

@@ -6,14 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from dumont import model_directory
+from dumont import model_directory, models
 from dumont.errors import FailedPrecondition
 from dumont.model_directory import Unusable
-
-WEIGHTS: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
 
 Json = dict[str, Any]
 
@@ -28,6 +25,7 @@ class ModelFiles:
         chat_template: a Jinja template, if the model has one.
         pooling: how token vectors become one vector, for sentence embedding models.
         normalize: whether that vector is scaled to length one.
+        names: paths of all files, relative to the folder.
     """
 
     folder: Path
@@ -38,6 +36,7 @@ class ModelFiles:
     chat_template: str | None
     pooling: Json
     normalize: bool
+    names: frozenset[str] = frozenset()
 
     @property
     def tokenizer(self) -> Path:
@@ -53,7 +52,7 @@ class ModelFiles:
 
     @property
     def architecture(self) -> str:
-        return str((self.config.get("architectures") or [""])[0])
+        return models.architecture_of(self.config)
 
 
 def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelFiles:
@@ -68,6 +67,7 @@ def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelF
     try:
         # Also those that only a library reads.
         model_directory.check(folder)
+        names = model_directory.names(folder)
     except Unusable as error:
         raise invalid(error.file, str(error)) from error
     except OSError as error:
@@ -82,7 +82,8 @@ def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelF
         config=config,
         generation=_json(folder, "generation_config.json", optional=True),
         tokenizer_config=tokenizer_config,
-        shards=_shards(folder, weight_files or {}),
+        shards=_shards(folder, names, weight_files or {}),
+        names=names,
         chat_template=_chat_template(folder, tokenizer_config),
         pooling=_json(folder, f"{pooling['path']}/config.json") if pooling else {},
         normalize="Normalize" in kinds,
@@ -99,17 +100,15 @@ def invalid(file: Path, why: str) -> FailedPrecondition:
     )
 
 
-def _shards(folder: Path, elsewhere: Mapping[str, Path]) -> tuple[Path, ...]:
-    names = [WEIGHTS]
-    if (folder / INDEX).exists():
-        weight_map = _json(folder, INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise invalid(folder / INDEX, "has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
+def _shards(folder: Path, names: frozenset[str], elsewhere: Mapping[str, Path]) -> tuple[Path, ...]:
+    try:
+        needed = models.weight_files(
+            str(folder), names | elsewhere.keys(), lambda: _json(folder, models.INDEX)
+        )
+    except ValueError as error:
+        raise invalid(folder / models.INDEX, str(error)) from None
     shards = []
-    for name in names:
-        if (folder / name).parent != folder:
-            raise invalid(folder / INDEX, f"names a file outside the model directory: {Path(name).name}")
+    for name in needed:
         shard = elsewhere.get(name, folder / name)
         try:
             model_directory.check_weights(shard)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from dumont.errors import FailedPrecondition, InvalidArgument
+from dumont import models
+from dumont.errors import InvalidArgument
 from model_host.engine import Engine, Phases, Settings
 from model_host.model_files import ModelFiles
 
 NAMES: Final = ("causal_lm", "embedding")
-GENERATING: Final = ("ForCausalLM", "LMHeadModel")
 
 
 def choose(name: str, files: ModelFiles) -> str:
@@ -17,24 +17,13 @@ def choose(name: str, files: ModelFiles) -> str:
 
     Raises:
         InvalidArgument: UNKNOWN_ENGINE.
-        FailedPrecondition: MODEL_UNSUPPORTED, no engine runs this architecture.
+        FailedPrecondition: MODEL_UNSUPPORTED, no engine runs this model.
     """
-    if name in NAMES:
-        return name
-    if name:
+    if name and name not in NAMES:
         raise InvalidArgument(
             "UNKNOWN_ENGINE", f"engine must be one of {', '.join(NAMES)}; got {name[:80]!r}", field="engine"
         )
-    if files.architecture.endswith(GENERATING):
-        return "causal_lm"
-    if files.architecture.endswith("Model"):
-        return "embedding"
-    raise FailedPrecondition(
-        "MODEL_UNSUPPORTED",
-        f"No engine runs the architecture {files.architecture or '(none named)'} of {files.folder}.",
-        field="model",
-        metadata={"architecture": files.architecture},
-    )
+    return models.engine_of(str(files.folder), files.config, files.names, name)
 
 
 def load(name: str, files: ModelFiles, settings: Settings, phases: Phases) -> Engine:

@@ -21,11 +21,11 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from dumont import model_directory
+from dumont import model_directory, models
 from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from dumont.model_directory import Unusable
 from snapshotd.eviction import Candidate, choose
-from snapshotd.model import Json, Model
+from snapshotd.model import Model
 from snapshotd.system.threads import PatientThreads
 
 log = structlog.get_logger(__name__)
@@ -214,12 +214,13 @@ class NodeModels:
                 name, f"this node does not have it and the hub did not answer ({type(error).__name__})"
             ) from error
         config = info.config or {}
-        weights = [file for file in info.siblings or [] if file.rfilename.endswith(".safetensors")]
-        if not weights:
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        kind = models.engine_of(name, config, sizes.keys(), engine)
+        if not sizes.keys() & {models.WEIGHTS, models.INDEX}:
+            models.weight_files(name, sizes.keys(), dict)
             raise _invalid(name, "it has no safetensors weights")
-        return Model(
-            name, engine or _engine_of(config, False), None, (), sum(file.size or 0 for file in weights), 0
-        )
+        weights = sum(size for file, size in sizes.items() if file.endswith(".safetensors"))
+        return Model(name, kind, None, (), weights, 0)
 
 
 def _size(folder: Path) -> int:
@@ -227,18 +228,13 @@ def _size(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-def _weight_files(name: str, directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        return ["model.safetensors"]
+def _weight_files(name: str, directory: Path, files: AbstractSet[str]) -> list[str]:
+    index = directory / models.INDEX
     try:
-        files = sorted(set(map(str, json.loads(_read(name, directory, index))["weight_map"].values())))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _invalid(name, f"{index.name} has no weight_map") from None
-    for file in files:
-        if not file or Path(file).name != file:
-            raise _invalid(name, f"{index.name} names a file outside the model directory: {file[:120]!r}")
-    return files
+        return models.weight_files(name, files, lambda: json.loads(_read(name, directory, index)))
+    except (ValueError, RecursionError) as error:
+        why = "has no weight_map" if isinstance(error, json.JSONDecodeError | RecursionError) else error
+        raise _invalid(name, f"{index.name} {why}") from None
 
 
 def _describe(name: str, directory: Path, engine: str) -> Model:
@@ -248,12 +244,18 @@ def _describe(name: str, directory: Path, engine: str) -> Model:
         raise _invalid(name, f"config.json is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise _invalid(name, "config.json is no JSON object")
-    weights = tuple(directory / file for file in _weight_files(name, directory))
+    try:
+        files = model_directory.names(directory)
+    except Unusable as error:
+        raise _invalid(name, f"{error.file.name} {error}") from None
+    except OSError as error:
+        raise _invalid(name, f"its files cannot be read: {error.strerror}") from None
+    weights = tuple(directory / file for file in _weight_files(name, directory, files))
     for path in weights:
         _check_weights(name, path)
     return Model(
         name=name,
-        engine=engine or _engine_of(config, (directory / "modules.json").exists()),
+        engine=models.engine_of(name, config, files, engine),
         directory=directory,
         weights=weights,
         weights_bytes=sum(path.stat().st_size for path in weights),
@@ -286,14 +288,6 @@ def _check_weights(name: str, path: Path) -> None:
         raise _invalid(name, f"{path.name} is damaged or cut short: {error}") from None
     except OSError as error:
         raise _invalid(name, f"{path.name} cannot be read: {error.strerror or error}") from None
-
-
-def _engine_of(config: Json, sentence_model: bool) -> str:
-    architectures = config.get("architectures")
-    first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    if not sentence_model and first.endswith("ForCausalLM"):
-        return "causal_lm"
-    return "embedding"
 
 
 def _not_found(name: str, why: str) -> NotFound:

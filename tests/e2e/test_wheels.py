@@ -26,7 +26,8 @@ SOURCES = (
 SERVICES_ONLY = (
     "controller/", "snapshotd/", "model_host/", "dumont/aio.py", "dumont/benchmarks/",
     "dumont/up.py", "dumont/cli/up.py",
-    "dumont/cli/bench.py", "dumont/model_directory.py", "dumont/model_host/", "dumont/snapshotd/",
+    "dumont/cli/bench.py", "dumont/model_directory.py", "dumont/models.py",
+    "dumont/model_host/", "dumont/snapshotd/",
     "dumont/state_directory.py",
 )  # fmt: skip
 

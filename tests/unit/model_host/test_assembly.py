@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM
 
+from dumont import models
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from model_host import model_files
 from model_host.engine import Phases, Settings, WeightsPlace
@@ -61,8 +62,8 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def rewrite(folder: Path, change: Any) -> None:
-    tensors = load_file(folder / model_files.WEIGHTS)
-    save_file(change(tensors), folder / model_files.WEIGHTS, metadata={"format": "pt"})
+    tensors = load_file(folder / models.WEIGHTS)
+    save_file(change(tensors), folder / models.WEIGHTS, metadata={"format": "pt"})
 
 
 def maps(folder: Path) -> bool:
@@ -122,14 +123,14 @@ def test_tied_weights_are_one(llama: Path, weights: WeightsPlace) -> None:
 def test_shards_make_one_model(llama: Path) -> None:
     # given a checkpoint in two files
     whole = logits(build(llama)[0])
-    tensors = load_file(llama / model_files.WEIGHTS)
+    tensors = load_file(llama / models.WEIGHTS)
     names = sorted(tensors)
     parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
     for file, held in parts.items():
         save_file({name: tensors[name] for name in held}, llama / file)
     weight_map = {name: file for file, held in parts.items() for name in held}
-    (llama / model_files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (llama / model_files.WEIGHTS).unlink()
+    (llama / models.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (llama / models.WEIGHTS).unlink()
 
     # when it is built
     model, _ = build(llama)
@@ -184,7 +185,7 @@ def test_weights_of_another_shape_are_refused(llama: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
 def test_a_truncated_file_is_named(llama: Path, size: int) -> None:
-    file = llama / model_files.WEIGHTS
+    file = llama / models.WEIGHTS
     data = file.read_bytes()
     file.write_bytes(data[:size])
 

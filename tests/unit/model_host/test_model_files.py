@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dumont import models
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from model_host import model_files
 from model_host.engines import choice
@@ -64,28 +65,41 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
 def test_a_corrupt_file_is_named(folder: Path, name: str, content: str) -> None:
+    if name == models.INDEX:
+        (folder / models.WEIGHTS).unlink()
     (folder / name).write_text(content)
 
     assert refusal(folder).metadata == {"file": str(folder / name)}
 
 
 def test_shards_come_from_the_index(folder: Path) -> None:
-    write(folder / model_files.INDEX, {"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}})
+    (folder / models.WEIGHTS).unlink()
+    write(folder / models.INDEX, {"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}})
     for name in ("1.safetensors", "2.safetensors"):
         (folder / name).touch()
 
     assert [shard.name for shard in model_files.read(folder).shards] == ["1.safetensors", "2.safetensors"]
 
 
+def test_a_single_file_goes_before_an_index_as_in_transformers(folder: Path) -> None:
+    # given a model that was saved again in one file, beside the index and the shards of before
+    write(folder / models.INDEX, {"weight_map": {"a": "old.safetensors"}})
+    (folder / "old.safetensors").touch()
+
+    assert model_files.read(folder).shards == (folder / models.WEIGHTS,)
+
+
 def test_a_missing_shard_is_named(folder: Path) -> None:
-    write(folder / model_files.INDEX, {"weight_map": {"a": "gone.safetensors"}})
+    (folder / models.WEIGHTS).unlink()
+    write(folder / models.INDEX, {"weight_map": {"a": "gone.safetensors"}})
 
     assert refusal(folder).metadata == {"file": str(folder / "gone.safetensors")}
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
 def test_an_index_cannot_point_outside_the_model(folder: Path, name: str) -> None:
-    write(folder / model_files.INDEX, {"weight_map": {"a": name}})
+    (folder / models.WEIGHTS).unlink()
+    write(folder / models.INDEX, {"weight_map": {"a": name}})
 
     assert "outside" in refusal(folder).message
 
@@ -198,11 +212,14 @@ def test_pooling_and_normalising_are_read_from_the_modules(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("architecture", "engine"),
-    [("LlamaForCausalLM", "causal_lm"), ("GPT2LMHeadModel", "causal_lm"), ("BertModel", "embedding")],
+    ("config", "engine"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "causal_lm"),
+        ({"architectures": ["BertModel"], "model_type": "bert"}, "embedding"),
+    ],
 )
-def test_the_architecture_chooses_the_engine(folder: Path, architecture: str, engine: str) -> None:
-    write(folder / "config.json", {"architectures": [architecture]})
+def test_the_architecture_chooses_the_engine(folder: Path, config: object, engine: str) -> None:
+    write(folder / "config.json", config)
     files = model_files.read(folder)
 
     assert choice.choose("", files) == engine

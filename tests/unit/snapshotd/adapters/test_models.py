@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import HfApi, ModelInfo
 from safetensors.numpy import save_file
 
 from dumont.errors import (
@@ -32,7 +33,8 @@ def models(tmp_path: Path) -> NodeModels:
 def write_model(models: NodeModels, name: str, architecture: str = "LlamaForCausalLM") -> Path:
     directory = models.directory / name
     directory.mkdir(parents=True)
-    config = {"architectures": [architecture], "max_position_embeddings": 512}
+    kind = architecture.removesuffix("Model").lower()
+    config = {"architectures": [architecture], "model_type": kind, "max_position_embeddings": 512}
     (directory / "config.json").write_text(json.dumps(config))
     save_file({"weight": np.arange(1000, dtype=np.float32)}, directory / "model.safetensors")
     return directory
@@ -61,6 +63,71 @@ async def test_the_engine_follows_from_the_model_unless_it_is_named(models: Node
     assert (await models.resolve("org/bert")).engine == "embedding"
     assert (await models.resolve("org/sentence")).engine == "embedding"
     assert (await models.resolve("org/sentence", "causal_lm")).engine == "causal_lm"
+
+
+async def test_what_no_engine_runs_is_refused_when_it_is_resolved(models: NodeModels) -> None:
+    write_model(models, "org/reranker", "BertForSequenceClassification")
+
+    with pytest.raises(FailedPrecondition, match="rerankers") as refusal:
+        await models.resolve("org/reranker")
+
+    assert (refusal.value.reason, refusal.value.field) == ("MODEL_UNSUPPORTED", "model")
+    assert refusal.value.metadata["architecture"] == "BertForSequenceClassification"
+
+
+async def test_a_single_file_of_weights_goes_before_an_index(models: NodeModels) -> None:
+    directory = write_model(models, "org/name")
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "old.safetensors"}}')
+
+    assert (await models.resolve("org/name")).weights == (directory / "model.safetensors",)
+
+
+def hub_model(config: object, files: dict[str, int]) -> ModelInfo:
+    """What the hub says of a model."""
+    siblings = [{"rfilename": file, "size": size} for file, size in files.items()]
+    return ModelInfo(id="org/name", config=config, siblings=siblings)
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "words"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, {"model.Q4_K_M.gguf": 9}, "llama.cpp"),
+        ({"architectures": ["LlamaForCausalLM"]}, {"pytorch_model.bin": 9}, "pickled"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, {"model.safetensors": 9}, "T5"),
+        ({}, {"model.safetensors": 9}, "names no architectures"),
+    ],
+)
+async def test_what_no_engine_runs_is_refused_before_it_is_downloaded(
+    models: NodeModels,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, object],
+    files: dict[str, int],
+    words: str,
+) -> None:
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: hub_model(config, files))
+
+    with pytest.raises(FailedPrecondition, match=words) as refusal:
+        await models.resolve("org/name")
+
+    assert refusal.value.reason == "MODEL_UNSUPPORTED"
+
+
+async def test_a_model_of_the_hub_has_its_engine_and_size(
+    models: NodeModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "a-1.safetensors": 5,
+        "a-2.safetensors": 4,
+        "model.safetensors.index.json": 1,
+        "tokenizer.json": 1,
+    }
+    monkeypatch.setattr(
+        HfApi, "model_info", lambda *_, **__: hub_model({"architectures": ["GPT2LMHeadModel"]}, files)
+    )
+
+    found = await models.resolve("org/name")
+
+    assert (found.engine, found.weights_bytes, found.directory) == ("causal_lm", 9, None)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +191,7 @@ async def test_a_damaged_model_is_refused_before_anything_is_started(models: Nod
         elif damage == "index leads outside":
             write_model(models, "other")
             index = {"weight_map": {"weight": "../../other/model.safetensors"}}
+        weights.unlink()
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
     with pytest.raises(FailedPrecondition) as refusal:
