@@ -34,6 +34,7 @@ from controller.model import (
     Tier,
     Weights,
 )
+from dumont import engines
 from dumont.controller.v1 import deployment_service_pb2 as deployments_pb
 from dumont.controller.v1 import inference_service_pb2 as inference_pb
 from dumont.controller.v1 import instance_service_pb2 as instances_pb
@@ -41,6 +42,7 @@ from dumont.controller.v1 import node_service_pb2 as nodes_pb
 from dumont.controller.v1 import snapshot_service_pb2 as snapshots_pb
 from dumont.errors import InvalidArgument
 from dumont.inference.v1 import inference_pb2 as inference_words
+from dumont.rpc.structs import from_struct, to_struct
 from dumont.snapshotd.v1 import instance_service_pb2 as node_instances_pb
 from dumont.snapshotd.v1 import snapshot_service_pb2 as node_snapshots_pb
 
@@ -64,6 +66,7 @@ EVERYTHING: Final = frozenset(
         "priority",
         "min_instances",
         "max_instances",
+        "engine_options",
     }
 )
 MODES_BACK: Final = {mode: value for value, mode in MODES.items()}
@@ -154,6 +157,7 @@ def draft(message: deployments_pb.Deployment) -> Draft:
         )
     _check_text(message.model, "deployment.model")
     _check_text(message.engine, "deployment.engine")
+    options = from_struct(message.engine_options)
     checkpoint = message.checkpoint
     return Draft(
         model=message.model,
@@ -168,6 +172,7 @@ def draft(message: deployments_pb.Deployment) -> Draft:
         priority=_priority(message.priority),
         min_instances=_count(message, "min_instances", 0),
         max_instances=_count(message, "max_instances", 1),
+        engine_options=engines.check_options(message.engine, options, field="deployment.engine_options"),
     )
 
 
@@ -205,6 +210,9 @@ def overlay(
         merged.model = old.model
     if "engine" not in changed or not merged.engine:
         merged.engine = old.engine
+    if "engine_options" not in changed:
+        merged.ClearField("engine_options")
+        merged.engine_options.update(dict(old.engine_options))
     if "start_mode" not in changed:
         merged.start_mode = MODES_BACK[old.start_mode]
     return merged
@@ -321,6 +329,7 @@ def deployment_message(
         priority=facts.priority,
         min_instances=facts.kept_instances,
         max_instances=facts.most_instances,
+        engine_options=to_struct(facts.engine_options),
     )
     if last_use is not None:
         message.last_use_time.CopyFrom(timestamp(last_use))
@@ -346,6 +355,8 @@ def report(message: node_instances_pb.Instance) -> Report:
         failure_message=message.failure_message,
         weights=node_weights(message.weights),
         model=message.model,
+        engine=message.engine,
+        engine_options=from_struct(message.engine_options),
         capacity=_capacity(message.capacity) if message.HasField("capacity") else None,
         load=Load(message.load.running, message.load.waiting, message.load.kv_tokens_used),
         gpu=message.gpu,
@@ -431,6 +442,7 @@ def snapshot(node: str, message: node_snapshots_pb.Snapshot) -> Snapshot:
         published=message.published,
         incompatibility=message.incompatibility,
         engine=message.engine,
+        engine_options=from_struct(message.engine_options),
         stored=_stored_snapshot(message.stored) if message.HasField("stored") else None,
         device=message.device,
         gpu_bytes=message.gpu_bytes,
@@ -527,6 +539,7 @@ def node(identifier: str, message: nodes_pb.Node) -> Node:
         weight_cache_limit_bytes=max(0, message.weight_cache_limit_bytes),
         weight_cache_bytes=max(0, message.weight_cache_bytes),
         disk_free_bytes=max(0, message.disk_free_bytes),
+        engines=dict(message.engines),
     )
 
 
@@ -561,6 +574,7 @@ def node_message(
         ],
         object_store=facts.object_store,
         snapshot_limit_bytes=facts.snapshot_limit_bytes,
+        engines=facts.engines,
         snapshot_bytes=snapshot_bytes,
         draining=facts.draining,
         gpus=[

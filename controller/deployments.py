@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 from controller import policy
 from controller.inventory import Inventory
@@ -20,6 +20,7 @@ from controller.model import (
     Weights,
 )
 from controller.ports import Clock, Nodes, Registry
+from dumont import engines
 from dumont.errors import (
     Aborted,
     AlreadyExists,
@@ -46,6 +47,7 @@ class Draft:
     priority: int = 0
     min_instances: int | None = None
     max_instances: int | None = None
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Paths of an update mask, and the fields of the draft that they replace.
@@ -62,7 +64,8 @@ MUTABLE: Final[Mapping[str, tuple[str, ...]]] = {
     "min_instances": ("min_instances",),
     "max_instances": ("max_instances",),
 }
-IMMUTABLE: Final = frozenset({"model", "engine"})
+IMMUTABLE: Final = frozenset({"model", "engine", "engine_options"})
+OPTIONS_FIELD: Final = "deployment.engine_options"
 OUTPUT_ONLY: Final = frozenset(
     {"name", "uid", "state", "state_message", "create_time", "update_time", "last_use_time", "etag"}
 )
@@ -128,8 +131,10 @@ class Deployments:
 
         Raises:
             AlreadyExists: the id is taken.
-            InvalidArgument: the settings contradict each other, or the model cannot be served.
-            NotFound, FailedPrecondition: the node cannot serve the model; OBJECT_STORE_NOT_CONFIGURED.
+            InvalidArgument: the settings contradict each other, an engine option is wrong, or the model
+                cannot be served.
+            NotFound, FailedPrecondition: the node cannot serve the model; OBJECT_STORE_NOT_CONFIGURED;
+                ENGINE_NOT_INSTALLED, no node has the engine; OPTION_UNSUPPORTED, its version lacks an option.
             Unavailable: NO_NODE, no node can check the model.
         """
         checkpoint = _checkpoint(draft)
@@ -145,6 +150,8 @@ class Deployments:
                 metadata={"deployment": f"deployments/{identifier}"},
             )
         self._check_storage(checkpoint)
+        engines.check_engine(draft.engine, "deployment.engine")
+        options = engines.check_options(draft.engine, draft.engine_options, field=OPTIONS_FIELD)
         model = await self._resolve(draft)
         now = self._clock.moment().wall
         deployment = Deployment(
@@ -164,13 +171,18 @@ class Deployments:
             update_time=now,
             etag=uuid.uuid4().hex,
             request_id=request_id,
+            engine_options=options,
         )
         stored = await self._registry.create_deployment(deployment)
         self._keep(stored)
         return stored
 
     async def _resolve(self, draft: Draft) -> ResolvedModel:
-        node = policy.place(self._inventory.nodes)
+        node = policy.place(self._inventory.nodes, engine=draft.engine)
+        # The model may be started on another node with another version, which then checks them again.
+        engines.check_options(
+            draft.engine, draft.engine_options, node.engines.get(draft.engine, ""), OPTIONS_FIELD
+        )
         try:
             return await self._nodes.resolve_model(node.id, draft.model, draft.engine)
         except (NotFound, FailedPrecondition, InvalidArgument) as error:

@@ -70,9 +70,9 @@ class Instances:
                 digest = captured.manifest_digest if captured else ""
                 report = await core.nodes.restore(node, instance, deployment.id, snapshot, digest)
             else:
-                weights = deployment.checkpoint.weights
+                weights, options = deployment.checkpoint.weights, deployment.engine_options
                 report = await core.nodes.start(
-                    node, instance, deployment.id, deployment.model, deployment.engine, weights
+                    node, instance, deployment.id, deployment.model, deployment.engine, weights, options
                 )
         except BaseException as error:
             self._inventory.finish(instance, Event.REFUSED)

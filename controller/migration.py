@@ -218,7 +218,9 @@ class Migrations:
         # A node that a snapshot can be brought to comes first, however much memory others have.
         within_reach = {node.id: node for node in others.values() if self._reaches(deployment, known, node)}
         return policy.place(
-            within_reach or others, publishing=bool(self._inventory.node(known.node).object_store)
+            within_reach or others,
+            publishing=bool(self._inventory.node(known.node).object_store),
+            engine=known.report.engine,
         )
 
     def _reaches(self, deployment: Deployment, known: Instance, target: Node) -> bool:

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Final
+from typing import Any, Final
 
-CAUSAL_LM: Final = "causal_lm"
-EMBEDDING: Final = "embedding"
 DEFAULT_IDLE: Final = 300.0
 DEFAULT_PARK: Final = 600.0
 DEFAULT_TTL: Final = 86400.0
@@ -129,6 +127,8 @@ class Deployment:
     max_instances: int | None = None
     # Of the model's weight files, as a node found them; 0: not known.
     weights_bytes: int = 0
+    # Arguments of the engine. As the model, they never change.
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kept_instances(self) -> int:
@@ -158,8 +158,16 @@ class Deployment:
         return DEFAULT_TTL if self.checkpoint.ttl is None else self.checkpoint.ttl
 
     def runs(self, report: Report) -> bool:
-        """Whether an instance is this deployment's; an earlier one of its id may have had another model."""
-        return report.deployment == self.id and report.model in ("", self.model)
+        """Whether an instance is this deployment's.
+
+        An earlier deployment of its id may have had another model, engine or options.
+        """
+        same_engine = report.engine == self.engine and report.engine_options == self.engine_options
+        return (
+            report.deployment == self.id
+            and report.model in ("", self.model)
+            and (not report.engine or same_engine)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +224,8 @@ class Report:
     # GPU memory that it holds, or held when it was parked; and memory that its end makes free.
     gpu_bytes: int = 0
     ram_bytes: int = 0
+    engine: str = ""
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +334,7 @@ class Snapshot:
     # The device that its source was on, and the GPU memory that it held there.
     device: str = ""
     gpu_bytes: int = 0
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def orphan(self) -> bool:
@@ -413,6 +424,8 @@ class Node:
     heartbeat_time: float = 0.0
     heartbeat_at: float = 0.0
     since: float = 0.0
+    # The versions of the engines that it has beside those that every node has, by name.
+    engines: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def takes_starts(self) -> bool:

@@ -26,7 +26,8 @@ from controller.model import (
     Tier,
 )
 from controller.room import Need, NoRoom, Room, Tenant, Yield
-from dumont.errors import ResourceExhausted, Unavailable
+from dumont import engines
+from dumont.errors import DumontError, FailedPrecondition, ResourceExhausted, Unavailable
 
 # Called with a node's id: the instances that take memory of it.
 Tenants = Callable[[str], Sequence[Tenant]]
@@ -158,6 +159,7 @@ def decide(facts: Facts, now: float) -> Attempt | Wait:
 
     Raises:
         Unavailable: NO_NODE, no node can take a cold start.
+        FailedPrecondition: ENGINE_NOT_INSTALLED, no ready node has the deployment's engine.
         ResourceExhausted: NO_ROOM, it is too large for every node.
     """
     reachable = _reachable(facts)
@@ -198,7 +200,7 @@ def _cheapest(facts: Facts, reachable: list[Instance], now: float) -> Attempt | 
     if best is not None:
         return _attempt(facts, best, now)
     if not refusals:
-        raise _no_node(facts.nodes.values())
+        raise _no_node(facts.nodes, facts.deployment.engine)
     if all(refusal.never for refusal in refusals):
         raise ResourceExhausted(
             "NO_ROOM",
@@ -392,6 +394,7 @@ def _usable(facts: Facts) -> list[Snapshot]:
         for snapshot in facts.snapshots
         if usable(snapshot, facts.nodes)
         and snapshot.weights is facts.deployment.checkpoint.weights
+        and snapshot.engine_options == facts.deployment.engine_options
         and f"snapshots/{snapshot.id}" not in facts.failed
         and not (snapshot.local and f"snapshots/{snapshot.id} on nodes/{snapshot.node}" in facts.failed)
     ]
@@ -461,7 +464,11 @@ def _colds(facts: Facts) -> Iterator[Candidate]:
     size = estimates.size(deployment.id)
     need = Need(deployment.id, deployment.priority, 0, size.ram_bytes)
     on_gpu = replace(need, gpu_bytes=estimates.gpu_bytes(deployment.id))
-    ready = [node for name, node in facts.nodes.items() if _open(facts, name)]
+    ready = [
+        node
+        for name, node in facts.nodes.items()
+        if _open(facts, name) and engines.runs(deployment.engine, node.engines)
+    ]
     for node in _preferred(ready, deployment):
         start = estimates.start(deployment.id, node.id, Tier.COLD, deployment.weights_bytes)
         yield Candidate(Tier.COLD, node.id, start, on_gpu if node.gpus else need, bool(node.gpus))
@@ -482,8 +489,25 @@ def _least_bytes(facts: Facts, tier: Tier) -> int:
     return min((snapshot.size_bytes for snapshot in facts.snapshots), default=0)
 
 
-def _no_node(nodes: Iterable[Node]) -> Unavailable:
-    drained = any(node.draining for node in nodes)
+def _no_node(nodes: Mapping[str, Node], engine: str) -> DumontError:
+    """Why no node can take a start."""
+    ready = [node for node in nodes.values() if node.state is NodeState.READY]
+    if ready and not any(engines.runs(engine, node.engines) for node in nodes.values()):
+        return FailedPrecondition(
+            "ENGINE_NOT_INSTALLED",
+            f"none of the {len(ready)} ready nodes has the engine {engine}; run 'dumont engine install "
+            f"{engine}' on one and start its snapshotd again, or see dumont node ls",
+            field="engine",
+            metadata={"engine": engine},
+        )
+    if ready and not any(engines.runs(engine, node.engines) for node in ready):
+        return Unavailable(
+            "NO_NODE",
+            f"no node that has the engine {engine} is ready; see dumont node ls",
+            metadata={"engine": engine},
+            retry_after=1.0,
+        )
+    drained = any(node.draining for node in nodes.values())
     wanted, remedy = (" and takes starts", "undrain one") if drained else ("", "see dumont node ls")
     return Unavailable(
         "NO_NODE",
@@ -492,20 +516,31 @@ def _no_node(nodes: Iterable[Node]) -> Unavailable:
     )
 
 
-def place(nodes: Mapping[str, Node], failed: frozenset[str] = frozenset(), publishing: bool = False) -> Node:
+def place(
+    nodes: Mapping[str, Node],
+    failed: frozenset[str] = frozenset(),
+    publishing: bool = False,
+    engine: str = "",
+) -> Node:
     """The ready node with the most free memory, of GPUs if any node has GPUs.
 
     Args:
         nodes: by id.
         failed: names of resources with which this start has failed.
         publishing: prefer nodes with an object store.
+        engine: that the node must have.
 
     Raises:
         Unavailable: NO_NODE, there is none.
+        FailedPrecondition: ENGINE_NOT_INSTALLED, no ready one has the engine.
     """
-    ready = [n for n in nodes.values() if n.takes_starts and f"nodes/{n.id}" not in failed]
+    ready = [
+        n
+        for n in nodes.values()
+        if n.takes_starts and f"nodes/{n.id}" not in failed and engines.runs(engine, n.engines)
+    ]
     if not ready:
-        raise _no_node(nodes.values())
+        raise _no_node(nodes, engine)
     return min(
         ready,
         key=lambda n: (
@@ -543,6 +578,8 @@ def _why(facts: Facts, best: Candidate) -> str:
             reason += (
                 f"; snapshots/{snapshot.id} has its weights {snapshot.weights.value}, not {wanted.value}"
             )
+        elif snapshot.engine_options != deployment.engine_options:
+            reason += f"; snapshots/{snapshot.id} was captured with other engine options"
     if not node.checkpoint_capable:
         missing = "; ".join(finding.message for finding in node.findings if not finding.passed)
         reason += f"; nodes/{node.id} cannot checkpoint: {missing or 'it does not say why'}"

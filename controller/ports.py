@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from controller.identity import Identity
 from controller.model import (
@@ -120,6 +120,7 @@ class Nodes(Protocol):
         model: str,
         engine: str,
         weights: Weights,
+        engine_options: Mapping[str, Any],
         gpu: str = "",
     ) -> Report:
         """Load a model in a new instance and wait until it serves. A repeated call joins the first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
@@ -35,7 +36,7 @@ class Request:
 
     Args:
         deployment: its id.
-        engine: the kind of model that it needs.
+        engines: those that can answer it.
         build: makes the node's request for an instance id.
         timeout: seconds that the caller will still wait; None: for ever.
         sequences: answers that it asks for.
@@ -43,7 +44,7 @@ class Request:
     """
 
     deployment: str
-    engine: str
+    engines: AbstractSet[str]
     build: Callable[[str], bytes]
     timeout: float | None = None
     sequences: int = 1
@@ -145,12 +146,13 @@ class Serving:
 
     def _check_engine(self, request: Request) -> None:
         known = self._core.deployments.get_active(request.deployment)
-        if known.engine != request.engine:
+        if known.engine not in request.engines:
+            needed = " or ".join(sorted(request.engines))
             raise FailedPrecondition(
                 "WRONG_ENGINE",
-                f"deployments/{known.id} runs the engine {known.engine}; this call needs {request.engine}",
+                f"deployments/{known.id} runs the engine {known.engine}; this call needs {needed}",
                 field="deployment",
-                metadata={"engine": known.engine, "needed": request.engine},
+                metadata={"engine": known.engine, "needed": needed},
             )
 
 

@@ -119,6 +119,7 @@ class Snapshots:
                 start_mode=StartMode.CHECKPOINT,
                 checkpoint_storage=Storage.S3 if snapshot.published else Storage.LOCAL,
                 checkpoint_weights=snapshot.weights,
+                engine_options=snapshot.engine_options,
             )
             return await self._core.deployments.create(names.check_id(deployment, "deployment"), draft, "")
         owner = self._core.deployments.get_active(deployment)
@@ -129,6 +130,14 @@ class Snapshots:
                 f"{owner.model}; name another deployment",
                 field="deployment",
                 metadata={"snapshot": snapshot.model, "deployment": owner.model},
+            )
+        if owner.engine_options != snapshot.engine_options:
+            raise FailedPrecondition(
+                "ENGINE_OPTIONS_DIFFER",
+                f"snapshots/{snapshot.id} was captured with the engine options "
+                f"{dict(snapshot.engine_options)} and deployments/{deployment} has "
+                f"{dict(owner.engine_options)}; name another deployment",
+                field="deployment",
             )
         return owner
 

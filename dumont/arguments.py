@@ -15,7 +15,7 @@ from typing import Any, Final, TypedDict, TypeVar, Unpack
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from dumont import limits, names
+from dumont import engines, limits, names
 from dumont.controller.v1 import deployment_service_pb2, inference_service_pb2
 from dumont.convert import duration
 from dumont.errors import InvalidArgument
@@ -61,7 +61,9 @@ class DeploySettings(TypedDict, total=False):
     """The keyword arguments of ``deploy``.
 
     name: the deployment's id; derived from the model's name when left out.
-    engine: ``causal_lm`` or ``embedding``; read from the model's configuration when left out.
+    engine: ``causal_lm`` or ``embedding``, read from the model's configuration when left out; or ``vllm``, on
+        nodes where it is installed.
+    engine_options: arguments of the engine ``vllm``, such as ``{"max_model_len": 4096}``; see docs/vllm.md.
     idle_timeout: seconds without a request after which its instance parks or stops.
     park_timeout: seconds parked after which the process ends and only the snapshot remains.
     prewarm: start, and capture, when the deployment is created rather than at its first request.
@@ -72,6 +74,7 @@ class DeploySettings(TypedDict, total=False):
 
     name: str | None
     engine: str | None
+    engine_options: Mapping[str, Any] | None
     idle_timeout: Seconds | None
     park_timeout: Seconds | None
     prewarm: bool
@@ -183,6 +186,7 @@ def deployment_message(
     checkpoint: Checkpoint | None,
     *,
     engine: str | None = None,
+    engine_options: Mapping[str, Any] | None = None,
     idle_timeout: Seconds | None = None,
     park_timeout: Seconds | None = None,
     priority: int | None = None,
@@ -197,6 +201,10 @@ def deployment_message(
     mode = _choice(start_mode, START_MODES, "start_mode")
     message = request(deployment_service_pb2.Deployment, model=_model(model), engine=engine)
     message.start_mode = mode
+    engines.check_engine(message.engine)
+    options = engines.check_options(message.engine, {} if engine_options is None else engine_options)
+    if options:
+        message.engine_options.update(options)
     paths = ["start_mode"]
     if checkpoint is not None or start_mode == "checkpoint":
         message.checkpoint.CopyFrom(_checkpoint(checkpoint or {}))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
@@ -15,6 +15,7 @@ from dumont.connection import Connection
 from dumont.controller.v1 import deployment_service_pb2
 from dumont.errors import AlreadyExists
 from dumont.resources import AsyncInstances, AsyncNodes, AsyncSnapshots, pages
+from dumont.rpc.structs import from_struct
 from dumont.stream import AsyncTextStream
 from dumont.types import DeploymentInfo, Generation
 
@@ -135,6 +136,7 @@ class AsyncDeployments:
         *,
         name: str | None = None,
         engine: str | None = None,
+        engine_options: Mapping[str, Any] | None = None,
         idle_timeout: arguments.Seconds | None = None,
         park_timeout: arguments.Seconds | None = None,
         prewarm: bool = False,
@@ -145,7 +147,8 @@ class AsyncDeployments:
         """Serve a model, or change how it is served; see ``dumont.deploy``."""
         wanted, paths = arguments.deployment_message(
             model, start_mode, checkpoint,
-            engine=engine, idle_timeout=idle_timeout, park_timeout=park_timeout,
+            engine=engine, engine_options=engine_options,
+            idle_timeout=idle_timeout, park_timeout=park_timeout,
             priority=priority, min_instances=min_instances, max_instances=max_instances,
         )  # fmt: skip
         wanted.name = full_name(name or arguments.deployment_id(model), "deployments", "name")
@@ -196,6 +199,15 @@ class AsyncDeployments:
                     field=field,
                     metadata={"deployment": wanted.name, "existing": have, "wanted": want},
                 )
+        want_options, have_options = map(from_struct, (wanted.engine_options, existing.engine_options))
+        if want_options != have_options:
+            raise AlreadyExists(
+                "DEPLOYMENT_ENGINE_OPTIONS_DIFFER",
+                f"{wanted.name} exists with the engine options {have_options}, not {want_options}; give the "
+                "new one another name, or delete the old one first",
+                field="engine_options",
+                metadata={"deployment": wanted.name},
+            )
         changed = [path for path in paths if getattr(wanted, path) != getattr(existing, path)]
         if not changed:
             return existing

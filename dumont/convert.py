@@ -18,6 +18,7 @@ from dumont.controller.v1 import (
     snapshot_service_pb2,
 )
 from dumont.inference.v1 import inference_pb2
+from dumont.rpc.structs import from_struct
 
 NANOSECONDS: Final = 1e9
 
@@ -122,6 +123,7 @@ def deployment(message: deployment_service_pb2.Deployment) -> types.DeploymentIn
         min_instances=message.min_instances,
         # A controller of an earlier version has one instance of each.
         max_instances=message.max_instances or 1,
+        engine_options=from_struct(message.engine_options),
         state=word(deployment_service_pb2.Deployment.State, message.state, "STATE_"),
         state_message=message.state_message,
         create_time=time(message, "create_time"),
@@ -215,6 +217,7 @@ def node(message: node_service_pb2.Node) -> types.Node:
         snapshot_bytes=message.snapshot_bytes,
         snapshot_limit_bytes=message.snapshot_limit_bytes,
         draining=message.draining,
+        engines=dict(message.engines),
     )
 
 

@@ -10,10 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from typing import Any, Final
 
+from dumont.engines import CAUSAL_LM, EMBEDDING
 from dumont.errors import FailedPrecondition
-
-CAUSAL_LM: Final = "causal_lm"
-EMBEDDING: Final = "embedding"
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class DeploymentInfo:
     priority: int = 0
     min_instances: int = 0
     max_instances: int = 1
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,8 @@ class Remainder:
 class Node:
     """A snapshotd and the machine it runs on. ``object_store``: where it publishes snapshots, or empty.
 
+    ``engines``: the versions of the engines that it has beside those that every node has.
+
     Its own snapshots take ``snapshot_bytes`` and may take ``snapshot_limit_bytes``, 0 for no limit.
     ``draining``: nothing more is started there, and what runs there goes elsewhere.
     """
@@ -321,3 +325,4 @@ class Node:
     snapshot_bytes: int = 0
     snapshot_limit_bytes: int = 0
     draining: bool = False
+    engines: Mapping[str, str] = field(default_factory=dict)

@@ -6,8 +6,10 @@ import asyncio
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -30,16 +32,17 @@ from snapshotd.adapters.snapshot_store.base import STAGED
 from snapshotd.adapters.snapshot_store.directory import DirectoryStore
 from snapshotd.adapters.snapshot_store.sealed import SealedStore
 from snapshotd.config import Settings
+from snapshotd.engines import environment, installed
 from snapshotd.failpoints import Failpoints
 from snapshotd.images.format import ImageFormat
 from snapshotd.instances.journal import Journal
 from snapshotd.instances.manager import Instances
 from snapshotd.jobs.context import Deadlines, Gpus, HostSettings, Node
 from snapshotd.jobs.observers import Observers
-from snapshotd.model import Budgets
+from snapshotd.model import Budgets, Engine
 from snapshotd.object_store import SIGNING_KEY, open_repository
 from snapshotd.ports import Clock, SnapshotStore
-from snapshotd.preflight import Criu
+from snapshotd.preflight import Criu, engines_directory
 from snapshotd.repository.repository import Repository, check_conditional_create
 from snapshotd.repository.signing import Signer
 from snapshotd.snapshots.catalog import Remote, Snapshots
@@ -58,6 +61,8 @@ log = structlog.get_logger(__name__)
 FOLDERS = ("damaged", "instances", "journal", "shims", "uploads")
 # Below the directory of the plain snapshots; no snapshot can have this id.
 SEALED = ".sealed"
+# Our packages that a model host imports.
+HOST_PACKAGES = ("dumont", "model_host")
 # Variables that say where Python and the CUDA driver find their files on this machine.
 INHERITED = ("LD_LIBRARY_PATH", "PYTHONPATH")
 # The start of the daemon waits no longer for an object store that does not answer.
@@ -135,12 +140,14 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
     cuda, unsuspendable = open_cuda(settings, nvml.driver) if nvml else (None, "")
     if cuda is not None:
         stack.push_async_callback(cuda.close)
+    engines = find_engines(settings.engine_python, engines_directory())
     hosts = ShimPool(
         settings.state_dir / "shims",
         criu.binary,
         criu.pycriu,
         weight_cache.directory if weight_cache else None,
         host_memory(settings),
+        {name: engine.directory for name, engine in engines.items()},
     )
     stack.push_async_callback(hosts.close)
     models = NodeModels(settings.models_dir, models_limit(settings))
@@ -151,7 +158,7 @@ def assemble(settings: Settings, criu: Criu, failpoints: Failpoints, stack: Asyn
         weights=weights,
         images=ImageFormat(criu.pycriu),
         clock=clock,
-        settings=host_settings(settings),
+        settings=host_settings(settings, engines),
         facts=node_facts(criu.version),
         directory=settings.state_dir,
         threads=settings.threads,
@@ -203,7 +210,55 @@ def prepare_state(directory: Path) -> None:
         make_private(folder)
 
 
-def host_settings(settings: Settings) -> HostSettings:
+def find_engines(named: str, directory: Path) -> dict[str, Engine]:
+    """The engines of this node that run under an interpreter of their own.
+
+    Args:
+        named: the interpreters that the settings name.
+        directory: of the environments that ``dumont engine install`` has made.
+
+    Raises:
+        InvalidArgument: INVALID_ENGINE_PYTHON.
+        FailedPrecondition: ENGINE_UNUSABLE, one that the settings name does not work.
+    """
+    engines = {
+        name: environment.examine(name, python)
+        for name, python in environment.parse_interpreters(named).items()
+    }
+    for name, one in installed.used(installed.found(directory)).items():
+        if name in engines:
+            continue
+        try:
+            engines[name] = environment.examine(name, one.python)
+        except FailedPrecondition as error:
+            # Nobody asked for this one here.
+            log.warning("engine_ignored", engine=name, error=error.message)
+    for engine in engines.values():
+        log.info("engine_found", engine=engine.name, version=engine.version, python=str(engine.python))
+    return engines
+
+
+def host_packages(directory: Path) -> Path:
+    """Make the directory with our packages that a model host under another interpreter imports.
+
+    They are beside this node's own packages, which must not be found there.
+    """
+    directory.mkdir(mode=0o700, exist_ok=True)
+    for package in HOST_PACKAGES:
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        target, link = next(iter(spec.submodule_search_locations)), directory / package
+        if not link.is_symlink() or str(link.readlink()) != target:
+            # Another daemon's model hosts may be importing at this moment.
+            fresh = directory / f".{package}"
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(target)
+            fresh.replace(link)
+    return directory
+
+
+def host_settings(settings: Settings, engines: Mapping[str, Engine] | None = None) -> HostSettings:
     """How model hosts run on this node."""
     environment = {
         "PATH": os.environ.get("PATH", os.defpath),
@@ -229,6 +284,8 @@ def host_settings(settings: Settings) -> HostSettings:
         device=settings.device,
         max_queue=settings.max_queue,
         max_new_tokens=settings.max_new_tokens,
+        engines=engines or {},
+        packages=host_packages(settings.state_dir / "packages") if engines else Path(),
     )
 
 

@@ -144,6 +144,11 @@ class Settings(BaseSettings):
         "unset: half; 0: no limit",
     )
     host_threads: int = Field(0, ge=0, description="compute threads of a model host; 0: one for each core")
+    engine_python: str = Field(
+        "",
+        description="interpreters of engines that run under their own, by comma: "
+        "vllm=/opt/vllm/bin/python; an engine that is not named: the one of 'dumont engine install', if any",
+    )
     max_queue: int = Field(64, ge=1, description="requests that one model host holds before it refuses more")
     max_new_tokens: int = Field(4096, ge=1, description="largest max_new_tokens of a request")
     start_timeout_seconds: float = Field(

@@ -117,6 +117,7 @@ class Instance:
             always number 0.
         gpu_bytes: the GPU memory that it holds, as far as it was measured, or held when it was parked.
         capacity: None until the model host has reported it.
+        engine_options: the arguments that its engine was given.
     """
 
     id: str
@@ -142,6 +143,7 @@ class Instance:
     versions: Mapping[str, str] = field(default_factory=dict)
     capacity: Capacity | None = None
     load: Load = Load()
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,25 @@ class Model:
     weights: tuple[Path, ...]
     weights_bytes: int
     context_length: int
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine under an interpreter of its own.
+
+    Attributes:
+        python: the interpreter, as it was named.
+        directory: its environment, which a model host sees at a fixed place.
+        program: the interpreter's path within the environment.
+        facts: the versions that a snapshot of it is bound to, by package.
+    """
+
+    name: str
+    version: str
+    python: Path
+    directory: Path
+    program: str
+    facts: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -248,6 +269,7 @@ class Manifest:
     weights: Weights = Weights.DETACHED
     weight_files: Mapping[str, str] = field(default_factory=dict)
     model_files: Mapping[str, str] = field(default_factory=dict)
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,12 @@ class Host(Protocol):
     lost_reason: str
 
     async def launch(
-        self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
+        self,
+        instance: str,
+        directory: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        engine: str = "",
     ) -> None:
         """Start the model host.
 
@@ -57,6 +62,7 @@ class Host(Protocol):
             directory: the instance's directory.
             command: program and arguments.
             environment: all of its variables.
+            engine: whose environment it must see; empty: of none.
         """
         ...
 

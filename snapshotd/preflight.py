@@ -44,6 +44,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("DUMONT_CACHE") or Path(base) / "dumont")
 
 
+def engines_directory() -> Path:
+    """Where ``dumont engine install`` makes environments."""
+    return cache_directory() / "engines"
+
+
 def find_criu() -> tuple[Criu | None, list[Finding]]:
     """The first CRIU that is new enough and passes its own check, and the findings.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified, 
 from controller.ports import NODE_UNAVAILABLE, Change, ListedSnapshots, Removed, Synchronized
 from dumont.errors import DeadlineExceeded, DumontError, Internal, Unavailable
 from dumont.rpc.status import from_rpc_error, from_status
+from dumont.rpc.structs import to_struct
 from dumont.snapshotd.v1 import (
     instance_service_pb2 as instances,
 )
@@ -159,6 +160,7 @@ class GrpcNodes:
         model: str,
         engine: str,
         weights: Weights,
+        engine_options: Mapping[str, Any],
         gpu: str = "",
     ) -> Report:
         request = instances.StartInstanceRequest(
@@ -168,6 +170,7 @@ class GrpcNodes:
             engine=engine,
             weights=WEIGHTS[weights],
             gpu=gpu,
+            engine_options=to_struct(engine_options),
         )
         async with self._errors(node) as link:
             begun = link.instances.StartInstance(request, timeout=LONG)

@@ -54,6 +54,7 @@ DEPLOYMENTS = sa.Table(
     sa.Column("min_instances", sa.Integer),
     sa.Column("max_instances", sa.Integer),
     sa.Column("weights_bytes", sa.BigInteger, nullable=False),
+    sa.Column("engine_options", sa.JSON, nullable=False),
 )
 NODES = sa.Table(
     "nodes",
@@ -369,6 +370,7 @@ def _row(deployment: Deployment) -> dict[str, Any]:
         "min_instances": deployment.min_instances,
         "max_instances": deployment.max_instances,
         "weights_bytes": deployment.weights_bytes,
+        "engine_options": dict(deployment.engine_options),
     }
 
 
@@ -396,6 +398,7 @@ def _deployment(row: Mapping[Any, Any]) -> Deployment:
         min_instances=row["min_instances"],
         max_instances=row["max_instances"],
         weights_bytes=row["weights_bytes"],
+        engine_options=row["engine_options"],
     )
 
 
@@ -416,6 +419,7 @@ def _facts(node: Node) -> dict[str, Any]:
         "parked_memory_limit_bytes": node.parked_memory_limit_bytes,
         "weight_cache_limit_bytes": node.weight_cache_limit_bytes,
         "heartbeat_time": node.heartbeat_time,
+        "engines": dict(node.engines),
     }
 
 

@@ -9,9 +9,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from controller import convert
-from controller.model import CAUSAL_LM, EMBEDDING, StartInfo
+from controller.model import StartInfo
 from controller.serving import Request, Serving
-from dumont import limits, names
+from dumont import engines, limits, names
 from dumont.controller.v1 import inference_service_pb2 as pb
 from dumont.errors import InvalidArgument
 from dumont.rpc.streams import WRITE_SECONDS, PatientWriter
@@ -50,7 +50,12 @@ class InferenceService:
         default = min(limits.DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
         request.max_new_tokens = request.max_new_tokens or default
         call = Request(
-            deployment, CAUSAL_LM, _rewrite(request), context.time_remaining(), max(1, request.n), len(data)
+            deployment,
+            engines.GENERATES,
+            _rewrite(request),
+            context.time_remaining(),
+            max(1, request.n),
+            len(data),
         )
         stream = _Stream(context, self._write_seconds)
         with stream.writer:
@@ -60,7 +65,9 @@ class InferenceService:
         request = _parse(pb.EmbedRequest(), data)
         deployment = names.parse(request.deployment, "deployments", "deployment")
         limits.check_embed(request.inputs)
-        call = Request(deployment, EMBEDDING, _rewrite(request), context.time_remaining(), size=len(data))
+        call = Request(
+            deployment, engines.EMBEDS, _rewrite(request), context.time_remaining(), size=len(data)
+        )
         info, answer = await self._serving.embed(call)
         # Concatenated encodings merge, and the node's answer has no start.
         return pb.EmbedResponse(start=convert.start_info_message(info)).SerializeToString() + answer

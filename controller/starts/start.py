@@ -23,7 +23,7 @@ from controller.model import (
     total_seconds,
 )
 from controller.ports import NODE_UNAVAILABLE
-from dumont import names
+from dumont import engines, names
 from dumont.errors import ERRORS, DumontError, InvalidArgument
 
 log = structlog.get_logger()
@@ -135,7 +135,7 @@ class Start:
             instance = unused.id
         else:
             nodes = self._core.inventory.nodes.values()
-            node = policy.place({n.id: n for n in nodes if n.checkpoint_capable})
+            node = policy.place({n.id: n for n in nodes if n.checkpoint_capable}, engine=deployment.engine)
             on_stage("", "starting")
             instance = (await self._instances.create(deployment, node.id)).instance
         on_stage(instance, "capturing")
@@ -291,7 +291,12 @@ class Start:
         """Whether a cold start may be attempted on another node; after several, all would fail."""
         tried = [name for name in self._failed if name.startswith("nodes/")]
         nodes = self._core.inventory.nodes.values()
-        left = [n for n in nodes if n.takes_starts and f"nodes/{n.id}" not in self._failed]
+        engine = self._known().engine
+        left = [
+            n
+            for n in nodes
+            if n.takes_starts and f"nodes/{n.id}" not in self._failed and engines.runs(engine, n.engines)
+        ]
         return len(tried) < COLD_ATTEMPTS and bool(left)
 
     def _phase(self, name: str, began: float) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from json import dumps, loads
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +12,7 @@ from dumont import sync
 from dumont.arguments import START_MODES, STORAGES, WEIGHTS, Checkpoint
 from dumont.cli.durations import parse_duration
 from dumont.cli.output import Endpoint, Json, age, command, print_facts, print_json, print_table, short, span
+from dumont.errors import InvalidArgument
 from dumont.types import DeploymentInfo
 
 
@@ -45,7 +48,20 @@ def deploy(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="causal_lm or embedding; by default read from the model's configuration."),
+        typer.Option(
+            help="causal_lm or embedding, by default read from the model's configuration; or vllm, where it "
+            "is installed."
+        ),
+    ] = None,
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine-option",
+            "-o",
+            metavar="NAME=VALUE",
+            help="An argument of the engine vllm, such as max_model_len=4096; the value may be JSON. May be "
+            "repeated.",
+        ),
     ] = None,
     prewarm: Annotated[
         bool, typer.Option("--prewarm", help="Start, and capture, now instead of at the first request.")
@@ -80,6 +96,7 @@ def deploy(
             checkpoint or None,
             name=name,
             engine=engine,
+            engine_options=parse_options(engine_option or ()),
             idle_timeout=idle_timeout,
             park_timeout=park_timeout,
             prewarm=prewarm,
@@ -141,6 +158,7 @@ def describe(info: DeploymentInfo) -> dict[str, str]:
         "deployment": short(info.name),
         "model": info.model,
         "engine": info.engine,
+        **({"engine options": dumps(info.engine_options, sort_keys=True)} if info.engine_options else {}),
         "start mode": info.start_mode,
         "snapshots": f"{checkpoint.storage}{kept}" if checkpoint.enabled else "none",
         "idle timeout": span(info.idle_timeout),
@@ -149,3 +167,26 @@ def describe(info: DeploymentInfo) -> dict[str, str]:
         "instances": f"{info.min_instances} to {info.max_instances}",
         "state": f"{info.state}: {info.state_message}" if info.state_message else info.state,
     }
+
+
+def parse_options(given: Iterable[str]) -> dict[str, Any]:
+    """Options of an engine, each given as ``NAME=VALUE``; a value that is not JSON is text.
+
+    Raises:
+        InvalidArgument: NOT_AN_OPTION, one is not of that form or names an option a second time.
+    """
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or name in options:
+            raise InvalidArgument(
+                "NOT_AN_OPTION",
+                f"--engine-option must be NAME=VALUE, each name once; got {text[:120]!r}",
+                field="engine_options",
+            )
+        try:
+            options[name] = loads(value)
+        except ValueError:
+            options[name] = value
+    return options

@@ -32,6 +32,7 @@ def ls(json: Json = False, endpoint: Endpoint = None) -> None:
             "STATE",
             "ENDPOINT",
             "GPUS",
+            "ENGINES",
             "MEMORY FREE",
             "CPUS",
             "SNAPSHOTS",
@@ -45,6 +46,8 @@ def ls(json: Json = False, endpoint: Endpoint = None) -> None:
                 f"{node.state}, draining" if node.draining else node.state,
                 node.endpoint,
                 ", ".join(node.gpu_models) or "none",
+                ", ".join(f"{name} {version}" for name, version in sorted(node.engines.items()))
+                or "built in",
                 f"{size(node.memory_available_bytes)} of {size(node.memory_total_bytes)}",
                 str(node.cpu_count),
                 kept(node),

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from dumont import model_directory, models
+from dumont.engines import check_engine
 from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from dumont.model_directory import Unusable
 from snapshotd.eviction import Candidate, choose
@@ -30,7 +31,6 @@ from snapshotd.system.threads import PatientThreads
 
 log = structlog.get_logger(__name__)
 
-ENGINES = ("causal_lm", "embedding")
 # The files that a model host reads. Others, such as other formats and pictures, are not downloaded.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 HUB_TIMEOUT = 5.0
@@ -67,13 +67,7 @@ class NodeModels:
         self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}
 
     async def resolve(self, name: str, engine: str = "") -> Model:
-        if engine and engine not in ENGINES:
-            raise InvalidArgument(
-                "UNKNOWN_ENGINE",
-                f"engine must be one of {', '.join(ENGINES)}; got {engine[:40]!r}",
-                field="engine",
-                metadata={"engine": engine[:40]},
-            )
+        check_engine(engine)
         if not name:
             raise InvalidArgument(
                 "MODEL_REQUIRED", "model must name a Hugging Face id or a directory", field="model"

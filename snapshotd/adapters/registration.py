@@ -112,6 +112,7 @@ async def _register(
             weight_cache_limit_bytes=described.weight_cache_limit_bytes,
             weight_cache_bytes=described.weight_cache_bytes,
             disk_free_bytes=described.disk_free_bytes,
+            engines={engine.name: engine.version for engine in described.engines},
             findings=[
                 pb2.NodeFinding(check=finding.check, passed=finding.passed, message=finding.message)
                 for finding in described.findings

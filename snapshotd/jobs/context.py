@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from dumont.engines import INSTALLED
+from dumont.errors import FailedPrecondition
 from snapshotd.gpu.placement import Reservations
 from snapshotd.images.format import ImageFormat
-from snapshotd.model import Gpu, Instance, Phase
+from snapshotd.model import Engine, Gpu, Instance, Phase
 from snapshotd.ports import (
     Clock,
     Cuda,
@@ -23,6 +26,7 @@ from snapshotd.ports import (
 )
 from snapshotd.system import linux
 from snapshotd.system.disk import DiskReservations
+from snapshotd.system.mounts import engine_mount
 from snapshotd.system.process_tree import process_tree
 
 
@@ -52,6 +56,46 @@ class HostSettings:
     device: str = "auto"
     max_queue: int = 64
     max_new_tokens: int = 4096
+    # The engines that this node has beside those of its own interpreter, by name.
+    engines: Mapping[str, Engine] = field(default_factory=dict)
+    # A directory with nothing but the packages that a model host needs of ours, for those interpreters.
+    packages: Path = Path()
+
+    def engine(self, name: str) -> Engine | None:
+        """An engine under an interpreter of its own; None for one that runs under this node's own.
+
+        Raises:
+            FailedPrecondition: ENGINE_NOT_INSTALLED.
+        """
+        if name not in INSTALLED:
+            return None
+        if name not in self.engines:
+            raise FailedPrecondition(
+                "ENGINE_NOT_INSTALLED",
+                f"this node does not have the engine {name}; run 'dumont engine install {name}' on it, or "
+                f"name its interpreter with --engine-python {name}=PATH, and start snapshotd again",
+                field="engine",
+                metadata={"engine": name},
+            )
+        return self.engines[name]
+
+    def program(self, engine: str) -> tuple[Sequence[str], Mapping[str, str]]:
+        """The command of an engine's model host, and its environment.
+
+        Raises:
+            FailedPrecondition: ENGINE_NOT_INSTALLED.
+        """
+        own = self.engine(engine)
+        if own is None:
+            return self.command, self.environment
+        python = Path(engine_mount(engine)) / own.program
+        environment = {
+            **self.environment,
+            "PATH": f"{python.parent}{os.pathsep}{self.environment.get('PATH', os.defpath)}",
+            # Ours alone: this node's own packages must not take the place of the engine's.
+            "PYTHONPATH": str(self.packages),
+        }
+        return (str(python), *self.command[1:]), environment
 
 
 @dataclass(frozen=True)
@@ -103,9 +147,18 @@ class Node:
     # The pids of a process and its descendants.
     process_tree: Callable[[int], Sequence[int]] = process_tree
 
-    def facts_of(self, device: str) -> dict[str, str]:
-        """The facts of this node that a process on ``device`` is bound to."""
-        return {**self.facts, **(self.gpus.facts if self.gpus and uses_cuda(device) else {})}
+    def facts_of(self, device: str, engine: str) -> dict[str, str]:
+        """The facts of this node that a process of ``engine`` on ``device`` is bound to.
+
+        Raises:
+            FailedPrecondition: ENGINE_NOT_INSTALLED.
+        """
+        own = self.settings.engine(engine)
+        return {
+            **self.facts,
+            **(own.facts if own else {}),
+            **(self.gpus.facts if self.gpus and uses_cuda(device) else {}),
+        }
 
     def gpu_uuids(self) -> list[str]:
         """The UUIDs of the node's GPUs, in the driver's order."""

@@ -66,7 +66,7 @@ def restore(
                 metadata={"snapshot": manifest.id},
             )
         captured = {name: fact for name, fact in manifest.compatibility.items() if name != "weights"}
-        compatibility.check(manifest.id, captured, node.facts_of(manifest.device))
+        compatibility.check(manifest.id, captured, node.facts_of(manifest.device, manifest.engine))
         if uses_cuda(manifest.device):
             actions.check_suspendable(node, manifest.device)
             subject.instance = replace(subject.instance, gpu=place())

@@ -42,13 +42,14 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         node.weights.unpin(instance.id)
 
     async def launch() -> None:
-        environment = {**node.settings.environment, **choose_gpu()}
+        command, environment = node.settings.program(found.engine)
         subject.host = await node.hosts.take()
         await subject.host.launch(
             instance.id,
             node.instance_directory(instance.id),
-            node.settings.command,
-            environment,
+            command,
+            {**environment, **choose_gpu()},
+            found.engine if node.settings.engine(found.engine) else "",
         )
         subject.instance = replace(subject.instance, pid=subject.host.pid)
 
@@ -73,6 +74,7 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
                 node.deadlines.load,
                 model_dir=str(found.directory),
                 engine=found.engine,
+                engine_options=dict(instance.engine_options),
                 device=node.settings.device,
                 weights=instance.weights.value,
                 weight_files={

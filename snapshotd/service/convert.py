@@ -12,10 +12,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from dumont import names
 from dumont.errors import InvalidArgument
 from dumont.inference.v1 import inference_pb2
+from dumont.rpc.structs import to_struct
 from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
 from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
-from snapshotd.model import Finding, Instance, Model, Phase, Snapshot, State, Weights
+from snapshotd.model import Engine, Finding, Instance, Model, Phase, Snapshot, State, Weights
 from snapshotd.repository.model import PrunePlan, PublishedSnapshot, Usage
 from snapshotd.snapshots.catalog import RejectedSnapshot
 from snapshotd.system import linux
@@ -60,6 +61,7 @@ def instance(fact: Instance) -> instances_pb2.Instance:
         gpu_bytes=fact.gpu_bytes,
         ram_bytes=linux.own_memory(fact.pid) if fact.state is not State.FAILED else 0,
         weights=WEIGHTS[fact.weights],
+        engine_options=to_struct(fact.engine_options),
         capacity=None
         if fact.capacity is None
         else inference_pb2.Capacity(sequences=fact.capacity.sequences, kv_tokens=fact.capacity.kv_tokens),
@@ -106,6 +108,7 @@ def snapshot(fact: Snapshot, incompatibility: str = "") -> snapshots_pb2.Snapsho
         weights=WEIGHTS[manifest.weights],
         device=manifest.device,
         gpu_bytes=manifest.gpu_bytes,
+        engine_options=to_struct(manifest.engine_options),
     )
 
 
@@ -169,6 +172,11 @@ def model(fact: Model) -> nodes_pb2.Model:
         cached=fact.directory is not None,
         context_length=fact.context_length,
     )
+
+
+def engines(facts: Iterable[Engine]) -> list[nodes_pb2.Engine]:
+    """Engines under interpreters of their own as messages."""
+    return [nodes_pb2.Engine(name=fact.name, version=fact.version, python=str(fact.python)) for fact in facts]
 
 
 def findings(facts: Iterable[Finding]) -> list[nodes_pb2.Finding]:

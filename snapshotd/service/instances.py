@@ -12,11 +12,12 @@ import grpc
 from google.longrunning import operations_pb2
 from google.protobuf.empty_pb2 import Empty
 
-from dumont import names
+from dumont import engines, names
 from dumont.errors import NotFound
 from dumont.rpc.operations import Operations, Progress
 from dumont.rpc.pages import page
 from dumont.rpc.streams import until_draining
+from dumont.rpc.structs import from_struct
 from dumont.snapshotd.v1 import instance_service_pb2 as pb2
 from dumont.snapshotd.v1 import instance_service_pb2_grpc as pb2_grpc
 from snapshotd.instances.manager import Instances
@@ -57,12 +58,13 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         if (begun := self._same(instance, request)) is not None:
             return begun
         weights = convert.weights(request.weights)
+        options = self._engine_options(request)
         model = await self.instances.node.models.resolve(request.model, request.engine)
         # The same request may have arrived again meanwhile.
         if (begun := self._same(instance, request)) is not None:
             return begun
         new = self._new(instance, request.deployment, request.model, model.engine, State.STARTING)
-        self.instances.admit(replace(new, weights=weights))
+        self.instances.admit(replace(new, weights=weights, engine_options=options))
 
         async def work(progress: Progress) -> pb2.Instance:
             with self._watched(instance, progress):
@@ -84,7 +86,14 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
         manifest = snapshot.manifest
         deployment = request.deployment or manifest.deployment
         new = self._new(instance, deployment, manifest.model, manifest.engine, State.RESTORING)
-        self.instances.admit(replace(new, snapshot=manifest.id, weights=manifest.weights))
+        self.instances.admit(
+            replace(
+                new,
+                snapshot=manifest.id,
+                weights=manifest.weights,
+                engine_options=manifest.engine_options,
+            )
+        )
 
         async def work(progress: Progress) -> pb2.Instance:
             async def fetch() -> None:
@@ -170,6 +179,13 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
 
     def _new(self, instance: str, deployment: str, model: str, engine: str, state: State) -> Instance:
         return Instance(instance, deployment, model, engine, state, self.instances.node.clock.now())
+
+    def _engine_options(self, request: pb2.StartInstanceRequest) -> dict[str, Any]:
+        """The options of the engine, as this node's version of it takes them."""
+        engines.check_engine(request.engine)
+        own = self.instances.node.settings.engine(request.engine)
+        version = own.version if own else ""
+        return engines.check_options(request.engine, from_struct(request.engine_options), version)
 
     def _begin(self, prefix: str, instance: str, request: Any, work: Any) -> operations_pb2.Operation:
         metadata = pb2.OperationMetadata(instance=names.build("instances", instance))

@@ -52,6 +52,7 @@ class NodeServicer(pb2_grpc.NodeServiceServicer):
         return self.describe()
 
     async def ResolveModel(self, request: pb2.ResolveModelRequest, context: Context) -> pb2.Model:
+        self.node.settings.engine(request.engine)
         return convert.model(await self.node.models.resolve(request.model, request.engine))
 
     def describe(self) -> pb2.Node:
@@ -72,6 +73,7 @@ class NodeServicer(pb2_grpc.NodeServiceServicer):
             weight_cache_limit_bytes=self.budgets.weights,
             weight_cache_bytes=self.weight_cache_bytes(),
             disk_free_bytes=self.node.disk.free(self.budgets.directory),
+            engines=convert.engines(self.node.settings.engines.values()),
         )
 
     def _gpus(self) -> list[pb2.Gpu]:

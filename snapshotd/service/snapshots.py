@@ -117,7 +117,7 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
         # read.
         captured = {name: fact for name, fact in manifest.compatibility.items() if name != "weights"}
         try:
-            compatibility.check(manifest.id, captured, self.node.facts_of(manifest.device))
+            compatibility.check(manifest.id, captured, self.node.facts_of(manifest.device, manifest.engine))
         except FailedPrecondition as error:
             return error.message
         return ""

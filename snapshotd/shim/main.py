@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--criu", type=Path, required=True)
     parser.add_argument("--pycriu", type=Path, help="directory of pycriu; left out: the usual path")
     parser.add_argument("--weights", type=Path, help="the node's weight cache; left out: it has none")
+    parser.add_argument("--engine", action="append", default=[], help="NAME=DIRECTORY of its environment")
     parser.add_argument("--memory", type=int, default=0, help="bytes that it may take; 0: no limit")
     parser.add_argument("--daemon", type=int, required=True, help="pid of the snapshotd that starts it")
     arguments = parser.parse_args()
@@ -45,7 +46,8 @@ def main() -> None:
     folder, name = arguments.socket.parent.resolve(), arguments.socket.name
     scratch = folder / f"{name}.root"
     scratch.mkdir(mode=0o700, exist_ok=True)
-    shim = Shim(scratch, arguments.criu, pycriu, arguments.weights, arguments.memory)
+    engines = {name: Path(place) for name, _, place in (text.partition("=") for text in arguments.engine)}
+    shim = Shim(scratch, arguments.criu, pycriu, arguments.weights, arguments.memory, engines)
     # Relative, because a socket's path may have 107 bytes and a state directory may be deep.
     os.chdir(folder)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

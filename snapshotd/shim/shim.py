@@ -9,8 +9,9 @@ import select
 import selectors
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from snapshotd.shim import criu, namespaces
@@ -38,11 +39,18 @@ class Shim:
         criu_binary: the CRIU program.
         pycriu: the package.
         weights: the node's weight cache; None if it has none.
+        engines: the environments of the node's engines by name.
         memory_bytes: memory that the model host may take; 0 for no limit.
     """
 
     def __init__(
-        self, scratch: Path, criu_binary: Path, pycriu: Any, weights: Path | None, memory_bytes: int = 0
+        self,
+        scratch: Path,
+        criu_binary: Path,
+        pycriu: Any,
+        weights: Path | None,
+        memory_bytes: int = 0,
+        engines: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         self.memory_bytes = memory_bytes
         self.pycriu = pycriu
@@ -80,6 +88,12 @@ class Shim:
             mounts.make_read_only(weights)
             self.places[mounts.WEIGHTS_MOUNT] = weights
             points.append(mounts.WEIGHTS_MOUNT)
+        # Only the processes of an engine see its environment, so that no other image refers to it.
+        # One that has been removed must not keep the others from starting.
+        self.engines = {mounts.engine_mount(name): place for name, place in engines.items() if place.is_dir()}
+        for point, place in self.engines.items():
+            mounts.make_read_only(place, programs=True)
+            points.append(point)
         for point in points:
             (self.root / point.lstrip("/")).mkdir(parents=True, exist_ok=True)
         self.worker = criu.Worker.start(criu_binary, list(self.pipes.host_ends().values()))
@@ -99,11 +113,16 @@ class Shim:
     # Commands. Each takes a message and returns the fields of its answer, or None if it answers later.
 
     def launch(self, message: Message) -> Message:
-        """Start the model host ``command`` in namespaces of its own."""
+        """Start the model host ``command`` in namespaces of its own, with the environment of ``engine``."""
         self._must_be_empty()
         directory = Path(message["directory"])
         # It has no images, so it does not matter which directory is mounted in their place.
         own = {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: directory}
+        if engine := message.get("engine"):
+            point = mounts.engine_mount(engine)
+            if point not in self.engines:
+                raise CommandRefused(f"this shim has no environment of the engine {engine}")
+            own[point] = self.engines[point]
         places = self._places() | own
         self.mounts = sorted(places)
         self.pid = namespaces.launch(
@@ -120,7 +139,8 @@ class Shim:
         """
         self._must_be_empty()
         directory, origin = Path(message["directory"]), Path(message["origin"])
-        places = self._places() | {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: origin}
+        own = {mounts.INSTANCE_MOUNT: directory, mounts.MEMORY_MOUNT: origin}
+        places = self._places() | self.engines | own
         unknown = set(message["mounts"]) - set(places)
         if unknown:
             raise CommandRefused(

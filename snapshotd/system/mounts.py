@@ -2,10 +2,11 @@
 
 Its root is a private bind mount of the node's root. In it are a ``/proc`` of its own pid namespace, which
 CUDA needs, the instance's directory at ``/run/dumont``, the node's weight cache, read-only, at
-``/run/dumont-weights``, and the node's other real file systems at their own paths. The kernel's pseudo file
-systems other than ``/dev`` and ``/sys`` are left out, because CRIU could not restore them. To CRIU every
-mount but ``/`` and ``/proc`` is external: a name at dump, which is mapped to a path of the restoring node at
-restore. So a snapshot never decides what is mounted.
+``/run/dumont-weights``, the environment of its engine, if that has one, read-only at
+``/run/dumont-engines/<engine>``, and the node's other real file systems at their own paths. The kernel's
+pseudo file systems other than ``/dev`` and ``/sys`` are left out, because CRIU could not restore them. To
+CRIU every mount but ``/`` and ``/proc`` is external: a name at dump, which is mapped to a path of the
+restoring node at restore. So a snapshot never decides what is mounted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ INSTANCE_MOUNT = "/run/dumont"
 MEMORY_MOUNT = "/run/dumont-memory"
 # A restored process maps its weights by this path, so it is the same on every node, wherever its state lies.
 WEIGHTS_MOUNT = "/run/dumont-weights"
+# Below it, the environments of engines that run under an interpreter of their own.
+ENGINES_MOUNT = "/run/dumont-engines"
 # The sources, in the kernel's list, of the mounts that a node makes for itself: its weight cache, and the
 # image files of encrypted snapshots while they are in use.
 WEIGHTS_SOURCE = "dumont-weights"
@@ -106,10 +109,19 @@ def bind_root(root: Path) -> None:
     linux.mount("none", root, None, linux.MS_PRIVATE)
 
 
-def make_read_only(directory: Path) -> None:
-    """Bind a directory to itself, read-only. Directories that are bound from it are read-only as well."""
+def engine_mount(engine: str) -> str:
+    """Where a model host sees the environment of an engine."""
+    return f"{ENGINES_MOUNT}/{engine}"
+
+
+def make_read_only(directory: Path, programs: bool = False) -> None:
+    """Bind a directory to itself, read-only. Directories that are bound from it are read-only as well.
+
+    Args:
+        programs: it holds some that may be run.
+    """
     linux.mount(str(directory), directory, None, linux.MS_BIND)
-    flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+    flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV | (0 if programs else linux.MS_NOEXEC)
     linux.mount("none", directory, None, linux.MS_REMOUNT | linux.MS_BIND | flags)
 
 

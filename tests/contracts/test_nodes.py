@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ class World:
     async def started(self) -> str:
         """The id of a new instance that serves."""
         instance = new_id("i")
-        await self.nodes.start(NODE, instance, DEPLOYMENT, self.model, "", Weights.DETACHED)
+        await self.nodes.start(NODE, instance, DEPLOYMENT, self.model, "", Weights.DETACHED, {})
         return instance
 
     async def captured(self) -> tuple[str, str]:
@@ -141,7 +141,7 @@ async def test_a_model_is_found_with_its_engine(world: World) -> None:
 
 
 async def test_a_started_instance_serves(world: World) -> None:
-    made = await world.nodes.start(NODE, "one", DEPLOYMENT, world.model, "", Weights.INCLUDED)
+    made = await world.nodes.start(NODE, "one", DEPLOYMENT, world.model, "", Weights.INCLUDED, {})
 
     assert (made.id, made.deployment, made.state) == ("one", DEPLOYMENT, InstanceState.SERVING)
     assert (made.model, made.weights, made.snapshot) == (world.model, Weights.INCLUDED, "")
@@ -150,8 +150,10 @@ async def test_a_started_instance_serves(world: World) -> None:
 
 
 async def test_a_start_that_is_repeated_joins_the_first(world: World) -> None:
-    start = (NODE, "one", DEPLOYMENT, world.model, "", Weights.DETACHED)
-    one, other = await asyncio.gather(world.nodes.start(*start), world.nodes.start(*start))
+    def start() -> Awaitable[Report]:
+        return world.nodes.start(NODE, "one", DEPLOYMENT, world.model, "", Weights.DETACHED, {})
+
+    one, other = await asyncio.gather(start(), start())
     assert (one.id, one.state, one.pid) == (other.id, other.state, other.pid)
 
 
@@ -159,7 +161,7 @@ async def test_a_cancelled_start_is_cancelled_on_the_node(world: World) -> None:
     async with aclosing(world.nodes.watch(NODE)) as changes:
         while not isinstance(await anext(changes), Synchronized):
             pass
-        start = world.nodes.start(NODE, "one", DEPLOYMENT, world.model, "", Weights.DETACHED)
+        start = world.nodes.start(NODE, "one", DEPLOYMENT, world.model, "", Weights.DETACHED, {})
         starting = asyncio.create_task(start)
         await anext(changes)
 

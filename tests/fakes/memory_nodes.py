@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from controller.model import InstanceState, Phase, Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
 from controller.ports import Change, Clock, ListedSnapshots, Removed, Synchronized
@@ -169,11 +170,21 @@ class MemoryNodes:
         model: str,
         engine: str,
         weights: Weights,
+        engine_options: Mapping[str, Any],
         gpu: str = "",
     ) -> Report:
         self.weights[instance] = weights
-        report = Report(instance, deployment, InstanceState.STARTING, weights=weights, model=model)
-        return await self._create("start", node, replace(report, gpu=gpu))
+        report = Report(
+            instance,
+            deployment,
+            InstanceState.STARTING,
+            weights=weights,
+            model=model,
+            engine=engine,
+            engine_options=engine_options,
+            gpu=gpu,
+        )
+        return await self._create("start", node, report)
 
     async def restore(
         self,
@@ -190,9 +201,15 @@ class MemoryNodes:
             raise NotFound("SNAPSHOT_NOT_FOUND", f"there is no snapshots/{snapshot}")
         if manifest_digest and known[snapshot].manifest_digest != manifest_digest:
             raise DataLoss("MANIFEST_REPLACED", f"snapshots/{snapshot} is another one")
-        return await self._create(
-            "restore", node, replace(report, weights=known[snapshot].weights, model=known[snapshot].model)
+        source = known[snapshot]
+        report = replace(
+            report,
+            weights=source.weights,
+            model=source.model,
+            engine=source.engine,
+            engine_options=source.engine_options,
         )
+        return await self._create("restore", node, report)
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         source = self._find(node, instance)
@@ -215,7 +232,8 @@ class MemoryNodes:
             now,
             weights=source.weights,
             model=source.model,
-            engine="causal_lm",
+            engine=source.engine,
+            engine_options=source.engine_options,
             manifest_digest=f"digest of {snapshot} at {now}",
         )
         self.world[node].snapshots[snapshot] = made

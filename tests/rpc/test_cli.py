@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dumont.cli.main import app
+from dumont.rpc.structs import from_struct
 from tests.rpc.fake_controller import Served
 
 
@@ -63,6 +64,36 @@ def test_deploy_sends_its_options_and_shows_what_came_of_them(cli: Cli) -> None:
     shown = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
     assert ["deployment", "other-1-5"] in [[name, value.strip()] for name, value in shown]
     assert "local, 2h after its last use, weights included" in result.stdout
+
+
+def test_deploy_sends_the_options_of_an_engine(cli: Cli) -> None:
+    result = cli(
+        "deploy", "org/model", "--name", "fast", "--engine", "vllm", "-o", "max_model_len=4096",
+        "--engine-option", "dtype=bfloat16", "-o", 'speculative-config={"method": "ngram"}',
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    sent = cli.served.controller.requests[-1].deployment
+    assert from_struct(sent.engine_options) == {
+        "max_model_len": 4096, "dtype": "bfloat16", "speculative_config": {"method": "ngram"},
+    }  # fmt: skip
+    assert '"max_model_len": 4096' in result.stdout
+    again = ("deploy", "org/model", "--name", "fast", "--engine", "vllm")
+    other = cli(*again, "-o", "max_model_len=64")
+    assert other.exit_code == 1
+    assert "DEPLOYMENT_ENGINE_OPTIONS_DIFFER" in other.stderr
+
+
+def test_deploy_refuses_a_wrong_option_before_it_sends_anything(cli: Cli) -> None:
+    sent = len(cli.served.controller.requests)
+    for option, said in (
+        ("max_model_length=1", "did you mean max_model_len"),
+        ("tensor_parallel_size=2", "one GPU"),
+        ("max_model_len", "NAME=VALUE"),
+    ):
+        result = cli("deploy", "org/model", "--engine", "vllm", "-o", option)
+        assert result.exit_code != 0
+        assert said in result.stderr
+    assert len(cli.served.controller.requests) == sent
 
 
 def test_deploy_in_json_is_the_deployment(cli: Cli) -> None:

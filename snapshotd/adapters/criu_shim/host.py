@@ -64,7 +64,12 @@ class ShimHost:
         return cls(path, reader, writer)
 
     async def launch(
-        self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
+        self,
+        instance: str,
+        directory: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        engine: str = "",
     ) -> None:
         answer = await self._ask(
             {
@@ -73,6 +78,7 @@ class ShimHost:
                 "directory": str(directory),
                 "command": list(command),
                 "environment": dict(environment),
+                "engine": engine,
             },
             SHIM_ANSWER_TIMEOUT,
         )

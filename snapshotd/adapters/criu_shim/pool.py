@@ -8,9 +8,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from types import MappingProxyType
 
 import structlog
 
@@ -36,6 +37,7 @@ class ShimPool:
         pycriu: Path | None,
         weights: Path | None = None,
         memory_bytes: int = 0,
+        engines: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -44,12 +46,14 @@ class ShimPool:
             pycriu: directory that holds the package pycriu; None if it is on Python's path.
             weights: the node's weight cache, mounted before the first shim starts; None if it has none.
             memory_bytes: memory that one model host may take; 0 for no limit.
+            engines: the environments of the node's engines by name.
         """
         self.directory = directory
         self.criu = criu
         self.pycriu = pycriu
         self.weights = weights
         self.memory_bytes = memory_bytes
+        self.engines = engines
         self._spare: asyncio.Task[ShimHost] | None = None
         self._hosts: set[ShimHost] = set()
         self._ends: set[asyncio.Task[None]] = set()
@@ -116,7 +120,9 @@ class ShimPool:
 
     def mounts(self) -> set[str]:
         own = {mounts.INSTANCE_MOUNT, mounts.MEMORY_MOUNT}
-        return {*mounts.node_mounts(), *own, *([mounts.WEIGHTS_MOUNT] if self.weights else [])}
+        if self.weights is not None:
+            own.add(mounts.WEIGHTS_MOUNT)
+        return {*mounts.node_mounts(), *own, *map(mounts.engine_mount, self.engines)}
 
     async def close(self) -> None:
         spare, self._spare = self._spare, None
@@ -144,6 +150,8 @@ class ShimPool:
             command += ["--pycriu", str(self.pycriu)]
         if self.weights is not None:
             command += ["--weights", str(self.weights)]
+        for name, place in self.engines.items():
+            command += ["--engine", f"{name}={place}"]
         if self.memory_bytes:
             command += ["--memory", str(self.memory_bytes)]
         process = _spawn(command, path.with_suffix(".log"))

@@ -178,7 +178,7 @@ async def serving() -> Message:
 async def test_a_start_is_awaited_to_its_report(node: Connected) -> None:
     nodes, snapshotd, _ = node
     snapshotd.outcome = serving
-    assert await nodes.start("n1", "qa-1", "qa", "org/model", "causal_lm", Weights.INCLUDED) == REPORT
+    assert await nodes.start("n1", "qa-1", "qa", "org/model", "causal_lm", Weights.INCLUDED, {}) == REPORT
     (sent,) = snapshotd.requests
     assert (sent.instance_id, sent.deployment, sent.model, sent.engine) == (
         "qa-1",
@@ -235,7 +235,7 @@ async def test_a_cancelled_start_is_cancelled_on_the_node(node: Connected) -> No
         return SERVING
 
     snapshotd.outcome = forever
-    starting = asyncio.create_task(nodes.start("n1", "qa-1", "qa", "m", "", Weights.DETACHED))
+    starting = asyncio.create_task(nodes.start("n1", "qa-1", "qa", "m", "", Weights.DETACHED, {}))
     await begun.wait()
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -10,8 +10,9 @@ from controller.assembly import Controller, assemble
 from controller.deployments import Draft
 from controller.identity import Established, Identity
 from controller.inventory import Inventory
-from controller.model import CAUSAL_LM, Deployment, InstanceState, Node, NodeState, StartInfo, StartMode
+from controller.model import Deployment, InstanceState, Node, NodeState, StartInfo, StartMode
 from controller.serving import Request
+from dumont.engines import GENERATES
 from tests.fakes.manual_clock import ManualClock
 from tests.fakes.memory_nodes import MemoryNodes
 from tests.fakes.memory_registry import MemoryRegistry
@@ -56,7 +57,13 @@ class World:
         self.nodes.release_all()
 
     async def node(
-        self, identifier: str = "n1", *, capable: bool = True, memory: int = 1 << 30, object_store: str = ""
+        self,
+        identifier: str = "n1",
+        *,
+        capable: bool = True,
+        memory: int = 1 << 30,
+        object_store: str = "",
+        **known: Any,
     ) -> None:
         self.nodes.add_node(identifier).store = bool(object_store)
         facts = Node(
@@ -65,14 +72,19 @@ class World:
             checkpoint_capable=capable,
             memory_available_bytes=memory,
             object_store=object_store,
+            **known,
         )
         await self.controller.core.fleet.register(facts)
         await self.until(lambda: self.inventory.nodes[identifier].state is NodeState.READY)
 
     async def deploy(
-        self, mode: StartMode = StartMode.CHECKPOINT, identifier: str = "qa", **settings: Any
+        self,
+        mode: StartMode = StartMode.CHECKPOINT,
+        identifier: str = "qa",
+        engine: str = "",
+        **settings: Any,
     ) -> Deployment:
-        draft = Draft(model="org/model", engine="", start_mode=mode, **settings)
+        draft = Draft(model="org/model", engine=engine, start_mode=mode, **settings)
         return await self.controller.core.deployments.create(identifier, draft, "")
 
     async def ask(
@@ -84,7 +96,7 @@ class World:
     ) -> tuple[StartInfo, list[bytes]]:
         answer = answer or Answered()
         await self.controller.serving.generate(
-            Request(deployment, CAUSAL_LM, str.encode, timeout, sequences), answer
+            Request(deployment, GENERATES, str.encode, timeout, sequences), answer
         )
         (info,) = answer.starts
         return info, answer.frames

@@ -9,6 +9,7 @@ import pytest
 
 from controller.model import InstanceState, Tier
 from controller.serving import Request
+from dumont.engines import EMBEDS
 from dumont.errors import DumontError, FailedPrecondition, NotFound, Unavailable
 from tests.unit.controller.controller_world import Answered, World
 
@@ -140,7 +141,7 @@ async def test_a_request_on_the_wrong_engine_starts_nothing(world: World) -> Non
         await world.ask()
     assert failure.value.reason == "WRONG_ENGINE"
     assert world.nodes.named("start") == []
-    info, answer = await world.controller.serving.embed(Request("qa", "embedding", str.encode))
+    info, answer = await world.controller.serving.embed(Request("qa", EMBEDS, str.encode))
     assert info.tier is Tier.COLD
     assert answer == b"".join(world.nodes.frames)
 
@@ -151,11 +152,11 @@ async def test_a_dead_instance_is_replaced_once_for_embeddings_too(world: World)
     await world.deploy()
     dead = Unavailable("HOST_DEAD", "gone")
     world.nodes.fail("embed", dead)
-    info, _ = await world.controller.serving.embed(Request("qa", "embedding", str.encode))
+    info, _ = await world.controller.serving.embed(Request("qa", EMBEDS, str.encode))
     assert "HOST_DEAD" in info.reasons[0]
     world.nodes.fail("embed", dead, dead)
     with pytest.raises(Unavailable, match="gone"):
-        await world.controller.serving.embed(Request("qa", "embedding", str.encode))
+        await world.controller.serving.embed(Request("qa", EMBEDS, str.encode))
 
 
 async def test_a_caller_who_leaves_in_the_stream_ends_the_call_on_the_node(world: World) -> None:

@@ -58,8 +58,10 @@ class GpuHost(FakeHost):
         # The GPU of each order of weights.
         self.ordered: list[object] = []
 
-    async def launch(self, instance: str, directory: Path, command: Any, environment: Any) -> None:
-        await super().launch(instance, directory, command, environment)
+    async def launch(
+        self, instance: str, directory: Path, command: Any, environment: Any, engine: str = ""
+    ) -> None:
+        await super().launch(instance, directory, command, environment, engine)
         self.environment = environment
 
     async def restore(self, *arguments: object) -> None:

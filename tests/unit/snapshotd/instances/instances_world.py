@@ -64,9 +64,15 @@ class FakeHost:
             raise Aborted("HOST_TIMEOUT", f"{command} was not answered")
 
     async def launch(
-        self, instance: str, directory: Path, command: Sequence[str], environment: Mapping[str, str]
+        self,
+        instance: str,
+        directory: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        engine: str = "",
     ) -> None:
         await self._do("launch")
+        self.launched = (tuple(command), dict(environment), engine)
         self.instance, self.pid = instance, 42
 
     async def restore(self, *arguments: object) -> None:
