@@ -45,6 +45,13 @@ class Arguments:
             raise _bad(name, "an object of strings")
         return value
 
+    def values(self, name: str) -> dict[str, Any]:
+        """JSON values by name; none when left out."""
+        value = self._get(name, {})
+        if not isinstance(value, dict):
+            raise _bad(name, "an object")
+        return value
+
     def _get(self, name: str, default: object) -> object:
         value = self._values.get(name)
         if value is None:  # null says the same as leaving it out

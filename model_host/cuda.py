@@ -106,7 +106,8 @@ class Block:
         handle = ctypes.c_uint64()
         properties = _Properties(type=PINNED, location_type=LOCATION_DEVICE, location_id=self.device)
         _call("cuMemCreate", ctypes.byref(handle), *_sizes(missing), ctypes.byref(properties), *_numbers(0))
-        self._attach(handle, missing)
+        address = self.address + self.mapped
+        self._handles.append((address, missing, _map(handle, address, missing, self.device)))
 
     def map_shared(self, descriptor: int) -> None:
         """Put memory behind all of it that another process has allocated; the descriptor stays open.
@@ -114,14 +115,8 @@ class Block:
         Raises:
             CudaError: ``descriptor`` is no GPU memory of this size.
         """
-        handle = ctypes.c_uint64()
-        _call(
-            "cuMemImportFromShareableHandle",
-            ctypes.byref(handle),
-            ctypes.c_void_p(descriptor),
-            HANDLE_POSIX_FILE_DESCRIPTOR,
-        )
-        self._attach(handle, self.size - self.mapped)
+        address, size = self.address + self.mapped, self.size - self.mapped
+        self._handles.append((address, size, map_shared(descriptor, address, size, self.device)))
 
     def unmap(self) -> None:
         """Give the memory back; nothing may use it any more. The addresses stay."""
@@ -130,22 +125,41 @@ class Block:
             _driver().cuMemUnmap(*_numbers(address), *_sizes(size))
             _driver().cuMemRelease(ctypes.c_uint64(handle))
 
-    def _attach(self, handle: ctypes.c_uint64, size: int) -> None:
-        address = self.address + self.mapped
-        try:
-            _call("cuMemMap", *_numbers(address), *_sizes(size, 0), handle, *_numbers(0))
-        except CudaError:
-            _driver().cuMemRelease(handle)
-            raise
-        self._handles.append((address, size, handle.value))
-        access = _Access(LOCATION_DEVICE, self.device, ACCESS_READ_WRITE)
-        try:
-            _call("cuMemSetAccess", *_numbers(address), *_sizes(size), ctypes.byref(access), *_sizes(1))
-        except CudaError:
-            self._handles.pop()
-            _driver().cuMemUnmap(*_numbers(address), *_sizes(size))
-            _driver().cuMemRelease(handle)
-            raise
+
+def map_shared(descriptor: int, address: int, size: int, device: int) -> int:
+    """Put memory that another process has allocated behind reserved addresses; the descriptor stays open.
+
+    Returns:
+        The memory's handle, which the caller releases.
+
+    Raises:
+        CudaError: ``descriptor`` is no GPU memory of this size.
+    """
+    handle = ctypes.c_uint64()
+    _call(
+        "cuMemImportFromShareableHandle",
+        ctypes.byref(handle),
+        ctypes.c_void_p(descriptor),
+        HANDLE_POSIX_FILE_DESCRIPTOR,
+    )
+    return _map(handle, address, size, device)
+
+
+def _map(handle: ctypes.c_uint64, address: int, size: int, device: int) -> int:
+    """Put memory behind reserved addresses; if that fails, release it. Returns its handle."""
+    try:
+        _call("cuMemMap", *_numbers(address), *_sizes(size, 0), handle, *_numbers(0))
+    except CudaError:
+        _driver().cuMemRelease(handle)
+        raise
+    access = _Access(LOCATION_DEVICE, device, ACCESS_READ_WRITE)
+    try:
+        _call("cuMemSetAccess", *_numbers(address), *_sizes(size), ctypes.byref(access), *_sizes(1))
+    except CudaError:
+        _driver().cuMemUnmap(*_numbers(address), *_sizes(size))
+        _driver().cuMemRelease(handle)
+        raise
+    return handle.value
 
 
 class Kernel:

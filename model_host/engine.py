@@ -244,6 +244,7 @@ class Settings:
         loader: socket of the node's loader of weights; None: there is none.
         gpu: UUID of the GPU that ``device`` names; the loader knows it by that.
         kv_cache: bytes for the keys and values of all requests together; None: the engine's choice.
+        engine_options: arguments of the engine by their own names, already checked.
     """
 
     device: str = "auto"
@@ -254,6 +255,7 @@ class Settings:
     loader: Path | None = None
     gpu: str = ""
     kv_cache: int | None = None
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -104,7 +104,7 @@ class Host:
 
     def _load(self, arguments: Arguments) -> Json:
         """Reasons: MODEL_INVALID, MODEL_UNSUPPORTED, UNKNOWN_ENGINE, INVALID_DEVICE, DEVICE_MISSING,
-        INVALID_WEIGHTS.
+        INVALID_WEIGHTS, and those of the engine.
         """
         phases = Phases()
         max_queue = arguments.integer("max_queue", DEFAULT_MAX_QUEUE, lowest=1)
@@ -119,6 +119,7 @@ class Host:
             loader=_path(arguments.text("loader", "")),
             gpu=arguments.text("gpu", ""),
             kv_cache=arguments.integer("kv_cache", 0, lowest=0) or None,
+            engine_options=arguments.values("engine_options"),
         )
         folder = Path(arguments.text("model_dir"))
         engine = self._world.load(folder, arguments.text("engine", ""), settings, phases)

@@ -9,7 +9,7 @@ from dumont.errors import InvalidArgument
 from model_host.engine import Engine, Phases, Settings
 from model_host.model_files import ModelFiles
 
-NAMES: Final = ("causal_lm", "embedding")
+NAMES: Final = ("causal_lm", "embedding", "vllm")
 
 
 def choose(name: str, files: ModelFiles) -> str:
@@ -32,7 +32,12 @@ def load(name: str, files: ModelFiles, settings: Settings, phases: Phases) -> En
     Raises:
         FailedPrecondition: MODEL_INVALID, MODEL_UNSUPPORTED or DEVICE_MISSING.
         InvalidArgument: INVALID_DEVICE.
+        DumontError: reasons of the engine.
     """
+    if name == "vllm":
+        from model_host.engines import vllm
+
+        return vllm.load(files, settings, phases)
     with phases.measure("import_torch"):
         import torch  # noqa: F401  (measured apart: it is the largest part of a cold start)
     if name == "embedding":

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from dumont import limits
-from dumont.errors import FailedPrecondition, InvalidArgument
+from dumont.errors import FailedPrecondition
 from model_host.engine import (
     Canary,
     Capacity,
@@ -25,7 +24,7 @@ from model_host.engine import (
 )
 from model_host.engines.assembly import build
 from model_host.engines.libraries import library_versions
-from model_host.engines.tokens import load_tokenizer
+from model_host.engines.tokens import encode_inputs, load_tokenizer
 from model_host.model_files import Json, ModelFiles
 from model_host.weights import Weights, Workspace
 
@@ -107,19 +106,8 @@ class Embedding:
         return Canary([round(value * 1000) for value in values], 0.0)
 
     def embed(self, inputs: Sequence[str]) -> Work:
-        """As the port says. Reasons: those of ``limits.check_embed``, PROMPT_TOO_LONG."""
-        limits.check_embed(inputs)
-        tokens = [encoding.ids for encoding in self._tokenizer.encode_batch(list(inputs))]
-        longest = max(range(len(tokens)), key=lambda index: len(tokens[index]))
-        if len(tokens[longest]) > self.context_length:
-            raise InvalidArgument(
-                "PROMPT_TOO_LONG",
-                f"inputs[{longest}] has {len(tokens[longest])} tokens; this model takes "
-                f"{self.context_length}.",
-                field="inputs",
-                metadata={"tokens": str(len(tokens[longest])), "context_length": str(self.context_length)},
-            )
-        return Texts(tokens)
+        """As the port says. Reasons: those of ``encode_inputs``."""
+        return Texts(encode_inputs(self._tokenizer, inputs, self.context_length))
 
     def admit(self, work: Work) -> bool:
         assert isinstance(work, Texts)

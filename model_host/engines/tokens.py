@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from dumont import limits
 from dumont.errors import FailedPrecondition, InvalidArgument
 from model_host.engine import Message
 from model_host.model_files import ModelFiles, invalid
@@ -52,6 +53,28 @@ def _convert(files: ModelFiles) -> Tokenizer:
 
     backend: Tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True).backend_tokenizer
     return backend
+
+
+def encode_inputs(tokenizer: Tokenizer, inputs: Sequence[str], context_length: int) -> list[list[int]]:
+    """The tokens of texts to be embedded.
+
+    Args:
+        context_length: the most tokens that one may have.
+
+    Raises:
+        InvalidArgument: reasons of ``limits.check_embed``, PROMPT_TOO_LONG.
+    """
+    limits.check_embed(inputs)
+    tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(inputs))]
+    longest = max(range(len(tokens)), key=lambda index: len(tokens[index]))
+    if len(tokens[longest]) > context_length:
+        raise InvalidArgument(
+            "PROMPT_TOO_LONG",
+            f"inputs[{longest}] has {len(tokens[longest])} tokens; this model takes {context_length}.",
+            field="inputs",
+            metadata={"tokens": str(len(tokens[longest])), "context_length": str(context_length)},
+        )
+    return tokens
 
 
 class ChatTemplate:

@@ -19,6 +19,9 @@ from snapshotd.system import linux
 
 # Level 2 says what went wrong; level 4 writes megabytes.
 LOG_LEVEL = 2
+# Bytes that a file may have which the process has mapped and nobody can open any more: CRIU puts it into the
+# image. Libraries that an engine has compiled for itself are such files, of some hundred kilobytes each.
+GHOST_LIMIT = 64 << 20
 # From the end of CRIU's connection to that of its process.
 ENDING_SECONDS = 1.0
 
@@ -142,6 +145,7 @@ def _options(pycriu: Any, layout: Layout) -> Any:
     # The restored net namespace is empty, so there is nothing to lock; CRIU would run iptables for that.
     options.empty_ns = linux.CLONE_NEWNET
     options.network_lock = pycriu.rpc.SKIP
+    options.ghost_limit = GHOST_LIMIT
     options.manage_cgroups_mode = pycriu.rpc.IGNORE
     options.log_level = LOG_LEVEL
     return options
