@@ -49,7 +49,7 @@ CONFIGS: Final[Mapping[str, Settings]] = {
         "head_dim": 16,
         "vocab_size": 512,
         "tie_word_embeddings": True,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
     },
 }
 BYTES_PER_WEIGHT: Final = 2

@@ -18,7 +18,7 @@ from dumont.cli.output import Json, command, console, print_facts, print_json, s
 
 if TYPE_CHECKING:
     from dumont.benchmarks.results import Row
-    from dumont.benchmarks.run import Plan
+    from dumont.benchmarks.run import Plan, Subject
     from dumont.benchmarks.serve import Plan as ServePlan
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -61,8 +61,18 @@ def bench(
             "--relay", help="Measure what passing a token through the services costs, not the starts."
         ),
     ] = False,
+    mixed: Annotated[
+        bool,
+        typer.Option(
+            "--mixed", help="Watch the memory under requests of every kind, parks and captures; no speeds."
+        ),
+    ] = False,
+    minutes: Annotated[float, typer.Option(min=0.1, help="With --mixed: how long.")] = 60.0,
     streams: Annotated[
-        str, typer.Option(help="With --serve and --relay: how many answers at once, by comma.")
+        str,
+        typer.Option(
+            help="With --serve and --relay: how many answers at once, by comma; with --mixed, the largest."
+        ),
     ] = "1,8,32",
     prompt_tokens: Annotated[str, typer.Option(help="With --serve: tokens of a prompt, by comma.")] = "32",
     answer_tokens: Annotated[str, typer.Option(help="With --serve: tokens of an answer, by comma.")] = "128",
@@ -101,7 +111,7 @@ def bench(
     Measured are the ways to a first token, of plain scripts, of Dumont and of the stock tools; with --store,
     the store that DUMONT_SNAPSHOTD_STORE_URL and S3_* in the environment name; with --serve, how fast many
     callers are answered at once, by Dumont and by other engines; with --relay, how many messages the services
-    carry and what they cost, whatever the model.
+    carry and what they cost, whatever the model; with --mixed, whether memory stays flat.
     """
     from dumont.up import check_installed
 
@@ -123,6 +133,12 @@ def bench(
             raise typer.BadParameter(f"{file} cannot be written: there is no directory {file.parent}")
     chosen = [case.strip() for case in cases.split(",") if case.strip()]
     models = model or ([] if config else [MODEL])
+    if mixed:
+        _mixed(
+            run.subjects(models, config or [])[0], max(_counts(streams, "--streams")), minutes * 60,
+            directory, output, as_json=json,
+        )  # fmt: skip
+        return
     if serve:
         from dumont.benchmarks import serve as serving
 
@@ -224,6 +240,31 @@ def _relay(streams: list[int], directory: Path | None, output: Path | None, *, a
         "rows": [relay.document(row) for row in found],
     }
     (progress if as_json else console()).print(table(relay.HEADERS, map(relay.cells, found)))
+    if output:
+        output.write_text(json_codec.dumps(document, indent=2) + "\n")
+    if as_json:
+        print_json(document)
+
+
+def _mixed(
+    subject: Subject, streams: int, seconds: float, directory: Path | None, output: Path | None, *,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from dumont.benchmarks import machine, mixed, run
+
+    progress = console(stderr=True)
+    with run.workspace(directory, [subject]) as place:
+        found = mixed.measure(subject, streams, seconds, place, progress.print)
+    document = {
+        "machine": machine.facts(machine.Gpus.open(), None),
+        "command": ["dumont", *sys.argv[1:]],
+        "model": subject.name,
+        **mixed.document(found, streams, seconds),
+    }
+    shown = progress if as_json else console()
+    shown.print(table(mixed.HEADERS, mixed.rows(found)))
+    for name, value in mixed.told(found).items():
+        shown.print(f"{name}: {value}", soft_wrap=True)
     if output:
         output.write_text(json_codec.dumps(document, indent=2) + "\n")
     if as_json:

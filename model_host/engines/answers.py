@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from dumont import limits
 from dumont.errors import InvalidArgument
@@ -31,6 +31,10 @@ from model_host.text import Detokenizer, StopFilter
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+# A text that has more than this for each token of the context is counted in pieces first.
+CHARACTERS_PER_TOKEN: Final = 16
+COUNTED_CHARACTERS: Final = 1 << 16
 
 
 class TextRequests:
@@ -73,20 +77,36 @@ class TextRequests:
             prompt = self._template.render(request.messages)
         else:
             field, prompt = "prompt", request.prompt
+        self._check_length(prompt, field)
         # A rendered conversation carries the special tokens itself.
         tokens = self._tokenizer.encode(prompt, add_special_tokens=not request.messages).ids
         if not tokens:
             raise InvalidArgument("EMPTY_PROMPT", f"{field} holds no tokens", field=field)
         room = self._context_length - len(tokens)
         if room < 1:
-            raise InvalidArgument(
-                "PROMPT_TOO_LONG",
-                f"{field} has {len(tokens)} tokens; with an answer of at least one, this instance takes "
-                f"{self._context_length}. Shorten it.",
-                field=field,
-                metadata={"tokens": str(len(tokens)), "context_length": str(self._context_length)},
-            )
+            raise self._too_long(field, f"{len(tokens)}", len(tokens))
         return self.answering(request, tokens, min(request.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, room))
+
+    def _check_length(self, text: str, field: str) -> None:
+        """Refuse what is far too long before it is tokenised as a whole: a MB takes a second and 100 MB."""
+        if len(text) <= self._context_length * CHARACTERS_PER_TOKEN:
+            return
+        count = 0
+        for start in range(0, len(text), COUNTED_CHARACTERS):
+            piece = text[start : start + COUNTED_CHARACTERS]
+            count += len(self._tokenizer.encode(piece, add_special_tokens=False).ids)
+            # Pieces may have a few more tokens than the whole, never twice as many.
+            if count > 2 * self._context_length:
+                raise self._too_long(field, f"more than {count // 2}", count // 2)
+
+    def _too_long(self, field: str, tokens: str, count: int) -> InvalidArgument:
+        return InvalidArgument(
+            "PROMPT_TOO_LONG",
+            f"{field} has {tokens} tokens; with an answer of at least one, this instance takes "
+            f"{self._context_length}. Shorten it.",
+            field=field,
+            metadata={"tokens": str(count), "context_length": str(self._context_length)},
+        )
 
     def answering(self, request: Generation, prompt: list[int], limit: int) -> Answering:
         """The work of a request whose prompt is tokenised.

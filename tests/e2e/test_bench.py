@@ -165,6 +165,23 @@ def test_the_way_of_a_token_is_measured(criu: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_memory_is_watched_under_requests_of_every_kind(criu: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*BENCH, "--mixed", "--minutes", "0.3", "--streams", "3", "--json", "--directory", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["outcomes"]["OK"] > 0
+    assert found["failed"] == {}
+    assert (found["probe_answers"], found["instances"]) == (1, 1)
+    assert found["memory"].keys() >= {"controller", "snapshotd", "instance"}
+    assert list(tmp_path.iterdir()) == []
+
+
 def processes_naming(directory: Path) -> list[str]:
     """The processes in whose arguments a directory occurs, by pid."""
     found = []

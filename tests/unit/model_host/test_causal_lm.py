@@ -120,6 +120,19 @@ def test_a_prompt_must_leave_room_for_an_answer(engine: CausalLM) -> None:
     assert len(run(engine, prompt="w1 " * (CONTEXT - 1)).tokens) == 1
 
 
+def test_a_prompt_that_is_far_too_long_is_not_tokenised_whole(engine: CausalLM) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        engine.generate(Generation(prompt="w1 " * 1_000_000))
+
+    assert (refused.value.reason, refused.value.field) == ("PROMPT_TOO_LONG", "prompt")
+    assert "more than" in refused.value.message
+    assert CONTEXT < int(refused.value.metadata["tokens"]) < 100_000
+
+
+def test_a_long_prompt_of_few_tokens_is_answered(engine: CausalLM, expected: list[int]) -> None:
+    assert run(engine, prompt=PROMPT + " " * 200_000, max_new_tokens=4).tokens == expected[:4]
+
+
 def test_a_prompt_of_nothing_but_space_is_empty(engine: CausalLM) -> None:
     with pytest.raises(InvalidArgument) as refused:
         engine.generate(Generation(prompt="   "))
