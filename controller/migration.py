@@ -323,7 +323,8 @@ class Migrations:
         def settled() -> bool:
             # What is on a node that does not answer gets no requests, and is judged when the node answers.
             silent = self._inventory.node(source.node).state is NodeState.UNREACHABLE
-            return source.id not in self._inventory.instances or silent or lost()
+            left = self._inventory.instances.get(source.id)
+            return left is None or left.state is InstanceState.FAILED or silent or lost()
 
         await self._inventory.until(settled, f"deployments/{source.deployment}", f"nodes/{source.node}")
         if lost():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.stack import Stack
+from tests.e2e.stack import Controller, Stack
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +23,10 @@ def stack(new_stack: Callable[[], Stack]) -> Iterator[Stack]:
     """Running services that the tests of a module share."""
     with new_stack() as running:
         yield running
+
+
+@pytest.fixture
+def controller(criu: Path, free_port: Callable[[], int], tmp_path: Path) -> Iterator[Controller]:
+    running = Controller(f"127.0.0.1:{free_port()}", tmp_path / "controller")
+    yield running
+    running.close()

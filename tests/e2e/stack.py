@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,44 @@ class Stack:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+
+class Controller:
+    """A running controller and what its log says."""
+
+    def __init__(self, endpoint: str, state_dir: Path, heartbeat: float = 0.5) -> None:
+        self.endpoint = endpoint
+        # A file: a pipe that nobody reads would stop the controller once it is full.
+        self.log = state_dir.with_suffix(".log")
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                (
+                    command("dumont-controller"), "--listen", endpoint, "--state-dir", str(state_dir),
+                    "--heartbeat-seconds", str(heartbeat),
+                ),
+                stdout=output,
+                stderr=output,
+            )  # fmt: skip
+        self._read = self.log.open()
+
+    def read_until(self, **facts: str) -> None:
+        """Returns when the log tells of an event with these facts."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        line = ""
+        while time.monotonic() < deadline:
+            line += self._read.readline()
+            if not line.endswith("\n"):
+                time.sleep(0.02)
+                continue
+            if line.startswith("{") and facts.items() <= json.loads(line).items():
+                return
+            line = ""
+        raise AssertionError(f"the log does not tell of {facts}: {self.log.read_text()[-4000:]}")
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(STOP_SECONDS)
+        self._read.close()
 
 
 def command(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,50 +14,13 @@ import pytest
 from minio import Minio
 
 import dumont
-from tests.e2e.stack import STOP_SECONDS, command
+from tests.e2e.stack import STOP_SECONDS, Controller, command
 from tests.helpers.s3_server import S3Server
 from tests.helpers.tampering import flip_a_byte
 
 pytestmark = pytest.mark.node
 
 PROMPT = "The capital of France is"
-
-
-class Controller:
-    """A running controller and what its log says."""
-
-    def __init__(self, endpoint: str, state_dir: Path) -> None:
-        self.endpoint = endpoint
-        self.process = subprocess.Popen(
-            (
-                command("dumont-controller"), "--listen", endpoint, "--state-dir", str(state_dir),
-                "--heartbeat-seconds", "0.5",
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )  # fmt: skip
-
-    def read_until(self, **facts: str) -> None:
-        """Returns when the log tells of an event with these facts."""
-        assert self.process.stdout is not None
-        events: list[dict[str, Any]] = []
-        for line in self.process.stdout:
-            events.append(json.loads(line))
-            if facts.items() <= events[-1].items():
-                return
-        pytest.fail(f"the log ended without {facts}; it had {events}")
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.communicate(timeout=STOP_SECONDS)
-
-
-@pytest.fixture
-def controller(criu: Path, free_port: Callable[[], int], tmp_path: Path) -> Iterator[Controller]:
-    running = Controller(f"127.0.0.1:{free_port()}", tmp_path / "controller")
-    yield running
-    running.close()
 
 
 @pytest.fixture

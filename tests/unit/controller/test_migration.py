@@ -157,6 +157,20 @@ async def test_the_source_is_lost_while_the_target_is_made(world: World) -> None
     assert on(world, "n2") == [SERVING]
 
 
+async def test_the_source_fails_while_the_target_is_made(world: World) -> None:
+    source = await two_nodes(world)
+    held = world.nodes.hold("restore")
+    moving = asyncio.create_task(world.controller.migrations.migrate(source, TO_N2))
+    await world.nodes.called("restore")
+    report = world.nodes.world["n1"].instances[source]
+    world.nodes.tell("n1", replace(report, state=InstanceState.FAILED))
+    await world.settle()
+    held.set()
+    await world.settle()
+    assert moving.done()
+    assert (await moving).node == "n2"
+
+
 async def test_the_source_node_is_lost_while_it_drains(world: World) -> None:
     source = await two_nodes(world)
     held = world.nodes.hold("frame 0")
