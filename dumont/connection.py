@@ -26,6 +26,7 @@ from dumont.rpc.channel import open_channel
 from dumont.rpc.status import from_rpc_error, is_from_service
 
 DEFAULT_ENDPOINT: Final = "localhost:7070"
+UNIX_PATH_LIMIT: Final = 107  # bytes in sockaddr_un, less the final zero
 _MODULES: Final = (deployment_service_pb2, instance_service_pb2, node_service_pb2, snapshot_service_pb2)
 _SERVICES: Final = [service for module in _MODULES for service in module.DESCRIPTOR.services_by_name.values()]
 
@@ -45,8 +46,11 @@ def resolve_endpoint(endpoint: str | None) -> str:
     if not isinstance(found, str):
         raise _invalid(found, "it is not a string")
     if found.startswith("unix:"):
-        if not found.removeprefix("unix:").strip("/"):
+        path = found.removeprefix("unix:")
+        if not path.strip("/"):
             raise _invalid(found, "it lacks the socket's path, as in unix:/run/dumont/controller.sock")
+        if len(os.fsencode(path)) > UNIX_PATH_LIMIT:
+            raise _invalid(found, f"a socket's path has at most {UNIX_PATH_LIMIT} bytes; use a shorter one")
         return found
     if found.startswith(_ADDRESS_SCHEMES):
         return found

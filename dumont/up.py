@@ -17,7 +17,7 @@ from typing import Any, Final
 import grpc
 
 from dumont.client import AsyncClient
-from dumont.errors import DeadlineExceeded, FailedPrecondition, services_not_installed
+from dumont.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, services_not_installed
 from dumont.rpc.channel import open_channel
 
 START_SECONDS: Final = 60.0
@@ -77,6 +77,21 @@ def plan(
     )  # fmt: skip
 
 
+def check_models_dir(directory: Path) -> None:
+    """Raise unless the directory exists.
+
+    Raises:
+        InvalidArgument: MODELS_DIR_MISSING.
+    """
+    if not directory.is_dir():
+        raise InvalidArgument(
+            "MODELS_DIR_MISSING",
+            f"there is no directory {directory.absolute()} for --models-dir; make it, or name another one",
+            field="models_dir",
+            metadata={"directory": str(directory.absolute())},
+        )
+
+
 def check_installed() -> None:
     """Raise if only the client is installed.
 
@@ -99,14 +114,15 @@ async def run(daemons: Sequence[Daemon], ready: Callable[[], None], *, verbose: 
         verbose: their logs go to standard error instead of into files.
 
     Raises:
-        FailedPrecondition: an address is taken, or a service ended.
+        FailedPrecondition: an address is taken, STATE_UNUSABLE, or a service ended.
         DeadlineExceeded: a service did not serve in time.
     """
     from dumont.rpc.server import check_free
 
     for daemon in daemons:
         check_free(daemon.endpoint)
-        daemon.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for daemon in daemons:
+        _check_log(daemon.log)
     processes: list[asyncio.subprocess.Process] = []
     with _signals(processes) as stopped:
         tasks: list[asyncio.Task[Any]] = []
@@ -136,6 +152,21 @@ async def run(daemons: Sequence[Daemon], ready: Callable[[], None], *, verbose: 
             for task in tasks:
                 task.cancel()
             await _stop(processes)
+
+
+def _check_log(log: Path) -> None:
+    """Raise early, with the directory named, if a log cannot be written."""
+    try:
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with log.open("ab"):
+            pass
+    except OSError as error:
+        raise FailedPrecondition(
+            "STATE_UNUSABLE",
+            f"the state directory {log.parent} cannot be used: {error.strerror or error}; "
+            "choose another --state-dir, or make it writable",
+            metadata={"directory": str(log.parent)},
+        ) from error
 
 
 async def _start(daemon: Daemon, verbose: bool) -> asyncio.subprocess.Process:

@@ -11,6 +11,7 @@ from dumont import sync
 from dumont.arguments import GenerateOptions
 from dumont.cli.durations import parse_duration
 from dumont.cli.output import Endpoint, Json, command, own_line, print_json, span
+from dumont.errors import InvalidArgument
 from dumont.types import Piece, StartInfo
 
 Timeout = Annotated[
@@ -24,7 +25,10 @@ def generate(
     deployment: Annotated[str, typer.Argument(help="The deployment.")],
     prompt: Annotated[
         str | None,
-        typer.Argument(help="Text to continue, or the last turn of a conversation; - reads standard input."),
+        typer.Argument(
+            help="Text to continue, or the last turn of a conversation; "
+            "standard input is read if this is left out or -."
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="Begin a conversation with this instruction.")] = None,
     message: Annotated[
@@ -71,8 +75,9 @@ def generate(
     endpoint: Endpoint = None,
 ) -> None:
     """Print an answer as it is written, and on standard error how the model was started."""
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    # A conversation that the options complete already needs nothing of standard input.
+    if prompt == "-" or (prompt is None and len(message or ()) % 2 == 0):
+        prompt = read_input("a prompt", asked=prompt == "-")
     options: GenerateOptions = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -160,12 +165,19 @@ def bias(text: str) -> tuple[int, float]:
 @command
 def embed(
     deployment: Annotated[str, typer.Argument(help="The deployment.")],
-    texts: Annotated[list[str], typer.Argument(help="One or several texts.")],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="One or several texts; if this is left out or -, each line of standard input is one."
+        ),
+    ] = None,
     timeout: Timeout = None,
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
     """Print one vector for each text."""
+    if not texts or texts == ["-"]:
+        texts = [line for line in read_input("a text", asked=bool(texts)).splitlines() if line.strip()]
     with sync.Client(endpoint) as client:
         vectors = client.deployments.get(deployment).embed(texts, timeout=timeout)
     if json:
@@ -173,6 +185,36 @@ def embed(
         return
     for vector in vectors:
         sys.stdout.write(" ".join(f"{value:.6g}" for value in vector) + "\n")
+
+
+def at_terminal() -> bool:
+    """Whether a person types what standard input gives."""
+    return sys.stdin.isatty()
+
+
+def read_input(what: str, *, asked: bool) -> str:
+    """The text of standard input, without the newlines at its end.
+
+    Args:
+        what: is read, in words.
+        asked: the caller asked for it; else a terminal is not read, at which nobody expects to type.
+
+    Raises:
+        InvalidArgument: NO_INPUT, NOT_UTF8.
+    """
+    if not asked and at_terminal():
+        raise InvalidArgument(
+            "NO_INPUT", f"give {what} as an argument, pipe it in, or type it after giving -", field="prompt"
+        )
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgument("NOT_UTF8", f"standard input is not text in UTF-8: {error}") from error
+    if not text.strip():
+        raise InvalidArgument(
+            "NO_INPUT", f"standard input is empty; give {what} there, or as an argument", field="prompt"
+        )
+    return text.rstrip("\n")
 
 
 def conversation(system: str | None, turns: list[str]) -> list[dict[str, str]]:

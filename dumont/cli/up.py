@@ -35,11 +35,13 @@ def up(
     json: Json = False,
 ) -> None:
     """Run both services on this machine until interrupted; the models end with them."""
-    from dumont.up import check_installed, plan, run
+    from dumont.up import check_installed, check_models_dir, plan, run
 
     if device not in ("auto", "cpu"):
         raise typer.BadParameter("--device is auto or cpu")
     check_installed()
+    if models_dir is not None:
+        check_models_dir(models_dir)
     directory = (state_dir or default_state_dir()).expanduser().absolute()
     daemons = plan(directory, controller_port, snapshotd_port, models_dir, device)
     endpoints = {daemon.name: daemon.endpoint for daemon in daemons}

@@ -147,6 +147,46 @@ def test_generate_reads_its_prompt_from_standard_input(cli: Cli) -> None:
     assert cli.served.controller.requests[-1].prompt == "Count"
 
 
+@pytest.mark.parametrize(
+    "given", [(), ("-",), ("--system", "Be brief."), ("--message", "Hi", "--message", "Ho")]
+)
+def test_generate_reads_what_is_piped_in(cli: Cli, given: tuple[str, ...]) -> None:
+    result = cli("generate", "qa", *given, input="Count\nto three\n")
+    assert (result.exit_code, result.stdout) == (0, "one two three\n")
+    request = cli.served.controller.requests[-1]
+    last = request.messages[-1].content if request.messages else request.prompt
+    assert last == "Count\nto three"
+
+
+def test_a_conversation_that_is_complete_reads_nothing(cli: Cli) -> None:
+    assert cli("generate", "qa", "--message", "Hi", input="more").exit_code == 0
+    assert [m.content for m in cli.served.controller.requests[-1].messages] == ["Hi"]
+
+
+@pytest.mark.parametrize("command", ["generate", "embed"])
+def test_an_empty_pipe_is_named(cli: Cli, command: str) -> None:
+    for input in (None, "", " \n"):
+        result = cli(command, "qa", input=input)
+        assert result.exit_code == 1
+        assert "standard input is empty" in result.stderr
+    result = CliRunner().invoke(app, [command, "qa", "-"], input=b"\xff\xfe", env={"DUMONT_ENDPOINT": "a:1"})
+    assert "[NOT_UTF8]" in result.stderr
+
+
+def test_a_bare_command_at_a_terminal_waits_for_nothing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dumont.cli.inference.at_terminal", lambda: True)
+    for command in ("generate", "embed"):
+        result = cli(command, "qa", input="never read")
+        assert result.exit_code == 1
+        assert "pipe it in" in result.stderr
+
+
+def test_embed_reads_a_text_from_each_line_that_is_piped_in(cli: Cli) -> None:
+    for given in ((), ("-",)):
+        result = cli("embed", "qa", *given, input="four\n\nseventh\n")
+        assert result.stdout == "4 0.5\n7 0.5\n"
+
+
 def test_an_error_in_mid_answer_begins_on_its_own_line(cli: Cli) -> None:
     result = cli("generate", "qa", "killed")
     assert result.exit_code == 1
@@ -318,7 +358,7 @@ def test_a_missing_controller_is_named_with_the_remedy(cli: Cli) -> None:
         ("deploy",),
         ("deploy", "org/model", "--ttl", "soon"),
         ("deploy", "org/model", "--ttl=-1s"),
-        ("generate", "qa", "--message", "Hi", "--message", "Hello."),
+        ("generate", "qa", "And you?", "--message", "Hi"),
         ("logs", "a", "--tail", "-1"),
         ("up", "--device", "tpu"),
         ("dance",),
@@ -336,7 +376,7 @@ def test_a_wrong_command_line_exits_with_2(cli: Cli, arguments: tuple[str, ...])
         (("deploy", "org/model", "--start-mode", "hot"), "UNKNOWN_CHOICE"),
         (("deploy", "org/model", "--storage", "tape"), "UNKNOWN_CHOICE"),
         (("deploy", "org/model", "--weights", "half"), "UNKNOWN_CHOICE"),
-        (("generate", "qa"), "EMPTY_PROMPT"),
+        (("generate", "qa"), "NO_INPUT"),
         (("generate", "qa", "Hi", "--max-new-tokens", "0"), "INVALID_MAX_NEW_TOKENS"),
         (("rm", "nodes/one"), "INVALID_NAME"),
         (("stop", "A B"), "INVALID_ID"),

@@ -6,14 +6,15 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic_settings import CliApp
 
 from controller.config import load
-from dumont.errors import FailedPrecondition
-from dumont.up import Daemon, plan, run
+from dumont.errors import FailedPrecondition, InvalidArgument
+from dumont.up import Daemon, check_models_dir, plan, run
 from snapshotd.config import Settings
 
 
@@ -55,6 +56,22 @@ async def test_a_service_that_ends_is_named_with_its_last_words_and_the_other_is
         await run([controller, failing], lambda: None)
     assert raised.value.reason == "SERVICE_ENDED"
     assert raised.value.metadata == {"service": "snapshotd", "status": "3"}
+
+
+async def test_a_state_directory_that_cannot_be_made_is_named(daemons: list[Daemon], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for unusable in ("/proc/none", str(tmp_path / "file"), str(tmp_path / ("x" * 300))):
+        placed = [replace(daemon, log=Path(unusable) / "service.log") for daemon in daemons]
+        with pytest.raises(FailedPrecondition, match="choose another --state-dir") as raised:
+            await run(placed, lambda: None)
+        assert raised.value.reason == "STATE_UNUSABLE"
+        assert unusable in raised.value.message
+
+
+def test_a_models_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        check_models_dir(tmp_path / "none")
+    assert (raised.value.reason, raised.value.field) == ("MODELS_DIR_MISSING", "models_dir")
 
 
 async def test_a_taken_port_is_refused_before_anything_starts(daemons: list[Daemon]) -> None:

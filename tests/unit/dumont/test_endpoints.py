@@ -34,6 +34,7 @@ def test_an_address_is_taken_as_it_is(endpoint: str) -> None:
         ("localhost:0", "not a port"),
         ("localhost:99999", "not a port"),
         ("unix:", "lacks the socket's path"),
+        (f"unix:/{'x' * 107}", "at most 107 bytes"),
     ],
 )
 def test_what_is_no_address_is_refused_with_what_was_meant(endpoint: str, advice: str) -> None:
