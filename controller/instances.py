@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Final
 
 import structlog
 
 from controller.core import Core
+from controller.estimates import Work
 from controller.lifecycle import SAW, Event
 from controller.model import (
     Captured,
@@ -22,11 +25,19 @@ from controller.model import (
     total_seconds,
 )
 from controller.ports import NODE_UNAVAILABLE
+from controller.room import How, Need, Yield
 from dumont import names
-from dumont.errors import DumontError, NotFound
+from dumont.errors import Aborted, DumontError, NotFound, Unavailable
 
 log = structlog.get_logger()
 
+# The reason of a request that was ended because its instance had to make room.
+PREEMPTED: Final = "PREEMPTED"
+# How long an instance that makes room answers its requests, and how long those that are ended take to leave.
+YIELD_SECONDS: Final = 10.0
+INTERRUPTED_SECONDS: Final = 2.0
+# A park that fails for one of these reasons says nothing about whether the instance can be parked.
+TRANSIENT = frozenset({"INSTANCE_BUSY", "ILLEGAL_TRANSITION", "INSTANCE_NOT_FOUND", NODE_UNAVAILABLE})
 # Reasons of an instance that is healthy and only cannot answer at the moment.
 TEMPORARY = frozenset({"INSTANCE_NOT_READY", "INSTANCE_DRAINING"})
 
@@ -39,40 +50,87 @@ class Created:
     phases: tuple[Phase, ...]
 
 
-class Instances:
-    """Commands to instances. One that was sent runs to its end, even when its caller leaves."""
+class Interruption:
+    """A request that an instance answers; ``error`` is set when it is ended to make room."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, cancel: Callable[[], object]) -> None:
+        self._cancel = cancel
+        self.error: DumontError | None = None
+
+    def interrupt(self, error: DumontError) -> None:
+        """End the request with ``error``."""
+        self.error = error
+        self._cancel()
+
+
+class Instances:
+    """Commands to instances. One that was sent runs to its end, even when its caller leaves.
+
+    Args:
+        core: the ports and the facts.
+        yield_seconds: how long an instance that makes room for a higher priority answers its requests.
+    """
+
+    def __init__(self, core: Core, yield_seconds: float = YIELD_SECONDS) -> None:
         self._core = core
         self._inventory = core.inventory
+        self._yield_seconds = yield_seconds
+        self._requests: dict[str, set[Interruption]] = {}
 
-    async def create(self, deployment: Deployment, node: str, snapshot: str = "") -> Created:
+    async def create(
+        self,
+        deployment: Deployment,
+        node: str,
+        snapshot: str = "",
+        gpu: str = "",
+        need: Need | None = None,
+        yields: Sequence[Yield] = (),
+    ) -> Created:
         """Start an instance on a node, or restore it from ``snapshot`` unless that is empty.
+
+        Args:
+            deployment: whose instance it will be.
+            node: the node's id.
+            snapshot: the snapshot's id; empty: the model is loaded.
+            gpu: the UUID of the GPU to use; empty: the node chooses.
+            need: what it will take; nobody else is given that from now on.
+            yields: the instances that make room first, as decided just now.
 
         Nothing is awaited between the instance's first moment of serving and the return, so that the
         caller may capture it before any prompt enters it. When the start fails, what the node may
         have left of it is stopped in the background.
 
         Raises:
-            DumontError: what the node says; Unavailable, the intent could not be stored.
+            DumontError: what the node says; Unavailable, the intent could not be stored; Aborted,
+                ROOM_NOT_MADE.
         """
         core = self._core
         instance = names.new_id(deployment.id[:48].rstrip("-"))
         intent = Intent(instance, deployment.id, node, snapshot, core.clock.moment().wall)
         # Expected first: a node that is asked in the meantime would report an instance nobody knows.
-        self._inventory.expect(intent)
+        self._inventory.expect(intent, need)
+        room = self._make_room(yields)
         began = core.now()
         try:
             await core.registry.save_intent(intent)
+            recorded = core.now()
+            await _made(room)
             sent = core.now()
             if snapshot:
                 captured = self._inventory.captured.get(snapshot)
                 digest = captured.manifest_digest if captured else ""
-                report = await core.nodes.restore(node, instance, deployment.id, snapshot, digest)
+                report = await core.nodes.restore(node, instance, deployment.id, snapshot, digest, gpu)
             else:
                 weights, options = deployment.checkpoint.weights, deployment.engine_options
                 report = await core.nodes.start(
-                    node, instance, deployment.id, deployment.model, deployment.engine, weights, options
+                    node,
+                    instance,
+                    deployment.id,
+                    deployment.model,
+                    deployment.engine,
+                    weights,
+                    options,
+                    gpu,
                 )
         except BaseException as error:
             self._inventory.finish(instance, Event.REFUSED)
@@ -85,7 +143,10 @@ class Instances:
         if snapshot and not any(c.local for c in self._inventory.copies(snapshot) if c.node == node):
             # The node fetched it, so it holds it now.
             core.tasks.spawn(self._refresh_snapshots(node), f"refresh snapshots of {node}")
-        return Created(instance, (Phase("record", sent - began), *node_phases(report, core.now() - sent)))
+        phases = [Phase("record", recorded - began)]
+        if yields:
+            phases.append(Phase("make_room", sent - recorded))
+        return Created(instance, (*phases, *node_phases(report, core.now() - sent)))
 
     async def park(self, instance: str) -> Instance:
         """Freeze an instance; its process stays.
@@ -95,12 +156,31 @@ class Instances:
             FailedPrecondition: ILLEGAL_TRANSITION, INSTANCE_BUSY, or what the node says.
             Unavailable: its node cannot be reached.
         """
-        await self._command(instance, Event.PARK, self._core.nodes.park)
+        await self._command(instance, Event.PARK, self._park)
         return self._inventory.instance(instance)
 
-    async def resume(self, instance: str) -> Instance:
-        """Let a parked instance go on. Raises like ``park``."""
-        await self._command(instance, Event.RESUME, self._core.nodes.resume)
+    async def resume(self, instance: str, gpu: str = "", yields: Sequence[Yield] = ()) -> Instance:
+        """Let a parked instance go on.
+
+        Args:
+            instance: its id.
+            gpu: the UUID of the GPU to resume on; empty: the node chooses.
+            yields: the instances that make room first, as decided just now.
+
+        Raises:
+            Aborted: ROOM_NOT_MADE. Otherwise like ``park``.
+        """
+        room: asyncio.Future[list[BaseException | None]]
+
+        async def call(node: str, parked: str) -> Report:
+            await _made(room)
+            return await self._core.nodes.resume(node, parked, gpu)
+
+        resuming = self._begin(instance, Event.RESUME, call)
+        # Nobody else is given its memory from now on.
+        self._inventory.aim(instance, gpu)
+        room = self._make_room(yields)
+        await asyncio.shield(resuming)
         return self._inventory.instance(instance)
 
     async def move(self, instance: str, gpu: str) -> Instance:
@@ -221,11 +301,105 @@ class Instances:
         except DumontError as error:
             log.warning("refresh_snapshots_failed", node=node, reason=error.reason)
 
+    # Making room
+
+    @contextmanager
+    def interruptible(self, instance: str, cancel: Callable[[], object]) -> Iterator[Interruption]:
+        """While the context lasts, an instance that must make room at once ends a request by ``cancel``.
+
+        Its ``error`` then says so.
+        """
+        interruption = Interruption(cancel)
+        requests = self._requests.setdefault(instance, set())
+        requests.add(interruption)
+        try:
+            yield interruption
+        finally:
+            requests.discard(interruption)
+            if not requests and self._requests.get(instance) is requests:
+                del self._requests[instance]
+
+    def _make_room(self, yields: Sequence[Yield]) -> asyncio.Future[list[BaseException | None]]:
+        """Begin to make room. From now on no request enters these instances. Pass the result to ``_made``."""
+        ends: list[asyncio.Task[None]] = []
+        parks: list[asyncio.Task[None]] = []
+        for one in yields:
+            event, tasks = (Event.PARK, parks) if one.how is How.PARK else (Event.STOP, ends)
+            node = self._inventory.begin(one.instance, event, force=one.drains).node
+            # A park may need the memory of those that end.
+            work = self._give_way(node, one, tuple(ends) if one.how is How.PARK else ())
+            tasks.append(self._core.tasks.spawn(work, f"{one.how.value} {one.instance} to make room"))
+            self._core.metrics.yields.labels(one.how.value, "in use" if one.drains else "idle").inc()
+            log.info("instance_yields", instance=one.instance, how=one.how.value, because=one.reason)
+        return asyncio.gather(*ends, *parks, return_exceptions=True)
+
+    async def _give_way(self, node: str, one: Yield, after: Collection[asyncio.Task[None]]) -> None:
+        async def call(node: str, instance: str) -> Report | None:
+            if after:
+                await asyncio.wait(after)
+            if one.drains:
+                await self._drain(instance)
+            if one.how is How.PARK:
+                return await self._park(node, instance)
+            await self._stop(node, instance)
+            return None
+
+        try:
+            await self._carry_out(node, one.instance, call)
+        except DumontError as error:
+            if one.how is How.PARK and error.reason not in TRANSIENT:
+                self._inventory.refuse_parking(one.instance)
+            raise
+
+    async def _drain(self, instance: str) -> None:
+        """Wait until an instance has answered its requests; end those that take too long."""
+
+        def answered() -> bool:
+            known = self._inventory.instances.get(instance)
+            return known is None or not known.in_flight
+
+        if not await self._within(self._yield_seconds, answered, instance):
+            error = Unavailable(
+                PREEMPTED,
+                f"instances/{instance} made room for a deployment of a higher priority; call again",
+                metadata={"instance": f"instances/{instance}"},
+                retry_after=1.0,
+            )
+            for request in tuple(self._requests.get(instance, ())):
+                request.interrupt(error)
+            await self._within(INTERRUPTED_SECONDS, answered, instance)
+
+    async def _within(self, seconds: float, predicate: Callable[[], bool], instance: str) -> bool:
+        """Whether ``predicate`` about an instance has come true within so many seconds."""
+        deployment = self._inventory.instance(instance).deployment
+        waits = [
+            asyncio.ensure_future(self._inventory.until(predicate, f"deployments/{deployment}")),
+            asyncio.ensure_future(self._core.clock.sleep(seconds)),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return predicate()
+
+    async def _park(self, node: str, instance: str) -> Report:
+        began = self._core.now()
+        report = await self._core.nodes.park(node, instance)
+        seconds = self._core.now() - began
+        self._inventory.estimates.took(report.deployment, node, Work.PARK, seconds, report.gpu_bytes)
+        return report
+
     async def _stop(self, node: str, instance: str) -> None:
+        known, began = self._inventory.instances.get(instance), self._core.now()
         try:
             await self._core.nodes.stop(node, instance)
         except NotFound:
             log.info("instance_already_gone", instance=instance, node=node)
+        else:
+            if known is not None:
+                seconds = self._core.now() - began
+                self._inventory.estimates.took(known.deployment, node, Work.STOP, seconds)
 
     async def _command(
         self,
@@ -234,10 +408,19 @@ class Instances:
         call: Callable[[str, str], Awaitable[Report | None]],
         force: bool = False,
     ) -> None:
+        await asyncio.shield(self._begin(instance, event, call, force))
+
+    def _begin(
+        self,
+        instance: str,
+        event: Event,
+        call: Callable[[str, str], Awaitable[Report | None]],
+        force: bool = False,
+    ) -> asyncio.Task[None]:
         self._core.fleet.check_reachable(self._inventory.instance(instance).node)
         node = self._inventory.begin(instance, event, force).node
-        await asyncio.shield(
-            self._core.tasks.spawn(self._carry_out(node, instance, call), f"{event.name.lower()} {instance}")
+        return self._core.tasks.spawn(
+            self._carry_out(node, instance, call), f"{event.name.lower()} {instance}"
         )
 
     async def _carry_out(
@@ -252,6 +435,21 @@ class Instances:
             raise
         state = Event.SAW_GONE if report is None else SAW[report.state]
         self._inventory.finish(instance, state, report)
+
+
+async def _made(room: asyncio.Future[list[BaseException | None]]) -> None:
+    """Wait until room is made; it is made even if the caller is cancelled meanwhile.
+
+    Raises:
+        Aborted: ROOM_NOT_MADE.
+    """
+    for error in await asyncio.shield(room):
+        if isinstance(error, DumontError):
+            raise Aborted(
+                "ROOM_NOT_MADE", f"no room was made: {error.reason}: {error.message}", retry_after=1.0
+            ) from error
+        if error is not None:
+            raise error
 
 
 def node_phases(report: Report, seconds: float) -> tuple[Phase, ...]:

@@ -12,13 +12,18 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Final
 
 from controller import lifecycle
 from controller.estimates import Estimates
 from controller.lifecycle import Event
 from controller.model import Captured, Instance, InstanceState, Intent, Node, NodeState, Report, Snapshot
 from controller.ports import Clock, ListedSnapshots, Removed, Synchronized
+from controller.room import Need
 from dumont.errors import FailedPrecondition, NotFound
+
+# What those watch who wait until memory of any node becomes free.
+ROOM: Final = "room"
 
 
 class Inventory:
@@ -116,6 +121,12 @@ class Inventory:
         known = self._snapshots_of.get(deployment, ())
         return tuple(copy for snapshot in known for copy in self._copies[snapshot].values())
 
+    def copy_on(self, node: str, deployment: str) -> Snapshot | None:
+        """The newest snapshot of a deployment that a node could restore, held or published; None: none."""
+        copies = (self._copies[known].get(node) for known in self._snapshots_of.get(deployment, ()))
+        usable = (c for c in copies if c is not None and not (c.orphan or c.quarantined or c.incompatibility))
+        return max(usable, key=lambda copy: (copy.local, copy.age_key), default=None)
+
     def started_on(self, deployment: str) -> frozenset[str]:
         """The nodes on which this controller has started instances that it does not know to be gone."""
         return frozenset(self._started_on.get(deployment, {}).values())
@@ -158,6 +169,11 @@ class Inventory:
         for changed in (*self._waiters.get(subject, ()), *self._waiters.get("", ())):
             changed.set()
 
+    def _freed(self) -> None:
+        """Memory of a node may have become free: wake those who wait for room."""
+        for changed in tuple(self._waiters.get(ROOM, ())):
+            changed.set()
+
     def take_changed(self) -> Iterable[str]:
         """The deployments and nodes that changed since the last call."""
         changed, self._changed = self._changed, {}
@@ -190,6 +206,8 @@ class Inventory:
         known = self.nodes.get(node.id)
         self.nodes[node.id] = node
         self.touch(f"nodes/{node.id}")
+        if node.state is NodeState.READY and (known is None or known.state is not NodeState.READY):
+            self._freed()
         if known is not None and (known.state, known.draining) != (node.state, node.draining):
             # What can be done with everything on this node has changed.
             for deployment in self._on(node.id):
@@ -332,7 +350,7 @@ class Inventory:
             starting = report.state is InstanceState.STARTING
             known = replace(self._new(node, report), served=not starting)
         self._measure(node, report, known.report)
-        known = replace(known, report=report)
+        known = replace(known, report=_complete(report, known.report))
         if known.busy and report.state is not InstanceState.FAILED:
             self._store(known)
         else:
@@ -362,15 +380,19 @@ class Inventory:
 
     # Commands
 
-    def expect(self, intent: Intent) -> None:
-        """An instance is about to be started or restored under the intent's id."""
+    def expect(self, intent: Intent, need: Need | None = None) -> None:
+        """An instance is about to be started or restored under the intent's id, and will need so much."""
         self.put_intent(intent)
+        need = need or Need(intent.deployment)
         report = Report(
             intent.instance,
             intent.deployment,
             InstanceState.STARTING,
             snapshot=intent.snapshot,
             create_time=intent.create_time,
+            gpu=need.gpu,
+            gpu_bytes=need.gpu_bytes if need.gpu else 0,
+            ram_bytes=need.ram_bytes,
         )
         self._apply(replace(self._new(intent.node, report), busy=True), Event.START)
 
@@ -407,8 +429,14 @@ class Inventory:
             return
         if report is not None:
             self._measure(known.node, report, known.report)
-            known = replace(known, report=report)
+            known = replace(known, report=_complete(report, known.report))
         self._apply(replace(known, busy=False), event)
+
+    def aim(self, instance: str, gpu: str) -> None:
+        """A parked instance is to resume on this GPU; empty: on the one that it was on."""
+        known = self.instances[instance]
+        if gpu:
+            self._store(replace(known, report=replace(known.report, gpu=gpu)))
 
     def refuse_parking(self, instance: str) -> None:
         """Remember that an instance cannot be parked, so that it is stopped instead."""
@@ -434,6 +462,7 @@ class Inventory:
         self.instances[instance] = replace(known, in_flight=left, idle_since=self._clock.moment().monotonic)
         if left == 0:
             self.touch(f"deployments/{known.deployment}")
+            self._freed()
 
     # The only three places that write an instance's state
 
@@ -471,6 +500,8 @@ class Inventory:
         if instance.node in self.nodes and self.nodes[instance.node].draining:
             self.touch(f"nodes/{instance.node}")
         self.touch(f"deployments/{instance.deployment}")
+        if not instance.busy:
+            self._freed()
 
     def _depart(self, instance: str) -> None:
         intent = self.intents.pop(instance, None)
@@ -496,6 +527,15 @@ class _Watcher:
         self._event.clear()
         changed, self._changed = list(self._changed), {}
         return changed
+
+
+def _complete(report: Report, before: Report) -> Report:
+    """A report with the GPU memory that was known or expected, where the node has not measured it yet."""
+    if report.gpu_bytes or not before.gpu_bytes or report.gpu not in ("", before.gpu):
+        return report
+    if not report.gpu and report.device == "cpu":
+        return report
+    return replace(report, gpu=before.gpu, gpu_bytes=before.gpu_bytes)
 
 
 def _drop(index: dict[str, dict[str, str]], deployment: str, identifier: str) -> None:

@@ -33,6 +33,12 @@ class Metrics:
             ["action", "outcome"],
             registry=self.registry,
         )
+        self.yields = Counter(
+            "dumont_controller_yields",
+            "Instances that made room for others, by how, and whether they were in use.",
+            ["how", "use"],
+            registry=self.registry,
+        )
         self.reconciler_errors = Counter(
             "dumont_controller_reconciler_errors",
             "Plans of the reconciler that failed because of a defect; each is repeated after a wait.",

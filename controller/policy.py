@@ -120,11 +120,14 @@ class Candidate:
     instance: str = ""
     snapshot: str = ""
     room: Room | NoRoom | None = None
+    # Other starts under way on the node.
+    beside: int = 0
 
     @property
     def seconds(self) -> float:
         """Until it serves, the time of making room included."""
-        return self.start.seconds + (self.room.seconds if isinstance(self.room, Room) else 0.0)
+        start = self.start.seconds * (1.0 + BESIDE * self.beside)
+        return start + (self.room.seconds if isinstance(self.room, Room) else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +137,14 @@ class Full:
     reason: str
 
 
+# What each other start under way on a node adds to a start there, as a share of it.
+BESIDE: Final = 0.5
 # Seconds that a start waits for a node that may hold a snapshot and is being connected to.
 CONNECT_PATIENCE: Final = 2.0
 # Seconds after which a start that waits for room looks again in any case.
 ROOM_AGAIN: Final = 1.0
-# Nodes on which one decision looks for room that others must make; those with most free memory come first.
-ROOMS_EXAMINED: Final = 32
+# Nodes without free memory on which one decision looks for instances that could make room.
+ROOMS_EXAMINED: Final = 16
 # States that end by themselves, and the tier of a request that waits for their end.
 JOINABLE = {
     InstanceState.STARTING: Tier.COLD,
@@ -225,19 +230,26 @@ def _best_of(
     """
     heap = [(*_rank(c), -_spare(facts.nodes[c.node]), number, c) for number, c in enumerate(candidates)]
     heapq.heapify(heap)
-    examined = 0
-    while heap and examined < ROOMS_EXAMINED:
-        candidate = heapq.heappop(heap)[-1]
+    crowded = 0
+    while heap:
+        candidate: Candidate = heapq.heappop(heap)[-1]
         if best is not None and _rank(candidate) >= _rank(best):
             break
+        if crowded >= ROOMS_EXAMINED and not _spacious(facts.nodes[candidate.node], candidate.need):
+            continue
         candidate = _examined(facts, candidate, now)
-        if isinstance(candidate.room, NoRoom):
-            examined += 1
-            refusals.append(candidate.room)
+        found = candidate.room
+        crowded += isinstance(found, NoRoom) or bool(found and found.yields)
+        if isinstance(found, NoRoom):
+            refusals.append(found)
         elif best is None or _rank(candidate) < _rank(best):
-            examined += bool(candidate.room and candidate.room.yields)
             best = candidate
     return best
+
+
+def _spacious(node: Node, need: Need) -> bool:
+    """Whether a node says that it has the memory, so that nobody would have to make room."""
+    return _spare(node) >= (need.gpu_bytes if node.gpus else need.ram_bytes)
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float]:
@@ -250,9 +262,9 @@ def _spare(node: Node) -> int:
 
 
 def _examined(facts: Facts, candidate: Candidate, now: float) -> Candidate:
-    node = facts.nodes[candidate.node]
-    found = room.find(node, facts.tenants(node.id), candidate.need, now)
-    return replace(candidate, room=found)
+    node, tenants = facts.nodes[candidate.node], facts.tenants(candidate.node)
+    beside = sum(tenant.instance.state is InstanceState.STARTING for tenant in tenants)
+    return replace(candidate, room=room.find(node, tenants, candidate.need, now), beside=beside)
 
 
 def _attempt(facts: Facts, best: Candidate, now: float) -> Attempt:
@@ -417,8 +429,13 @@ def _parked(facts: Facts, reachable: list[Instance]) -> Iterator[Candidate]:
         draining = facts.nodes[instance.node].draining
         if instance.state is InstanceState.PARKED and not instance.busy and not draining:
             report = instance.report
-            # Another GPU of its node will do where the node can move it.
-            need = Need(deployment.id, deployment.priority, report.gpu_bytes, 0, "", instance.id)
+            need = Need(
+                deployment.id,
+                deployment.priority,
+                report.gpu_bytes if report.gpu else 0,
+                home=report.gpu,
+                instance=instance.id,
+            )
             start = estimates.start(deployment.id, instance.node, Tier.PARKED, report.gpu_bytes)
             yield Candidate(Tier.PARKED, instance.node, start, need, bool(report.gpu), instance.id)
 

@@ -81,10 +81,10 @@ class Frames(Protocol):
     """
 
     async def read(self) -> bytes | None:
-        """The next frame; None after the last."""
+        """The next frame; None after the last. Raises: Cancelled, after ``cancel``."""
 
     def cancel(self) -> None:
-        """End the call on the node if it still runs."""
+        """End the call on the node if it still runs. A read under way, and any later one, is Cancelled."""
 
 
 class Nodes(Protocol):

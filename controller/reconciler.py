@@ -18,10 +18,9 @@ from controller import balance, expiry
 from controller.backoff import Backoff
 from controller.core import Core
 from controller.expiry import DeleteSnapshot, Evacuate, Forget, GiveUp, KeepWarm, Park, Publish, Stop
-from controller.instances import Instances
+from controller.instances import TRANSIENT, Instances
 from controller.migration import Migrations
 from controller.model import Moment, Node, NodeState
-from controller.ports import NODE_UNAVAILABLE
 from controller.snapshots import Snapshots
 from controller.starts.starts import Starts
 from dumont.errors import DumontError
@@ -36,8 +35,6 @@ BATCH = 200
 LOOK_AGAIN = 3600.0
 # Seconds after which a draining node is planned again: what could not leave may leave now.
 DRAIN_AGAIN = 1.0
-# A park that fails for one of these reasons says nothing about whether the instance can be parked.
-TRANSIENT = frozenset({"INSTANCE_BUSY", "ILLEGAL_TRANSITION", "INSTANCE_NOT_FOUND", NODE_UNAVAILABLE})
 
 
 class Agenda:

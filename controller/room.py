@@ -38,7 +38,8 @@ class Need:
         priority: of the deployment.
         gpu_bytes: of one GPU; 0 if it uses none or that is not known.
         ram_bytes: of memory, beyond what it takes there already.
-        gpu: the UUID of the GPU on which it must be; empty: any.
+        gpu: the UUID of the GPU that was chosen; empty: none is chosen yet.
+        home: the UUID of the GPU that it was on when it was parked; it can only go to a GPU of that kind.
         instance: the id of the parked instance that is to resume; empty: it is a new one.
     """
 
@@ -47,6 +48,7 @@ class Need:
     gpu_bytes: int = 0
     ram_bytes: int = 0
     gpu: str = ""
+    home: str = ""
     instance: str = ""
 
 
@@ -60,7 +62,8 @@ class Tenant:
         kept: its deployment keeps it serving without requests.
         wanted: requests wait for its deployment, or a start of it is under way.
         ours: whether this controller may touch it.
-        back_seconds: how long it would take to bring it back.
+        resume_seconds: how long it would take to bring it back once it was parked.
+        back_seconds: the same once it has ended.
         park_seconds, stop_seconds: how long it takes to park or to stop it.
         parked_bytes: of memory, while it is parked.
     """
@@ -70,6 +73,7 @@ class Tenant:
     kept: bool = False
     wanted: bool = False
     ours: bool = True
+    resume_seconds: float = 0.5
     back_seconds: float = 1.0
     park_seconds: float = 0.0
     stop_seconds: float = 0.0
@@ -80,9 +84,17 @@ class Tenant:
         """Whether it yields only to a higher priority."""
         return self.kept or self.wanted or self.instance.in_flight > 0
 
-    def loss(self, now: float) -> float:
-        """How much is lost by ending it: seconds to bring it back, for each second that it was not used."""
-        return self.back_seconds / (1.0 + max(0.0, now - self.instance.idle_since))
+    def return_seconds(self, how: How) -> float:
+        """How long it would take to bring it back after it has yielded."""
+        return self.resume_seconds if how is How.PARK else self.back_seconds
+
+    def yield_seconds(self, how: How) -> float:
+        """How long it takes until it has yielded."""
+        return self.park_seconds if how is How.PARK else self.stop_seconds
+
+    def loss(self, how: How, now: float) -> float:
+        """How much its yielding costs: seconds to bring it back, for each second that it was not used."""
+        return self.return_seconds(how) / (1.0 + max(0.0, now - self.instance.idle_since))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +141,7 @@ def find(node: Node, tenants: Sequence[Tenant], need: Need, now: float) -> Room 
         need: what the instance needs.
         now: monotonic time in seconds.
     """
-    found: list[tuple[float, float, int, Room]] = []
+    found: list[tuple[tuple[float, bool, int, int], Room]] = []
     refusals: list[NoRoom] = []
     for number, gpu in enumerate(_gpus(node, need)):
         plan = _Plan(node, tenants, need, now, gpu)
@@ -138,17 +150,20 @@ def find(node: Node, tenants: Sequence[Tenant], need: Need, now: float) -> Room 
             refusals.append(refusal)
             continue
         room = Room(gpu.uuid if gpu is not None and need.gpu_bytes else "", plan.yields())
-        found.append((plan.lost(), -plan.free_gpu if gpu else 0.0, number, room))
+        away = gpu is not None and gpu.uuid != need.home
+        found.append(((plan.lost(), away, -plan.free_gpu, number), room))
     if found:
-        return min(found, key=lambda one: one[:3])[3]
+        return min(found, key=lambda one: one[0])[1]
     return next((one for one in refusals if not one.never), refusals[0])
 
 
 def _gpus(node: Node, need: Need) -> Iterable[Gpu | None]:
     if not node.gpus or not need.gpu_bytes:
         return (None,)
-    chosen = [gpu for gpu in node.gpus if need.gpu in ("", gpu.uuid)]
-    return chosen or (None,)
+    home = next((gpu for gpu in node.gpus if gpu.uuid == need.home), None)
+    if home is None:
+        return node.gpus
+    return [gpu for gpu in node.gpus if (gpu.model, gpu.total_bytes) == (home.model, home.total_bytes)]
 
 
 class _Plan:
@@ -185,7 +200,7 @@ class _Plan:
     def lost(self) -> float:
         """Seconds that making room takes, and that bringing everybody back would take."""
         return sum(
-            tenant.back_seconds + (tenant.park_seconds if how is How.PARK else tenant.stop_seconds)
+            tenant.return_seconds(how) + tenant.yield_seconds(how)
             for instance, how in self.how.items()
             for tenant in (self.by_id[instance],)
         )
@@ -201,7 +216,7 @@ class _Plan:
         there = [t for t in self.others if held_bytes(t.instance, gpu.uuid)]
         free = self.free_gpu
         chosen: list[Tenant] = []
-        for tenant in self._willing(there):
+        for tenant in self._willing(there, How.PARK):
             if free >= needed:
                 break
             chosen.append(tenant)
@@ -269,20 +284,19 @@ class _Plan:
 
     def _ends(self) -> Iterator[Tenant]:
         """Who may end to free memory: parked ones, then those that were to be parked, then others."""
-        willing = list(self._willing(self.others))
+        willing = self._willing(self.others, How.STOP)
         yield from (t for t in willing if t.instance.state is InstanceState.PARKED)
         yield from (t for t in willing if self.how.get(t.instance.id) is How.PARK)
         yield from (t for t in willing if t.instance.id not in self.how)
 
-    def _willing(self, tenants: Iterable[Tenant]) -> Iterator[Tenant]:
+    def _willing(self, tenants: Iterable[Tenant], how: How) -> list[Tenant]:
         """Those that may yield, the least loss first; idle ones before those in use."""
-        found = [t for t in tenants if not self._unwilling(t)]
-        yield from sorted(
-            found,
+        return sorted(
+            (tenant for tenant in tenants if not self._unwilling(tenant)),
             key=lambda t: (
                 t.in_use,
                 t.priority if t.in_use else 0,
-                t.loss(self.now),
+                t.loss(how, self.now),
                 t.instance.id,
             ),
         )
@@ -315,10 +329,11 @@ class _Plan:
             why = f"it was not used for {idle:.0f} s"
         else:
             why = f"its priority is {tenant.priority}, below {self.need.priority}"
-        seconds = tenant.park_seconds if how is How.PARK else tenant.stop_seconds
         word = "parks" if how is How.PARK else "ends"
-        reason = f"instances/{instance.id} {word}: {why}, and back in {tenant.back_seconds:.1f} s"
-        return Yield(instance.id, how, seconds, instance.in_flight > 0, reason)
+        reason = (
+            f"instances/{instance.id} {word}: {why}, and it is back in {tenant.return_seconds(how):.1f} s"
+        )
+        return Yield(instance.id, how, tenant.yield_seconds(how), instance.in_flight > 0, reason)
 
 
 def held_bytes(instance: Instance, gpu: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from functools import partial
 from typing import Final, Protocol
 
 from controller.core import Core
-from controller.instances import Instances
+from controller.instances import PREEMPTED, Instances
 from controller.model import StartInfo
 from controller.ports import Frames
 from controller.queue import Ticket
 from controller.starts.starts import Lease, Starts
 from dumont.errors import (
+    Cancelled,
     DeadlineExceeded,
     DumontError,
     FailedPrecondition,
@@ -89,21 +91,25 @@ class Serving:
             with await self._starts.acquire(request.deployment, attempts.reasons, attempts.ticket) as lease:
                 began = False
                 outcome = "cancelled"
+                instance = lease.info.instance
                 try:
                     frames = self._core.nodes.generate(
-                        lease.info.node, request.build(lease.info.instance), attempts.left()
+                        lease.info.node, request.build(instance), attempts.left()
                     )
-                    try:
-                        frame = await frames.read()
-                        began = True
-                        answer.hold(partial(_give_back, lease, frames))
-                        await answer.start(lease.info)
-                        while frame is not None:
-                            await answer.frame(frame)
+                    with self._instances.interruptible(instance, frames.cancel) as interruption:
+                        try:
                             frame = await frames.read()
-                    finally:
-                        # However the caller's stream ended, the node stops computing.
-                        frames.cancel()
+                            began = True
+                            answer.hold(partial(_give_back, lease, frames))
+                            await answer.start(lease.info)
+                            while frame is not None:
+                                await answer.frame(frame)
+                                frame = await frames.read()
+                        except Cancelled as error:
+                            raise interruption.error or error from None
+                        finally:
+                            # However the caller's stream ended, the node stops computing.
+                            frames.cancel()
                     outcome = "ok"
                     return
                 except DumontError as error:
@@ -122,9 +128,7 @@ class Serving:
             with await self._starts.acquire(request.deployment, attempts.reasons, attempts.ticket) as lease:
                 outcome = "cancelled"
                 try:
-                    answer = await self._core.nodes.embed(
-                        lease.info.node, request.build(lease.info.instance), attempts.left()
-                    )
+                    answer = await self._embed(lease, request, attempts.left())
                     outcome = "ok"
                     return lease.info, answer
                 except DumontError as error:
@@ -133,6 +137,17 @@ class Serving:
                 finally:
                     self._count("embed", lease, outcome)
             await attempts.again(lease.info.instance, refused)
+
+    async def _embed(self, lease: Lease, request: Request, timeout: float | None) -> bytes:
+        node, instance = lease.info.node, lease.info.instance
+        call = asyncio.ensure_future(self._core.nodes.embed(node, request.build(instance), timeout))
+        with self._instances.interruptible(instance, call.cancel) as interruption:
+            try:
+                return await call
+            except asyncio.CancelledError:
+                if interruption.error is None:
+                    raise
+                raise interruption.error from None
 
     def _attempts(self, request: Request) -> _Attempts:
         self._check_engine(request)
@@ -192,7 +207,10 @@ class _Attempts:
         Raises:
             DumontError: ``error`` itself, where trying again would not help.
         """
-        if isinstance(error, ResourceExhausted) and error.reason == "QUEUE_FULL":
+        if error.reason == PREEMPTED:
+            # No token was sent, so the request waits for its deployment's turn.
+            self.reasons += (error.message,)
+        elif isinstance(error, ResourceExhausted) and error.reason == "QUEUE_FULL":
             self._full += 1
             if self._full > FULL_TRIES:
                 raise error

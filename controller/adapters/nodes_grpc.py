@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from controller import convert
 from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
 from controller.ports import NODE_UNAVAILABLE, Change, ListedSnapshots, Removed, Synchronized
-from dumont.errors import DeadlineExceeded, DumontError, Internal, Unavailable
+from dumont.errors import Cancelled, DeadlineExceeded, DumontError, Internal, Unavailable
 from dumont.rpc.status import from_rpc_error, from_status
 from dumont.rpc.structs import to_struct
 from dumont.snapshotd.v1 import (
@@ -346,15 +346,19 @@ class _Frames:
         self._node = node
         self._link = link
         self._call = call
+        self._cancelled = False
 
     async def read(self) -> bytes | None:
         try:
             frame: Any = await self._call.read()
         except (grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            if self._cancelled and not _being_cancelled():
+                raise Cancelled("CALL_CANCELLED", "the call was cancelled from this side") from None
             raise _translate(self._node, self._link, error, callers_deadline=True) from error
         return None if frame is grpc.aio.EOF else frame
 
     def cancel(self) -> None:
+        self._cancelled = True
         self._call.cancel()
 
 
@@ -374,10 +378,15 @@ def _translate(node: str, link: _Link, error: BaseException, callers_deadline: b
             return _silent(node, translated.message)
         return translated
     # Closing a channel cancels its calls, which looks like a cancellation of their own.
-    task = asyncio.current_task()
-    if isinstance(error, asyncio.CancelledError) and not (link.closed and not (task and task.cancelling())):
+    if isinstance(error, asyncio.CancelledError) and not (link.closed and not _being_cancelled()):
         return asyncio.CancelledError()
     return _silent(node, "its connection was closed")
+
+
+def _being_cancelled() -> bool:
+    """Whether somebody cancels the task that runs now."""
+    task = asyncio.current_task()
+    return task is not None and bool(task.cancelling())
 
 
 def _from_service(error: grpc.aio.AioRpcError) -> bool:

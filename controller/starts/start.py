@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Final
 
 import structlog
 
@@ -12,6 +13,7 @@ from controller import policy
 from controller.backoff import Backoff
 from controller.core import Core
 from controller.instances import Instances, node_phases
+from controller.inventory import ROOM
 from controller.model import (
     Deployment,
     Instance,
@@ -24,12 +26,17 @@ from controller.model import (
 )
 from controller.ports import NODE_UNAVAILABLE
 from dumont import engines, names
-from dumont.errors import ERRORS, DumontError, InvalidArgument
+from dumont.errors import ERRORS, DumontError, InvalidArgument, ResourceExhausted, Unavailable
 
 log = structlog.get_logger()
 
 # Reasons of a restore whose node holds something else than was captured.
 DAMAGED_COPY = frozenset({"IMAGE_DAMAGED", "MANIFEST_DAMAGED"})
+# Seconds for which a start waits for room before it fails, and after which it may be tried again then.
+ROOM_SECONDS: Final = 60.0
+ROOM_RETRY: Final = 5.0
+# How often a start decides again because an instance did not make room.
+ROOM_ATTEMPTS: Final = 5
 # Nodes on which one start loads a model before it gives up.
 COLD_ATTEMPTS = 3
 
@@ -56,13 +63,32 @@ class Start:
         core: the ports and the facts.
         instances: the commands to instances.
         captures: which deployments may be captured again, and when.
+        ruled_out: on which nodes which deployments may be started again, and when.
+        tenants: the instances of each node.
+        another: start one beside those that serve.
     """
 
-    def __init__(self, deployment: str, core: Core, instances: Instances, captures: Backoff) -> None:
+    def __init__(
+        self,
+        deployment: str,
+        core: Core,
+        instances: Instances,
+        captures: Backoff,
+        ruled_out: Backoff,
+        tenants: policy.Tenants,
+        another: bool = False,
+    ) -> None:
         self.deployment = deployment
+        # Whether no node has room for it now.
+        self.waits_for_room = False
         self._core = core
         self._instances = instances
         self._captures = captures
+        self._ruled_out = ruled_out
+        self._tenants = tenants
+        self._another = another
+        self._room_until: float | None = None
+        self._rooms_not_made = 0
         self._failed: set[str] = set()
         self._reasons: list[str] = []
         self._phases: list[Phase] = []
@@ -99,10 +125,13 @@ class Start:
         """
         while True:
             began = self._core.now()
-            decision = policy.decide(self._facts(), began)
+            try:
+                decision = policy.decide(self._facts(), began)
+            except (Unavailable, ResourceExhausted) as error:
+                raise _with_history(error, self._reasons) from None
             self._phase("decide", began)
             if isinstance(decision, policy.Wait):
-                await self._wait(decision)
+                await (self._wait_for_room if decision.room else self._wait)(decision)
                 continue
             self._reasons.append(decision.reason)
             began = self._core.now()
@@ -161,11 +190,56 @@ class Start:
                 copy for copy in self._core.inventory.copies_of(known.id) if copy.owner == known.uid
             ),
             nodes=self._core.inventory.nodes,
-            failed=frozenset(self._failed),
+            failed=frozenset(self._failed) | self._ruled_out_nodes(),
             capture_at=self._captures.at.get(self.deployment, 0.0),
             started_on=self._core.inventory.started_on(self.deployment),
             captured_on=self._core.inventory.captured_on(self.deployment),
+            tenants=self._tenants,
+            estimates=self._core.inventory.estimates,
+            another=self._another,
         )
+
+    def _ruled_out_nodes(self) -> frozenset[str]:
+        """The nodes where this deployment failed to start a while ago, unless no other is left."""
+        now, at = self._core.now(), self._ruled_out.at
+        if not at:
+            return frozenset()
+        ready = [node.id for node in self._core.inventory.nodes.values() if node.takes_starts]
+        out = {node for node in ready if at.get(f"{self.deployment} on {node}", now) > now}
+        return frozenset(f"nodes/{node}" for node in out) if len(out) < len(ready) else frozenset()
+
+    async def _wait_for_room(self, wait: policy.Wait) -> None:
+        """Wait until memory becomes free somewhere.
+
+        Raises:
+            ResourceExhausted: NO_ROOM, none has become free for a long time.
+        """
+        began = self._core.now()
+        if self._room_until is None:
+            self._room_until = began + ROOM_SECONDS
+        if began >= self._room_until:
+            raise ResourceExhausted(
+                "NO_ROOM",
+                f"{wait.reason}; it has waited for {ROOM_SECONDS:g} s; call again later, raise the priority "
+                f"of deployments/{self.deployment}, or add a node",
+                metadata={"deployment": f"deployments/{self.deployment}"},
+                retry_after=ROOM_RETRY,
+            )
+        if wait.reason not in self._reasons[-1:]:
+            self._reasons.append(wait.reason)
+            log.info("waits_for_room", deployment=self.deployment, because=wait.reason)
+        self.waits_for_room = True
+        with self._core.inventory.watched(ROOM) as changed:
+            waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(changed.wait())]
+            if wait.until is not None:
+                waits.append(asyncio.ensure_future(self._core.clock.sleep(wait.until - began)))
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self.waits_for_room = False
+                for one in waits:
+                    one.cancel()
+        self._phase("wait_for_room", began)
 
     async def _wait(self, wait: policy.Wait) -> None:
         inventory = self._core.inventory
@@ -209,10 +283,12 @@ class Start:
         instance = attempt.instance
         if attempt.tier is Tier.PARKED:
             began = self._core.now()
-            report = (await self._instances.resume(instance)).report
+            report = (await self._instances.resume(instance, attempt.gpu, attempt.yields)).report
             self._phases.extend(node_phases(report, self._core.now() - began))
         elif attempt.tier is not Tier.RESIDENT:
-            created = await self._instances.create(self._known(), attempt.node, attempt.snapshot)
+            created = await self._instances.create(
+                self._known(), attempt.node, attempt.snapshot, attempt.gpu, attempt.need, attempt.yields
+            )
             instance = created.instance
             self._phases.extend(created.phases)
         if attempt.capture:
@@ -242,6 +318,7 @@ class Start:
 
     def _succeeded(self, attempt: policy.Attempt, instance: str) -> Started:
         tier = attempt.tier
+        self._ruled_out.succeeded(f"{self.deployment} on {attempt.node}")
         if tier is Tier.RESIDENT and self._joined is not None:
             tier = self._joined
         for phase in self._phases:
@@ -269,16 +346,23 @@ class Start:
         reason = f"{what} failed: {error.reason}: {error.message}"
         self._core.metrics.starts.labels(attempt.tier.value, "failed").inc()
         log.warning("attempt_failed", deployment=self.deployment, tier=attempt.tier.value, reason=reason)
-        if error.reason == NODE_UNAVAILABLE and not self._rechecked:
+        if error.reason == "ROOM_NOT_MADE" and self._rooms_not_made < ROOM_ATTEMPTS:
+            # An instance that was to make room did not. Decided again, it is another one.
+            self._rooms_not_made += 1
+        elif error.reason == NODE_UNAVAILABLE and not self._rechecked:
             # Nobody knows what became of the call. The node is asked, and what it has begun is joined.
             self._rechecked = True
             self._core.fleet.recheck(attempt.node)
         elif attempt.tier is Tier.COLD:
             self._failed.add(f"nodes/{attempt.node}")
+            if not isinstance(error, InvalidArgument):
+                self._ruled_out.failed(f"{self.deployment} on {attempt.node}", self._core.now())
             if isinstance(error, InvalidArgument) or not self._another_node():
                 raise _with_history(error, self._reasons[:-1])
-        elif attempt.tier is Tier.LOCAL and error.reason in DAMAGED_COPY:
-            # Only this copy is damaged; another one may be intact.
+        elif attempt.tier is Tier.LOCAL and (
+            error.reason in DAMAGED_COPY or isinstance(error, ResourceExhausted)
+        ):
+            # Only this copy is damaged, or only this node is full; another one may do.
             self._failed.add(f"snapshots/{attempt.snapshot} on nodes/{attempt.node}")
         elif attempt.snapshot:
             self._failed.add(f"snapshots/{attempt.snapshot}")

@@ -18,9 +18,21 @@ import structlog
 from controller import policy
 from controller.backoff import Backoff
 from controller.core import Core
+from controller.estimates import WORK_OF, Work
 from controller.instances import Instances
-from controller.model import Deployment, DeploymentState, InstanceState, Phase, Snapshot, StartInfo, Tier
+from controller.model import (
+    Deployment,
+    DeploymentState,
+    Instance,
+    InstanceState,
+    Phase,
+    Snapshot,
+    StartInfo,
+    StartMode,
+    Tier,
+)
 from controller.queue import DEFAULT_LENGTH, Queue, Ticket
+from controller.room import Tenant
 from controller.starts.start import OnStage, Start, Started
 from dumont.errors import DeadlineExceeded, DumontError, FailedPrecondition, Internal, Unavailable
 
@@ -51,6 +63,7 @@ class _Run:
     """A start or a capture under way."""
 
     task: asyncio.Task[Any]
+    start: Start
     captures: bool
 
 
@@ -123,6 +136,7 @@ class Starts:
         self._instances = instances
         self._max_waiting = max_waiting
         self._captures = Backoff(first=30.0, limit=3600.0)
+        self._ruled_out = Backoff(first=10.0, limit=300.0)
         self._runs: dict[str, _Run] = {}
         self._waiters: dict[str, _Waiters] = {}
         # The error of the last start by deployment, if it failed.
@@ -265,6 +279,10 @@ class Starts:
             )
         finally:
             del self._waiters[deployment]
+            run = self._runs.get(deployment)
+            if run is not None and run.start.waits_for_room:
+                # Nobody waits for it any more, so nobody needs to make room.
+                run.task.cancel()
             # No request waits any more, so an idle instance may be due.
             self._core.inventory.touch(f"deployments/{deployment}")
 
@@ -327,8 +345,54 @@ class Starts:
 
     # Runs
 
-    def _new(self, deployment: str) -> Start:
-        return Start(deployment, self._core, self._instances, self._captures)
+    def _new(self, deployment: str, another: bool = False) -> Start:
+        return Start(
+            deployment,
+            self._core,
+            self._instances,
+            self._captures,
+            self._ruled_out,
+            self.tenants,
+            another,
+        )
+
+    # Room
+
+    def tenants(self, node: str) -> list[Tenant]:
+        """The instances that take memory of a node, with what is known about their yielding it."""
+        return [self._tenant(instance) for instance in self._core.inventory.instances_on(node)]
+
+    def _tenant(self, instance: Instance) -> Tenant:
+        inventory, estimates = self._core.inventory, self._core.inventory.estimates
+        deployment, node = self._core.deployments.by_id.get(instance.deployment), instance.node
+        if deployment is None or instance.id not in inventory.intents:
+            # Nobody here knows what it is for.
+            return Tenant(instance, ours=False)
+        copy = inventory.copy_on(node, deployment.id)
+        if copy is None or deployment.start_mode is not StartMode.CHECKPOINT:
+            tier, size = Tier.COLD, deployment.weights_bytes
+        else:
+            tier, size = (Tier.LOCAL if copy.local else Tier.REMOTE), copy.size_bytes
+        gpu_bytes = instance.report.gpu_bytes
+        return Tenant(
+            instance,
+            priority=deployment.priority,
+            kept=self._kept(deployment),
+            wanted=self.starting(deployment.id),
+            resume_seconds=estimates.seconds(deployment.id, node, Work.RESUME, gpu_bytes),
+            back_seconds=sum(estimates.seconds(deployment.id, node, work, size) for work in WORK_OF[tier]),
+            park_seconds=estimates.seconds(deployment.id, node, Work.PARK, gpu_bytes),
+            stop_seconds=estimates.seconds(deployment.id, node, Work.STOP),
+            parked_bytes=estimates.size(deployment.id).parked_bytes,
+        )
+
+    def _kept(self, deployment: Deployment) -> bool:
+        """Whether none of a deployment's instances can be spared without a request for another one."""
+        if not deployment.kept_instances:
+            return False
+        instances = self._core.inventory.instances_of(deployment.id)
+        serving = sum(instance.state is InstanceState.SERVING for instance in instances)
+        return serving <= deployment.kept_instances
 
     async def start(self, deployment: str) -> None:
         """Start an instance without a request for it; joins a start under way.
@@ -364,7 +428,7 @@ class Starts:
     def _begin(self, start: Start, work: Callable[[], Awaitable[Any]], captures: bool = False) -> _Run:
         deployment = start.deployment
         task = self._core.tasks.spawn(self._guard(deployment, work), f"start {deployment}")
-        run = self._runs[deployment] = _Run(task, captures)
+        run = self._runs[deployment] = _Run(task, start, captures)
         # Not in the work's own ``finally``: a task cancelled before its first step never gets there.
         task.add_done_callback(lambda _: self._ended(deployment))
         return run

@@ -12,6 +12,7 @@ from controller.model import InstanceState, Phase, Pruned, Report, ResolvedModel
 from controller.ports import Change, Clock, ListedSnapshots, Removed, Synchronized
 from dumont.errors import (
     AlreadyExists,
+    Cancelled,
     DataLoss,
     DumontError,
     FailedPrecondition,
@@ -361,7 +362,7 @@ class MemoryNodes:
             raise
         finally:
             self._creating.discard(report.id)
-        phases = (Phase("load" if method == "start" else "restore", 0.0),)
+        phases = (Phase("load", 8.0),) if method == "start" else (Phase("restore", 0.5),)
         serving = replace(known.instances[report.id], state=InstanceState.SERVING, phases=phases)
         self.tell(node, serving)
         return serving
@@ -420,18 +421,28 @@ class _MemoryFrames:
         self._nodes = nodes
         self._call = call
         self._ended = False
+        self._cancelled = asyncio.Event()
         self._frames = self._answer()
 
     async def read(self) -> bytes | None:
+        reading = asyncio.ensure_future(anext(self._frames, None))
+        waits = (reading, asyncio.ensure_future(self._cancelled.wait()))
         try:
-            return await anext(self._frames, None)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if self._cancelled.is_set():
+                raise Cancelled("CALL_CANCELLED", "the call was cancelled from this side")
+            return await reading
         except DumontError:
             self._ended = True
             raise
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     def cancel(self) -> None:
-        if not self._ended:
+        if not self._ended and not self._cancelled.is_set():
             self._nodes.cancelled.append(self._call)
+        self._cancelled.set()
 
     async def _answer(self) -> AsyncGenerator[bytes]:
         frames = tuple(self._nodes.frames)

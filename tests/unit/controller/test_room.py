@@ -106,15 +106,15 @@ def test_a_deployment_takes_nothing_from_itself() -> None:
 
 
 def test_the_least_recently_used_and_the_cheapest_to_bring_back_yields_first() -> None:
-    old = tenant("old", gpu=6, idle_since=NOW - 600, back_seconds=1.0)
-    recent = tenant("recent", gpu=6, idle_since=NOW - 60, back_seconds=1.0)
+    old = tenant("old", gpu=6, idle_since=NOW - 600, resume_seconds=1.0)
+    recent = tenant("recent", gpu=6, idle_since=NOW - 60, resume_seconds=1.0)
     assert yields(gpu_room(old, recent, where=node(Gpu(GPU, "H", 12 * GIB)))) == {"old": How.PARK}
-    dear = tenant("dear", gpu=6, idle_since=NOW - 600, back_seconds=60.0)
+    dear = tenant("dear", gpu=6, idle_since=NOW - 600, resume_seconds=60.0)
     assert yields(gpu_room(dear, recent, where=node(Gpu(GPU, "H", 12 * GIB)))) == {"recent": How.PARK}
 
 
 def test_an_idle_one_yields_before_one_of_a_lower_priority_that_is_in_use() -> None:
-    idle = tenant("idle", gpu=6, priority=5, idle_since=NOW - 1, back_seconds=100.0)
+    idle = tenant("idle", gpu=6, priority=5, idle_since=NOW - 1, resume_seconds=100.0)
     used = tenant("used", gpu=6, priority=0, in_flight=1)
     assert yields(gpu_room(idle, used, priority=9, where=node(Gpu(GPU, "H", 12 * GIB)))) == {"idle": How.PARK}
 
@@ -127,8 +127,8 @@ def test_no_more_yield_than_must() -> None:
 
 def test_the_gpu_is_taken_where_least_is_lost() -> None:
     two = node(Gpu(GPU, "H", 10 * GIB), Gpu("GPU-b", "H", 10 * GIB))
-    dear = tenant("dear", gpu=6, back_seconds=30.0)
-    cheap = tenant("cheap", gpu=6, on="GPU-b", back_seconds=1.0)
+    dear = tenant("dear", gpu=6, resume_seconds=30.0)
+    cheap = tenant("cheap", gpu=6, on="GPU-b", resume_seconds=1.0)
     found = gpu_room(dear, cheap, where=two)
     assert yields(found) == {"cheap": How.PARK}
     assert isinstance(found, Room)
@@ -140,6 +140,19 @@ def test_of_two_gpus_with_room_the_one_with_more_free_memory_is_taken() -> None:
     found = gpu_room(tenant("a", gpu=2), where=two)
     assert isinstance(found, Room)
     assert (found.gpu, found.yields) == ("GPU-b", ())
+
+
+def test_a_parked_instance_goes_home_if_there_is_room_and_only_to_a_gpu_of_that_kind() -> None:
+    three = node(Gpu(GPU, "H", 10 * GIB), Gpu("GPU-b", "H", 10 * GIB), Gpu("GPU-c", "L", 90 * GIB))
+    need = Need("new", 0, gpu_bytes=6 * GIB, home=GPU, instance="me")
+    found = find(three, (tenant("a", gpu=2),), need, NOW)
+    assert isinstance(found, Room)
+    assert found.gpu == GPU
+    full = (tenant("a", gpu=6, in_flight=1), tenant("b", gpu=6, on="GPU-b", in_flight=1))
+    assert isinstance(find(three, full, need, NOW), NoRoom)
+    found = find(three, full[:1], need, NOW)
+    assert isinstance(found, Room)
+    assert found.gpu == "GPU-b"
 
 
 def test_memory_of_a_gpu_that_is_not_ours_is_no_room() -> None:
@@ -239,6 +252,6 @@ def test_a_parked_instance_that_resumes_needs_no_memory_that_it_has_already() ->
 
 
 def test_why_says_what_yields_and_why() -> None:
-    found = gpu_room(tenant("a", gpu=6, idle_since=NOW - 42, back_seconds=0.4))
+    found = gpu_room(tenant("a", gpu=6, idle_since=NOW - 42, resume_seconds=0.4))
     assert isinstance(found, Room)
-    assert found.yields[0].reason == "instances/a parks: it was not used for 42 s, and back in 0.4 s"
+    assert found.yields[0].reason == "instances/a parks: it was not used for 42 s, and it is back in 0.4 s"
