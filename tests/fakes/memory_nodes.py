@@ -10,6 +10,7 @@ from typing import Any
 
 from controller.model import InstanceState, Phase, Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
 from controller.ports import Change, Clock, ListedSnapshots, Removed, Synchronized
+from controller.room import OFF_GPU
 from dumont.errors import (
     AlreadyExists,
     Cancelled,
@@ -17,8 +18,12 @@ from dumont.errors import (
     DumontError,
     FailedPrecondition,
     NotFound,
+    ResourceExhausted,
     Unavailable,
 )
+
+# What a node takes for each job, in its phases; no time passes.
+PHASES = {"start": ("load", 8.0), "restore": ("restore", 0.5), "resume": ("thaw", 0.2)}
 
 
 @dataclass
@@ -31,6 +36,14 @@ class MemoryNode:
     up: bool = True
     # Whether it reaches the object store that all nodes share.
     store: bool = False
+    # The memory of its GPUs by UUID, and the most that instances have ever taken of each.
+    gpus: dict[str, int] = field(default_factory=dict)
+    most_taken: dict[str, int] = field(default_factory=dict)
+
+    def taken(self, gpu: str, besides: str = "") -> int:
+        """What instances take of a GPU."""
+        on = (r for r in self.instances.values() if r.gpu == gpu and r.id != besides)
+        return sum(report.gpu_bytes for report in on if report.state not in OFF_GPU)
 
 
 class MemoryNodes:
@@ -50,6 +63,10 @@ class MemoryNodes:
         self.calls: list[tuple[str, str, str]] = []
         self.cancelled: list[tuple[str, str, str]] = []
         self.timeouts: list[float | None] = []
+        # Bytes of the weights of models.
+        self.weights_bytes: dict[str, int] = {}
+        # Bytes of GPU memory and of RAM that an instance takes, by deployment.
+        self.sizes: dict[str, tuple[int, int]] = {}
         # Where each started instance was told to have its weights.
         self.weights: dict[str, Weights] = {}
         # Instances that somebody tried to capture after a prompt had entered them.
@@ -82,6 +99,10 @@ class MemoryNodes:
     def hold(self, method: str) -> asyncio.Event:
         """Calls of ``method`` wait, after they were written down, until the event is set."""
         return self._holds.setdefault(method, asyncio.Event())
+
+    def hold_no_more(self, method: str) -> None:
+        """Later calls of ``method`` do not wait; those that wait already still do."""
+        self._holds.pop(method, None)
 
     def release_all(self) -> None:
         """Nothing is held any more."""
@@ -133,7 +154,8 @@ class MemoryNodes:
 
     async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel:
         await self._call("resolve_model", node, model)
-        return ResolvedModel(model, engine or self.models.get(model, "causal_lm"))
+        found = engine or self.models.get(model, "causal_lm")
+        return ResolvedModel(model, found, self.weights_bytes.get(model, 0))
 
     async def watch(self, node: str) -> AsyncGenerator[Change]:
         known = self._reach(node)
@@ -246,9 +268,11 @@ class MemoryNodes:
 
     async def resume(self, node: str, instance: str, gpu: str = "") -> Report:
         await self._call("resume", node, instance)
-        if gpu:
-            known = self.world[node].instances[instance]
-            self.world[node].instances[instance] = replace(known, gpu=gpu)
+        known = self._find(node, instance)
+        if known.state is InstanceState.PARKED:
+            known = replace(known, gpu=gpu or known.gpu, phases=(Phase(*PHASES["resume"]),))
+            self._take(node, replace(known, state=InstanceState.SERVING))
+            self.world[node].instances[instance] = known
         return self._move(node, instance, InstanceState.PARKED, InstanceState.SERVING)
 
     async def move(self, node: str, instance: str, gpu: str) -> Report:
@@ -351,6 +375,7 @@ class MemoryNodes:
 
     async def _create(self, method: str, node: str, report: Report) -> Report:
         known = self._reach(node)
+        report = self._sized(node, report)
         if report.id not in known.instances:
             self.tell(node, replace(report, create_time=self._clock.moment().wall))
         self._creating.add(report.id)
@@ -362,10 +387,32 @@ class MemoryNodes:
             raise
         finally:
             self._creating.discard(report.id)
-        phases = (Phase("load", 8.0),) if method == "start" else (Phase("restore", 0.5),)
+        phases = (Phase(*PHASES[method]),)
         serving = replace(known.instances[report.id], state=InstanceState.SERVING, phases=phases)
+        self._take(node, serving)
         self.tell(node, serving)
         return serving
+
+    def _sized(self, node: str, report: Report) -> Report:
+        """The instance on one of the node's GPUs, if it has any, with its deployment's size."""
+        gpu_bytes, ram_bytes = self.sizes.get(report.deployment, (0, 0))
+        known = self.world[node]
+        if not known.gpus:
+            return replace(report, ram_bytes=ram_bytes, device="cpu")
+        freest = max(known.gpus, key=lambda gpu: known.gpus[gpu] - known.taken(gpu))
+        gpu = report.gpu or freest
+        return replace(report, gpu=gpu, gpu_bytes=gpu_bytes, ram_bytes=ram_bytes, device="cuda:0")
+
+    def _take(self, node: str, report: Report) -> None:
+        """Take memory of the GPU. Raises: ResourceExhausted, there is too little."""
+        known = self.world[node]
+        if not report.gpu:
+            return
+        taken = known.taken(report.gpu, besides=report.id) + report.gpu_bytes
+        if taken > known.gpus[report.gpu]:
+            self.tell(node, replace(report, state=InstanceState.FAILED))
+            raise ResourceExhausted("GPU_MEMORY", f"{report.gpu} has no room for instances/{report.id}")
+        known.most_taken[report.gpu] = max(taken, known.most_taken.get(report.gpu, 0))
 
     async def _call(self, method: str, node: str, argument: str) -> None:
         call = (method, node, argument)

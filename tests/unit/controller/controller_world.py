@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from controller.assembly import Controller, assemble
 from controller.deployments import Draft
 from controller.identity import Established, Identity
 from controller.inventory import Inventory
-from controller.model import Deployment, InstanceState, Node, NodeState, StartInfo, StartMode
+from controller.model import Deployment, Gpu, InstanceState, Node, NodeState, StartInfo, StartMode
 from controller.serving import Request
 from dumont.engines import GENERATES
 from tests.fakes.manual_clock import ManualClock
@@ -63,15 +63,18 @@ class World:
         capable: bool = True,
         memory: int = 1 << 30,
         object_store: str = "",
+        gpus: Mapping[str, int] | None = None,
         **known: Any,
     ) -> None:
-        self.nodes.add_node(identifier).store = bool(object_store)
+        made = self.nodes.add_node(identifier)
+        made.store, made.gpus = bool(object_store), dict(gpus or {})
         facts = Node(
             identifier,
             f"{identifier}:7071",
             checkpoint_capable=capable,
             memory_available_bytes=memory,
             object_store=object_store,
+            gpus=tuple(Gpu(uuid, "H", total, total) for uuid, total in made.gpus.items()),
             **known,
         )
         await self.controller.core.fleet.register(facts)
@@ -82,9 +85,10 @@ class World:
         mode: StartMode = StartMode.CHECKPOINT,
         identifier: str = "qa",
         engine: str = "",
+        model: str = "org/model",
         **settings: Any,
     ) -> Deployment:
-        draft = Draft(model="org/model", engine=engine, start_mode=mode, **settings)
+        draft = Draft(model=model, engine=engine, start_mode=mode, **settings)
         return await self.controller.core.deployments.create(identifier, draft, "")
 
     async def ask(
