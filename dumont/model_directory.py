@@ -37,7 +37,10 @@ class Unusable(Exception):
 
 
 def files(folder: Path) -> list[Path]:
-    """The files other than weights that a model host may read, sorted by path; hidden ones are left out.
+    """The files that a model host may read besides the model's own weights, sorted by path.
+
+    Hidden ones are left out. Weights in directories below are among them, which modules of sentence embedding
+    models have.
 
     Raises:
         Unusable: there are too many files.
@@ -45,11 +48,19 @@ def files(folder: Path) -> list[Path]:
     """
     found = []
     for path in _walk(folder, DEPTH):
-        if path.suffix in SUFFIXES:
+        if path.suffix in SUFFIXES or _of_a_module(folder, path):
             found.append(path)
         if len(found) > MOST_FILES:
             raise Unusable(folder, f"holds more than {MOST_FILES} files")
     return sorted(found)
+
+
+def _of_a_module(folder: Path, path: Path) -> bool:
+    if path.suffix != ".safetensors" or path.parent == folder:
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size <= LARGEST
+    return False
 
 
 def names(folder: Path) -> frozenset[str]:

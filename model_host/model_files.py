@@ -23,8 +23,6 @@ class ModelFiles:
         config, generation, tokenizer_config: contents of the files so named; empty where there is none.
         shards: the safetensors files, in the folder or wherever else they are to be mapped from.
         chat_template: a Jinja template, if the model has one.
-        pooling: how token vectors become one vector, for sentence embedding models.
-        normalize: whether that vector is scaled to length one.
         names: paths of all files, relative to the folder.
     """
 
@@ -34,8 +32,6 @@ class ModelFiles:
     tokenizer_config: Json
     shards: tuple[Path, ...]
     chat_template: str | None
-    pooling: Json
-    normalize: bool
     names: frozenset[str] = frozenset()
 
     @property
@@ -49,6 +45,20 @@ class ModelFiles:
             FailedPrecondition: MODEL_INVALID.
         """
         return _read(self.folder, self.tokenizer) if self.tokenizer.exists() else None
+
+    def json(self, name: str, kind: type = dict) -> Any:
+        """The contents of a file, which must be a JSON value of this ``kind``.
+
+        Raises:
+            FailedPrecondition: MODEL_INVALID.
+        """
+        return _json(self.folder, name, kind=kind)
+
+    @property
+    def normalize(self) -> bool:
+        """Whether ``modules.json`` scales vectors to length one."""
+        modules = self.json(models.MODULES, kind=list) if models.MODULES in self.names else []
+        return any(str(module.get("type", "")).endswith(".Normalize") for module in modules)
 
     @property
     def architecture(self) -> str:
@@ -74,9 +84,6 @@ def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelF
         raise invalid(folder / "config.json", f"cannot be read: {error}") from error
     config = _json(folder, "config.json")
     tokenizer_config = _json(folder, "tokenizer_config.json", optional=True)
-    modules = _json(folder, "modules.json", optional=True, kind=list)
-    kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
-    pooling = kinds.get("Pooling")
     return ModelFiles(
         folder=folder,
         config=config,
@@ -85,8 +92,6 @@ def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelF
         shards=_shards(folder, names, weight_files or {}),
         names=names,
         chat_template=_chat_template(folder, tokenizer_config),
-        pooling=_json(folder, f"{pooling['path']}/config.json") if pooling else {},
-        normalize="Normalize" in kinds,
     )
 
 

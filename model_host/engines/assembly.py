@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -22,6 +22,10 @@ from model_host.model_files import ModelFiles, invalid
 from model_host.weights import Weights, map_shards
 
 log = logging.getLogger(__name__)
+
+
+# What configurations call the number of positions.
+POSITIONS: Final = ("max_position_embeddings", "max_target_positions", "max_seq_len", "n_positions")
 
 
 class NotAssembled(Exception):
@@ -50,8 +54,18 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", int(ordinal))
 
 
-def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, Weights]:
+def build(
+    files: ModelFiles,
+    settings: Settings,
+    phases: Phases,
+    architecture: str = "",
+    dispensable: tuple[str, ...] = (),
+) -> tuple[Any, Weights]:
     """The model on its device, ready for inference, and its weights.
+
+    Args:
+        architecture: the class to build; by default the one that the files name.
+        dispensable: beginnings of the names of weights that the files need not have; they are then zero.
 
     Raises:
         FailedPrecondition: MODEL_INVALID, MODEL_UNSUPPORTED or DEVICE_MISSING.
@@ -64,18 +78,18 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
         # It compiles kernels when a shape is new, in the middle of an answer, and keeps its compiler loaded.
         torch.backends.cuda.enable_cudnn_sdp(False)
     with phases.measure("import_model"):
-        model_class = _model_class(files)
+        model_class = _model_class(files, architecture or files.architecture)
     with phases.measure("load_weights"):
         tensors = map_shards(files.shards)
         names: dict[str, str] = {}
         try:
-            model, names = _assemble(model_class, files, tensors)
+            model, names = _assemble(model_class, files, tensors, dispensable)
         except DumontError:
             raise
         except Exception as error:
             # As text: a log record that held the error would keep the files mapped.
             log.warning("%s is loaded by transformers' own loader: %s", files.folder, str(error))
-            model, names = _load_plainly(model_class, files), {}
+            model, names = _load_plainly(model_class, files, dispensable), {}
         model.eval().requires_grad_(False)
         if settings.weights is WeightsPlace.INCLUDED:
             names = {}
@@ -90,8 +104,19 @@ def build(files: ModelFiles, settings: Settings, phases: Phases) -> tuple[Any, W
     return model, weights
 
 
-def _model_class(files: ModelFiles) -> Any:
-    name = files.architecture
+def positions(model: Any) -> int | None:
+    """How many tokens the model has positions for; None if there is no such limit."""
+    config = model.config.get_text_config()
+    known = [getattr(config, name, None) for name in POSITIONS]
+    found = [count for count in known if isinstance(count, int) and count > 0]
+    for name, module in model.named_modules():
+        # As in RoBERTa, whose positions begin after that of the padding.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            found.append(module.num_embeddings - module.padding_idx - 1)
+    return min(found, default=None)
+
+
+def _model_class(files: ModelFiles, name: str) -> Any:
     kind = str(files.config.get("model_type", "")).replace("-", "_")
     try:
         for package in (kind, kind.rpartition("_")[0]):  # gemma3_text is in gemma3
@@ -115,7 +140,7 @@ def _modeling_file(package: str) -> Path:
 
 
 def _assemble(
-    model_class: Any, files: ModelFiles, tensors: dict[str, torch.Tensor]
+    model_class: Any, files: ModelFiles, tensors: dict[str, torch.Tensor], dispensable: tuple[str, ...]
 ) -> tuple[Any, dict[str, str]]:
     """The model around the mapped tensors, and the name of each parameter's tensor."""
     from transformers.initialization import no_init_weights
@@ -135,6 +160,11 @@ def _assemble(
     except RuntimeError as error:
         raise invalid(files.shards[0], f"does not fit config.json ({error})") from error
     model.tie_weights(missing_keys=set(missing))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and name.startswith(dispensable):
+            module, _, short = name.rpartition(".")
+            zero = nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False)
+            setattr(model.get_submodule(module), short, zero)
     hollow = [name for name, value in chain(model.named_parameters(), model.named_buffers()) if value.is_meta]
     if hollow:
         raise NotAssembled(f"its files do not hold {', '.join(hollow[:5])}")
@@ -174,14 +204,14 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _load_plainly(model_class: Any, files: ModelFiles) -> Any:
+def _load_plainly(model_class: Any, files: ModelFiles, dispensable: tuple[str, ...]) -> Any:
     try:
         model, report = model_class.from_pretrained(
             files.folder, dtype="auto", local_files_only=True, output_loading_info=True
         )
     except Exception as error:
         raise invalid(files.folder / "config.json", f"cannot be loaded ({error})") from error
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith(dispensable)):
         raise invalid(files.shards[0], f"lacks the weights {', '.join(missing[:5])}")
     return model
 

@@ -1,7 +1,10 @@
-"""Sentence embeddings with a transformers encoder and the pooling its model directory asks for."""
+"""Sentence embeddings with a transformers model, as its model directory describes them."""
 
 from __future__ import annotations
 
+import inspect
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,29 +25,50 @@ from model_host.engine import (
     Settings,
     Work,
 )
-from model_host.engines.assembly import build
+from model_host.engines import sentence
+from model_host.engines.assembly import build, positions
 from model_host.engines.libraries import library_versions
-from model_host.engines.tokens import encode_inputs, load_tokenizer
-from model_host.model_files import Json, ModelFiles
+from model_host.engines.sentence import Recipe
+from model_host.engines.tokens import encode_inputs, load_tokenizer, lower_case, prompt_tokens
+from model_host.model_files import ModelFiles
 from model_host.weights import Weights, Workspace
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 BATCH: Final = 16
 SEQUENCES: Final = 64
 CANARY_TOKENS: Final = 16
 CANARY_VALUES: Final = 8
 DEFAULT_CONTEXT: Final = 512
+# Lengths of the two texts with which padding is checked, and how far the vector of the first may change by
+# it, as a fraction of its length.
+CHECKED: Final = (3, 11)
+TOLERANCE: Final = 1e-3
+ROUGH_TOLERANCE: Final = 0.05
 
 
 def load(files: ModelFiles, settings: Settings, phases: Phases) -> Embedding:
-    """Load a model for embeddings. Errors as in ``assembly.build`` and ``load_tokenizer``."""
-    pooling = _pooling(files.pooling)
+    """Load a model for embeddings.
+
+    Errors as in ``sentence.read``, ``assembly.build`` and ``load_tokenizer``.
+    """
+    recipe = sentence.read(files)
     with phases.measure("load_tokenizer"):
         tokenizer = load_tokenizer(files)
-    model, weights = build(files, settings, phases)
-    return Embedding(model, weights, tokenizer, pooling, normalize=files.normalize)
+        if recipe.lower:
+            lower_case(tokenizer)
+    # What makes one vector of a text's is in the recipe; a head of the model's own would not be used.
+    model, weights = build(
+        files, settings, phases, architecture=sentence.architecture(files), dispensable=("pooler.",)
+    )
+    longest = recipe.longest or files.tokenizer_config.get("model_max_length")
+    engine = Embedding(model, weights, tokenizer, recipe, longest if isinstance(longest, int) else None)
+    with phases.measure("check_batching"):
+        engine.check_batching()
+    return engine
 
 
 @dataclass(eq=False)
@@ -67,25 +91,34 @@ class Embedding:
     """An ``Engine`` that embeds. A step computes texts of all callers, those that came first first.
 
     Args:
-        pooling: ``mean`` or ``cls``.
-        normalize: whether vectors are scaled to length one.
+        recipe: how texts become vectors.
+        longest: tokens that a text may have, where the model directory says so.
     """
 
     name = "embedding"
 
     def __init__(
-        self, model: Any, weights: Weights, tokenizer: Tokenizer, pooling: str, *, normalize: bool
+        self,
+        model: Any,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        recipe: Recipe = Recipe(),  # noqa: B008  (it is immutable)
+        longest: int | None = None,
     ) -> None:
         self._model = model
         self._weights = weights
         self._tokenizer = tokenizer
-        self._pooling = pooling
-        self._normalize = normalize
+        self._recipe = recipe
+        self._unpooled = 0 if recipe.prompt_counts else prompt_tokens(tokenizer, recipe.prompt)
+        self._pads = True
         self._device = next(model.parameters()).device
         self._workspace = Workspace(self._device)
         self._vocabulary = int(model.config.vocab_size)
         self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
-        self.context_length = int(getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+        takes = inspect.signature(model.forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in takes else {}
+        limits_known = [limit for limit in (positions(model), longest) if limit]
+        self.context_length = min(limits_known, default=DEFAULT_CONTEXT)
         self.device = str(self._device)
         self.capacity = Capacity(SEQUENCES)
         self._running: list[Texts] = []
@@ -93,6 +126,21 @@ class Embedding:
     @property
     def load(self) -> Load:
         return Load(len(self._running))
+
+    def check_batching(self) -> None:
+        """Find out whether a text's vector is the same beside a longer text, which needs padding.
+
+        If it is not, texts are computed one at a time.
+        """
+        short, long = ([(7919 * place) % self._vocabulary for place in range(1, n + 1)] for n in CHECKED)
+        alone, beside = self._vectors([short])[0], self._vectors([short, long])[0]
+        difference, length = math.dist(alone, beside), math.hypot(*alone)
+        rough = self._model.dtype != torch.float32
+        self._pads = difference <= (ROUGH_TOLERANCE if rough else TOLERANCE) * length
+        if not self._pads:
+            log.warning(
+                "texts are computed one at a time: padding changes a vector by %.3g", difference / length
+            )
 
     def warm_up(self) -> None:
         """One batch of two texts of different length, so that padding is tried too."""
@@ -107,7 +155,7 @@ class Embedding:
 
     def embed(self, inputs: Sequence[str]) -> Work:
         """As the port says. Reasons: those of ``encode_inputs``."""
-        return Texts(encode_inputs(self._tokenizer, inputs, self.context_length))
+        return Texts(encode_inputs(self._tokenizer, inputs, self.context_length, self._recipe.prompt))
 
     def admit(self, work: Work) -> bool:
         assert isinstance(work, Texts)
@@ -142,22 +190,24 @@ class Embedding:
             outputs.append(Output(work, item, last))
         return outputs
 
-    @torch.inference_mode()
     def _vectors(self, batch: list[list[int]]) -> list[list[float]]:
+        batches = [batch] if self._pads else [[tokens] for tokens in batch]
+        return [vector for one in batches for vector in self._compute(one)]
+
+    @torch.inference_mode()
+    def _compute(self, batch: list[list[int]]) -> list[list[float]]:
         longest = max(map(len, batch))
         ids = [tokens + [self._pad] * (longest - len(tokens)) for tokens in batch]
-        mask = [[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in batch]
-        attention = torch.tensor(mask, device=self._device)
-        output = self._model(input_ids=torch.tensor(ids, device=self._device), attention_mask=attention)
-        states = output.last_hidden_state.float()
-        if self._pooling == "cls":
-            vectors = states[:, 0]
-        else:
-            weight = attention.unsqueeze(-1).to(states.dtype)
-            vectors = (states * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
-        if self._normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        values: list[list[float]] = vectors.tolist()
+        mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in batch])
+        output = self._model(
+            input_ids=torch.tensor(ids, device=self._device),
+            attention_mask=mask.to(self._device),
+            **self._options,
+        )
+        mask[:, : self._unpooled] = 0
+        # What comes after pooling is small. On the CPU it takes nothing of a GPU that would have to be freed.
+        pooled = self._recipe.pool(output.last_hidden_state.float(), mask.to(self._device)).cpu()
+        values: list[list[float]] = self._recipe.finish(pooled).tolist()
         return values
 
     def generate(self, request: Generation) -> Work:
@@ -179,15 +229,3 @@ class Embedding:
 
     def versions(self) -> dict[str, str]:
         return library_versions()
-
-
-def _pooling(config: Json) -> str:
-    modes = {key.removeprefix("pooling_mode_") for key, value in config.items() if value is True}
-    known = {"mean_tokens": "mean", "cls_token": "cls"}
-    if unknown := modes & {"max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"}:
-        raise FailedPrecondition(
-            "MODEL_UNSUPPORTED",
-            f"This model pools by {', '.join(sorted(unknown))}; only mean_tokens and cls_token are known.",
-            field="model",
-        )
-    return next((known[mode] for mode in modes if mode in known), "mean")

@@ -38,6 +38,22 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     return tokenizer
 
 
+def lower_case(tokenizer: Tokenizer) -> None:
+    """Let a tokenizer put its texts in lower case first."""
+    from tokenizers import normalizers
+
+    known = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *known])
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> int:
+    """How many tokens a prompt puts before a text, with special ones before it."""
+    if not prompt:
+        return 0
+    tokens = tokenizer.encode(prompt).ids
+    return len(tokens) - (tokens[-1] in special_tokens(tokenizer))
+
+
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """The tokens that are not part of any text, and how they are written."""
     return {
@@ -55,17 +71,20 @@ def _convert(files: ModelFiles) -> Tokenizer:
     return backend
 
 
-def encode_inputs(tokenizer: Tokenizer, inputs: Sequence[str], context_length: int) -> list[list[int]]:
+def encode_inputs(
+    tokenizer: Tokenizer, inputs: Sequence[str], context_length: int, prompt: str = ""
+) -> list[list[int]]:
     """The tokens of texts to be embedded.
 
     Args:
         context_length: the most tokens that one may have.
+        prompt: comes before each text.
 
     Raises:
         InvalidArgument: reasons of ``limits.check_embed``, PROMPT_TOO_LONG.
     """
     limits.check_embed(inputs)
-    tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(inputs))]
+    tokens = [encoding.ids for encoding in tokenizer.encode_batch([prompt + text for text in inputs])]
     longest = max(range(len(tokens)), key=lambda index: len(tokens[index]))
     if len(tokens[longest]) > context_length:
         raise InvalidArgument(

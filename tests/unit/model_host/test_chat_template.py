@@ -178,4 +178,4 @@ def test_whatever_a_template_raises_is_about_the_messages(source: str) -> None:
 
 
 def chat_template(source: str) -> ChatTemplate:
-    return ChatTemplate(ModelFiles(Path("/models/m"), {}, {}, {}, (), source, {}, False))
+    return ChatTemplate(ModelFiles(Path("/models/m"), {}, {}, {}, (), source))

@@ -39,7 +39,6 @@ def test_the_least_that_makes_a_model(folder: Path) -> None:
     assert files.architecture == "LlamaForCausalLM"
     assert files.shards == (folder / "model.safetensors",)
     assert files.chat_template is None
-    assert not files.normalize
 
 
 def test_weights_may_lie_elsewhere(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -198,17 +197,6 @@ def test_a_hubs_cache_is_made_of_links_to_its_own_blobs(tmp_path: Path) -> None:
     write(tmp_path / "other", {})
     (revision / "generation_config.json").symlink_to(tmp_path / "other")
     assert "leads out" in refusal(revision).message
-
-
-def test_pooling_and_normalising_are_read_from_the_modules(folder: Path) -> None:
-    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
-    write(folder / "modules.json", [*modules, {"type": "x.Normalize", "path": "2_Normalize"}])
-    write(folder / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
-
-    files = model_files.read(folder)
-
-    assert files.pooling == {"pooling_mode_cls_token": True}
-    assert files.normalize
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,8 @@ async def test_the_digests_are_of_what_a_model_host_reads_besides_weights(models
     directory = write_model(models, "org/name")
     (directory / "1_Pooling").mkdir()
     (directory / "1_Pooling" / "config.json").write_text("{}")
+    (directory / "2_Dense").mkdir()
+    (directory / "2_Dense" / "model.safetensors").write_text("weights of a module")
     (directory / "tokenizer.json").write_text("{}")
     (directory / "README.md").write_text("read me")
     (directory / ".cache").mkdir()
@@ -232,15 +234,19 @@ async def test_the_digests_are_of_what_a_model_host_reads_besides_weights(models
     model = await models.resolve("org/name")
 
     before = await models.digests(model)
-    assert sorted(before) == ["1_Pooling/config.json", "config.json", "tokenizer.json"]
+    assert sorted(before) == [
+        "1_Pooling/config.json", "2_Dense/model.safetensors", "config.json", "tokenizer.json"
+    ]  # fmt: skip
 
     # When one of them changes, and another one comes
     (directory / "tokenizer.json").write_text("[]")
+    (directory / "2_Dense" / "model.safetensors").write_text("others")
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     after = await models.digests(model)
 
     # Then that shows
     assert {name for name in after if after.get(name) != before.get(name)} == {
+        "2_Dense/model.safetensors",
         "tokenizer.json",
         "chat_template.jinja",
     }
