@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from json import dumps, loads
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from dumont import sync
 from dumont.arguments import START_MODES, STORAGES, WEIGHTS, Checkpoint
 from dumont.cli.durations import parse_duration
-from dumont.cli.output import Endpoint, Json, age, command, print_facts, print_json, print_table, short, span
+from dumont.cli.output import (
+    Columns,
+    Endpoint,
+    Json,
+    age,
+    command,
+    print_facts,
+    print_json,
+    print_table,
+    short,
+    span,
+)
 from dumont.errors import InvalidArgument
 from dumont.types import DeploymentInfo
 
@@ -118,21 +129,27 @@ def ls(json: Json = False, endpoint: Endpoint = None) -> None:
     if json:
         print_json(found)
         return
-    print_table(
-        ("DEPLOYMENT", "MODEL", "START", "STATE", "IDLE", "PARK", "TTL", "LAST USE"),
-        (
-            (
-                short(info.name),
-                info.model,
-                info.start_mode,
-                info.state,
-                span(info.idle_timeout),
-                span(info.park_timeout),
-                span(info.checkpoint.ttl) if info.checkpoint.enabled else "",
-                age(info.last_use_time),
-            )
-            for info in found
-        ),
+    print_table(COLUMNS, map(cells, found))
+
+
+COLUMNS: Final = Columns(
+    ("DEPLOYMENT", "MODEL", "START", "STATE", "IDLE", "PARK", "TTL", "LAST USE"),
+    drop=("PARK", "IDLE", "TTL", "LAST USE", "START", "MODEL"),
+    fold=("MODEL",),
+)
+
+
+def cells(info: DeploymentInfo) -> tuple[str, ...]:
+    """A row of the table of deployments."""
+    return (
+        short(info.name),
+        info.model,
+        info.start_mode,
+        info.state,
+        span(info.idle_timeout),
+        span(info.park_timeout),
+        span(info.checkpoint.ttl) if info.checkpoint.enabled else "",
+        age(info.last_use_time),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from dumont import doctor as checks
-from dumont.cli.output import Endpoint, Json, command, print_json, print_table
+from dumont.cli.output import Columns, Endpoint, Json, command, print_json, print_table
 
 
 @command
@@ -15,7 +15,10 @@ def doctor(json: Json = False, endpoint: Endpoint = None) -> None:
     if json:
         print_json(found)
     else:
-        print_table(("CHECK", "", ""), ((check.check, verdict(check), check.message) for check in found))
+        print_table(
+            Columns(("CHECK", "", "WHAT WAS FOUND"), fold=("WHAT WAS FOUND",)),
+            ((check.check, verdict(check), check.message) for check in found),
+        )
     if any(check.needed and not check.passed for check in found):
         raise typer.Exit(1)
 

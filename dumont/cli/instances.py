@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.live import Live
-from rich.table import Table
 
 from dumont import sync
-from dumont.cli.output import Endpoint, Json, age, command, console, print_json, short, size, table
+from dumont.cli.output import (
+    Columns,
+    Endpoint,
+    Json,
+    age,
+    command,
+    console,
+    print_json,
+    print_table,
+    short,
+    size,
+    table,
+)
 from dumont.errors import InvalidArgument
 from dumont.types import Instance
 
@@ -39,7 +50,7 @@ def ps(
     if json:
         print_json(found)
     else:
-        console().print(_table(found))
+        _print(found, as_json=False)
 
 
 @command
@@ -133,7 +144,7 @@ def _print(instances: Sequence[Instance], *, as_json: bool) -> None:
     if as_json:
         print_json(instances)
     else:
-        console().print(_table(instances))
+        print_table(COLUMNS, map(cells, instances))
 
 
 def _show_changes(changes: Iterable[Sequence[Instance]], *, as_json: bool) -> None:
@@ -144,46 +155,38 @@ def _show_changes(changes: Iterable[Sequence[Instance]], *, as_json: bool) -> No
     screen = console()
     if not screen.is_terminal:
         for instances in changes:
-            screen.print(_table(instances))
+            screen.print(table(COLUMNS, map(cells, instances), screen.width))
         return
     with Live(console=screen, auto_refresh=False) as live:
         for instances in changes:
-            live.update(_table(instances), refresh=True)
+            live.update(table(COLUMNS, map(cells, instances), screen.width), refresh=True)
 
 
-def _table(instances: Iterable[Instance]) -> Table:
-    return table(
-        (
-            "INSTANCE",
-            "DEPLOYMENT",
-            "STATE",
-            "FROM",
-            "NODE",
-            "DEVICE",
-            "PID",
-            "MEMORY",
-            "BUSY",
-            "KV CACHE",
-            "AGE",
-            "",
-        ),
-        (
-            (
-                short(instance.name),
-                short(instance.deployment),
-                instance.state,
-                short(instance.snapshot) or "cold start",
-                short(instance.node),
-                instance.device,
-                str(instance.pid or ""),
-                size(instance.memory_bytes),
-                busy(instance),
-                kv_cache(instance),
-                age(instance.create_time),
-                instance.failure_message or ("orphan: no such deployment" if instance.orphan else ""),
-            )
-            for instance in instances
-        ),
+COLUMNS: Final = Columns(
+    (
+        "INSTANCE", "DEPLOYMENT", "STATE", "FROM", "NODE", "DEVICE", "PID", "MEMORY", "BUSY", "KV CACHE",
+        "AGE", "",
+    ),
+    drop=("KV CACHE", "PID", "MEMORY", "DEVICE", "AGE", "BUSY", "FROM", "NODE", "DEPLOYMENT"),
+    fold=("",),
+)  # fmt: skip
+
+
+def cells(instance: Instance) -> tuple[str, ...]:
+    """A row of the table of instances."""
+    return (
+        short(instance.name),
+        short(instance.deployment),
+        instance.state,
+        short(instance.snapshot) or "cold start",
+        short(instance.node),
+        instance.device,
+        str(instance.pid or ""),
+        size(instance.memory_bytes),
+        busy(instance),
+        kv_cache(instance),
+        age(instance.create_time),
+        instance.failure_message or ("orphan: no such deployment" if instance.orphan else ""),
     )
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from dumont import sync
 from dumont.cli.durations import parse_duration
-from dumont.cli.output import Endpoint, Json, age, command, console, print_json, print_table, short, size
+from dumont.cli.output import (
+    Columns,
+    Endpoint,
+    Json,
+    age,
+    command,
+    console,
+    print_json,
+    print_table,
+    short,
+    size,
+)
 from dumont.types import Node
 
 app = typer.Typer(help="The machines that run models.", no_args_is_help=True)
@@ -26,37 +37,35 @@ def ls(json: Json = False, endpoint: Endpoint = None) -> None:
     if json:
         print_json(found)
         return
-    print_table(
-        (
-            "NODE",
-            "STATE",
-            "ENDPOINT",
-            "GPUS",
-            "ENGINES",
-            "MEMORY FREE",
-            "CPUS",
-            "SNAPSHOTS",
-            "CHECKPOINTS",
-            "LAST SEEN",
-            "VERSION",
-        ),
-        (
-            (
-                short(node.name),
-                f"{node.state}, draining" if node.draining else node.state,
-                node.endpoint,
-                ", ".join(node.gpu_models) or "none",
-                ", ".join(f"{name} {version}" for name, version in sorted(node.engines.items()))
-                or "built in",
-                f"{size(node.memory_available_bytes)} of {size(node.memory_total_bytes)}",
-                str(node.cpu_count),
-                kept(node),
-                "yes" if node.checkpoint_capable else "no",
-                age(node.heartbeat_time),
-                node.version,
-            )
-            for node in found
-        ),
+    print_table(COLUMNS, map(cells, found))
+
+
+COLUMNS: Final = Columns(
+    (
+        "NODE", "STATE", "ENDPOINT", "GPUS", "ENGINES", "MEMORY FREE", "CPUS", "SNAPSHOTS", "CHECKPOINTS",
+        "LAST SEEN", "VERSION",
+    ),
+    drop=(
+        "VERSION", "CPUS", "ENGINES", "ENDPOINT", "LAST SEEN", "SNAPSHOTS", "CHECKPOINTS", "MEMORY FREE",
+        "GPUS",
+    ),
+)  # fmt: skip
+
+
+def cells(node: Node) -> tuple[str, ...]:
+    """A row of the table of nodes."""
+    return (
+        short(node.name),
+        f"{node.state}, draining" if node.draining else node.state,
+        node.endpoint,
+        ", ".join(node.gpu_models) or "none",
+        ", ".join(f"{name} {version}" for name, version in sorted(node.engines.items())) or "built in",
+        f"{size(node.memory_available_bytes)} of {size(node.memory_total_bytes)}",
+        str(node.cpu_count),
+        kept(node),
+        "yes" if node.checkpoint_capable else "no",
+        age(node.heartbeat_time),
+        node.version,
     )
 
 
@@ -86,7 +95,7 @@ def drain(
         print_json({"node": short(name), "left": left})
     elif left:
         print_table(
-            ("STILL THERE", "DEPLOYMENT", "WHY"),
+            Columns(("STILL THERE", "DEPLOYMENT", "WHY"), drop=("DEPLOYMENT",), fold=("WHY",)),
             ((short(one.instance), short(one.deployment), f"{one.reason}: {one.message}") for one in left),
         )
     if left:

@@ -8,10 +8,12 @@ import functools
 import json as json_codec
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, ParamSpec
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +28,9 @@ Endpoint = Annotated[
 
 # A pipe has no width, so nothing is cut there.
 PIPE_WIDTH: Final = 10_000
+# Characters between two columns, and of a column whose cells are folded, at least.
+GAP: Final = 2
+FOLDED_WIDTH: Final = 16
 UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 P = ParamSpec("P")
@@ -115,19 +120,68 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without lines, whose cells are text and never markup."""
-    result = Table(box=None, pad_edge=False, header_style="bold")
-    for header in headers:
-        result.add_column(header, no_wrap=True)
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table, and what becomes of them where it is wider than the terminal.
+
+    Args:
+        headers: of the columns, from left to right.
+        drop: those that may be left out, the first of these first. What a table is read for, such as a name
+            or a state, is not among them.
+        fold: those whose cells may take several lines.
+    """
+
+    headers: tuple[str, ...]
+    drop: tuple[str, ...] = ()
+    fold: tuple[str, ...] = ()
+
+    def shown(self, rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], bool]:
+        """The columns that a table of ``rows`` shows in ``width`` characters, by their numbers.
+
+        Returns:
+            The columns, and whether they fit without folding others than ``fold``.
+        """
+        shown = list(range(len(self.headers)))
+        sizes = [max(map(cell_len, cells)) for cells in zip(self.headers, *rows, strict=True)]
+        for index, header in enumerate(self.headers):
+            if header in self.fold:
+                sizes[index] = min(sizes[index], FOLDED_WIDTH)
+
+        def fits() -> bool:
+            return sum(sizes[index] + GAP for index in shown) - GAP <= width
+
+        for header in self.drop:
+            if fits():
+                break
+            shown.remove(self.headers.index(header))
+        return shown, fits()
+
+
+def table(columns: Columns | Sequence[str], rows: Iterable[Sequence[str]], width: int = PIPE_WIDTH) -> Table:
+    """A table without lines, whose cells are text and never markup.
+
+    Args:
+        columns: of the table.
+        rows: a cell for each column.
+        width: characters that a line may have.
+    """
+    columns = columns if isinstance(columns, Columns) else Columns(tuple(columns))
+    rows = [tuple(row) for row in rows]
+    shown, fits = columns.shown(rows, width)
+    result = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+    for index in shown:
+        # Where even what must stay is too wide, the names in the first column are folded, but not cut.
+        folds = columns.headers[index] in columns.fold or (not fits and index == 0)
+        result.add_column(columns.headers[index], no_wrap=not folds, overflow="fold")
     for row in rows:
-        result.add_row(*(Text(cell) for cell in row))
+        result.add_row(*(Text(row[index]) for index in shown))
     return result
 
 
-def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on standard output."""
-    console().print(table(headers, rows))
+def print_table(columns: Columns | Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on standard output, as wide as that is."""
+    screen = console()
+    screen.print(table(columns, rows, screen.width))
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from dumont import sync
 from dumont.cli.output import (
+    Columns,
     Endpoint,
     Json,
     age,
@@ -59,21 +60,26 @@ def ls(
     if json:
         print_json(found)
         return
-    print_table(
-        ("SNAPSHOT", "DEPLOYMENT", "STATE", "NODE", "KEPT", "SIZE", "AGE", "LAST USE"),
-        (
-            (
-                short(snapshot.name),
-                short(snapshot.deployment),
-                state(snapshot),
-                short(snapshot.node),
-                places(snapshot),
-                size(snapshot.size_bytes),
-                age(snapshot.create_time),
-                age(snapshot.last_use_time),
-            )
-            for snapshot in found
-        ),
+    print_table(COLUMNS, map(cells, found))
+
+
+COLUMNS: Final = Columns(
+    ("SNAPSHOT", "DEPLOYMENT", "STATE", "NODE", "KEPT", "SIZE", "AGE", "LAST USE"),
+    drop=("LAST USE", "AGE", "NODE", "DEPLOYMENT", "SIZE", "KEPT"),
+)
+
+
+def cells(snapshot: Snapshot) -> tuple[str, ...]:
+    """A row of the table of snapshots."""
+    return (
+        short(snapshot.name),
+        short(snapshot.deployment),
+        state(snapshot),
+        short(snapshot.node),
+        places(snapshot),
+        size(snapshot.size_bytes),
+        age(snapshot.create_time),
+        age(snapshot.last_use_time),
     )
 
 
@@ -89,11 +95,11 @@ def inspect(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
     print_facts(describe(snapshot))
     if snapshot.compatibility:
         console().print()
-        print_table(("MUST BE EQUAL", ""), sorted(snapshot.compatibility.items()))
+        print_table(Columns(("MUST BE EQUAL", ""), fold=("",)), sorted(snapshot.compatibility.items()))
     if snapshot.files:
         console().print()
         print_table(
-            ("FILE", "SIZE", "BLAKE3"),
+            Columns(("FILE", "SIZE", "BLAKE3"), fold=("BLAKE3",)),
             ((file.name, size(file.size_bytes), file.digest) for file in snapshot.files),
         )
 
