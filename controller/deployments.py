@@ -138,6 +138,7 @@ class Deployments:
             Unavailable: NO_NODE, no node can check the model.
         """
         checkpoint = _checkpoint(draft)
+        _check_ttl(draft, checkpoint)
         _check_instances(draft)
         for known in self.by_id.values():
             if request_id and known.request_id == request_id:
@@ -242,6 +243,8 @@ class Deployments:
         if "checkpoint_enabled" not in fields and "start_mode" not in fields:
             merged = replace(merged, checkpoint_enabled=old.checkpoint.enabled)
         checkpoint = _checkpoint(merged)
+        if "checkpoint_ttl" in fields:
+            _check_ttl(draft, checkpoint)
         _check_instances(merged)
         if checkpoint.storage is not old.checkpoint.storage:
             self._check_storage(checkpoint)
@@ -323,6 +326,17 @@ def _check_instances(draft: Draft) -> None:
             f"min_instances is {least} and max_instances {most}; the first must not be larger",
             field="deployment.min_instances",
             metadata={"min_instances": str(least), "max_instances": str(most)},
+        )
+
+
+def _check_ttl(draft: Draft, checkpoint: Checkpoint) -> None:
+    """Refuse a ttl that would have no effect."""
+    if draft.checkpoint_ttl is not None and not checkpoint.enabled:
+        raise InvalidArgument(
+            "TTL_WITHOUT_SNAPSHOTS",
+            f"start mode {draft.start_mode.value} makes no snapshots, so a ttl would have no effect; leave "
+            "it out, use START_MODE_CHECKPOINT, or set deployment.checkpoint.enabled for snapshots on request",
+            field="deployment.checkpoint.ttl",
         )
 
 

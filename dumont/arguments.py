@@ -44,7 +44,13 @@ WEIGHTS: Final = {
 
 
 class Checkpoint(TypedDict, total=False):
-    """The keys of ``checkpoint``; a key that is left out is as in ``DEFAULT_CHECKPOINT``."""
+    """The keys of ``checkpoint``.
+
+    enabled: whether snapshots are made; True when left out.
+    ttl: seconds that a snapshot outlives its last use; a day when left out.
+    storage: ``local``, the default, or ``s3`` to publish snapshots as well.
+    weights: ``detached``, the default, or ``included`` for snapshots that carry them.
+    """
 
     enabled: bool
     ttl: Seconds
@@ -52,9 +58,8 @@ class Checkpoint(TypedDict, total=False):
     weights: str
 
 
-DEFAULT_CHECKPOINT: Final[Checkpoint] = {
-    "enabled": True, "ttl": 3600, "storage": "local", "weights": "detached",
-}  # fmt: skip
+DEFAULT_START_MODE: Final = "checkpoint"
+EXAMPLE_CHECKPOINT: Final[Checkpoint] = {"enabled": True, "ttl": 3600}
 
 
 class DeploySettings(TypedDict, total=False):
@@ -182,7 +187,7 @@ def deployment_id(model: str | os.PathLike[str]) -> str:
 
 def deployment_message(
     model: str | os.PathLike[str],
-    start_mode: str,
+    start_mode: str | None,
     checkpoint: Checkpoint | None,
     *,
     engine: str | None = None,
@@ -195,21 +200,24 @@ def deployment_message(
 ) -> tuple[deployment_service_pb2.Deployment, list[str]]:
     """The deployment that a caller asks for, and the paths of the mutable fields that it sets.
 
+    What is left out has the controller's default in a new deployment, and stays as it is in an existing one;
+    the start mode of a new one is then ``DEFAULT_START_MODE``.
+
     Raises:
         InvalidArgument: an argument is wrong; its field is named.
     """
-    mode = _choice(start_mode, START_MODES, "start_mode")
+    mode = _choice(start_mode or DEFAULT_START_MODE, START_MODES, "start_mode")
     message = request(deployment_service_pb2.Deployment, model=_model(model), engine=engine)
     message.start_mode = mode
     engines.check_engine(message.engine)
     options = engines.check_options(message.engine, {} if engine_options is None else engine_options)
     if options:
         message.engine_options.update(options)
-    paths = ["start_mode"]
-    if checkpoint is not None or start_mode == "checkpoint":
-        message.checkpoint.CopyFrom(_checkpoint(checkpoint or {}))
-        paths.append("checkpoint")
-    if start_mode == "checkpoint" and not message.checkpoint.enabled:
+    paths = [] if start_mode is None else ["start_mode"]
+    if checkpoint is not None:
+        message.checkpoint.CopyFrom(_checkpoint(checkpoint))
+        paths += [f"checkpoint.{key}" for key in checkpoint]
+    if start_mode == "checkpoint" and checkpoint is not None and not message.checkpoint.enabled:
         raise InvalidArgument(
             "CHECKPOINT_DISABLED",
             'start_mode "checkpoint" needs checkpoint["enabled"] to be true; use "cold" or "warm" without it',
@@ -403,27 +411,31 @@ def _is_number(value: object) -> bool:
 
 def _checkpoint(given: Mapping[str, Any]) -> deployment_service_pb2.CheckpointSettings:
     if not isinstance(given, Mapping):
-        raise _wrong_type("checkpoint", f"a dict such as {DEFAULT_CHECKPOINT}", given)
-    unknown = sorted(map(str, given.keys() - DEFAULT_CHECKPOINT.keys()))
+        raise _wrong_type("checkpoint", f"a dict such as {EXAMPLE_CHECKPOINT}", given)
+    known = Checkpoint.__annotations__
+    unknown = sorted(map(str, given.keys() - known.keys()))
     if unknown:
-        near = get_close_matches(unknown[0], DEFAULT_CHECKPOINT, 1)
-        advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(DEFAULT_CHECKPOINT)}"
+        near = get_close_matches(unknown[0], known, 1)
+        advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
         raise InvalidArgument(
             "UNKNOWN_SETTING",
             f"checkpoint has no setting {unknown[0]!r}; {advice}",
             field=f"checkpoint.{unknown[0]}",
         )
-    settings: dict[str, Any] = {**DEFAULT_CHECKPOINT, **given}
-    if not isinstance(settings["enabled"], bool):
+    # Whoever has settings for snapshots wants some, unless they say that they do not.
+    enabled = given.get("enabled", True)
+    if not isinstance(enabled, bool):
         raise InvalidArgument(
             "NOT_A_BOOLEAN", 'checkpoint["enabled"] must be True or False', field="checkpoint.enabled"
         )
-    return deployment_service_pb2.CheckpointSettings(
-        enabled=settings["enabled"],
-        ttl=duration(to_seconds(settings["ttl"], "checkpoint.ttl")),
-        storage=_choice(settings["storage"], STORAGES, "checkpoint.storage"),
-        weights=_choice(settings["weights"], WEIGHTS, "checkpoint.weights"),
-    )
+    message = deployment_service_pb2.CheckpointSettings(enabled=enabled)
+    if "ttl" in given:
+        message.ttl.CopyFrom(duration(to_seconds(given["ttl"], "checkpoint.ttl")))
+    if "storage" in given:
+        message.storage = _choice(given["storage"], STORAGES, "checkpoint.storage")
+    if "weights" in given:
+        message.weights = _choice(given["weights"], WEIGHTS, "checkpoint.weights")
+    return message
 
 
 def _choice(value: str, choices: Mapping[str, Any], field: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -55,7 +56,7 @@ class AsyncClient:
     async def deploy(
         self,
         model: str | os.PathLike[str],
-        start_mode: str = "checkpoint",
+        start_mode: str | None = None,
         checkpoint: Checkpoint | None = None,
         **settings: Unpack[DeploySettings],
     ) -> AsyncDeployment:
@@ -131,7 +132,7 @@ class AsyncDeployments:
     async def deploy(
         self,
         model: str | os.PathLike[str],
-        start_mode: str = "checkpoint",
+        start_mode: str | None = None,
         checkpoint: Checkpoint | None = None,
         *,
         name: str | None = None,
@@ -200,7 +201,7 @@ class AsyncDeployments:
                     metadata={"deployment": wanted.name, "existing": have, "wanted": want},
                 )
         want_options, have_options = map(from_struct, (wanted.engine_options, existing.engine_options))
-        if want_options != have_options:
+        if want_options and want_options != have_options:
             raise AlreadyExists(
                 "DEPLOYMENT_ENGINE_OPTIONS_DIFFER",
                 f"{wanted.name} exists with the engine options {have_options}, not {want_options}; give the "
@@ -208,7 +209,7 @@ class AsyncDeployments:
                 field="engine_options",
                 metadata={"deployment": wanted.name},
             )
-        changed = [path for path in paths if getattr(wanted, path) != getattr(existing, path)]
+        changed = [path for path in paths if attrgetter(path)(wanted) != attrgetter(path)(existing)]
         if not changed:
             return existing
         request = deployment_service_pb2.UpdateDeploymentRequest(

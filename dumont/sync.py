@@ -151,7 +151,7 @@ class Client:
     def deploy(
         self,
         model: str | os.PathLike[str],
-        start_mode: str = "checkpoint",
+        start_mode: str | None = None,
         checkpoint: Checkpoint | None = None,
         **settings: Unpack[DeploySettings],
     ) -> Deployment:
@@ -162,7 +162,7 @@ class Client:
 
 def deploy(
     model: str | os.PathLike[str],
-    start_mode: str = "checkpoint",
+    start_mode: str | None = None,
     checkpoint: Checkpoint | None = None,
     *,
     endpoint: str | None = None,
@@ -170,17 +170,16 @@ def deploy(
 ) -> Deployment:
     """Serve a model, or change how it is served.
 
-    A deployment of the same name and model is used as it is, or has its settings changed to these.
+    A deployment of the same name and model is used as it is, or has the settings changed that are given here.
 
     Args:
         model: a Hugging Face id, or a directory on the nodes.
-        start_mode: ``"checkpoint"`` wakes from the fastest tier there is, ``"cold"`` loads every time,
-            ``"warm"`` keeps an instance resident.
-        checkpoint: ``enabled``, ``ttl`` (seconds a snapshot outlives its last use), ``storage``
-            (``"local"`` or ``"s3"``) and ``weights`` (``"detached"``, or ``"included"`` for snapshots that
-            carry them). Keys left out are as in
-            ``{"enabled": True, "ttl": 3600, "storage": "local", "weights": "detached"}``, which is also what
-            start mode ``"checkpoint"`` gets without this argument; the other modes then get none.
+        start_mode: ``"checkpoint"``, which is that of a new deployment when left out, wakes from the fastest
+            tier there is, ``"cold"`` loads every time, ``"warm"`` keeps an instance resident.
+        checkpoint: ``enabled``, ``ttl`` (seconds a snapshot outlives its last use; a day when left out),
+            ``storage`` (``"local"`` or ``"s3"``) and ``weights`` (``"detached"``, or ``"included"`` for
+            snapshots that carry them). With start modes other than ``"checkpoint"``, snapshots are made only
+            if this is given, and only on request.
         endpoint: of the controller; ``DUMONT_ENDPOINT`` when left out, else ``localhost:7070``.
         settings: ``name``, ``engine``, ``idle_timeout``, ``park_timeout``, ``prewarm``, ``priority``,
             ``min_instances``, ``max_instances``; see ``dumont.arguments.DeploySettings``.

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from dumont import sync
-from dumont.arguments import START_MODES, STORAGES, WEIGHTS, Checkpoint
+from dumont.arguments import DEFAULT_START_MODE, START_MODES, STORAGES, WEIGHTS, Checkpoint
+from dumont.cli.completion import choices
 from dumont.cli.durations import parse_duration
 from dumont.cli.output import (
     Columns,
@@ -33,17 +34,34 @@ def deploy(
     name: Annotated[
         str | None, typer.Option(help="The deployment's id; by default derived from the model's.")
     ] = None,
-    start_mode: Annotated[str, typer.Option(help=f"One of {', '.join(START_MODES)}.")] = "checkpoint",
+    start_mode: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(START_MODES)}; by default that of the deployment, if it exists, or "
+            f"{DEFAULT_START_MODE}.",
+            autocompletion=choices(START_MODES),
+        ),
+    ] = None,
     ttl: Annotated[
         float | None,
-        typer.Option(parser=parse_duration, metavar="DURATION", help="How long an unused snapshot is kept."),
+        typer.Option(
+            parser=parse_duration,
+            metavar="DURATION",
+            help="How long an unused snapshot is kept; by default a day.",
+        ),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(help=f"Where snapshots are kept: {', '.join(STORAGES)}.")
+        str | None,
+        typer.Option(
+            help=f"Where snapshots are kept: {', '.join(STORAGES)}.", autocompletion=choices(STORAGES)
+        ),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help=f"Whether snapshots carry the weights: {', '.join(WEIGHTS)}."),
+        typer.Option(
+            help=f"Whether snapshots carry the weights: {', '.join(WEIGHTS)}.",
+            autocompletion=choices(WEIGHTS),
+        ),
     ] = None,
     idle_timeout: Annotated[
         float | None,
@@ -92,7 +110,15 @@ def deploy(
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Serve a model, or change how it is served."""
+    """Serve a model, or change how it is served; what is left out then stays as it is."""
+    if start_mode in ("cold", "warm") and (ttl is not None or storage is not None):
+        option = "--ttl" if ttl is not None else "--storage"
+        raise InvalidArgument(
+            "NO_SNAPSHOTS",
+            f"start mode {start_mode} makes no snapshots, so {option} would change nothing; leave it out, or "
+            "use start mode checkpoint",
+            field="checkpoint",
+        )
     checkpoint: Checkpoint = {}
     if ttl is not None:
         checkpoint["ttl"] = ttl

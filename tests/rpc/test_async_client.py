@@ -29,7 +29,7 @@ async def test_deploying_a_new_model_creates_a_deployment(
     deployment = await client.deploy("org/Model-0.6B", idle_timeout=30, prewarm=True)
     assert deployment.name == "deployments/model-0-6b"
     assert deployment.info.state == "active"
-    assert deployment.info.checkpoint == dumont.CheckpointSettings(True, 3600, "local", "detached")
+    assert deployment.info.checkpoint == dumont.CheckpointSettings(False, None, "unspecified", "unspecified")
     assert deployment.info.idle_timeout == 30
     assert controller.requests[0].prewarm
 
@@ -50,7 +50,18 @@ async def test_deploying_with_other_settings_updates_those(
     deployment = await client.deploy("org/model", checkpoint={"ttl": 60}, park_timeout=5)
     assert deployment.info.checkpoint.ttl == 60
     assert (deployment.info.idle_timeout, deployment.info.park_timeout) == (30, 5)
-    assert list(controller.requests[-1].update_mask.paths) == ["checkpoint", "park_timeout"]
+    assert list(controller.requests[-1].update_mask.paths) == ["checkpoint.ttl", "park_timeout"]
+
+
+async def test_deploying_again_keeps_the_start_mode_and_whatever_else_is_left_out(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    await client.deploy("org/model", "cold", idle_timeout=30)
+    again = await client.deploy("org/model", park_timeout=5)
+    assert (again.info.start_mode, again.info.idle_timeout) == ("cold", 30)
+    assert list(controller.requests[-1].update_mask.paths) == ["park_timeout"]
+    changed = await client.deploy("org/model", "warm")
+    assert (changed.info.start_mode, changed.info.idle_timeout) == ("warm", 30)
 
 
 async def test_deploying_with_a_priority_and_replicas_sets_them(

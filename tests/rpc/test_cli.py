@@ -97,17 +97,33 @@ def test_deploy_refuses_a_wrong_option_before_it_sends_anything(cli: Cli) -> Non
 
 
 def test_deploy_in_json_is_the_deployment(cli: Cli) -> None:
-    document = cli.document("deploy", "org/model", "--name", "qa", "--start-mode", "cold")
-    assert (document["name"], document["start_mode"]) == ("deployments/qa", "cold")
+    document = cli.document("deploy", "org/model", "--name", "new", "--ttl", "1h", "--storage", "local")
+    assert (document["name"], document["start_mode"]) == ("deployments/new", "checkpoint")
     assert document["checkpoint"] == {
-        "enabled": True, "ttl": 3600.0, "storage": "local", "weights": "detached",
+        "enabled": True, "ttl": 3600.0, "storage": "local", "weights": "unspecified",
     }  # fmt: skip
+
+
+def test_deploying_again_keeps_the_start_mode(cli: Cli) -> None:
+    cli("deploy", "org/model", "--name", "cold", "--start-mode", "cold")
+    assert (
+        cli.document("deploy", "org/model", "--name", "cold", "--idle-timeout", "5s")["start_mode"] == "cold"
+    )
+
+
+@pytest.mark.parametrize("mode", ["warm", "cold"])
+@pytest.mark.parametrize("option", [("--ttl", "5m"), ("--storage", "s3")])
+def test_what_a_start_mode_would_ignore_is_refused(cli: Cli, mode: str, option: tuple[str, str]) -> None:
+    result = cli("deploy", "org/model", "--name", "new", "--start-mode", mode, *option)
+    assert result.exit_code == 1
+    assert option[0] in result.stderr
+    assert "[NO_SNAPSHOTS]" in result.stderr
 
 
 def test_ls_lists_deployments(cli: Cli) -> None:
     header, row = cli("ls").stdout.splitlines()
     assert header.split()[:4] == ["DEPLOYMENT", "MODEL", "START", "STATE"]
-    assert row.split() == ["qa", "org/model", "checkpoint", "active", "1h"]
+    assert row.split() == ["qa", "org/model", "checkpoint", "active"]
     assert [info["name"] for info in cli.document("ls")] == ["deployments/qa"]
 
 

@@ -369,3 +369,30 @@ async def test_a_list_comes_in_pages_that_join_to_all(service: DeploymentService
 def test_start_modes_go_both_ways() -> None:
     assert set(convert.MODES.values()) == set(StartMode)
     assert all(convert.MODES[value] is mode for mode, value in convert.MODES_BACK.items())
+
+
+@pytest.mark.parametrize("mode", [pb.START_MODE_WARM, pb.START_MODE_COLD])
+async def test_a_ttl_that_the_start_mode_ignores_is_refused(
+    service: DeploymentService, mode: pb.StartMode.ValueType
+) -> None:
+    an_hour = Duration(seconds=3600)
+    with pytest.raises(InvalidArgument) as raised:
+        await create(service, start_mode=mode, checkpoint=checkpoint(ttl=an_hour))
+    assert (raised.value.reason, raised.value.field) == ("TTL_WITHOUT_SNAPSHOTS", "deployment.checkpoint.ttl")
+
+    # neither by a later change,
+    await create(service, start_mode=mode)
+    with pytest.raises(InvalidArgument, match="no effect"):
+        await update(service, ["checkpoint.ttl"], checkpoint=checkpoint(ttl=an_hour))
+
+    # while it is taken where snapshots are made on request, and kept where the start mode changes
+    made = await create(service, "other", start_mode=mode, checkpoint=checkpoint(ttl=an_hour, enabled=True))
+    assert made.checkpoint.ttl.seconds == 3600
+    made = await create(service, "third", checkpoint=checkpoint(ttl=an_hour))
+    await service.UpdateDeployment(
+        pb.UpdateDeploymentRequest(
+            deployment=pb.Deployment(name="deployments/third", start_mode=mode),
+            update_mask=FieldMask(paths=["start_mode"]),
+        ),
+        None,
+    )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dumont import arguments
 from dumont.controller.v1.deployment_service_pb2 import (
+    START_MODE_CHECKPOINT,
     START_MODE_COLD,
     START_MODE_WARM,
     STORAGE_S3,
@@ -49,10 +50,13 @@ def test_a_model_without_a_letter_or_digit_needs_a_name(model: str) -> None:
     assert (raised.value.reason, raised.value.field) == ("NAME_REQUIRED", "name")
 
 
-def test_checkpoint_mode_has_its_defaults_and_the_others_have_none() -> None:
-    message, paths = arguments.deployment_message("org/model", "checkpoint", None)
-    assert (message.checkpoint.enabled, message.checkpoint.ttl.seconds) == (True, 3600)
-    assert paths == ["start_mode", "checkpoint"]
+def test_what_is_left_out_is_left_to_the_controller() -> None:
+    message, paths = arguments.deployment_message("org/model", None, None)
+    assert (message.start_mode, paths) == (START_MODE_CHECKPOINT, [])
+    message, paths = arguments.deployment_message("org/model", "checkpoint", {"storage": "s3"})
+    assert message.checkpoint.enabled
+    assert not message.checkpoint.HasField("ttl")
+    assert paths == ["start_mode", "checkpoint.storage"]
     message, paths = arguments.deployment_message("org/model", "cold", None)
     assert message.start_mode == START_MODE_COLD
     assert not message.HasField("checkpoint")
@@ -71,7 +75,9 @@ def test_what_is_given_is_set() -> None:
     assert (message.checkpoint.ttl.seconds, message.checkpoint.storage) == (60, STORAGE_S3)
     assert message.checkpoint.weights == WEIGHTS_INCLUDED
     assert message.park_timeout.nanos == 500_000_000
-    assert paths == ["start_mode", "checkpoint", "park_timeout"]
+    assert paths == [
+        "start_mode", "checkpoint.ttl", "checkpoint.storage", "checkpoint.weights", "park_timeout",
+    ]  # fmt: skip
 
 
 def test_a_relative_path_is_made_whole_and_an_id_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
