@@ -56,9 +56,11 @@ def _from_services(name: str) -> Callable[..., Any]:
 # A command that is missing takes any arguments, so that its answer is what to install.
 ANYTHING: Final = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
-for name in ("up", "bench"):
+for name in ("up", "bench", "simulate"):
     found = _from_services(name)
-    app.command(name, context_settings=ANYTHING if found.__module__ == __name__ else {})(found)
+    # The simulation reads its arguments itself, in a process of its own.
+    passed_on = found.__module__ == __name__ or name == "simulate"
+    app.command(name, context_settings=ANYTHING if passed_on else {})(found)
 for function in (
     deployments.deploy,
     deployments.ls,

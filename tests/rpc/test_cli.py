@@ -327,6 +327,11 @@ def test_snapshots_are_made_listed_shown_and_removed(cli: Cli) -> None:
     assert cli.document("snapshot", "rm", "snapshots/one") == {"deleted": "one"}
 
 
+def test_a_simulation_needs_no_service(cli: Cli) -> None:
+    assert cli("simulate", "--nodes", "1", "--deployments", "2", "--hours", "0.01").exit_code == 0
+    assert cli("simulate", "--nodes", "none").exit_code == 2
+
+
 def test_a_node_is_drained_and_what_is_left_is_told(cli: Cli) -> None:
     assert cli("node", "drain", "one").exit_code == 0
     assert "ready, draining" in cli("node", "ls").stdout
