@@ -298,10 +298,10 @@ def _not_allowed(
             field=path,
             metadata={"option": name},
         )
+    meant = _meant(name, known) or f"; there are {', '.join(sorted(known))}"
     return InvalidArgument(
         "UNKNOWN_OPTION",
-        f"{path} is not an option that a deployment can set{_meant(name, known)}; there are "
-        f"{', '.join(sorted(known))}",
+        f"{path} is not an option that a deployment can set{meant}",
         field=path,
         metadata={"option": name[:80]},
     )

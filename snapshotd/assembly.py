@@ -42,7 +42,7 @@ from snapshotd.jobs.observers import Observers
 from snapshotd.model import Budgets, Engine
 from snapshotd.object_store import SIGNING_KEY, open_repository
 from snapshotd.ports import Clock, SnapshotStore
-from snapshotd.preflight import Criu, engines_directory
+from snapshotd.preflight import Criu
 from snapshotd.repository.repository import Repository, check_conditional_create
 from snapshotd.repository.signing import Signer
 from snapshotd.snapshots.catalog import Remote, Snapshots
@@ -50,6 +50,7 @@ from snapshotd.snapshots.upload_journal import UploadJournal
 from snapshotd.snapshots.uploads import Uploads
 from snapshotd.system.disk import DiskReservations
 from snapshotd.system.mounts import UNSEALED_SOURCE
+from snapshotd.system.paths import engines_directory
 from snapshotd.system.tmpfs import Tmpfs
 from snapshotd.weights import mount
 from snapshotd.weights.cache import WeightCache

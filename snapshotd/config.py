@@ -16,7 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from snapshotd.preflight import cache_directory
+from snapshotd.system.paths import cache_directory
 
 CONFIG_VARIABLE = "DUMONT_SNAPSHOTD_CONFIG"
 

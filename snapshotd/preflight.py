@@ -15,12 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dumont.engines import INSTALLED
+from dumont.errors import FailedPrecondition, InvalidArgument
+from snapshotd.engines import environment, installed
 from snapshotd.gpu import sharing as gpu_sharing
 from snapshotd.model import Finding
+from snapshotd.system.paths import DRIVER_VERSION, cache_directory, engines_directory
 
 OLDEST_CRIU = (4, 0)
 OLDEST_DRIVER = 570
-DRIVER_VERSION = Path("/sys/module/nvidia/version")
+# The environment's form of --engine-python.
+ENGINE_PYTHON = "DUMONT_SNAPSHOTD_ENGINE_PYTHON"
 ARCHITECTURES = ("x86_64", "aarch64")
 
 
@@ -36,17 +41,6 @@ class Criu:
     binary: Path
     pycriu: Path | None
     version: str
-
-
-def cache_directory() -> Path:
-    """Where scripts/setup puts its downloads."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("DUMONT_CACHE") or Path(base) / "dumont")
-
-
-def engines_directory() -> Path:
-    """Where ``dumont engine install`` makes environments."""
-    return cache_directory() / "engines"
 
 
 def find_criu() -> tuple[Criu | None, list[Finding]]:
@@ -203,9 +197,34 @@ def open_nvml() -> Any:
     return pynvml
 
 
+def check_engines() -> list[Finding]:
+    """The engines that run under an interpreter of their own. None of them is needed."""
+    named = os.environ.get(ENGINE_PYTHON, "")
+    try:
+        pythons = environment.parse_interpreters(named)
+    except InvalidArgument as error:
+        return [Finding("engines", False, f"{ENGINE_PYTHON}: {error.message}", needed=False)]
+    ours = installed.used(installed.found(engines_directory()))
+    return [
+        _check_engine(name, pythons.get(name) or (ours[name].python if name in ours else None))
+        for name in sorted(INSTALLED)
+    ]
+
+
+def _check_engine(name: str, python: Path | None) -> Finding:
+    check = f"engine_{name}"
+    if python is None:
+        return Finding(check, False, f"not installed; 'dumont engine install {name}' makes it", needed=False)
+    try:
+        engine = environment.examine(name, python)
+    except FailedPrecondition as error:
+        return Finding(check, False, error.message, needed=False)
+    return Finding(check, True, f"{name} {engine.version} at {python}", needed=False)
+
+
 def findings() -> list[Finding]:
     """The findings of all checks."""
-    return [*check_machine(), *find_criu()[1]]
+    return [*check_machine(), *find_criu()[1], *check_engines()]
 
 
 def problems(found: Iterable[Finding]) -> list[str]:

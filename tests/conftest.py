@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from snapshotd.preflight import cache_directory, find_criu
+from snapshotd.preflight import find_criu
+from snapshotd.system.paths import cache_directory
 from tests.helpers.models import make_model
 from tests.helpers.postgres import PostgresServer, postgres_programs
 from tests.helpers.postgres import postgres_server as run_postgres_server

