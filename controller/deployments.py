@@ -335,7 +335,7 @@ def _check_ttl(draft: Draft, checkpoint: Checkpoint) -> None:
         raise InvalidArgument(
             "TTL_WITHOUT_SNAPSHOTS",
             f"start mode {draft.start_mode.value} makes no snapshots, so a ttl would have no effect; leave "
-            "it out, use START_MODE_CHECKPOINT, or set deployment.checkpoint.enabled for snapshots on request",
+            "it out, use START_MODE_CHECKPOINT, or set checkpoint.enabled to have snapshots on request",
             field="deployment.checkpoint.ttl",
         )
 

@@ -9,7 +9,12 @@ from typing import Any
 from dumont import arguments, convert, operations
 from dumont.arguments import full_name
 from dumont.connection import Connection
-from dumont.controller.v1 import instance_service_pb2, node_service_pb2, snapshot_service_pb2
+from dumont.controller.v1 import (
+    deployment_service_pb2,
+    instance_service_pb2,
+    node_service_pb2,
+    snapshot_service_pb2,
+)
 from dumont.errors import NotFound
 from dumont.types import Instance, Node, Pruned, Remainder, Snapshot, SnapshotProgress, Verified
 
@@ -42,12 +47,25 @@ class AsyncInstances:
                     raise
         found = await self.list(target)
         if not found:
-            raise NotFound(
-                "INSTANCE_NOT_FOUND",
-                f"{target} is neither an instance nor a deployment with one",
-                metadata={"name": target},
+            deployment = await self._deployment(target)
+            advice = (
+                f"{deployment} has no instance at present; its next request starts one"
+                if deployment
+                else f"there is neither an instance nor a deployment {target!r}; "
+                "list the instances to see what there is"
             )
+            raise NotFound("INSTANCE_NOT_FOUND", advice, metadata={"name": target})
         return found
+
+    async def _deployment(self, target: str) -> str:
+        """The name of the deployment that is called so; empty if there is none."""
+        name = full_name(target, "deployments", "target")
+        request = deployment_service_pb2.GetDeploymentRequest(name=name)
+        try:
+            with self._connection.errors():
+                return (await self._connection.deployments.GetDeployment(request)).name
+        except NotFound:
+            return ""
 
     async def park(self, name: str) -> Instance:
         """Freeze an instance; its process stays."""

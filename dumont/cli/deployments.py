@@ -10,6 +10,7 @@ import typer
 
 from dumont import sync
 from dumont.arguments import DEFAULT_START_MODE, START_MODES, STORAGES, WEIGHTS, Checkpoint
+from dumont.cli import completion
 from dumont.cli.completion import choices
 from dumont.cli.durations import parse_duration
 from dumont.cli.output import (
@@ -18,6 +19,7 @@ from dumont.cli.output import (
     Json,
     age,
     command,
+    each,
     print_facts,
     print_json,
     print_table,
@@ -181,15 +183,21 @@ def cells(info: DeploymentInfo) -> tuple[str, ...]:
 
 @command
 def rm(
-    deployment: Annotated[str, typer.Argument(help="The deployment.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="DEPLOYMENT...", autocompletion=completion.deployments)
+    ],
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Delete a deployment, its instances and its snapshots."""
+    """Delete deployments, their instances and their snapshots."""
+
+    def delete(name: str) -> None:
+        client.deployments.delete(name)
+        if json:
+            print_json({"deleted": short(name)})
+
     with sync.Client(endpoint) as client:
-        client.deployments.delete(deployment)
-    if json:
-        print_json({"deleted": short(deployment)})
+        each(names, delete, as_json=json)
 
 
 def describe(info: DeploymentInfo) -> dict[str, str]:

@@ -9,6 +9,7 @@ import typer
 
 from dumont import sync
 from dumont.arguments import GenerateOptions
+from dumont.cli import completion
 from dumont.cli.durations import parse_duration
 from dumont.cli.output import Endpoint, Json, command, own_line, print_json, span
 from dumont.errors import InvalidArgument
@@ -22,7 +23,7 @@ Timeout = Annotated[
 
 @command
 def generate(
-    deployment: Annotated[str, typer.Argument(help="The deployment.")],
+    deployment: Annotated[str, typer.Argument(help="The deployment.", autocompletion=completion.deployments)],
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -164,7 +165,7 @@ def bias(text: str) -> tuple[int, float]:
 
 @command
 def embed(
-    deployment: Annotated[str, typer.Argument(help="The deployment.")],
+    deployment: Annotated[str, typer.Argument(help="The deployment.", autocompletion=completion.deployments)],
     texts: Annotated[
         list[str] | None,
         typer.Argument(

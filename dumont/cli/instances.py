@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Final
 
 import typer
 from rich.live import Live
 
 from dumont import sync
+from dumont.cli import completion
 from dumont.cli.output import (
     Columns,
     Endpoint,
@@ -17,21 +19,31 @@ from dumont.cli.output import (
     age,
     command,
     console,
+    each,
     print_json,
     print_table,
     short,
     size,
     table,
 )
-from dumont.errors import InvalidArgument
+from dumont.errors import InvalidArgument, NotFound
 from dumont.types import Instance
 
-Target = Annotated[str, typer.Argument(help="An instance, or a deployment for all of its instances.")]
+Targets = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="TARGET...",
+        help="Instances, or deployments for all of their instances.",
+        autocompletion=completion.targets,
+    ),
+]
 
 
 @command
 def ps(
-    deployment: Annotated[str | None, typer.Option(help="List only this deployment's.")] = None,
+    deployment: Annotated[
+        str | None, typer.Option(help="List only this deployment's.", autocompletion=completion.deployments)
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show each change until interrupted.")] = False,
     json: Json = False,
     endpoint: Endpoint = None,
@@ -39,6 +51,8 @@ def ps(
     """List instances."""
     with sync.Client(endpoint) as client:
         if watch:
+            if deployment:
+                client.deployments.get(deployment)
             wanted = short(deployment) if deployment else None
             changes = (
                 [instance for instance in instances if wanted in (None, short(instance.deployment))]
@@ -47,6 +61,8 @@ def ps(
             _show_changes(changes, as_json=json)
             return
         found = client.instances.list(deployment)
+        if deployment and not found:
+            client.deployments.get(deployment)  # raises where there is none
     if json:
         print_json(found)
     else:
@@ -54,30 +70,46 @@ def ps(
 
 
 @command
-def park(target: Target, json: Json = False, endpoint: Endpoint = None) -> None:
+def park(targets: Targets, json: Json = False, endpoint: Endpoint = None) -> None:
     """Freeze instances. Their processes stay, and go on at the next request."""
     with sync.Client(endpoint) as client:
-        found = [
-            instance if instance.state == "parked" else client.instances.park(instance.name)
-            for instance in client.instances.find(target)
-        ]
-    _print(found, as_json=json)
+        _change(client, targets, "parked", client.instances.park, as_json=json)
 
 
 @command
-def resume(target: Target, json: Json = False, endpoint: Endpoint = None) -> None:
+def resume(targets: Targets, json: Json = False, endpoint: Endpoint = None) -> None:
     """Let parked instances serve again."""
     with sync.Client(endpoint) as client:
-        found = [
-            instance if instance.state == "serving" else client.instances.resume(instance.name)
+        _change(client, targets, "serving", client.instances.resume, as_json=json)
+
+
+def _change(
+    client: sync.Client,
+    targets: Sequence[str],
+    state: str,
+    change: Callable[[str], Instance],
+    *,
+    as_json: bool,
+) -> None:
+    """Change the instances of all targets that are not in ``state`` yet, and print them."""
+    changed: list[Instance] = []
+
+    def one(target: str) -> None:
+        changed.extend(
+            instance if instance.state == state else change(instance.name)
             for instance in client.instances.find(target)
-        ]
-    _print(found, as_json=json)
+        )
+
+    try:
+        each(targets, one, as_json=as_json)
+    finally:
+        if changed:
+            _print(changed, as_json=as_json)
 
 
 @command
 def migrate(
-    instance: Annotated[str, typer.Argument(help="The instance.")],
+    instance: Annotated[str, typer.Argument(help="The instance.", autocompletion=completion.instances)],
     gpu: Annotated[
         str | None, typer.Option(metavar="GPU", help="UUID or index of another GPU of its node.")
     ] = None,
@@ -104,22 +136,33 @@ def migrate(
 
 
 @command
-def stop(
-    instance: Annotated[str, typer.Argument(help="The instance.")],
-    json: Json = False,
-    endpoint: Endpoint = None,
-) -> None:
-    """End an instance; its deployment's next request starts another."""
+def stop(targets: Targets, json: Json = False, endpoint: Endpoint = None) -> None:
+    """End instances; the next request to their deployment starts another."""
+
+    def one(target: str) -> None:
+        for instance in client.instances.find(target):
+            client.instances.stop(instance.name)
+            if json:
+                print_json({"stopped": short(instance.name)})
+
     with sync.Client(endpoint) as client:
-        client.instances.stop(instance)
-    if json:
-        print_json({"stopped": short(instance)})
+        each(targets, one, as_json=json)
 
 
 @command
 def logs(
-    target: Annotated[str, typer.Argument(help="An instance, or a deployment for its newest one.")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing as it prints.")] = False,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="An instance, or a deployment for its newest one.", autocompletion=completion.targets
+        ),
+    ],
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", "-f", help="Keep printing as it prints; with a deployment, its next instances too."
+        ),
+    ] = False,
     tail: Annotated[
         int, typer.Option(min=0, help="Begin with so many of the last lines; 0: all that are kept.")
     ] = 0,
@@ -127,17 +170,80 @@ def logs(
     endpoint: Endpoint = None,
 ) -> None:
     """Print what an instance's model host has printed."""
+
+    def show(instance: str, text: str) -> None:
+        if json:
+            print_json({"instance": short(instance), "text": text})
+        else:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def note(text: str) -> None:
+        if not json:
+            sys.stderr.write(f"{text}\n")
+
     with sync.Client(endpoint) as client:
-        found = client.instances.find(target)
-        newest = max(
-            found, key=lambda instance: instance.create_time.timestamp() if instance.create_time else 0.0
-        )
-        for text in client.instances.logs(newest.name, tail=tail, follow=follow):
-            if json:
-                print_json({"text": text})
-            else:
-                sys.stdout.write(text)
-                sys.stdout.flush()
+        if follow:
+            _follow(client, target, tail, show, note)
+            return
+        newest = max(client.instances.find(target), key=_age_key)
+        pieces = list(client.instances.logs(newest.name, tail=tail))
+        for text in pieces:
+            show(newest.name, text)
+        if not pieces:
+            note(f"{short(newest.name)} has printed nothing so far")
+
+
+def _follow(
+    client: sync.Client,
+    target: str,
+    tail: int,
+    show: Callable[[str, str], None],
+    note: Callable[[str], None],
+) -> None:
+    """Print an instance's log until it ends, or the logs of a deployment's instances, one after the other."""
+    instance = _instance(client, target)
+    deployment = None if instance else client.deployments.get(target).name
+    while True:
+        if deployment is not None:
+            instance = _next_instance(client, deployment, instance)
+        if instance is None:
+            return
+        if deployment is not None:
+            note(f"--- {short(instance.name)} ---")
+        printed = False
+        # An instance that is gone has taken along what it had printed.
+        with contextlib.suppress(NotFound):
+            for text in client.instances.logs(instance.name, tail=tail, follow=True):
+                printed = True
+                show(instance.name, text)
+        if not printed:
+            note(f"{short(instance.name)} has printed nothing")
+        if deployment is None:
+            return
+        # What a next instance prints is new from its beginning.
+        tail = 0
+
+
+def _instance(client: sync.Client, target: str) -> Instance | None:
+    """The instance of this name, if there is one."""
+    try:
+        return None if target.startswith("deployments/") else client.instances.get(target)
+    except NotFound:
+        return None
+
+
+def _next_instance(client: sync.Client, deployment: str, last: Instance | None) -> Instance | None:
+    """The newest instance of a deployment, as soon as there is one that is newer than the last."""
+    for instances in client.instances.watch():
+        newest = max((i for i in instances if i.deployment == deployment), key=_age_key, default=None)
+        if newest is not None and (last is None or _age_key(newest) > _age_key(last)):
+            return newest
+    return None
+
+
+def _age_key(instance: Instance) -> float:
+    return instance.create_time.timestamp() if instance.create_time else 0.0
 
 
 def _print(instances: Sequence[Instance], *, as_json: bool) -> None:

@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Serve models that sleep for free and wake in about a second.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from dumont import sync
+from dumont.cli import completion
 from dumont.cli.durations import parse_duration
 from dumont.cli.output import (
     Columns,
@@ -25,7 +26,7 @@ from dumont.types import Node
 app = typer.Typer(help="The machines that run models.", no_args_is_help=True)
 
 
-Name = Annotated[str, typer.Argument(metavar="NODE", help="The node.")]
+Name = Annotated[str, typer.Argument(metavar="NODE", help="The node.", autocompletion=completion.nodes)]
 
 
 @app.command()

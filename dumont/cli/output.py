@@ -56,14 +56,32 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
+def each(names: Sequence[str], work: Callable[[str], None], *, as_json: bool) -> None:
+    """Do ``work`` for each name, for the rest also where it fails for one; the status is then 1."""
+    failed = False
+    for name in names:
+        try:
+            work(name)
+        except DumontError as error:
+            show(error, as_json=as_json)
+            failed = True
+    if failed:
+        raise typer.Exit(1)
+
+
 def fail(error: DumontError, *, as_json: bool) -> None:
     """Print an error and end the command with exit status 1."""
+    show(error, as_json=as_json)
+    raise typer.Exit(1)
+
+
+def show(error: DumontError, *, as_json: bool) -> None:
+    """Print an error."""
     if as_json:
         print_json({"error": describe_error(error)})
     else:
         message = " ".join(error.message.split())
         sys.stderr.write(f"error: {message} [{error.reason}]\n")
-    raise typer.Exit(1)
 
 
 def describe_error(error: DumontError) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from dumont import sync
+from dumont.cli import completion
 from dumont.cli.output import (
     Columns,
     Endpoint,
@@ -14,6 +15,7 @@ from dumont.cli.output import (
     age,
     command,
     console,
+    each,
     print_facts,
     print_json,
     print_table,
@@ -25,13 +27,15 @@ from dumont.types import Snapshot, SnapshotProgress, StoredSnapshot
 
 app = typer.Typer(help="Make, list, check and delete snapshots.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="The snapshot.")]
+Name = Annotated[
+    str, typer.Argument(metavar="SNAPSHOT", help="The snapshot.", autocompletion=completion.snapshots)
+]
 
 
 @app.command()
 @command
 def create(
-    deployment: Annotated[str, typer.Argument(help="The deployment.")],
+    deployment: Annotated[str, typer.Argument(help="The deployment.", autocompletion=completion.deployments)],
     snapshot_id: Annotated[str | None, typer.Option("--id", help="Else chosen by the controller.")] = None,
     json: Json = False,
     endpoint: Endpoint = None,
@@ -49,7 +53,9 @@ def create(
 @app.command()
 @command
 def ls(
-    deployment: Annotated[str | None, typer.Option(help="Only this deployment's.")] = None,
+    deployment: Annotated[
+        str | None, typer.Option(help="Only this deployment's.", autocompletion=completion.deployments)
+    ] = None,
     orphans: Annotated[bool, typer.Option("--orphans", help="Only those of no deployment.")] = False,
     json: Json = False,
     endpoint: Endpoint = None,
@@ -57,6 +63,8 @@ def ls(
     """List snapshots. The controller keeps an orphan until somebody adopts or deletes it."""
     with sync.Client(endpoint) as client:
         found = client.snapshots.list(deployment, orphans=orphans)
+        if deployment and not found:
+            client.deployments.get(deployment)  # raises where there is none
     if json:
         print_json(found)
         return
@@ -185,12 +193,20 @@ def prune(
 
 @app.command()
 @command
-def rm(name: Name, json: Json = False, endpoint: Endpoint = None) -> None:
-    """Delete a snapshot on all nodes and in the object store."""
-    with sync.Client(endpoint) as client:
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="SNAPSHOT...", autocompletion=completion.snapshots)],
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Delete snapshots on all nodes and in the object store."""
+
+    def delete(name: str) -> None:
         client.snapshots.delete(name)
-    if json:
-        print_json({"deleted": short(name)})
+        if json:
+            print_json({"deleted": short(name)})
+
+    with sync.Client(endpoint) as client:
+        each(names, delete, as_json=json)
 
 
 def print_snapshot(snapshot: Snapshot, *, as_json: bool) -> None:

@@ -67,6 +67,7 @@ class FakeController(
         }
         self.requests: list[Any] = []
         self.unavailable = 0
+        self.no_snapshots = False
         self.watch_ends = False
         self.draining = False
         self.endless.clear()
@@ -205,6 +206,8 @@ class FakeController(
     async def StreamInstanceLogs(
         self, request: Any, context: Any
     ) -> AsyncIterator[instances.StreamInstanceLogsResponse]:
+        if request.name == "instances/c":
+            return
         for data in (b"loaded \xe2\x82", b"\xac\n", b"ready\n"):
             yield instances.StreamInstanceLogsResponse(data=data)
 
@@ -289,6 +292,8 @@ class FakeController(
         return snapshot
 
     async def ListSnapshots(self, request: Any, context: Any) -> snapshots.ListSnapshotsResponse:
+        if self.no_snapshots:
+            return snapshots.ListSnapshotsResponse()
         if request.orphans:
             lost = snapshots.Snapshot(name="snapshots/lost", deployment="deployments/gone", orphan=True)
             return snapshots.ListSnapshotsResponse(snapshots=[lost])

@@ -309,8 +309,96 @@ def test_stop_and_rm_end_things_quietly(cli: Cli) -> None:
 
 def test_logs_are_printed_as_they_come(cli: Cli) -> None:
     assert cli("logs", "a", "--follow", "--tail", "2").stdout == "loaded €\nready\n"
-    assert cli.lines("logs", "a")[-1] == {"text": "ready\n"}
+    assert cli.lines("logs", "a")[-1] == {"instance": "a", "text": "ready\n"}
     assert cli("logs", "qa").stdout.endswith("ready\n")
+
+
+def test_logs_say_when_there_is_nothing(cli: Cli) -> None:
+    result = cli("logs", "c")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "c has printed nothing so far\n"
+
+
+def test_several_are_removed_and_a_wrong_one_does_not_stop_the_rest(cli: Cli) -> None:
+    for name in ("one", "two"):
+        cli("deploy", "org/model", "--name", name)
+    result = cli("rm", "one", "nope", "two")
+    assert result.exit_code == 1
+    assert result.stderr.count("error:") == 1
+    assert [info["name"] for info in cli.document("ls")] == ["deployments/qa"]
+    assert cli.lines("rm", "qa") == [{"deleted": "qa"}]
+    assert cli("snapshot", "rm", "one", "one").exit_code == 0
+
+
+def test_stop_takes_a_deployment_as_park_and_resume_do(cli: Cli) -> None:
+    assert cli("park", "a", "b").exit_code == 0
+    assert [line["stopped"] for line in cli.lines("stop", "qa")] == ["a", "b", "c"]
+    result = cli("stop", "qa")
+    assert result.exit_code == 1
+    assert "deployments/qa has no instance at present" in result.stderr
+    result = cli("stop", "nope")
+    assert "neither an instance nor a deployment 'nope'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [("ps",), ("ps", "--watch"), ("snapshot", "ls"), ("logs", "-f")], ids=" ".join
+)
+def test_a_deployment_that_does_not_exist_is_no_empty_list(cli: Cli, command: tuple[str, ...]) -> None:
+    cli.served.controller.no_snapshots = True
+    option = () if command[0] == "logs" else ("--deployment",)
+    result = cli(*command, *option, "nope")
+    assert result.exit_code == 1
+    assert "[DEPLOYMENT_NOT_FOUND]" in result.stderr
+
+
+@pytest.mark.parametrize("command", [(), ("ps",), ("snapshot",), ("snapshot", "create"), ("node", "ls")])
+def test_h_is_help(cli: Cli, command: tuple[str, ...]) -> None:
+    result = cli(*command, "-h")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("dumont generate ", ["qa"]),
+        ("dumont rm q", ["qa"]),
+        ("dumont park ", ["a", "b", "c", "qa"]),
+        ("dumont snapshot inspect ", ["one"]),
+        ("dumont node drain ", ["one"]),
+        ("dumont ps --deployment ", ["qa"]),
+        ("dumont deploy x --start-mode c", ["checkpoint", "cold"]),
+        ("dumont deploy x --storage ", ["local", "s3"]),
+    ],
+)
+def test_names_and_choices_are_completed(cli: Cli, typed: str, offered: list[str]) -> None:
+    result = CliRunner().invoke(
+        app,
+        [],
+        env={
+            "DUMONT_ENDPOINT": cli.served.address,
+            "_DUMONT_COMPLETE": "complete_bash",
+            "COMP_WORDS": typed,
+            "COMP_CWORD": str(len(typed.split(" ")) - 1),
+        },
+        prog_name="dumont",
+    )
+    assert sorted(result.stdout.split()) == offered
+
+
+def test_completion_is_quick_and_quiet_without_a_controller() -> None:
+    result = CliRunner().invoke(
+        app,
+        [],
+        env={
+            "DUMONT_ENDPOINT": "localhost:1",
+            "_DUMONT_COMPLETE": "complete_bash",
+            "COMP_WORDS": "dumont rm ",
+            "COMP_CWORD": "2",
+        },
+        prog_name="dumont",
+    )
+    assert result.output.strip() == ""
 
 
 def test_snapshots_are_made_listed_shown_and_removed(cli: Cli) -> None:
