@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +106,20 @@ class Snapshotd:
                     message = f"snapshotd does not serve: {tail(self.log)}"
                     raise FailedPrecondition("SERVICE_ENDED", message) from None
 
-    def start(self, instance: str, model: str | Path) -> instance_service_pb2.Instance:
-        """Load a model in a new instance and wait until it serves."""
-        request = instance_service_pb2.StartInstanceRequest(instance_id=instance, model=str(model))
+    def start(
+        self, instance: str, model: str | Path, engine: str = "", options: Mapping[str, Any] | None = None
+    ) -> instance_service_pb2.Instance:
+        """Load a model in a new instance and wait until it serves.
+
+        Args:
+            engine: empty: the one that the model's architecture calls for.
+            options: of the engine.
+        """
+        request = instance_service_pb2.StartInstanceRequest(
+            instance_id=instance, model=str(model), engine=engine
+        )
+        if options:
+            request.engine_options.update(dict(options))
         return self._run(self.instances.StartInstance, request, instance_service_pb2.Instance())
 
     def restore(self, instance: str, snapshot: str) -> instance_service_pb2.Instance:

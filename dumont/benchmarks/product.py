@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dumont.benchmarks import results
 from dumont.benchmarks.daemon import Answer, Snapshotd
@@ -30,6 +31,7 @@ class Product:
         directory: an empty one, for snapshotd's state and the store.
         address: where snapshotd listens.
         local: whether there is to be a snapshot at all.
+        engine, engine_options: what runs the model; empty: the engine that its architecture calls for.
 
     Raises:
         DumontError: what snapshotd says.
@@ -43,6 +45,8 @@ class Product:
     rounds: int
     local: bool
     gpus: Gpus
+    engine: str = ""
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
     snapshot: str = ""
     image_bytes: int = 0
     stored_bytes: int = 0
@@ -72,7 +76,7 @@ class Product:
         """Measure each case once: a cold start, its park and resume, a restore after its source has ended."""
         cold = f"cold-{number}"
         began = time.monotonic()
-        instance = self.daemon.start(cold, self.model)
+        instance = self._start(cold)
         samples = {"cold": self._sample(cold, began, instance)}
         self.gpu_serving.append(self.gpus.used_bytes() - self.gpu_idle)
 
@@ -110,8 +114,11 @@ class Product:
         )
         return {"parked": parked, "local": local}
 
+    def _start(self, instance: str) -> instance_service_pb2.Instance:
+        return self.daemon.start(instance, self.model, self.engine, self.engine_options)
+
     def _capture(self) -> None:
-        self.daemon.start(SOURCE, self.model)
+        self._start(SOURCE)
         for number in range(1, self.rounds + 1):
             if self.snapshot:
                 self.daemon.delete(self.snapshot)

@@ -7,12 +7,12 @@ import shutil
 import socket
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dumont.benchmarks import configs, plain, results
 from dumont.benchmarks.machine import Gpus, has_gpu, memory_available
@@ -21,6 +21,7 @@ from dumont.benchmarks.programs import find_criu
 from dumont.benchmarks.results import CASES, PLAIN, PRODUCT, Costs, Row, Sample
 from dumont.benchmarks.stock import Stock
 from dumont.doctor import models_dir
+from dumont.engines import check_engine, check_options
 from dumont.errors import FailedPrecondition, Internal, InvalidArgument, NotFound
 
 PROMPT: Final = "The capital of France is"
@@ -51,6 +52,7 @@ class Plan:
         cases: of ``results.CASES``.
         rounds: how often each of them.
         criu, cuda_checkpoint: for the case ``stock``; the latter only where there is a GPU.
+        engine, engine_options: what Dumont runs the models with; empty: what their architectures call for.
     """
 
     subjects: tuple[Subject, ...]
@@ -59,6 +61,8 @@ class Plan:
     gpus: Gpus = field(default_factory=Gpus)
     criu: Path | None = None
     cuda_checkpoint: Path | None = None
+    engine: str = ""
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plan(
@@ -67,6 +71,8 @@ def plan(
     cases: Sequence[str],
     rounds: int,
     cuda_checkpoint: Path | None = None,
+    engine: str = "",
+    engine_options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Decide what to measure.
 
@@ -76,9 +82,10 @@ def plan(
         cases: none: all.
         rounds: at least one.
         cuda_checkpoint: the command; None: the one on the PATH.
+        engine, engine_options: what Dumont runs the models with; empty: what their architectures call for.
 
     Raises:
-        InvalidArgument: UNKNOWN_CASE, UNKNOWN_CONFIG.
+        InvalidArgument: UNKNOWN_CASE, UNKNOWN_CONFIG, or what ``check_engine`` and ``check_options`` say.
         NotFound: MODEL_NOT_FOUND.
         FailedPrecondition: NOT_ROOT, CRIU_NOT_FOUND, CUDA_CHECKPOINT_NOT_FOUND.
     """
@@ -99,7 +106,9 @@ def plan(
         )
     criu = find_criu() if not set(chosen) <= set(PLAIN) else None
     command = _cuda_checkpoint(cuda_checkpoint) if "stock" in chosen and has_gpu() else None
-    return Plan(measured, chosen, rounds, Gpus.open(), criu, command)
+    check_engine(engine)
+    options = check_options(engine, engine_options or {})
+    return Plan(measured, chosen, rounds, Gpus.open(), criu, command, engine, options)
 
 
 def subjects(models: Sequence[str], config_names: Sequence[str]) -> tuple[Subject, ...]:
@@ -241,7 +250,7 @@ def _rows(plan: Plan, subject: Subject, model: Path, place: Path, say: Say) -> l
             product = stack.enter_context(
                 Product(
                     model, place / "node", f"127.0.0.1:{_free_port()}", PROMPT, MAX_NEW_TOKENS, plan.rounds,
-                    "local" in plan.cases, plan.gpus,
+                    "local" in plan.cases, plan.gpus, plan.engine, plan.engine_options,
                 )
             )  # fmt: skip
         for number in range(1, plan.rounds + 1):
@@ -263,7 +272,12 @@ def _rows(plan: Plan, subject: Subject, model: Path, place: Path, say: Say) -> l
         raise Internal(
             "ANSWERS_DIFFER", f"answers of {subject.name} that must be the same differ: {different}"
         )
-    return results.rows(subject.name, samples, costs, plan.cases)
+    return results.rows(label(subject.name, plan.engine), samples, costs, plan.cases)
+
+
+def label(model: str, engine: str) -> str:
+    """A model's name in the results, with the engine if one was chosen for it."""
+    return f"{model} ({engine})" if engine else model
 
 
 def _free_port() -> int:

@@ -23,8 +23,9 @@ from typing import Any, Final, Self
 from dumont import sync
 from dumont.benchmarks import configs
 from dumont.benchmarks.programs import environment, interrupts_held, run, script, tail
-from dumont.benchmarks.run import Subject
+from dumont.benchmarks.run import Subject, label
 from dumont.benchmarks.serving import DIRECT, ENGINES, SERVICES, Case, Row, Stream, Wave, row
+from dumont.engines import check_engine, check_options
 from dumont.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument
 
 DEPLOYMENT: Final = "bench"
@@ -49,7 +50,8 @@ class Plan:
         rounds: how often each load, after one that does not count.
         engines: of ``serving.ENGINES``.
         vllm_site: a directory with vLLM in it, put before the path of its process; None: none.
-        vllm_arguments: further ones of vLLM's engine.
+        vllm_arguments: further ones of vLLM's engine, where it runs beside Dumont.
+        engine, engine_options: what Dumont runs the models with; empty: what their architectures call for.
     """
 
     subjects: tuple[Subject, ...]
@@ -59,6 +61,8 @@ class Plan:
     engines: tuple[str, ...]
     vllm_site: Path | None = None
     vllm_arguments: Mapping[str, Any] = field(default_factory=dict)
+    engine: str = ""
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plan(
@@ -72,22 +76,26 @@ def plan(
     engines: Sequence[str],
     vllm_site: Path | None,
     vllm_arguments: Mapping[str, Any],
+    engine: str = "",
+    engine_options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Decide what to measure; without ``engines``, every engine that this machine has.
 
     Raises:
-        InvalidArgument: UNKNOWN_ENGINE.
+        InvalidArgument: UNKNOWN_ENGINE, or what ``check_engine`` and ``check_options`` say.
         FailedPrecondition: VLLM_NOT_INSTALLED, it was asked for by name.
     """
-    for engine in engines:
-        if engine not in ENGINES:
+    check_engine(engine)
+    options = check_options(engine, engine_options or {})
+    for compared in engines:
+        if compared not in ENGINES:
             raise InvalidArgument(
                 "UNKNOWN_ENGINE",
-                f"there is no engine {engine!r} to compare; choose among {', '.join(ENGINES)}",
+                f"there is no engine {compared!r} to compare; choose among {', '.join(ENGINES)}",
                 field="engines",
-                metadata={"engine": engine},
+                metadata={"engine": compared},
             )
-    chosen = tuple(engine for engine in ENGINES if not engines or engine in engines)
+    chosen = tuple(one for one in ENGINES if not engines or one in engines)
     if "vllm" in chosen and not _has_vllm(vllm_site):
         if "vllm" in engines:
             raise FailedPrecondition(
@@ -95,7 +103,7 @@ def plan(
                 "vllm cannot be imported; name a directory that has it with --vllm-site, or leave it out "
                 "with --engines",
             )
-        chosen = tuple(engine for engine in chosen if engine != "vllm")
+        chosen = tuple(one for one in chosen if one != "vllm")
     lengths = [(prompt, answer) for prompt in prompt_tokens for answer in answer_tokens]
     return Plan(
         tuple(subjects),
@@ -105,6 +113,8 @@ def plan(
         chosen,
         vllm_site,
         vllm_arguments,
+        engine,
+        options,
     )
 
 
@@ -190,10 +200,14 @@ class Prompts:
 def _dumont(
     plan: Plan, model_name: str, model: Path, prompts: Prompts, place: Path, say: Say
 ) -> Iterator[list[Row]]:
+    model_name = label(model_name, plan.engine)
     mode = "checkpoint" if plan.wakes else "warm"
     say(f"{model_name}: starting the services and loading")
     with Services(place / "node") as services, sync.Client(services.controller) as client:
-        deployment = client.deploy(str(model), mode, name=DEPLOYMENT, idle_timeout=86400)
+        deployment = client.deploy(
+            str(model), mode, name=DEPLOYMENT, idle_timeout=86400,
+            engine=plan.engine or None, engine_options=plan.engine_options or None,
+        )  # fmt: skip
         deployment.generate(prompts.take(1, 4)[0], max_new_tokens=1)
         (instance,) = client.instances.find(DEPLOYMENT)
         directory = services.socket(instance.name).parent

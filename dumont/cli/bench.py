@@ -85,6 +85,14 @@ def bench(
             help="With --serve: some of dumont, generate, vllm, by comma.", show_default="all available"
         ),
     ] = "",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What Dumont runs the models with: causal_lm, embedding or vllm.",
+            show_default="what their architectures call for",
+        ),
+    ] = "",
+    engine_options: Annotated[str, typer.Option(help="With --engine: its options, as a JSON object.")] = "{}",
     vllm_site: Annotated[
         Path | None,
         typer.Option(
@@ -149,13 +157,16 @@ def bench(
             prompt_tokens=_counts(prompt_tokens, "--prompt-tokens"),
             answer_tokens=_counts(answer_tokens, "--answer-tokens"),
             rounds=rounds,
-            engines=[engine.strip() for engine in engines.split(",") if engine.strip()],
+            engines=[name.strip() for name in engines.split(",") if name.strip()],
             vllm_site=vllm_site,
             vllm_arguments=_object(vllm_arguments, "--vllm-arguments"),
+            engine=engine,
+            engine_options=_object(engine_options, "--engine-options"),
         )
         _serve(serve_plan, directory, plot, output, as_json=json)
         return
-    plan = run.plan(models, config or [], chosen, rounds, cuda_checkpoint)
+    options = _object(engine_options, "--engine-options")
+    plan = run.plan(models, config or [], chosen, rounds, cuda_checkpoint, engine, options)
     _starts(plan, directory, plot, output, as_json=json)
 
 

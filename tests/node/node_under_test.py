@@ -39,6 +39,10 @@ class NodeUnderTest:
     # "auto" on a machine with a GPU.
     device: Literal["auto", "cpu"] = "cpu"
     cuda_backend: Literal["auto", "driver", "cli"] = "auto"
+    # Empty: the one that the model calls for.
+    engine: str = ""
+    engine_options: Json = field(default_factory=dict)
+    engine_python: str = ""
     # What the captured source answered, and the process that did.
     answer: list[int] = field(default_factory=list)
     source_pid: int = 0
@@ -55,6 +59,7 @@ class NodeUnderTest:
             threads=2,
             device=self.device,
             cuda_backend=self.cuda_backend,
+            engine_python=self.engine_python,
         )
         self._stack = AsyncExitStack()
         parts = assemble(settings, criu, self.failpoints, self._stack)
@@ -77,14 +82,15 @@ class NodeUnderTest:
     ) -> Instance:
         """Of another model than this node's if ``model_dir`` names one."""
         name = str(model_dir or self.model)
-        model = await self.node.models.resolve(name)
-        self.instances.admit(replace(_new(instance, name, model.engine, State.STARTING), weights=weights))
+        model = await self.node.models.resolve(name, self.engine)
+        new = _new(instance, name, model.engine, State.STARTING)
+        self.instances.admit(replace(new, weights=weights, engine_options=self.engine_options))
         return await self.instances.start(instance, model, gpu)
 
     async def restore(self, instance: str, snapshot: Snapshot, gpu: str = "") -> Instance:
         manifest = snapshot.manifest
         new = _new(instance, manifest.model, manifest.engine, State.RESTORING, manifest.id)
-        self.instances.admit(replace(new, weights=manifest.weights))
+        self.instances.admit(replace(new, weights=manifest.weights, engine_options=manifest.engine_options))
         return await self.instances.restore(instance, snapshot, gpu=gpu)
 
     async def draws(self, instance: str) -> Json:

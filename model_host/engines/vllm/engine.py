@@ -243,8 +243,10 @@ class Generator(_Engine):
         return Load(len(self._answers), self._core.kv_tokens_used)
 
     def warm_up(self) -> None:
-        """The paths of real requests; vLLM has run those of its model itself."""
-        self._run_together(self._requests.synthetic())
+        """The paths of real requests, which have kernels of their own; vLLM has run its model itself."""
+        narrow = Generation(temperature=0.7, top_k=5, min_p=0.1, seed=1, presence_penalty=0.1)
+        works = self._requests.synthetic()
+        self._run_together([*works, self._requests.answering(narrow, self._fixed(3), 2)])
 
     def canary(self) -> Canary:
         """The greedy tokens after a fixed prompt, and the log-probability of the last."""

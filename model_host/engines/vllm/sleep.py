@@ -191,8 +191,8 @@ class GpuMemory:
             with use_memory_pool(allocator, tag):
                 if tag == WEIGHTS and size < torch.cuda.mem_get_info()[0]:
                     # Given back to the pool at once, which serves the tensors from it.
-                    del_me = torch.empty(size, dtype=torch.uint8, device="cuda")
-                    del del_me
+                    room = torch.empty(size, dtype=torch.uint8, device="cuda")
+                    del room
                 yield
 
         with (
@@ -347,7 +347,7 @@ def _used_blocks() -> dict[int, list[tuple[int, int]]]:
     """Offset and bytes of what torch has handed out, by the address of the allocation that it is in."""
     return {
         segment["address"]: [
-            (block["address"] - segment["address"], block["size"])
+            (block["address"] - segment["address"], block.get("requested_size") or block["size"])
             for block in segment["blocks"]
             if block["state"] == "active_allocated"
         ]

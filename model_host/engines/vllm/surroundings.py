@@ -42,6 +42,8 @@ VARIABLES: Final = {
 }
 # Each of them is private to the process: what another one writes there must not be run here.
 CACHES: Final = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+# The instance's own directory, as its model host sees it.
+OWN: Final = Path("/run/dumont")
 
 _caches: Path | None = None
 
@@ -60,7 +62,9 @@ def prepare(settings: Settings) -> None:
         # Some functions are compiled even then, which takes a C++ compiler and ten seconds.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if _caches is None:
-        _caches = Path(tempfile.mkdtemp(prefix="dumont-vllm-"))
+        # The same path in every instance, and in each another directory.
+        within = OWN if OWN.is_mount() else None
+        _caches = Path(tempfile.mkdtemp(prefix="vllm-", dir=within))
     for name in CACHES:
         os.environ[name] = str(_caches / name.lower())
 

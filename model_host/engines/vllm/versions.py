@@ -29,14 +29,14 @@ NO_ROOM: Final = ("out of memory", "No available memory", "KV cache", "Available
 
 
 def installed() -> str:
-    """The version of vLLM, without the mark of its build.
+    """The version of vLLM.
 
     Raises:
         FailedPrecondition: ENGINE_MISSING or ENGINE_TOO_OLD.
     """
     for name in DISTRIBUTIONS:
         try:
-            found = version(name).partition("+")[0]
+            found = version(name)
         except PackageNotFoundError:
             continue
         check(found)
@@ -55,7 +55,8 @@ def check(found: str) -> None:
     Raises:
         FailedPrecondition: ENGINE_TOO_OLD.
     """
-    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    plain = found.partition("+")[0]
+    numbers = tuple(int(part) for part in plain.split(".")[:2] if part.isdigit())
     if numbers < OLDEST:
         raise FailedPrecondition(
             "ENGINE_TOO_OLD",
@@ -64,7 +65,7 @@ def check(found: str) -> None:
             field="engine",
             metadata={"version": found},
         )
-    if found not in TESTED:
+    if plain not in TESTED:
         log.warning("vLLM %s is untested here; tested are %s", found, ", ".join(TESTED))
 
 

@@ -216,7 +216,7 @@ def test_the_architecture_chooses_the_engine(folder: Path, config: object, engin
 
 def test_an_unknown_engine_is_refused(folder: Path) -> None:
     with pytest.raises(InvalidArgument) as refused:
-        choice.choose("vllm", model_files.read(folder))
+        choice.choose("llama.cpp", model_files.read(folder))
     assert refused.value.reason == "UNKNOWN_ENGINE"
     assert refused.value.field == "engine"
 
