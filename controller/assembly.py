@@ -10,6 +10,7 @@ from controller.fleet import Fleet
 from controller.identity import Established
 from controller.instances import Instances
 from controller.inventory import Inventory
+from controller.membership import Membership
 from controller.metrics import Metrics
 from controller.migration import Migrations
 from controller.ports import Clock, Nodes, Registry
@@ -18,6 +19,7 @@ from controller.reconciler import Reconciler
 from controller.serving import Serving
 from controller.snapshots import Snapshots
 from controller.starts.starts import Starts
+from controller.succession import Succession
 from controller.tasks import Tasks
 
 
@@ -32,11 +34,14 @@ class Controller:
     migrations: Migrations
     serving: Serving
     reconciler: Reconciler
+    succession: Succession
 
     async def close(self) -> None:
         """End every task and store what is not stored yet."""
         await self.core.tasks.close()
         await self.core.deployments.save_last_use()
+        # What it held is free now, and nobody has to wait until its session expires.
+        await self.core.registry.leave()
 
 
 async def assemble(
@@ -47,6 +52,8 @@ async def assemble(
     heartbeat: float = 5.0,
     max_queue: int = DEFAULT_LENGTH,
     prune_every: float = 0.0,
+    lease: float = 10.0,
+    membership: Membership | None = None,
 ) -> Controller:
     """Read the registry, follow the nodes it knows, and begin to reconcile.
 
@@ -54,15 +61,18 @@ async def assemble(
         nodes: the nodes' snapshotds.
         registry: what the previous controller left.
         clock: the time.
-        who: this controller.
+        who: this controller, as the registry has it since ``join``.
         heartbeat: seconds between a node's heartbeats; three missing ones make it unreachable.
         max_queue: requests that may wait for one deployment.
         prune_every: seconds between two prunings of each object store; 0: never.
+        lease: seconds after which another controller takes this one's place unless it renews its session.
+        membership: the facts about the session, if others have them too.
     """
     tasks, inventory = Tasks(), Inventory(clock)
-    deployments = Deployments(registry, nodes, inventory, clock)
+    membership = membership or Membership(who.identity.starts)
+    deployments = Deployments(registry, nodes, inventory, clock, membership)
     fleet = Fleet(nodes, registry, inventory, clock, tasks, who.identity.id)
-    core = Core(nodes, registry, clock, inventory, deployments, fleet, tasks, Metrics())
+    core = Core(nodes, registry, clock, inventory, deployments, fleet, tasks, Metrics(), membership)
     instances, snapshots = Instances(core), Snapshots(core)
     starts = Starts(core, instances, max_queue)
     migrations = Migrations(core, starts, instances, snapshots)
@@ -70,7 +80,11 @@ async def assemble(
     reconciler = Reconciler(
         core, starts, instances, snapshots, migrations, silence=3 * heartbeat, prune_every=prune_every
     )
+    succession = Succession(core, lease)
+    # What nobody holds any more is this controller's.
+    await registry.claim()
     stored = await registry.load()
+    membership.learn(stored.members, stored.holders)
     last_use = dict(stored.last_use or {})
     if who.outdated:
         # Used since, for all that is known: nothing expires by what an old copy of the database says.
@@ -79,7 +93,9 @@ async def assemble(
     for captured in stored.captured:
         inventory.put_captured(captured)
     for intent in stored.intents:
-        inventory.put_intent(intent)
+        if membership.mine(intent.deployment):
+            inventory.put_intent(intent)
     fleet.load(stored.nodes)
     tasks.spawn(reconciler.run(), "reconcile")
-    return Controller(core, instances, snapshots, starts, migrations, serving, reconciler)
+    tasks.spawn(succession.run(), "keep the session")
+    return Controller(core, instances, snapshots, starts, migrations, serving, reconciler, succession)

@@ -32,6 +32,9 @@ class Config(BaseSettings):
 
     config: Path | None = Field(default=None, description="TOML file with any of these settings")
     listen: str = Field(default="127.0.0.1:7070", description="host:port or unix:path to serve on")
+    advertise: str = Field(
+        default="", description="host:port where the other controllers of the database reach this one"
+    )
     insecure: CliImplicitFlag[bool] = Field(
         default=False, description="serve in plain text on addresses other machines reach"
     )
@@ -49,6 +52,12 @@ class Config(BaseSettings):
         default=False,
         description="use the database although it is empty or not that of the last start; "
         "nothing that it does not know is deleted",
+    )
+    lease_seconds: float = Field(
+        default=10.0,
+        ge=0.5,
+        le=3600,
+        description="of several controllers on PostgreSQL, one that is silent for so long is replaced",
     )
     metrics_listen: str = Field(
         default="", pattern=r"^(.*:\d{1,5})?$", description="host:port of the Prometheus page; empty: none"

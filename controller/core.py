@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from controller.deployments import Deployments
 from controller.fleet import Fleet
 from controller.inventory import Inventory
+from controller.membership import Membership
 from controller.metrics import Metrics
 from controller.ports import Clock, Nodes, Registry
 from controller.tasks import Tasks
@@ -24,6 +25,7 @@ class Core:
     fleet: Fleet
     tasks: Tasks
     metrics: Metrics
+    membership: Membership
 
     def now(self) -> float:
         """Monotonic time in seconds."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from controller import policy
 from controller.inventory import Inventory
+from controller.membership import Membership
 from controller.model import (
     Checkpoint,
     Deployment,
@@ -74,11 +75,14 @@ OUTPUT_ONLY: Final = frozenset(
 class Deployments:
     """Every deployment and when it was last used."""
 
-    def __init__(self, registry: Registry, nodes: Nodes, inventory: Inventory, clock: Clock) -> None:
+    def __init__(
+        self, registry: Registry, nodes: Nodes, inventory: Inventory, clock: Clock, membership: Membership
+    ) -> None:
         self._registry = registry
         self._nodes = nodes
         self._inventory = inventory
         self._clock = clock
+        self._membership = membership
         self._unsaved: set[str] = set()
         self.by_id: dict[str, Deployment] = {}
         self.last_use: dict[str, float] = {}
@@ -88,6 +92,23 @@ class Deployments:
         self.last_use = dict(last_use)
         for deployment in deployments:
             self._keep(deployment)
+
+    def take_in(self, stored: Iterable[Deployment], kept: Set[str], last_use: Mapping[str, float]) -> None:
+        """Take in what other controllers have stored.
+
+        Args:
+            stored: deployments that this controller has not held itself until now.
+            kept: the ids of those that it has.
+            last_use: when each was last used.
+        """
+        found = {deployment.id: deployment for deployment in stored}
+        for identifier in [i for i in self.by_id if i not in kept and i not in found]:
+            self._drop(identifier)
+        for deployment in found.values():
+            if self.by_id.get(deployment.id) != deployment:
+                self._keep(deployment)
+            if deployment.id in last_use:
+                self.last_use[deployment.id] = last_use[deployment.id]
 
     def get(self, deployment: str, field: str = "name") -> Deployment:
         """The deployment of this id; ``field`` is the request field that named it.
@@ -175,6 +196,8 @@ class Deployments:
             engine_options=options,
         )
         stored = await self._registry.create_deployment(deployment)
+        if stored.uid == deployment.uid:
+            self._membership.hold(stored.id)
         self._keep(stored)
         return stored
 
@@ -276,11 +299,8 @@ class Deployments:
     async def forget(self, identifier: str) -> None:
         """Remove a deployment of which nothing is left."""
         await self._registry.delete_deployment(identifier)
-        self.by_id.pop(identifier, None)
-        self._inventory.estimates.forget(identifier)
-        self.last_use.pop(identifier, None)
-        self._unsaved.discard(identifier)
-        self._inventory.touch(f"deployments/{identifier}")
+        self._membership.let_go(identifier)
+        self._drop(identifier)
 
     def used(self, identifier: str) -> None:
         """Note that a deployment is in use now. Only memory is touched; ``save_last_use`` stores it later."""
@@ -298,6 +318,13 @@ class Deployments:
         except BaseException:
             self._unsaved |= unsaved
             raise
+
+    def _drop(self, identifier: str) -> None:
+        self.by_id.pop(identifier, None)
+        self._inventory.estimates.forget(identifier)
+        self.last_use.pop(identifier, None)
+        self._unsaved.discard(identifier)
+        self._inventory.touch(f"deployments/{identifier}")
 
     def _keep(self, deployment: Deployment) -> None:
         self.by_id[deployment.id] = deployment

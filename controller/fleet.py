@@ -23,6 +23,8 @@ RETRY_LIMIT = 5.0
 # Seconds until a node whose object store is silent is asked again.
 LIST_AGAIN_FIRST = 2.0
 LIST_AGAIN_LIMIT = 60.0
+# Facts that are not worth a write to the database when only they have changed.
+VOLATILE = ("state", "since", "heartbeat_at", "heartbeat_time", "memory_available_bytes", "gpus")
 
 
 class Fleet:
@@ -53,6 +55,15 @@ class Fleet:
             self._inventory.put_node(replace(node, state=NodeState.CONNECTING, since=now, heartbeat_at=now))
             self._follow(node.id)
 
+    def take_in(self, nodes: Iterable[Node]) -> None:
+        """Take in what other controllers have stored of nodes: new ones, and whether they are drained."""
+        for node in nodes:
+            known = self._inventory.nodes.get(node.id)
+            if known is None:
+                self.load([node])
+            elif known.draining is not node.draining:
+                self._inventory.put_node(replace(known, draining=node.draining))
+
     async def register(self, node: Node, owner: str = "") -> Node:
         """Register a snapshotd that has started or was not known: store it, and list what it holds.
 
@@ -82,7 +93,8 @@ class Fleet:
             heartbeat_at=now.monotonic,
             since=now.monotonic,
         )
-        await self._registry.save_node(node)
+        if not _same(self._inventory.nodes.get(node.id), node):
+            await self._registry.save_node(node)
         self._inventory.put_node(node)
         self._follow(node.id)
         log.info("node_registered", node=node.id, endpoint=node.endpoint)
@@ -154,6 +166,18 @@ class Fleet:
         if self._inventory.nodes[identifier].state is NodeState.READY:
             self._inventory.set_node_state(identifier, NodeState.CONNECTING)
             self._follow(identifier)
+
+    def ask_again(self, identifier: str) -> None:
+        """List once more what a node holds, as after another controller has acted on it."""
+        if self._inventory.nodes[identifier].state is not NodeState.UNREACHABLE:
+            self._inventory.set_node_state(identifier, NodeState.CONNECTING)
+            self._follow(identifier)
+
+    def look_at_snapshots(self, identifiers: Iterable[str]) -> None:
+        """List the snapshots of these nodes again, in the background, as far as they answer."""
+        for node in identifiers:
+            if node in self._inventory.nodes and self._inventory.nodes[node].state is NodeState.READY:
+                self._tasks.spawn(self.refresh_snapshots(node), f"list snapshots of {node}")
 
     async def give_up(self, identifier: str) -> None:
         """Send nothing more to a silent node until its next heartbeat."""
@@ -257,3 +281,13 @@ class Fleet:
             and known.state is InstanceState.CAPTURING
             and report.state is not InstanceState.CAPTURING
         )
+
+
+def _same(known: Node | None, node: Node) -> bool:
+    """Whether two reports of a node differ only in what changes all the time."""
+    if known is None:
+        return False
+    return node == replace(
+        known,
+        **{name: getattr(node, name) for name in VOLATILE},
+    )

@@ -1,11 +1,13 @@
 """Which controller this is, decided from the records in the database and the state directory. Pure.
 
-A node belongs to one controller and takes commands from no other. Therefore the identity must survive
-whatever happens to the database, and a database other than the last one must not be mistaken for it.
+A node belongs to one fleet and takes commands from no other. All controllers that share a database are one
+fleet and have one identity. It must survive whatever happens to the database, and a database other than the
+last one must not be mistaken for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dumont.errors import FailedPrecondition
@@ -13,7 +15,11 @@ from dumont.errors import FailedPrecondition
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A controller; ``starts`` counts how often it has been started."""
+    """A fleet's identity.
+
+    ``starts`` counts the starts of its controllers. The count of its start is the number of a controller's
+    session.
+    """
 
     id: str
     starts: int
@@ -21,13 +27,17 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """The identity of this controller from now on.
+    """The identity of this controller's fleet, as of this start.
 
     ``outdated``: the database is older than the last start, so it knows nothing of the time since.
     """
 
     identity: Identity
     outdated: bool = False
+
+
+# Given the stored identity and whether the database holds nothing else, says who this controller is.
+Decide = Callable[[Identity | None, bool], Established]
 
 
 def establish(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 import uuid
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -17,11 +19,14 @@ from controller import config
 from controller.adapters import identity_file
 from controller.adapters.clock import SystemClock
 from controller.adapters.nodes_grpc import GrpcNodes
+from controller.adapters.operation_store import OperationStore
 from controller.adapters.registry_sql import SqlRegistry, open_registry
 from controller.assembly import Controller, assemble
 from controller.config import Config
-from controller.identity import Established, establish
+from controller.identity import Established, Identity, establish
+from controller.membership import Membership
 from controller.service.deployments import DeploymentService
+from controller.service.forwarding import ForwardingInterceptor
 from controller.service.inference import SERVICE as INFERENCE_SERVICE
 from controller.service.inference import InferenceService
 from controller.service.instances import InstanceService
@@ -96,69 +101,107 @@ async def serve(settings: Config) -> None:
     state_dir = settings.state_dir.expanduser()
     await asyncio.to_thread(make_private, state_dir)
     with locked(state_dir / "lock", "dumont-controller", settings.listen), _database_locked(settings):
-        await _serve(settings, state_dir)
+        surpassed = 0
+        while (ended := await _serve(settings, state_dir, surpassed)) is not None:
+            # What it knew may be outdated, so it starts as a new process would.
+            surpassed = ended
 
 
-async def _serve(settings: Config, state_dir: Path) -> None:
-    server = new_server(DOMAIN, LIMITS)
+async def _serve(settings: Config, state_dir: Path, surpassed: int) -> int | None:
+    """Serve until a signal, or until the session has ended.
+
+    Args:
+        settings: of the process.
+        state_dir: the state directory.
+        surpassed: the new session must have a higher number.
+
+    Returns:
+        The same for the next session; None: a signal has come.
+    """
+    forwarding = ForwardingInterceptor(3 * settings.lease_seconds, LIMITS.write_seconds)
+    server = new_server(DOMAIN, LIMITS, (forwarding,))
     health = add_standard_services(server, SERVICES)
     # The address is taken before the database is touched: a second controller stops here.
     address = bind(server, settings.listen, insecure_ok=settings.insecure)
-    registry = await open_registry(settings.database_url)
-    try:
-        await registry.lock(settings.listen)
-        await _serve_registry(settings, state_dir, server, health, address, registry)
-    finally:
-        await registry.close()
-
-
-async def _serve_registry(
-    settings: Config,
-    state_dir: Path,
-    server: grpc.aio.Server,
-    health: Health,
-    address: str,
-    registry: SqlRegistry,
-) -> None:
-    established = await _establish(settings, state_dir, registry)
-    nodes = GrpcNodes(established.identity.id)
-    running = Operations(DOMAIN)
-    controller = await assemble(
-        nodes,
-        registry,
-        SystemClock(),
-        established,
-        settings.heartbeat_seconds,
-        settings.max_queue,
-        settings.prune_seconds,
-    )
-    try:
+    async with AsyncExitStack() as stack:
+        registry = await open_registry(settings.database_url)
+        stack.push_async_callback(registry.close)
+        established = await _join(settings, state_dir, registry, settings.advertise or address, surpassed)
+        membership = Membership(established.identity.starts)
+        nodes = GrpcNodes(
+            established.identity.id,
+            membership.number,
+            lambda: membership.sessions,
+            lambda newer: membership.end(newer),
+        )
+        stack.push_async_callback(nodes.close)
+        controller = await assemble(
+            nodes,
+            registry,
+            SystemClock(),
+            established,
+            settings.heartbeat_seconds,
+            settings.max_queue,
+            settings.prune_seconds,
+            settings.lease_seconds,
+            membership,
+        )
+        stack.push_async_callback(controller.close)
+        running = Operations(DOMAIN, store=OperationStore(registry))
+        stack.push_async_callback(running.close)
+        stack.push_async_callback(forwarding.close)
+        if settings.database_file is None:
+            forwarding.attach(controller)
         add_services(server, controller, running, settings, health.draining)
         if settings.metrics_listen:
-            _serve_metrics(settings.metrics_listen, controller)
+            stack.callback(_serve_metrics(settings.metrics_listen, controller))
         await server.start()
         await health.set_all(True)
-        log.info("serving", address=address)
-        await run_until_signalled(server, health, settings.drain_seconds)
-    finally:
-        await running.close()
-        await controller.close()
-        await nodes.close()
-        log.info("stopped")
+        log.info("serving", address=address, controller=established.identity.id, session=membership.number)
+        signalled = await _until_signalled_or(membership.ended, server, health, settings.drain_seconds)
+    log.info("stopped")
+    return None if signalled else membership.surpassed
 
 
-async def _establish(settings: Config, state_dir: Path, registry: SqlRegistry) -> Established:
-    """Decide which controller this is, and record it in the database and in the state directory."""
-    stored = await registry.load()
-    established = establish(
-        await registry.identity(),
-        identity_file.read(state_dir),
-        empty=not (stored.deployments or stored.nodes),
-        wanted=settings.controller_id,
-        accept=settings.accept_database,
-        new_id=str(uuid.uuid4()),
-    )
-    await registry.save_identity(established.identity)
+async def _until_signalled_or(
+    ended: asyncio.Event, server: grpc.aio.Server, health: Health, drain_seconds: float
+) -> bool:
+    """Serve until a signal comes, or the session has ended. Returns whether it was a signal."""
+    run = asyncio.ensure_future(run_until_signalled(server, health, drain_seconds))
+    over = asyncio.ensure_future(ended.wait())
+    await asyncio.wait({run, over}, return_when=asyncio.FIRST_COMPLETED)
+    over.cancel()
+    if health.draining.is_set():
+        await run
+        return True
+    log.error("session_ended", remedy="another controller has taken its place; it begins a new session")
+    run.cancel()
+    health.draining.set()
+    # Streams of answers would come from instances that are another controller's by now.
+    await server.stop(0)
+    return False
+
+
+async def _join(
+    settings: Config, state_dir: Path, registry: SqlRegistry, address: str, surpassed: int
+) -> Established:
+    """Decide which fleet this is, and begin a session in it; the state directory remembers both."""
+    remembered = await asyncio.to_thread(identity_file.read, state_dir)
+    new_id = str(uuid.uuid4())
+
+    def decide(stored: Identity | None, empty: bool) -> Established:
+        established = establish(
+            stored,
+            remembered,
+            empty=empty,
+            wanted=settings.controller_id,
+            accept=settings.accept_database,
+            new_id=new_id,
+        )
+        starts = max(established.identity.starts, surpassed + 1)
+        return replace(established, identity=replace(established.identity, starts=starts))
+
+    established = await registry.join(decide, address, settings.lease_seconds)
     identity_file.write(state_dir, established.identity)
     if established.outdated:
         log.warning(
@@ -185,16 +228,24 @@ def main() -> None:
         sys.exit(f"dumont-controller: {error.message}")
 
 
-def _serve_metrics(address: str, controller: Controller) -> None:
+def _serve_metrics(address: str, controller: Controller) -> Callable[[], None]:
+    """Serve the Prometheus page; returns what ends that."""
     host, _, port = address.rpartition(":")
     try:
-        start_http_server(int(port), host or "127.0.0.1", controller.core.metrics.registry)
+        page, thread = start_http_server(int(port), host or "127.0.0.1", controller.core.metrics.registry)
     except (OSError, OverflowError) as error:
         raise FailedPrecondition(
             "ADDRESS_UNUSABLE",
             f"metrics cannot be served on {address}: {error}; choose another --metrics-listen",
             metadata={"address": address},
         ) from error
+
+    def end() -> None:
+        page.shutdown()
+        page.server_close()
+        thread.join()
+
+    return end
 
 
 if __name__ == "__main__":

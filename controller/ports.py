@@ -16,10 +16,10 @@ and ``stop(node, qa-1)``, ``drop_intents(qa-1)``. The snapshot stays until its t
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from controller.identity import Identity
+from controller.identity import Decide, Established
 from controller.model import (
     Captured,
     Deployment,
@@ -204,14 +204,43 @@ class Nodes(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Members:
+    """The controllers that share the registry.
+
+    Args:
+        addresses: where each listens, by the number of its session.
+        highest: the number of the newest session that there was.
+        revision: changes whenever deployments, nodes or records of captures do.
+    """
+
+    addresses: Mapping[int, str] = field(default_factory=dict)
+    highest: int = 0
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
-    """Everything the registry holds; ``last_use`` maps deployment ids to wall times."""
+    """Everything the registry holds but operations.
+
+    ``last_use`` maps deployment ids to wall times, and ``holders`` to the session that acts on each.
+    """
 
     deployments: tuple[Deployment, ...] = ()
     nodes: tuple[Node, ...] = ()
     intents: tuple[Intent, ...] = ()
     captured: tuple[Captured, ...] = ()
     last_use: Mapping[str, float] | None = None
+    holders: Mapping[str, int] = field(default_factory=dict)
+    members: Members = field(default_factory=Members)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOperation:
+    """A long-running operation: the session that runs it, and its encoded message."""
+
+    session: int
+    done: bool
+    content: bytes
 
 
 class Registry(Protocol):
@@ -220,11 +249,40 @@ class Registry(Protocol):
     Every method raises ``Unavailable`` (DATABASE_UNAVAILABLE) when the store cannot be reached.
     """
 
-    async def identity(self) -> Identity | None:
-        """The controller that the database belongs to; None: no controller has used it yet."""
+    # Sessions: which controllers share the store
 
-    async def save_identity(self, identity: Identity) -> None:
-        """Record the controller that the database belongs to from now on."""
+    async def join(self, decide: Decide, address: str, seconds: float) -> Established:
+        """Begin this controller's session. Where only one controller can be, all others end.
+
+        Args:
+            decide: says which fleet this is, from what is stored; what it raises is passed on.
+            address: where the other controllers reach this one.
+            seconds: without a renewal, the session may be ended after so long.
+
+        Returns:
+            What was decided and is stored now.
+        """
+
+    async def renew(self, seconds: float) -> None:
+        """Keep this controller's session for so many seconds from now on.
+
+        Raises:
+            Aborted: SESSION_ENDED, as from now on every call of this controller that stores something.
+        """
+
+    async def end_expired(self) -> None:
+        """End the sessions of other controllers whose time is up."""
+
+    async def leave(self) -> None:
+        """End this controller's session."""
+
+    async def claim(self) -> frozenset[str]:
+        """Become the holder of the deployments whose holder's session has ended; returns their ids."""
+
+    async def members(self) -> Members:
+        """The sessions that live, without what is loaded otherwise."""
+
+    # Facts
 
     async def load(self) -> Stored:
         """Everything that is stored."""
@@ -263,6 +321,15 @@ class Registry(Protocol):
 
     async def drop_captured(self, snapshot: str) -> None:
         """Remove the record of a capture; does nothing if it is absent."""
+
+    async def save_operation(self, name: str, content: bytes, done: bool) -> None:
+        """Store a long-running operation of this session; of those that are done, the newest are kept."""
+
+    async def operation(self, name: str) -> StoredOperation | None:
+        """A stored operation, whoever runs it; None: there is none of this name."""
+
+    async def drop_operation(self, name: str) -> None:
+        """Remove an operation; does nothing if it is absent."""
 
     async def close(self) -> None:
         """Disconnect."""

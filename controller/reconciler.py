@@ -181,6 +181,9 @@ class Reconciler:
             if node.draining:
                 again_in = DRAIN_AGAIN if again_in is None else min(again_in, DRAIN_AGAIN)
             return replace(plan, actions=(*plan.actions, *room, *leaving), again_in=again_in)
+        if not self._core.membership.mine(identifier):
+            # Another controller acts on it.
+            return None
         facts = self.facts(identifier, retry_at)
         if facts.deployment is None and not facts.instances and not facts.snapshots:
             return None
@@ -203,15 +206,20 @@ class Reconciler:
                 i.busy or i.in_flight or i.report.snapshot == snapshot.id for i in instances
             )
             held.append(expiry.Held(snapshot, used, in_use))
-        return expiry.plan_room(node, held)
+        # The others do the same for what they hold.
+        mine = self._core.membership.mine
+        by_id = {one.snapshot.id: one.snapshot.deployment for one in held}
+        return tuple(action for action in expiry.plan_room(node, held) if mine(by_id[action.id]))
 
     def _drain(self, node: Node, retry_at: Mapping[str, float], now: float) -> tuple[expiry.Action, ...]:
         if not node.draining:
             return ()
-        inventory = self._core.inventory
-        instances = inventory.instances_on(node.id)
+        inventory, mine = self._core.inventory, self._core.membership.mine
+        # Each controller empties the node of what it holds.
+        instances = tuple(i for i in inventory.instances_on(node.id) if mine(i.deployment))
+        held = tuple(s for s in inventory.held_on(node.id) if mine(s.deployment))
         owned = self._core.deployments.owned(instances)
-        return balance.plan_drain(node, instances, inventory.held_on(node.id), owned, retry_at, now)
+        return balance.plan_drain(node, instances, held, owned, retry_at, now)
 
     def facts(self, deployment: str, retry_at: Mapping[str, float]) -> expiry.Facts:
         """The facts that a deployment is planned from.
@@ -311,6 +319,8 @@ class Reconciler:
         """Have a node of each object store prune it, every ``prune_every`` seconds."""
         while True:
             await self._core.clock.sleep(self._prune_every)
+            if not self._core.membership.oldest:
+                continue
             stores = {
                 node.object_store: node.id
                 for node in self._core.inventory.nodes.values()

@@ -58,7 +58,8 @@ async def controller_of(deployments: int) -> tuple[Controller, MemoryNodes]:
         world = nodes.world[node]
         world.instances[f"i-{name}"] = Report(f"i-{name}", name, InstanceState.PARKED, create_time=now)
         world.snapshots[f"s-{name}"] = Snapshot(f"s-{name}", name, node, now, manifest_digest="digest")
-    controller = await assemble(nodes, registry, clock, Established(Identity("bench", 1)))
+    who = await registry.join(lambda *_: Established(Identity("bench", 1)), "", 10.0)
+    controller = await assemble(nodes, registry, clock, who)
     known = controller.core.inventory.nodes
     await controller.core.inventory.until(
         lambda: len(known) == NODES and all(node.state is NodeState.READY for node in known.values())

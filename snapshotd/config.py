@@ -34,7 +34,10 @@ class Settings(BaseSettings):
 
     state_dir: Path = Field(Path("/var/lib/dumont/snapshotd"), description="state; private to root")
     listen: str = Field("127.0.0.1:7071", description="host:port or unix:path")
-    controller: str = Field("", description="controller to register with; empty: none")
+    controller: str = Field(
+        "",
+        description="controller to register with, or all that share a database: a:7070,b:7070; empty: none",
+    )
     accept_controller: CliImplicitFlag[bool] = Field(
         False, description="belong to that controller, though this node belongs to another one"
     )

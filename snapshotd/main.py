@@ -109,10 +109,10 @@ async def run(settings: Settings) -> None:
         if settings.metrics_listen:
             serve_metrics(settings.metrics_listen)
         log.info("snapshotd_serving", endpoint=endpoint, node=node_servicer.node_id, criu=criu.version)
-        if settings.controller:
+        for controller in filter(None, (name.strip() for name in settings.controller.split(","))):
             registration = asyncio.create_task(
                 keep_registered(
-                    settings.controller,
+                    controller,
                     settings.advertise or endpoint,
                     node_servicer.node_id,
                     node_servicer.describe,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -15,9 +15,10 @@ from google.protobuf.message import Message
 from controller import convert
 from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
 from controller.ports import NODE_UNAVAILABLE, Change, ListedSnapshots, Removed, Synchronized
-from dumont.errors import Cancelled, DeadlineExceeded, DumontError, Internal, Unavailable
+from dumont.errors import Aborted, Cancelled, DeadlineExceeded, DumontError, Internal, Unavailable
 from dumont.rpc.status import from_rpc_error, from_status
 from dumont.rpc.structs import to_struct
+from dumont.sessions import SESSION_KEY, SESSIONS_KEY, Sessions
 from dumont.snapshotd.v1 import (
     instance_service_pb2 as instances,
 )
@@ -62,10 +63,12 @@ class _Link:
     A connection takes a limited number of calls at once, and a command must not wait for answers to end.
     """
 
-    def __init__(self, endpoint: str, user_agent: str) -> None:
+    def __init__(
+        self, endpoint: str, user_agent: str, interceptors: Sequence[grpc.aio.ClientInterceptor]
+    ) -> None:
         self.endpoint = endpoint
         options = (*OPTIONS, ("grpc.primary_user_agent", user_agent))
-        self.channel = grpc.aio.insecure_channel(endpoint, options=options)
+        self.channel = grpc.aio.insecure_channel(endpoint, options=options, interceptors=interceptors)
         own = ("grpc.use_local_subchannel_pool", 1)
         self.answers = grpc.aio.insecure_channel(endpoint, options=(*options, own))
         # The first request must not wait for it.
@@ -89,18 +92,34 @@ class GrpcNodes:
     """A channel to each node, kept while the node's endpoint stays the same.
 
     Args:
-        controller: this controller's id; a node of another controller refuses its calls.
+        controller: the id of this controller's fleet; a node of another fleet refuses its calls.
+        session: the number of this controller's session; 0: it has none.
+        sessions: which sessions live, as far as is known when it is called.
+        on_ended: called with the number of a session that a node knows, when the node refuses commands of
+            this one because it has ended.
     """
 
-    def __init__(self, controller: str) -> None:
+    def __init__(
+        self,
+        controller: str,
+        session: int = 0,
+        sessions: Callable[[], Sessions] = Sessions,
+        on_ended: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._user_agent = f"dumont-controller/{controller}"
+        self._session = session
+        self._sessions = sessions
+        self._on_ended = on_ended
         self._links: dict[str, _Link] = {}
+        self._connections = 0
 
     async def connect(self, node: str, endpoint: str) -> None:
         known = self._links.get(node)
         if known is not None and known.endpoint == endpoint:
             return
-        self._links[node] = _Link(endpoint, self._user_agent)
+        self._connections += 1
+        fences = _fences(f"{self._session}.{self._connections}", self._sessions) if self._session else ()
+        self._links[node] = _Link(endpoint, self._user_agent, fences)
         if known is not None:
             await known.close()
 
@@ -301,7 +320,14 @@ class GrpcNodes:
         try:
             yield link
         except (grpc.aio.UsageError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-            raise _translate(node, link, error, callers_deadline) from error
+            translated = _translate(node, link, error, callers_deadline)
+            if isinstance(translated, DumontError) and translated.reason == "SESSION_ENDED":
+                # Not the caller's fault: another controller answers.
+                self._on_ended(int(translated.metadata.get("highest", "0")))
+                translated = Aborted(
+                    translated.reason, translated.message, metadata=translated.metadata, retry_after=1.0
+                )
+            raise translated from error
 
     def _link(self, node: str) -> _Link:
         link = self._links.get(node)
@@ -360,6 +386,28 @@ class _Frames:
     def cancel(self) -> None:
         self._cancelled = True
         self._call.cancel()
+
+
+def _fences(session: str, sessions: Callable[[], Sessions]) -> tuple[grpc.aio.ClientInterceptor, ...]:
+    """Interceptors that say with each command who sends it, and whose commands are late."""
+
+    def fenced(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+        metadata = grpc.aio.Metadata(*(details.metadata or ()))
+        metadata.add(SESSION_KEY, session)
+        metadata.add(SESSIONS_KEY, str(sessions()))
+        return grpc.aio.ClientCallDetails(
+            details.method, details.timeout, metadata, details.credentials, details.wait_for_ready
+        )
+
+    class Unary(grpc.aio.UnaryUnaryClientInterceptor):
+        async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+            return await continuation(fenced(details), request)
+
+    class Stream(grpc.aio.UnaryStreamClientInterceptor):
+        async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+            return await continuation(fenced(details), request)
+
+    return Unary(), Stream()
 
 
 def _translate(node: str, link: _Link, error: BaseException, callers_deadline: bool) -> BaseException:

@@ -13,7 +13,7 @@ from alembic.config import Config as AlembicConfig
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from controller.identity import Identity
+from controller.identity import Decide, Established, Identity
 from controller.model import (
     Captured,
     Checkpoint,
@@ -26,8 +26,8 @@ from controller.model import (
     Storage,
     Weights,
 )
-from controller.ports import Stored
-from dumont.errors import Aborted, AlreadyExists, FailedPrecondition, Unavailable
+from controller.ports import Members, Stored, StoredOperation
+from dumont.errors import Aborted, AlreadyExists, Unavailable
 
 METADATA = sa.MetaData()
 DEPLOYMENTS = sa.Table(
@@ -55,6 +55,8 @@ DEPLOYMENTS = sa.Table(
     sa.Column("max_instances", sa.Integer),
     sa.Column("weights_bytes", sa.BigInteger, nullable=False),
     sa.Column("engine_options", sa.JSON, nullable=False),
+    # The session that acts on it.
+    sa.Column("holder", sa.Integer, nullable=False, server_default="0"),
 )
 NODES = sa.Table(
     "nodes",
@@ -87,19 +89,42 @@ CONTROLLER = sa.Table(
     METADATA,
     sa.Column("id", sa.String(63), primary_key=True),
     sa.Column("starts", sa.Integer, nullable=False),
+    # Counts the changes that every controller must hear of.
+    sa.Column("revision", sa.Integer, nullable=False, server_default="0"),
+)
+SESSIONS = sa.Table(
+    "sessions",
+    METADATA,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("address", sa.Text, nullable=False),
+    # Seconds since 1970, by the database's clock.
+    sa.Column("expire_time", sa.Double, nullable=False),
+)
+OPERATIONS = sa.Table(
+    "operations",
+    METADATA,
+    sa.Column("name", sa.String(127), primary_key=True),
+    sa.Column("session", sa.Integer, nullable=False),
+    sa.Column("done", sa.Boolean, nullable=False),
+    sa.Column("update_time", sa.Double, nullable=False),
+    # google.longrunning.Operation
+    sa.Column("content", sa.LargeBinary, nullable=False),
 )
 
 
 # Of PostgreSQL's advisory locks: "dumont" in ASCII.
 LOCK = 0x64756D6F6E74
 MIGRATING = LOCK + 1
-HOLDER = sa.text(
-    "SELECT activity.application_name, COALESCE(host(activity.client_addr), 'this machine') "
-    "FROM pg_locks AS locks JOIN pg_stat_activity AS activity ON activity.pid = locks.pid "
-    "WHERE locks.locktype = 'advisory' AND locks.granted AND locks.database = "
-    "(SELECT oid FROM pg_database WHERE datname = current_database()) "
-    "AND ((locks.classid::bigint << 32) | locks.objid::bigint) = :key"
-)
+# A controller that is stopped in the middle of a transaction must not keep what it has locked.
+SERVER_SETTINGS = {
+    "application_name": "dumont-controller",
+    "idle_in_transaction_session_timeout": "2000",
+    "statement_timeout": "30000",
+}
+# Of SQLite's julianday.
+UNIX_EPOCH = 2440587.5
+# Finished operations that are kept.
+OPERATIONS_KEPT = 1000
 
 
 class SqlRegistry:
@@ -107,51 +132,99 @@ class SqlRegistry:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._lock: AsyncConnection | None = None
+        self._session = 0
 
-    async def lock(self, address: str) -> None:
-        """Keep other controllers off this database while this registry is open.
+    # Sessions
 
-        A file of SQLite is locked by who opens it, before it is touched; this is for a server's database.
+    async def join(self, decide: Decide, address: str, seconds: float) -> Established:
+        async with self._transaction() as connection:
+            if self._shared:
+                # One after the other, or two new controllers would each found a fleet.
+                await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
+            else:
+                # Whoever has locked the file is the only controller.
+                await connection.execute(sa.delete(SESSIONS))
+            row = (await connection.execute(sa.select(CONTROLLER))).mappings().first()
+            stored = Identity(row["id"], row["starts"]) if row is not None else None
+            tables = (sa.select(sa.func.count()).select_from(table) for table in (DEPLOYMENTS, NODES))
+            counts = [(await connection.execute(count)).scalar_one() for count in tables]
+            established = decide(stored, not any(counts))
+            await connection.execute(sa.delete(CONTROLLER))
+            await connection.execute(
+                sa.insert(CONTROLLER).values(
+                    id=established.identity.id,
+                    starts=established.identity.starts,
+                    revision=row["revision"] + 1 if row is not None else 1,
+                )
+            )
+            self._session = established.identity.starts
+            await connection.execute(
+                sa.insert(SESSIONS).values(
+                    number=self._session, address=address, expire_time=self._now() + seconds
+                )
+            )
+        await self._checkpoint()
+        return established
 
-        Args:
-            address: where this controller listens, for the message to a second one.
+    async def renew(self, seconds: float) -> None:
+        change = (
+            sa.update(SESSIONS)
+            .where(SESSIONS.c.number == self._session)
+            .values(expire_time=self._now() + seconds)
+        )
+        async with self._transaction() as connection:
+            if (await connection.execute(change)).rowcount == 0:
+                raise self._ended()
 
-        Raises:
-            FailedPrecondition: STATE_IN_USE, another controller has it; the message says which one.
-        """
-        if self._engine.dialect.name != "postgresql":
+    async def end_expired(self) -> None:
+        if not self._shared:
             return
-        # The server drops the lock when this connection ends, however it ends.
-        async with _errors():
-            connection = await self._engine.connect()
-            connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
-            name = sa.select(sa.func.set_config("application_name", f"dumont-controller on {address}", False))
-            await connection.execute(name)
-            taken = (await connection.execute(sa.select(sa.func.pg_try_advisory_lock(LOCK)))).scalar()
-            holder = (await connection.execute(HOLDER, {"key": LOCK})).first()
-        if taken:
-            self._lock = connection
-            return
-        await connection.close()
-        who = f"{holder[0]}, from {holder[1]}," if holder is not None else "another controller"
-        raise FailedPrecondition(
-            "STATE_IN_USE", f"{who} uses this database; stop it, or choose another --database"
+        # One that is being renewed, or whose controller is writing, is passed over.
+        expired = (
+            sa.select(SESSIONS.c.number)
+            .where(SESSIONS.c.expire_time <= self._now(), SESSIONS.c.number != self._session)
+            .with_for_update(skip_locked=True)
+        )
+        async with self._transaction(writes=True) as connection:
+            await connection.execute(sa.delete(SESSIONS).where(SESSIONS.c.number.in_(expired)))
+
+    async def leave(self) -> None:
+        async with self._transaction() as connection:
+            await connection.execute(sa.delete(SESSIONS).where(SESSIONS.c.number == self._session))
+
+    async def claim(self) -> frozenset[str]:
+        living = sa.select(SESSIONS.c.number)
+        change = (
+            sa.update(DEPLOYMENTS)
+            .where(DEPLOYMENTS.c.holder.not_in(living))
+            .values(holder=self._session)
+            .returning(DEPLOYMENTS.c.id)
+        )
+        async with self._transaction(writes=True) as connection:
+            taken = frozenset((await connection.execute(change)).scalars())
+            if taken:
+                await self._revise(connection)
+        return taken
+
+    async def members(self) -> Members:
+        async with self._transaction() as connection:
+            return await self._members(connection)
+
+    async def _members(self, connection: AsyncConnection) -> Members:
+        # The sessions last: one that is not among them yet has a higher number than is read here.
+        controller = (await connection.execute(sa.select(CONTROLLER))).mappings().first()
+        sessions = (await connection.execute(sa.select(SESSIONS))).mappings().all()
+        return Members(
+            addresses={row["number"]: row["address"] for row in sessions},
+            highest=controller["starts"] if controller is not None else 0,
+            revision=controller["revision"] if controller is not None else 0,
         )
 
-    async def identity(self) -> Identity | None:
-        async with self._transaction() as connection:
-            row = (await connection.execute(sa.select(CONTROLLER))).mappings().first()
-        return Identity(**row) if row is not None else None
-
-    async def save_identity(self, identity: Identity) -> None:
-        async with self._transaction() as connection:
-            await connection.execute(sa.delete(CONTROLLER))
-            await connection.execute(sa.insert(CONTROLLER).values(id=identity.id, starts=identity.starts))
-        await self._checkpoint()
+    # Facts
 
     async def load(self) -> Stored:
         async with self._transaction() as connection:
+            members = await self._members(connection)
             deployments = (await connection.execute(sa.select(DEPLOYMENTS))).mappings().all()
             nodes = (await connection.execute(sa.select(NODES))).mappings().all()
             intents = (await connection.execute(sa.select(INTENTS))).mappings().all()
@@ -164,17 +237,21 @@ class SqlRegistry:
             last_use={
                 row["id"]: row["last_use_time"] for row in deployments if row["last_use_time"] is not None
             },
+            holders={row["id"]: row["holder"] for row in deployments},
+            members=members,
         )
 
     async def create_deployment(self, deployment: Deployment) -> Deployment:
         try:
-            async with self._transaction() as connection:
+            async with self._transaction(writes=True, revises=True) as connection:
                 if deployment.request_id:
                     same = sa.select(DEPLOYMENTS).where(DEPLOYMENTS.c.request_id == deployment.request_id)
                     row = (await connection.execute(same)).mappings().first()
                     if row is not None:
                         return _deployment(row)
-                await connection.execute(sa.insert(DEPLOYMENTS).values(_row(deployment)))
+                await connection.execute(
+                    sa.insert(DEPLOYMENTS).values(**_row(deployment), holder=self._session)
+                )
         except IntegrityError as error:
             raise AlreadyExists(
                 "DEPLOYMENT_EXISTS",
@@ -191,7 +268,7 @@ class SqlRegistry:
             .where(DEPLOYMENTS.c.id == deployment.id, DEPLOYMENTS.c.etag == etag)
             .values(_row(deployment))
         )
-        async with self._transaction() as connection:
+        async with self._transaction(writes=True, revises=True) as connection:
             if (await connection.execute(change)).rowcount == 0:
                 raise Aborted(
                     "ETAG_MISMATCH",
@@ -201,7 +278,7 @@ class SqlRegistry:
         await self._checkpoint()
 
     async def delete_deployment(self, deployment: str) -> None:
-        async with self._transaction() as connection:
+        async with self._transaction(writes=True, revises=True) as connection:
             await connection.execute(sa.delete(DEPLOYMENTS).where(DEPLOYMENTS.c.id == deployment))
 
     async def save_last_use(self, times: Mapping[str, float]) -> None:
@@ -210,18 +287,18 @@ class SqlRegistry:
             .where(DEPLOYMENTS.c.id == sa.bindparam("key"))
             .values(last_use_time=sa.bindparam("time"))
         )
-        async with self._transaction() as connection:
+        async with self._transaction(writes=True) as connection:
             await connection.execute(change, [{"key": key, "time": time} for key, time in times.items()])
 
     async def save_node(self, node: Node) -> None:
-        async with self._transaction() as connection:
+        async with self._transaction(writes=True, revises=True) as connection:
             await connection.execute(sa.delete(NODES).where(NODES.c.id == node.id))
             await connection.execute(
                 sa.insert(NODES).values(id=node.id, endpoint=node.endpoint, facts=_facts(node))
             )
 
     async def save_intent(self, intent: Intent) -> None:
-        async with self._transaction() as connection:
+        async with self._transaction(writes=True) as connection:
             await connection.execute(
                 sa.insert(INTENTS).values(
                     instance=intent.instance,
@@ -233,12 +310,12 @@ class SqlRegistry:
             )
 
     async def drop_intents(self, instances: Iterable[str]) -> None:
-        async with self._transaction() as connection:
+        async with self._transaction(writes=True) as connection:
             for instance in instances:
                 await connection.execute(sa.delete(INTENTS).where(INTENTS.c.instance == instance))
 
     async def save_captured(self, captured: Captured) -> None:
-        async with self._transaction() as connection:
+        async with self._transaction(writes=True, revises=True) as connection:
             await connection.execute(sa.delete(CAPTURED).where(CAPTURED.c.id == captured.id))
             await connection.execute(
                 sa.insert(CAPTURED).values(
@@ -253,13 +330,63 @@ class SqlRegistry:
         await self._checkpoint()
 
     async def drop_captured(self, snapshot: str) -> None:
-        async with self._transaction() as connection:
+        async with self._transaction(writes=True, revises=True) as connection:
             await connection.execute(sa.delete(CAPTURED).where(CAPTURED.c.id == snapshot))
 
+    # Operations
+
+    async def save_operation(self, name: str, content: bytes, done: bool) -> None:
+        row = {"session": self._session, "done": done, "update_time": self._now(), "content": content}
+        kept = (
+            sa.select(OPERATIONS.c.name)
+            .where(OPERATIONS.c.done)
+            .order_by(OPERATIONS.c.update_time.desc())
+            .limit(OPERATIONS_KEPT)
+        )
+        async with self._transaction(writes=True) as connection:
+            change = sa.update(OPERATIONS).where(OPERATIONS.c.name == name).values(row)
+            if (await connection.execute(change)).rowcount == 0:
+                await connection.execute(sa.insert(OPERATIONS).values(name=name, **row))
+            if done:
+                await connection.execute(
+                    sa.delete(OPERATIONS).where(OPERATIONS.c.done, OPERATIONS.c.name.not_in(kept))
+                )
+
+    async def operation(self, name: str) -> StoredOperation | None:
+        query = sa.select(OPERATIONS).where(OPERATIONS.c.name == name)
+        async with self._transaction() as connection:
+            row = (await connection.execute(query)).mappings().first()
+        return StoredOperation(row["session"], row["done"], row["content"]) if row is not None else None
+
+    async def drop_operation(self, name: str) -> None:
+        async with self._transaction(writes=True) as connection:
+            await connection.execute(sa.delete(OPERATIONS).where(OPERATIONS.c.name == name))
+
     async def close(self) -> None:
-        if self._lock is not None:
-            await self._lock.close()
         await self._engine.dispose()
+
+    @property
+    def _shared(self) -> bool:
+        """Whether several controllers may use this database."""
+        return self._engine.dialect.name == "postgresql"
+
+    def _now(self) -> sa.ColumnElement[Any]:
+        """The database's clock."""
+        if self._shared:
+            return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+        return (sa.func.julianday("now", type_=sa.Double) - UNIX_EPOCH) * 86400.0
+
+    def _ended(self) -> Aborted:
+        return Aborted(
+            "SESSION_ENDED",
+            f"session {self._session} of this controller has ended, because nobody heard of it for too long; "
+            "another controller acts in its place; try again",
+            metadata={"session": str(self._session)},
+            retry_after=1.0,
+        )
+
+    async def _revise(self, connection: AsyncConnection) -> None:
+        await connection.execute(sa.update(CONTROLLER).values(revision=CONTROLLER.c.revision + 1))
 
     async def _checkpoint(self) -> None:
         """Move what was written from SQLite's log into its file, so that losing the log loses nothing."""
@@ -271,10 +398,26 @@ class SqlRegistry:
                 await raw.driver_connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+    async def _transaction(
+        self, writes: bool = False, revises: bool = False
+    ) -> AsyncIterator[AsyncConnection]:
+        """Run a transaction.
+
+        Args:
+            writes: only while this controller's session lives, and it cannot end before the transaction does.
+            revises: it changes what every controller must hear of.
+        """
         with_errors = _errors()
         async with with_errors, self._engine.begin() as connection:
+            if writes and self._session:
+                mine = sa.select(SESSIONS.c.number).where(SESSIONS.c.number == self._session)
+                # It can be renewed meanwhile, but not deleted.
+                locked = mine.with_for_update(read=True, key_share=True)
+                if (await connection.execute(locked)).first() is None:
+                    raise self._ended()
             yield connection
+            if revises:
+                await self._revise(connection)
 
 
 async def open_registry(url: str) -> SqlRegistry:
@@ -286,7 +429,10 @@ async def open_registry(url: str) -> SqlRegistry:
     Raises:
         Unavailable: DATABASE_UNAVAILABLE.
     """
-    engine = create_async_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    sqlite = url.startswith("sqlite")
+    engine = create_async_engine(
+        url, pool_pre_ping=not sqlite, connect_args={} if sqlite else {"server_settings": SERVER_SETTINGS}
+    )
     if engine.dialect.name == "sqlite":
         _tune_sqlite(engine)
     try:

@@ -100,7 +100,7 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
         metadata = pb.MigrateInstanceMetadata(
             instance=request.name, create_time=convert.timestamp(self._core.clock.moment().wall)
         )
-        return self._operations.start("migrate", work, metadata)
+        return await self._operations.begin("migrate", work, metadata)
 
     async def StopInstance(self, request: pb.StopInstanceRequest, context: object) -> Empty:
         # A person may end an instance that hangs in a request; only the timers wait for requests to end.

@@ -85,7 +85,7 @@ class NodeService(pb_grpc.NodeServiceServicer):
             create_time=convert.timestamp(self._core.clock.moment().wall),
             instances_total=len(self._inventory.instances_on(node)),
         )
-        return self._operations.start("drain", work, metadata)
+        return await self._operations.begin("drain", work, metadata)
 
     async def UndrainNode(self, request: pb.UndrainNodeRequest, context: object) -> pb.Node:
         node = names.parse(request.name, "nodes", "name")

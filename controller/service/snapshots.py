@@ -49,7 +49,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
             stage="waiting",
             create_time=self._now(),
         )
-        return self._operations.start("snapshot", work, metadata)
+        return await self._operations.begin("snapshot", work, metadata)
 
     async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: object) -> pb.Snapshot:
         known = self._inventory.snapshot(names.parse(request.name, "snapshots", "name"))
@@ -71,7 +71,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
         metadata = pb.PrefetchSnapshotMetadata(
             snapshot=request.name, node=f"nodes/{node}", create_time=self._now()
         )
-        return self._operations.start("prefetch", work, metadata)
+        return await self._operations.begin("prefetch", work, metadata)
 
     async def VerifySnapshot(
         self, request: pb.VerifySnapshotRequest, context: object
@@ -87,7 +87,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
         metadata = pb.VerifySnapshotMetadata(
             snapshot=request.name, node=f"nodes/{known.node}", create_time=self._now()
         )
-        return self._operations.start("verify", work, metadata)
+        return await self._operations.begin("verify", work, metadata)
 
     async def PruneSnapshots(
         self, request: pb.PruneSnapshotsRequest, context: object
@@ -104,7 +104,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
             )
 
         metadata = pb.PruneSnapshotsMetadata(node=f"nodes/{node}", create_time=self._now())
-        return self._operations.start("prune", work, metadata)
+        return await self._operations.begin("prune", work, metadata)
 
     async def ListSnapshots(
         self, request: pb.ListSnapshotsRequest, context: object

@@ -19,7 +19,7 @@ from controller.assembly import Controller, assemble
 from controller.identity import Established, Identity
 from controller.metrics import Metrics
 from controller.model import Checkpoint, Deployment, NodeState, StartInfo, StartMode, Storage
-from controller.ports import Nodes, Registry, Stored
+from controller.ports import Members, Nodes, Registry, Stored
 from controller.serving import Request
 from controller.simulation.figures import Machine, Model
 from controller.simulation.nodes import SimulatedNodes
@@ -54,6 +54,12 @@ class _NoRegistry:
 
     async def load(self) -> Stored:
         return self._stored
+
+    async def claim(self) -> frozenset[str]:
+        return frozenset()
+
+    async def members(self) -> Members:
+        return self._stored.members
 
     def __getattr__(self, name: str) -> Any:
         async def stored(*arguments: object) -> None:

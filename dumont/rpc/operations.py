@@ -1,7 +1,8 @@
-"""``google.longrunning.Operations`` over asyncio tasks, in memory.
+"""``google.longrunning.Operations`` over asyncio tasks.
 
-An operation is a task of this process: it ends with it. What it made is found by its own name in
-the service's resources, so a caller that loses an operation looks there.
+An operation is a task of this process: it ends with it. With a store, its result outlives the process, and
+one that the process could not finish is told as a failure. What an operation made is found by its own name
+in the service's resources.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc
 import structlog
@@ -19,7 +20,15 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from dumont import names
-from dumont.errors import Cancelled, DumontError, FailedPrecondition, Internal, InvalidArgument, NotFound
+from dumont.errors import (
+    Aborted,
+    Cancelled,
+    DumontError,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+)
 from dumont.rpc.pages import page
 from dumont.rpc.status import to_status
 
@@ -35,7 +44,7 @@ class Progress:
     """What an operation reports while it runs."""
 
     def __init__(self, metadata: Message) -> None:
-        self._metadata = metadata
+        self.metadata = metadata
 
     def update(self, **fields: Any) -> None:
         """Replace these fields of the operation's metadata; repeated fields are replaced as a whole.
@@ -43,13 +52,43 @@ class Progress:
         Raises:
             ValueError: the metadata has no such field.
         """
-        change = type(self._metadata)(**fields)
+        change = type(self.metadata)(**fields)
         for field in fields:
-            self._metadata.ClearField(field)
-        self._metadata.MergeFrom(change)
+            self.metadata.ClearField(field)
+        self.metadata.MergeFrom(change)
 
 
 Work = Callable[[Progress], Awaitable[Message]]
+
+
+class Store(Protocol):
+    """Keeps operations for when this process is gone. Its methods raise a ``DumontError``."""
+
+    async def save(self, operation: operations_pb2.Operation) -> None:
+        """Keep an operation as it is now."""
+        ...
+
+    async def find(self, name: str) -> operations_pb2.Operation | None:
+        """An operation as it was saved last; None: it is not known."""
+        ...
+
+    async def drop(self, name: str) -> None:
+        """Forget an operation."""
+        ...
+
+
+class Forgetful:
+    """The store of a service whose operations end with it."""
+
+    async def save(self, operation: operations_pb2.Operation) -> None:
+        """Do nothing."""
+
+    async def find(self, name: str) -> operations_pb2.Operation | None:
+        """None."""
+        return None
+
+    async def drop(self, name: str) -> None:
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +105,12 @@ class Operations:
     Args:
         domain: names this service in the errors of failed operations.
         keep: how many finished operations are remembered; the oldest are forgotten first.
+        store: what outlives this process.
     """
 
-    def __init__(self, domain: str, keep: int = 1000) -> None:
+    def __init__(self, domain: str, keep: int = 1000, store: Store | None = None) -> None:
         self._domain = domain
+        self._store = store or Forgetful()
         self._keep = keep
         self._records: dict[str, _Record] = {}
         self._sequence = itertools.count(1)
@@ -93,6 +134,43 @@ class Operations:
         task = asyncio.create_task(self._run(name, work, Progress(current)), name=name)
         self._records[name] = _Record(name, next(self._sequence), current, task)
         return self.get(name)
+
+    async def begin(self, prefix: str, work: Work, metadata: Message) -> operations_pb2.Operation:
+        """Like ``start``, and return once the operation is stored.
+
+        Raises:
+            DumontError: it could not be stored, and was cancelled.
+        """
+        operation = self.start(prefix, work, metadata)
+        try:
+            await self._store.save(operation)
+        except BaseException:
+            self._records.pop(operation.name).task.cancel()
+            raise
+        return operation
+
+    async def lookup(self, name: str, timeout: float | None = 0.0) -> operations_pb2.Operation:
+        """The operation as it is now, or once it is done or ``timeout`` seconds have passed.
+
+        Raises:
+            NotFound: OPERATION_NOT_FOUND; finished operations are kept only for a while.
+        """
+        if name in self._records:
+            return await self.wait(name, timeout)
+        names.parse(name, "operations", "name")
+        found = await self._store.find(name)
+        if found is None:
+            raise _unknown(name)
+        if not found.done:
+            interrupted = Aborted(
+                "OPERATION_INTERRUPTED",
+                f"the service that ran {name} ended before it was done; see what there is, and begin again",
+                metadata={"operation": name},
+            )
+            found.error.CopyFrom(to_status(interrupted, self._domain))
+            found.done = True
+            await self._store.save(found)
+        return found
 
     def get(self, name: str) -> operations_pb2.Operation:
         """The operation as it is now.
@@ -119,7 +197,7 @@ class Operations:
         self, request: operations_pb2.GetOperationRequest, context: object
     ) -> operations_pb2.Operation:
         """See ``google.longrunning``."""
-        return self.get(request.name)
+        return await self.lookup(request.name)
 
     async def ListOperations(
         self, request: operations_pb2.ListOperationsRequest, context: object
@@ -140,6 +218,10 @@ class Operations:
 
     async def DeleteOperation(self, request: operations_pb2.DeleteOperationRequest, context: object) -> Empty:
         """See ``google.longrunning``."""
+        if request.name not in self._records:
+            await self.lookup(request.name)
+            await self._store.drop(request.name)
+            return Empty()
         record = self._find(request.name)
         if not record.task.done():
             raise FailedPrecondition(
@@ -148,6 +230,7 @@ class Operations:
                 metadata={"operation": record.name},
             )
         del self._records[record.name]
+        await self._store.drop(record.name)
         return Empty()
 
     async def WaitOperation(
@@ -157,9 +240,21 @@ class Operations:
         timeout = request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else None
         if timeout is not None and timeout < 0:
             raise InvalidArgument("INVALID_TIMEOUT", "timeout must not be negative", field="timeout")
-        return await self.wait(request.name, timeout)
+        return await self.lookup(request.name, timeout)
 
     async def _run(self, name: str, work: Work, progress: Progress) -> Message | DumontError:
+        result = await self._result(name, work, progress)
+        done = operations_pb2.Operation(name=name, done=True)
+        done.metadata.Pack(progress.metadata)
+        self._conclude(done, result)
+        try:
+            await self._store.save(done)
+        except DumontError as error:
+            # Whoever asks this process still hears of it.
+            log.warning("operation_not_saved", operation=name, reason=error.reason, error=error.message)
+        return result
+
+    async def _result(self, name: str, work: Work, progress: Progress) -> Message | DumontError:
         try:
             return await work(progress)
         except DumontError as error:
@@ -174,28 +269,34 @@ class Operations:
         try:
             return self._records[name]
         except KeyError:
-            raise NotFound(
-                "OPERATION_NOT_FOUND",
-                f"{name} is not known; finished operations are kept only for a while",
-                metadata={"operation": name},
-            ) from None
+            raise _unknown(name) from None
 
     def _describe(self, record: _Record) -> operations_pb2.Operation:
         operation = operations_pb2.Operation(name=record.name, done=record.task.done())
         operation.metadata.Pack(record.metadata)
         if not operation.done:
             return operation
-        result = _outcome(record)
+        self._conclude(operation, _outcome(record))
+        return operation
+
+    def _conclude(self, operation: operations_pb2.Operation, result: Message | DumontError) -> None:
         if isinstance(result, DumontError):
             operation.error.CopyFrom(to_status(result, self._domain))
         else:
             operation.response.Pack(result)
-        return operation
 
     def _forget(self) -> None:
         finished = [record.name for record in self._records.values() if record.task.done()]
         for name in finished[: max(0, len(finished) - self._keep + 1)]:
             del self._records[name]
+
+
+def _unknown(name: str) -> NotFound:
+    return NotFound(
+        "OPERATION_NOT_FOUND",
+        f"{name} is not known; finished operations are kept only for a while",
+        metadata={"operation": name},
+    )
 
 
 def _outcome(record: _Record) -> Message | DumontError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,8 +14,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
+from controller.adapters.clock import SystemClock
 from controller.adapters.registry_sql import METADATA, migrate, open_registry
-from controller.identity import Identity
+from controller.identity import Established, Identity
 from controller.model import (
     Captured,
     Checkpoint,
@@ -27,9 +29,9 @@ from controller.model import (
     Storage,
     Weights,
 )
-from controller.ports import Registry
+from controller.ports import Registry, StoredOperation
 from dumont.errors import Aborted, AlreadyExists, FailedPrecondition, Unavailable
-from tests.fakes.memory_registry import MemoryRegistry
+from tests.fakes.memory_registry import MemoryDatabase, MemoryRegistry
 from tests.helpers.postgres import PostgresServer
 
 Reopen = Callable[[], Awaitable[Registry]]
@@ -253,18 +255,6 @@ async def test_sqlite_writes_ahead(tmp_path: Path) -> None:
         assert (await connection.execute(sa.text("PRAGMA journal_mode"))).scalar() == "wal"
 
 
-async def test_a_second_controller_on_a_server_s_database_is_told_who_has_it(postgres_url: str) -> None:
-    first, second = await open_registry(postgres_url), await open_registry(postgres_url)
-    await first.lock("10.0.0.1:7070")
-    with pytest.raises(FailedPrecondition) as refusal:
-        await second.lock("10.0.0.2:7070")
-    assert refusal.value.reason == "STATE_IN_USE"
-    assert "dumont-controller on 10.0.0.1:7070, from this machine" in refusal.value.message
-    await first.close()
-    await second.lock("10.0.0.2:7070")
-    await second.close()
-
-
 # What a controller of the first version left behind.
 FIRST = """
 INSERT INTO deployments VALUES ('qa', 'its uid', 'org/model', 'causal_lm', 'checkpoint', true, 3600.5,
@@ -308,7 +298,6 @@ async def test_what_the_first_version_stored_is_read_by_this_one(url: str) -> No
     assert stored.intents == (Intent("qa-1", "qa", "n1", "", 7.25),)
     assert stored.captured == (Captured("s1", "qa", "its uid", "d"),)
     assert stored.last_use == {"qa": 12.5}
-    assert await registry.identity() is None
     await registry.close()
 
 
@@ -323,8 +312,192 @@ async def test_revisions_can_be_undone_and_done_again(url: str) -> None:
     await registry.close()
 
 
-async def test_whose_database_it_is_is_remembered(registry: Registry, reopen: Reopen) -> None:
-    assert await registry.identity() is None
-    for starts in (1, 2):
-        await registry.save_identity(Identity("me", starts))
-        assert await (await reopen()).identity() == Identity("me", starts)
+def start(stored: Identity | None, empty: bool) -> Established:
+    """What a controller decides that accepts any database."""
+    return Established(Identity("fleet", (stored.starts if stored else 0) + 1))
+
+
+async def test_every_start_of_a_controller_has_a_session_of_its_own(reopen: Reopen) -> None:
+    asked: list[tuple[Identity | None, bool]] = []
+
+    def decide(stored: Identity | None, empty: bool) -> Established:
+        asked.append((stored, empty))
+        return start(stored, empty)
+
+    first = await reopen()
+    await first.join(decide, "a:1", 10.0)
+    await first.create_deployment(deployment())
+    await (await reopen()).join(decide, "b:1", 10.0)
+    assert asked == [(None, True), (Identity("fleet", 1), False)]
+
+
+async def test_a_start_that_is_refused_changes_nothing(reopen: Reopen) -> None:
+    def refuse(stored: Identity | None, empty: bool) -> Established:
+        raise FailedPrecondition("DATABASE_FOREIGN", "it is not ours")
+
+    registry = await reopen()
+    await registry.join(start, "a:1", 10.0)
+    with pytest.raises(FailedPrecondition):
+        await (await reopen()).join(refuse, "b:1", 10.0)
+    members = await registry.members()
+    assert (members.highest, dict(members.addresses)) == (1, {1: "a:1"})
+
+
+async def test_the_only_controller_takes_over_what_the_last_one_held(reopen: Reopen) -> None:
+    first = await reopen()
+    await first.join(start, "a:1", 10.0)
+    await first.create_deployment(deployment())
+    await first.leave()
+    second = await reopen()
+    await second.join(start, "b:1", 10.0)
+    assert await second.claim() == {"qa"}
+    assert await second.claim() == frozenset()
+    stored = await second.load()
+    assert (stored.holders, dict(stored.members.addresses)) == ({"qa": 2}, {2: "b:1"})
+
+
+async def test_whoever_must_hear_of_a_change_sees_another_revision(registry: Registry) -> None:
+    await registry.join(start, "a:1", 10.0)
+
+    async def revises(work: Awaitable[object]) -> bool:
+        before = (await registry.members()).revision
+        await work
+        return (await registry.members()).revision != before
+
+    assert await revises(registry.create_deployment(deployment()))
+    assert await revises(registry.update_deployment(deployment(etag="two"), "one"))
+    assert await revises(registry.save_node(Node("n1", "a:1")))
+    assert await revises(registry.save_captured(Captured("s1", "qa", "u", "")))
+    assert await revises(registry.drop_captured("s1"))
+    assert not await revises(registry.save_last_use({"qa": 1.0}))
+    assert not await revises(registry.renew(10.0))
+    assert not await revises(registry.claim())
+    assert await revises(registry.delete_deployment("qa"))
+
+
+async def test_operations_outlive_the_controller_that_runs_them(reopen: Reopen) -> None:
+    first = await reopen()
+    await first.join(start, "a:1", 10.0)
+    await first.save_operation("operations/x", b"running", False)
+    await first.save_operation("operations/x", b"done", True)
+    second = await reopen()
+    assert await second.operation("operations/x") == StoredOperation(1, True, b"done")
+    assert await second.operation("operations/y") is None
+    await second.drop_operation("operations/x")
+    assert await second.operation("operations/x") is None
+
+
+# Several controllers
+
+
+@pytest.fixture(params=["memory", "postgresql"])
+async def shared(request: pytest.FixtureRequest) -> AsyncIterator[Reopen]:
+    """Open one more registry of a database that several controllers share."""
+    opened: list[Registry] = []
+    memory = MemoryDatabase(SystemClock())
+    url = ""
+    if request.param == "postgresql":
+        server: PostgresServer = request.getfixturevalue("postgres_server")
+        url = await server.new_database()
+
+    async def open_one() -> Registry:
+        opened.append(await open_registry(url) if url else MemoryRegistry(memory))
+        return opened[-1]
+
+    yield open_one
+    for registry in opened:
+        await registry.close()
+
+
+async def ended(registry: Registry) -> bool:
+    """Whether its session has ended, as every write then says."""
+    try:
+        await registry.save_intent(Intent(str(uuid.uuid4()), "qa", "n1", "", 1.0))
+    except Aborted as error:
+        return error.reason == "SESSION_ENDED"
+    return False
+
+
+async def test_controllers_that_start_at_the_same_time_are_one_fleet(shared: Reopen) -> None:
+    registries = await asyncio.gather(*(shared() for _ in range(5)))
+    await asyncio.gather(*(r.join(start, f"a:{n}", 10.0) for n, r in enumerate(registries)))
+    members = await registries[0].members()
+    assert (members.highest, set(members.addresses)) == (5, {1, 2, 3, 4, 5})
+
+
+async def test_a_deployment_has_one_holder_until_its_session_ends(shared: Reopen) -> None:
+    # given: two controllers, one of which made a deployment
+    first, second = await shared(), await shared()
+    await first.join(start, "a:1", 0.0)
+    await second.join(start, "b:1", 10.0)
+    await first.create_deployment(deployment())
+    assert await second.claim() == frozenset()
+    # when: its time is up, and nobody has noticed
+    assert not await ended(first)
+    await first.renew(0.0)
+    # then: it goes on, until somebody does
+    await second.end_expired()
+    assert await ended(first)
+    with pytest.raises(Aborted):
+        await first.renew(10.0)
+    assert await second.claim() == {"qa"}
+    assert not await ended(second)
+
+
+async def test_a_session_that_was_renewed_is_not_ended(shared: Reopen) -> None:
+    first, second = await shared(), await shared()
+    await first.join(start, "a:1", 0.0)
+    await second.join(start, "b:1", 0.0)
+    await first.renew(10.0)
+    await second.end_expired()
+    await second.end_expired()
+    assert not await ended(first)
+    # One does not end itself.
+    assert not await ended(second)
+
+
+async def test_only_one_of_those_who_reach_for_a_deployment_gets_it(shared: Reopen) -> None:
+    first, *others = [await shared() for _ in range(5)]
+    await first.join(start, "a:1", 0.0)
+    for number in range(20):
+        await first.create_deployment(deployment(f"d{number}"))
+    for registry in others:
+        await registry.join(start, "b:1", 10.0)
+    await asyncio.gather(*(registry.end_expired() for registry in others))
+    taken = await asyncio.gather(*(registry.claim() for registry in others))
+    assert sorted(name for names in taken for name in names) == sorted(f"d{n}" for n in range(20))
+
+
+async def test_a_write_under_way_is_finished_before_its_session_ends(postgres_url: str) -> None:
+    """Or a successor would not see what was written, and the paused controller would believe that it was."""
+    first, second = await open_registry(postgres_url), await open_registry(postgres_url)
+    await first.join(start, "a:1", 0.0)
+    await second.join(start, "b:1", 10.0)
+    async with first._transaction(writes=True):
+        await second.end_expired()
+        assert 1 in (await second.members()).addresses
+    await second.end_expired()
+    assert 1 not in (await second.members()).addresses
+    for registry in (first, second):
+        await registry.close()
+
+
+async def test_a_controller_that_stops_in_the_middle_of_a_write_is_cut_off(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeout = {"idle_in_transaction_session_timeout": "50"}
+    monkeypatch.setattr("controller.adapters.registry_sql.SERVER_SETTINGS", timeout)
+    first, second = await open_registry(postgres_url), await open_registry(postgres_url)
+    await first.join(start, "a:1", 0.0)
+    await second.join(start, "b:1", 10.0)
+
+    async def stop_and_go_on() -> None:
+        async with first._transaction(writes=True) as connection:
+            while 1 in (await second.members()).addresses:
+                await second.end_expired()
+            await connection.execute(sa.select(sa.literal(1)))
+
+    with pytest.raises(Unavailable):
+        await stop_and_go_on()
+    for registry in (first, second):
+        await registry.close()

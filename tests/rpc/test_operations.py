@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from dumont.controller.v1.snapshot_service_pb2 import CreateSnapshotMetadata, Snapshot
 from dumont.errors import (
+    Aborted,
     Cancelled,
     FailedPrecondition,
     Internal,
@@ -273,3 +274,65 @@ async def test_progress_replaces_repeated_fields_and_refuses_unknown_ones() -> N
     assert (snapshot.name, snapshot.size_bytes) == ("snapshots/one", 3)
     with pytest.raises(ValueError, match="stag"):
         progress.update(stag="dump")
+
+
+class Kept:
+    """A store that outlives the operations."""
+
+    def __init__(self) -> None:
+        self.operations: dict[str, operations_pb2.Operation] = {}
+        self.full = False
+
+    async def save(self, operation: operations_pb2.Operation) -> None:
+        if self.full:
+            raise ResourceExhausted("DISK_FULL", "there is no room")
+        self.operations[operation.name] = operation
+
+    async def find(self, name: str) -> operations_pb2.Operation | None:
+        return self.operations.get(name)
+
+    async def drop(self, name: str) -> None:
+        self.operations.pop(name, None)
+
+
+async def test_the_result_of_an_operation_outlives_its_process() -> None:
+    store, gate = Kept(), Gate()
+    gate.opened.set()
+    first = Operations("test.dumont", store=store)
+    begun = await first.begin("capture", gate, METADATA)
+    await first.wait(begun.name)
+    await first.close()
+
+    found = await Operations("test.dumont", store=store).lookup(begun.name)
+
+    made = Snapshot()
+    assert found.done
+    assert found.response.Unpack(made)
+    assert (made.name, stage(found)) == ("snapshots/one", "dump")
+
+
+async def test_an_operation_that_ended_with_its_process_is_told_as_a_failure() -> None:
+    store = Kept()
+    first = Operations("test.dumont", store=store)
+    begun = await first.begin("capture", Gate(), METADATA)
+    await first.close()
+    second = Operations("test.dumont", store=store)
+    for _ in range(2):
+        found = await second.lookup(begun.name, timeout=10.0)
+        error = from_status(found.error)
+        assert found.done
+        assert (type(error), error.reason) == (Aborted, "OPERATION_INTERRUPTED")
+    assert store.operations[begun.name].done
+
+
+async def test_an_operation_that_cannot_be_stored_is_not_begun() -> None:
+    store, gate = Kept(), Gate()
+    store.full = True
+    operations = Operations("test.dumont", store=store)
+    with pytest.raises(ResourceExhausted):
+        await operations.begin("capture", gate, METADATA)
+    await asyncio.sleep(0)
+    assert not gate.opened.is_set()
+    assert (
+        list((await operations.ListOperations(operations_pb2.ListOperationsRequest(), None)).operations) == []
+    )

@@ -33,7 +33,9 @@ async def served() -> AsyncIterator[Served]:
     clock = SystemClock()
     nodes = MemoryNodes(clock)
     nodes.add_node("n1")
-    controller = await assemble(nodes, MemoryRegistry(), clock, Established(Identity("controller", 1)))
+    registry = MemoryRegistry()
+    who = await registry.join(lambda *_: Established(Identity("controller", 1)), "controller:7070", 10.0)
+    controller = await assemble(nodes, registry, clock, who)
     await controller.core.fleet.register(Node("n1", "n1:7071", checkpoint_capable=True))
     async with asyncio.timeout(5):
         await controller.core.inventory.until(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,9 +18,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from controller.adapters.nodes_grpc import GrpcNodes
 from controller.model import InstanceState, Phase, Report, Weights
 from controller.ports import Removed, Synchronized
-from dumont.errors import DataLoss, DeadlineExceeded, NotFound, Unavailable
+from dumont.errors import Aborted, DataLoss, DeadlineExceeded, NotFound, Unavailable
 from dumont.rpc.operations import Operations
 from dumont.rpc.server import ServerLimits, bind, new_server
+from dumont.sessions import SESSION_KEY, SESSIONS_KEY, Sessions
 from dumont.snapshotd.v1 import (
     instance_service_pb2 as pb,
 )
@@ -34,6 +36,7 @@ from dumont.snapshotd.v1 import (
 from dumont.snapshotd.v1 import (
     snapshot_service_pb2 as snapshots_pb,
 )
+from snapshotd.service.ownership import Ownership, OwnershipInterceptor
 
 # Calls at once that a connection takes; far more of them are answers than commands.
 STREAMS = 8
@@ -332,3 +335,54 @@ async def test_the_callers_deadline_is_the_callers_error(node: Connected) -> Non
     await stream.read()
     with pytest.raises(DeadlineExceeded):
         await stream.read()
+
+
+class Told(grpc.aio.ServerInterceptor):
+    """Writes down what the metadata of each call says of its sender."""
+
+    def __init__(self) -> None:
+        self.sessions: list[tuple[str, str]] = []
+
+    async def intercept_service(
+        self, continuation: Any, handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        metadata = {key: str(value) for key, value in handler_call_details.invocation_metadata or ()}
+        self.sessions.append((metadata.get(SESSION_KEY, ""), metadata.get(SESSIONS_KEY, "")))
+        return await continuation(handler_call_details)
+
+
+async def test_a_node_is_told_with_each_command_whose_session_it_comes_from() -> None:
+    told, ended, snapshotd = Told(), list[int](), Snapshotd()
+    living = Sessions(9, frozenset({7, 9}))
+    nodes = GrpcNodes("controller", 7, lambda: living, ended.append)
+    server = new_server("snapshotd.dumont", interceptors=(told,))
+    instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(snapshotd, server)
+    address = bind(server, "127.0.0.1:0")
+    await server.start()
+    await nodes.connect("n1", address)
+    await nodes.park("n1", "qa-1")
+    async with aclosing(nodes.watch("n1")) as changes:
+        await anext(changes)
+    living = Sessions(9, frozenset({7}))
+    # The node was given up meanwhile.
+    await nodes.disconnect("n1")
+    await nodes.connect("n1", address)
+    await nodes.park("n1", "qa-1")
+    await nodes.close()
+    await server.stop(0)
+    assert told.sessions == [("7.1", "9:7,9"), ("7.1", "9:7,9"), ("7.2", "9:7")]
+
+
+async def test_a_controller_whose_session_has_ended_is_told_by_the_node(tmp_path: Path) -> None:
+    ownership, ended = Ownership(tmp_path / "controller"), list[int]()
+    await ownership.learn(Sessions(9, frozenset({9})))
+    server = new_server("snapshotd.dumont", interceptors=(OwnershipInterceptor(ownership),))
+    instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(Snapshotd(), server)
+    nodes = GrpcNodes("controller", 7, Sessions, ended.append)
+    await nodes.connect("n1", bind(server, "127.0.0.1:0"))
+    await server.start()
+    with pytest.raises(Aborted) as failure:
+        await nodes.park("n1", "qa-1")
+    assert (failure.value.reason, ended) == ("SESSION_ENDED", [9])
+    await nodes.close()
+    await server.stop(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from controller.assembly import Controller, assemble
@@ -46,8 +47,13 @@ class World:
         self.who = Established(Identity("controller", 1))
         self.controller: Controller
 
-    async def boot(self, **settings: int) -> None:
-        self.controller = await assemble(self.nodes, self.registry, self.clock, self.who, **settings)
+    async def boot(self, **settings: Any) -> None:
+        who = await self.registry.join(self.next_start, "controller:7070", 10.0)
+        self.controller = await assemble(self.nodes, self.registry, self.clock, who, **settings)
+
+    def next_start(self, stored: Identity | None, empty: bool) -> Established:
+        starts = stored.starts + 1 if stored is not None else self.who.identity.starts
+        return replace(self.who, identity=replace(self.who.identity, starts=starts))
 
     async def crash(self) -> None:
         """The controller dies without a word; what it began on nodes goes on."""
