@@ -29,6 +29,8 @@ class TokenSequence:
         cached: how many of them another sequence had computed.
         extent: where they lie; None before it is admitted and after it has ended.
         generator: draws on the CPU.
+        followers: others of the same prompt, which wait for it to be computed here.
+        follows: whether it is such a follower.
     """
 
     prompt: list[int]
@@ -43,6 +45,8 @@ class TokenSequence:
     extent: Extent | None = None
     generator: np.random.Generator | None = None
     ended: bool = False
+    followers: tuple[TokenSequence, ...] = ()
+    follows: bool = False
 
     @property
     def length(self) -> int:
@@ -104,7 +108,7 @@ def plan(sequences: Iterable[TokenSequence], rows: int, prompt_rows: int) -> lis
     chunks: list[Chunk] = []
     prompts: list[TokenSequence] = []
     for sequence in sequences:
-        if sequence.ended or sequence.waiting == 0:
+        if sequence.ended or sequence.follows or sequence.waiting == 0:
             continue
         if sequence.waiting == 1 and len(chunks) < rows:
             chunks.append(Chunk(sequence, sequence.computed, 1, sampled=True))

@@ -30,7 +30,7 @@ from model_host.engines.assembly import build, choose_device
 from model_host.engines.attention import NotBatchable
 from model_host.engines.backends import Alone, Backend, Flight, Together, shapes
 from model_host.engines.batch import Chunk, TokenSequence, plan
-from model_host.engines.kv import FILLER, GRAIN, Extent, Extents, Prefixes
+from model_host.engines.kv import FILLER, GRAIN, WORTH_SHARING, Extent, Extents, Prefixes
 from model_host.engines.libraries import library_versions
 from model_host.engines.sampling import Chosen, Sampling
 from model_host.engines.tokens import load_tokenizer
@@ -398,6 +398,11 @@ class CausalLM:
                 return False
             taken.append(sequence)
             self._running[sequence] = (work, index)
+        if self._shares and len(work.sequences[0].prompt) > WORTH_SHARING:
+            first, *others = work.sequences
+            first.followers = tuple(others)
+            for follower in others:
+                follower.follows = True
         return True
 
     def _place(self, sequence: TokenSequence) -> bool:
@@ -474,7 +479,25 @@ class CausalLM:
         chunks = plan(self._running, self._backend.rows, self._backend.prompt_rows)
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
-        return self._backend.launch(chunks)
+        flight = self._backend.launch(chunks)
+        for chunk in chunks:
+            if chunk.sequence.followers and chunk.sequence.computed >= len(chunk.sequence.prompt):
+                self._share_prompt(chunk.sequence)
+        return flight
+
+    def _share_prompt(self, first: TokenSequence) -> None:
+        """Copy what was computed of a prompt to the other answers, all but its last token: each of them needs
+        logits of its own to draw from.
+        """
+        assert first.extent is not None
+        for follower in first.followers:
+            follower.follows = False
+            if follower.ended or follower.extent is None:
+                continue
+            count = len(first.prompt) - 1
+            self._backend.copy(first.extent, follower.extent, count)
+            follower.computed = count
+        first.followers = ()
 
     def _unchanged(self, flight: Flight) -> bool:
         """Whether the step after ``flight`` is for the same sequences, as far as is known now."""

@@ -46,8 +46,9 @@ from model_host.engines.sampling import Chosen, report
 log = logging.getLogger(__name__)
 
 # Rows of the graphs. Up to some thirty rows a step takes as long as with one: it is bound by launches, or by
-# reading the weights.
-BUCKETS: Final = (32, 64, 128, 256, 512)
+# reading the weights. Each graph costs 30 MB of every snapshot; one of 512 rows would compute long prompts a
+# fifth faster.
+BUCKETS: Final = (32, 64, 128, 256)
 ROWS: Final = BUCKETS[-1]
 SEQUENCES: Final = 256
 # Memory for keys and values comes in pieces of this many bytes, as sequences need it.
@@ -457,6 +458,12 @@ class Graphs:
             # Errors of kernels show here, and after one of them a process can use its GPU no more.
             raise DeviceLost(f"the GPU failed: {str(error).splitlines()[0]}") from error
         tokens, logprobs = (fetched.numpy() for fetched in self._fetched[turn])
+        reported = [row for chunk, row in zip(flight.sampled, rows, strict=True) if _reports(chunk)]
+        logits: Any = None
+        if reported:
+            # One copy of all rows that are needed, and of those between them.
+            first, end = min(reported), max(reported) + 1
+            logits = self._graphs[bucket][1][first:end].cpu().float().numpy()
         results: list[Result] = []
         for chunk, row in zip(flight.sampled, rows, strict=True):
             token = int(tokens[row])
@@ -465,8 +472,7 @@ class Graphs:
                     Internal("NOT_A_NUMBER", "the model computed no probabilities for the next token")
                 )
             elif top := chunk.sequence.sampling.logprobs:
-                logits = self._graphs[bucket][1][row].cpu().float().numpy()
-                results.append(report(logits, token, top, float(logprobs[row])))
+                results.append(report(logits[row - first], token, top, float(logprobs[row])))
             else:
                 results.append(Chosen(token, float(logprobs[row])))
         return results
@@ -483,6 +489,11 @@ class Graphs:
         self._scratch.map()
         self._block.map(PIECE)
         self._make_buffers()
+
+
+def _reports(chunk: Chunk) -> bool:
+    """Whether the likeliest tokens are reported beside the chosen one."""
+    return bool(chunk.sequence.sampling.logprobs)
 
 
 # What Triton's kernels take after their own arguments, and ours do not use.

@@ -20,6 +20,10 @@ from model_host.engine import Generation
 # times longer.
 LIKELY: Final = (1024, 16384)
 
+# The likeliest few are looked for in as many blocks of this size, those with the largest maxima. A whole
+# vocabulary would take ten times longer.
+BLOCK: Final = 256
+
 # Below it a draw gives the likeliest token anyway, and single precision no longer suffices.
 SMALLEST_TEMPERATURE: Final = 1e-6
 
@@ -141,12 +145,26 @@ def report(logits: Floats, token: int, top: int, logprob: float | None = None) -
     if logprob is None:
         best = logits.max()
         logprob = float(logits[token] - best - np.log(np.exp(logits - best).sum(dtype=np.float64)))
-    likeliest: list[int] = []
-    if top:
-        found = np.argpartition(logits, -top)[-top:]
-        likeliest = found[np.argsort(-logits[found], kind="stable")].tolist()
+    likeliest = largest(logits, top)
     normaliser = float(logits[token]) - logprob
     return Chosen(token, logprob, tuple((i, float(logits[i]) - normaliser) for i in likeliest))
+
+
+def largest(logits: Floats, count: int) -> list[int]:
+    """The places of the ``count`` largest, the largest first."""
+    if count == 0:
+        return []
+    starts = np.arange(0, len(logits), BLOCK)
+    if count < len(starts):
+        # As many blocks as places: outside these, nothing is larger than the peak of each of them.
+        peaks = np.maximum.reduceat(logits, starts)
+        starts = starts[np.argpartition(peaks, -count)[-count:]]
+    places = (starts[:, None] + np.arange(BLOCK)).ravel()
+    places = places[places < len(logits)]
+    if count < len(places):
+        places = places[np.argpartition(logits[places], -count)[-count:]]
+    found: list[int] = places[np.argsort(-logits[places], kind="stable")].tolist()
+    return found
 
 
 def adjust(logits: Floats, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +16,8 @@ from transformers import LlamaForCausalLM
 from dumont.errors import FailedPrecondition, Internal, InvalidArgument
 from model_host.engine import Capacity, Finish, FinishReason, Generation, Load, Message, Piece
 from model_host.engines.answers import Answering, Step
-from model_host.engines.backends import Together
-from model_host.engines.batch import TokenSequence
+from model_host.engines.backends import Flight, Together
+from model_host.engines.batch import Chunk, TokenSequence
 from model_host.engines.causal_lm import CausalLM
 from model_host.engines.kv import FILLER
 from model_host.engines.sampling import Chosen, Sampling
@@ -308,6 +309,46 @@ def tokens_of_room(folder: Path, tokens: int) -> CausalLM:
     """An engine whose cache has room for so many tokens."""
     values = 2 * 2 * 2 * 8  # two layers, keys and values, two heads, eight values each
     return load(folder, kv_cache=(FILLER + tokens) * values * 4)
+
+
+def test_several_answers_to_one_prompt_compute_it_once(
+    engine: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given what each of three draws is alone, and a prompt that no other shares
+    prompt = words([5, *range(1, 24)])
+    asked: dict[str, Any] = {"prompt": prompt, "max_new_tokens": 6, "temperature": 1.0}
+    alone = [run(engine, seed=7 + index, **asked).tokens for index in range(3)]
+    engine._forget_prefixes()
+    rows = 0
+    launch = engine._backend.launch
+
+    def counted(chunks: Sequence[Chunk]) -> Flight:
+        nonlocal rows
+        rows += sum(chunk.count for chunk in chunks)
+        return launch(chunks)
+
+    monkeypatch.setattr(engine._backend, "launch", counted)
+
+    # when they are asked for at once
+    work = engine.generate(Generation(seed=7, n=3, **asked))
+    found = answers(work, run_all(engine, [work])[work])
+
+    # then they are the same, and the prompt's tokens but the last were computed once
+    assert [answer.tokens for answer in found] == alone
+    assert [answer.finish.cached_prompt_tokens for answer in found if answer.finish] == [0, 0, 0]
+    assert rows == (24 - 1) + 3 + 3 * (6 - 1)
+    assert engine.load == Load()
+
+
+def test_answers_to_one_prompt_end_together_if_their_caller_leaves_before_it_is_computed(
+    engine: CausalLM, expected: list[int]
+) -> None:
+    work = engine.generate(Generation(prompt=words(list(range(1, 24))), n=3))
+    assert engine.admit(work)
+    engine.drop(work)
+
+    assert engine.load == Load()
+    assert run(engine, prompt=PROMPT, max_new_tokens=4).tokens == expected[:4]
 
 
 def test_what_can_never_fit_is_refused_by_name(folder: Path) -> None:
