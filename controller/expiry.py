@@ -118,7 +118,7 @@ class Publish(_Action):
 
 
 class KeepWarm(_Action):
-    """Start an instance of a deployment that must always have one."""
+    """Start an instance of a deployment that must always have some."""
 
     __slots__ = ()
     # Not the deployment's own name: waiting to restart it must not delay forgetting it.
@@ -261,26 +261,31 @@ def _instance(facts: Facts, instance: Instance, now: Moment) -> Iterator[tuple[f
 def _serving(
     facts: Facts, instance: Instance, deployment: Deployment, now: Moment
 ) -> Iterator[tuple[float, Action]]:
-    idle_at = instance.idle_since + deployment.idle_seconds
-    if deployment.start_mode is StartMode.COLD:
-        yield idle_at, Stop(instance.id, "idle_timeout has passed")
-    elif deployment.start_mode is StartMode.CHECKPOINT:
-        if instance.park_refused:
-            yield idle_at, Stop(instance.id, "idle_timeout has passed and it could not be parked")
-        else:
-            yield idle_at, Park(instance.id, "idle_timeout has passed")
-    else:
-        serving = [
+    serving = sorted(
+        (
             i
             for i in facts.instances
             if i.state is InstanceState.SERVING
             and not i.draining
             and deployment.runs(i.report)
             and facts.within_reach(i.node)
-        ]
-        oldest = min(serving, key=lambda i: (i.report.create_time, i.id))
-        if instance.id != oldest.id:
-            yield now.monotonic, Stop(instance.id, f"instances/{oldest.id} is kept warm already")
+        ),
+        key=lambda i: (i.report.create_time, i.id),
+    )
+    # Requests go to the oldest while it has capacity to spare, so the others become idle first.
+    older = [i.id for i in serving].index(instance.id) if instance in serving else len(serving)
+    warm = deployment.start_mode is StartMode.WARM
+    if older < deployment.kept_instances:
+        return
+    idle_at = instance.idle_since + deployment.idle_seconds
+    if warm and older >= deployment.most_instances:
+        yield now.monotonic, Stop(instance.id, f"instances/{serving[0].id} is kept warm already")
+    elif warm or deployment.start_mode is StartMode.COLD:
+        yield idle_at, Stop(instance.id, "idle_timeout has passed")
+    elif instance.park_refused:
+        yield idle_at, Stop(instance.id, "idle_timeout has passed and it could not be parked")
+    else:
+        yield idle_at, Park(instance.id, "idle_timeout has passed")
 
 
 def _snapshot(facts: Facts, snapshot: Snapshot, now: Moment) -> Iterator[tuple[float, Action]]:
@@ -345,5 +350,14 @@ def _deployment(facts: Facts, deployment: Deployment, now: Moment) -> Iterator[t
         left = [s for s in facts.snapshots if facts.owned(s) and reachable(s.node)]
         if not instances and not left:
             yield now.monotonic, Forget(deployment.id, "nothing of it is left")
-    elif deployment.start_mode is StartMode.WARM and not any(i.state in LIVE for i in instances):
-        yield now.monotonic, KeepWarm(deployment.id, "no instance is resident")
+    elif (kept := deployment.kept_instances) and sum(
+        i.state in _kept_states(deployment) for i in instances
+    ) < kept:
+        resident = "an instance is" if kept == 1 else f"{kept} instances are"
+        yield now.monotonic, KeepWarm(deployment.id, f"{resident} to be resident")
+
+
+def _kept_states(deployment: Deployment) -> frozenset[InstanceState]:
+    """States of an instance that needs no other one in its place. A person may park a warm one."""
+    warm = deployment.start_mode is StartMode.WARM
+    return LIVE if warm else LIVE - {InstanceState.PARKED}

@@ -145,6 +145,21 @@ CONNECT_PATIENCE: Final = 2.0
 ROOM_AGAIN: Final = 1.0
 # Nodes without free memory on which one decision looks for instances that could make room.
 ROOMS_EXAMINED: Final = 16
+# Another instance is started once a request has waited for so many seconds, or once all instances have been
+# asked for such a share of their capacity for so long.
+QUEUE_SECONDS: Final = 1.0
+LOAD_SHARE: Final = 0.8
+LOAD_SECONDS: Final = 10.0
+# States of instances that count for how many there may be.
+BESIDES: Final = frozenset(
+    {
+        InstanceState.STARTING,
+        InstanceState.SERVING,
+        InstanceState.CAPTURING,
+        InstanceState.RESUMING,
+        InstanceState.MOVING,
+    }
+)
 # States that end by themselves, and the tier of a request that waits for their end.
 JOINABLE = {
     InstanceState.STARTING: Tier.COLD,
@@ -303,6 +318,33 @@ def admit(facts: Facts, now: float, sequences: int) -> Attempt | Full | None:
     if not routing.has_room(instance, sequences):
         return Full(f"instances/{instance.id} was full")
     return resident
+
+
+def wants_another(facts: Facts, now: float, arrived: float | None, loaded_since: float | None) -> str:
+    """Why another instance should be started beside those that serve; empty: none should, or none may.
+
+    Args:
+        facts: what is known.
+        now: monotonic time in seconds.
+        arrived: when the next request in the queue arrived; None: none waits.
+        loaded_since: since when every instance has been nearly full; None: one is not.
+    """
+    instances = [i for i in _reachable(facts) if i.state in BESIDES]
+    serving = [i for i in instances if i.state is InstanceState.SERVING and not i.busy]
+    if not serving or len(instances) >= facts.deployment.most_instances:
+        return ""
+    # The time in which an instance was started is no reason to start another.
+    begun = max(instance.since for instance in serving)
+    if arrived is not None and now - max(arrived, begun) >= QUEUE_SECONDS:
+        return f"a request has waited for {now - arrived:.1f} s for one of the instances that serve"
+    if loaded_since is not None and now - max(loaded_since, begun) >= LOAD_SECONDS:
+        return f"every instance has computed {LOAD_SHARE:.0%} of what it can at once, or more"
+    return ""
+
+
+def loaded(serving: Iterable[Instance]) -> bool:
+    """Whether every one of the instances that serve is nearly full; False if there is none."""
+    return min((routing.share(instance) for instance in serving), default=0.0) >= LOAD_SHARE
 
 
 def _reachable(facts: Facts) -> list[Instance]:

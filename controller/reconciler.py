@@ -14,7 +14,7 @@ from typing import Any, assert_never
 
 import structlog
 
-from controller import balance, expiry
+from controller import balance, expiry, room
 from controller.backoff import Backoff
 from controller.core import Core
 from controller.expiry import DeleteSnapshot, Evacuate, Forget, GiveUp, KeepWarm, Park, Publish, Stop
@@ -175,12 +175,13 @@ class Reconciler:
         if kind == "nodes":
             node = self._core.inventory.nodes[identifier]
             plan = expiry.plan_node(node, self._silence, retry_at, now)
-            room = [a for a in self._room(node) if retry_at.get(a.target, 0.0) <= now.monotonic]
+            deletions = [a for a in self._room(node) if retry_at.get(a.target, 0.0) <= now.monotonic]
             leaving = self._drain(node, retry_at, now.monotonic)
             again_in = plan.again_in
             if node.draining:
                 again_in = DRAIN_AGAIN if again_in is None else min(again_in, DRAIN_AGAIN)
-            return replace(plan, actions=(*plan.actions, *room, *leaving), again_in=again_in)
+            due = (*plan.actions, *deletions, *leaving, *self._reclaim(node, retry_at, now.monotonic))
+            return replace(plan, actions=due, again_in=again_in)
         if not self._core.membership.mine(identifier):
             # Another controller acts on it.
             return None
@@ -210,6 +211,16 @@ class Reconciler:
         mine = self._core.membership.mine
         by_id = {one.snapshot.id: one.snapshot.deployment for one in held}
         return tuple(action for action in expiry.plan_room(node, held) if mine(by_id[action.id]))
+
+    def _reclaim(self, node: Node, retry_at: Mapping[str, float], now: float) -> list[expiry.Action]:
+        """End parked instances whose memory is needed."""
+        if node.state is not NodeState.READY:
+            return []
+        ends = [
+            expiry.Stop(one.instance, one.reason)
+            for one in room.reclaim(node, self._starts.tenants(node.id), now)
+        ]
+        return [action for action in ends if retry_at.get(action.target, 0.0) <= now]
 
     def _drain(self, node: Node, retry_at: Mapping[str, float], now: float) -> tuple[expiry.Action, ...]:
         if not node.draining:
@@ -312,7 +323,7 @@ class Reconciler:
         if now - self._warmed.get(deployment, now) > STABLE_SECONDS:
             self._restarts.succeeded(key)
         self._restarts.failed(key, now)
-        await self._starts.start(deployment)
+        await self._starts.keep(deployment)
         self._warmed[deployment] = self._core.now()
 
     async def _prune_stores(self) -> None:

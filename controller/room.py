@@ -18,6 +18,8 @@ from controller.model import Gpu, Instance, InstanceState, Node
 # An instance that is in use serves for so long before it yields, so that two deployments do not take turns
 # at evicting each other.
 ACTIVE_SECONDS: Final = 10.0
+# Of a node's memory, what is kept free of parked instances.
+FREE_SHARE: Final = 0.05
 # States in which an instance holds no memory of a GPU.
 OFF_GPU: Final = frozenset({InstanceState.PARKED, InstanceState.FAILED, InstanceState.GONE})
 
@@ -155,6 +157,35 @@ def find(node: Node, tenants: Sequence[Tenant], need: Need, now: float) -> Room 
     if found:
         return min(found, key=lambda one: one[0])[1]
     return next((one for one in refusals if not one.never), refusals[0])
+
+
+def reclaim(node: Node, tenants: Sequence[Tenant], now: float) -> tuple[Yield, ...]:
+    """The parked instances that end because parked ones take more memory than they may, or it is short.
+
+    Args:
+        node: the node.
+        tenants: every instance on it.
+        now: monotonic time in seconds.
+    """
+    parked = [t for t in tenants if t.instance.state is InstanceState.PARKED]
+    taken = sum(tenant.instance.report.ram_bytes for tenant in parked)
+    limit = node.parked_memory_limit_bytes
+    over = max(0, taken - limit) if limit else 0
+    short = max(0, int(node.memory_total_bytes * FREE_SHARE) - node.memory_available_bytes)
+    why = (
+        f"parked instances take more than {_mib(limit)} of nodes/{node.id}"
+        if over >= short
+        else f"nodes/{node.id} has only {_mib(node.memory_available_bytes)} of memory left"
+    )
+    left = max(over, short)
+    ends: list[Yield] = []
+    for tenant in sorted(parked, key=lambda t: (t.loss(How.STOP, now), t.instance.id)):
+        if left <= 0:
+            break
+        if tenant.ours and not tenant.wanted and not tenant.instance.busy:
+            left -= tenant.instance.report.ram_bytes
+            ends.append(Yield(tenant.instance.id, How.STOP, tenant.stop_seconds, False, why))
+    return tuple(ends)
 
 
 def _gpus(node: Node, need: Need) -> Iterable[Gpu | None]:

@@ -9,6 +9,8 @@ from controller.model import Instance
 
 # Assumed of an instance that does not report how many sequences it takes at once.
 ASSUMED_SEQUENCES: Final = 64
+# Shares of capacity in the same of so many steps are about equal.
+STEPS: Final = 8
 
 
 def has_room(instance: Instance, sequences: int = 1) -> bool:
@@ -16,8 +18,15 @@ def has_room(instance: Instance, sequences: int = 1) -> bool:
     return not instance.in_flight or instance.in_flight + sequences <= _capacity(instance)
 
 
+def share(instance: Instance) -> float:
+    """How much of what an instance takes at once it was asked for; above 1 if that is more."""
+    return instance.in_flight / _capacity(instance)
+
+
 def choose(instances: Iterable[Instance], sequences: int = 1) -> Instance | None:
-    """The instance with the smallest share of its capacity taken; the oldest among equals.
+    """The instance with the smallest share of its capacity taken; the oldest among those about equal.
+
+    So the younger ones become idle when the load falls, and end.
 
     Args:
         instances: the ones that serve.
@@ -27,7 +36,7 @@ def choose(instances: Iterable[Instance], sequences: int = 1) -> Instance | None
         instances,
         key=lambda i: (
             not has_room(i, sequences),
-            i.in_flight / _capacity(i),
+            int(share(i) * STEPS),
             i.report.create_time,
             i.id,
         ),

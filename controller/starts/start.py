@@ -117,6 +117,10 @@ class Start:
         """
         return policy.admit(self._facts(), self._core.now(), sequences)
 
+    def wants_another(self, arrived: float | None, loaded_since: float | None) -> str:
+        """Why another instance should be started; see ``policy.wants_another``."""
+        return policy.wants_another(self._facts(), self._core.now(), arrived, loaded_since)
+
     async def run(self) -> Started:
         """Decide and act until an instance serves.
 

@@ -138,13 +138,18 @@ class Starts:
         self._captures = Backoff(first=30.0, limit=3600.0)
         self._ruled_out = Backoff(first=10.0, limit=300.0)
         self._runs: dict[str, _Run] = {}
+        # Starts of another instance beside those that serve. No request waits for their end.
+        self._others: dict[str, _Run] = {}
+        # Since when every instance of a deployment has been nearly full.
+        self._loaded_since: dict[str, float] = {}
+        self._another = Backoff(first=5.0, limit=300.0)
         self._waiters: dict[str, _Waiters] = {}
         # The error of the last start by deployment, if it failed.
         self.failures: dict[str, str] = {}
 
     def starting(self, deployment: str) -> bool:
         """Whether a start runs for a deployment, or a request waits for it."""
-        return deployment in self._runs or deployment in self._waiters
+        return deployment in self._runs or deployment in self._waiters or deployment in self._others
 
     def waiting(self, deployment: str) -> int:
         """How many requests wait for an instance of a deployment."""
@@ -195,7 +200,9 @@ class Starts:
         if deployment not in self._waiters:
             ready = self._new(deployment).admit(ticket.sequences)
             if isinstance(ready, policy.Attempt):
-                return self._lease(ready, ticket, _Waiting(_future(), reasons))
+                lease = self._lease(ready, ticket, _Waiting(_future(), reasons))
+                self._start_another(deployment, None)
+                return lease
         waiters = self._waiters_of(deployment)
         waiters.queue.enter(ticket)
         waiting = waiters.waiting[ticket] = _Waiting(_future(), reasons)
@@ -234,6 +241,8 @@ class Starts:
                 return
             released = True
             inventory.release(instance.id, ticket.sequences)
+            if instance.deployment in self._loaded_since and not self._loaded(instance.deployment):
+                del self._loaded_since[instance.deployment]
             if instance.deployment in deployments.by_id:
                 deployments.used(instance.deployment)
             if (waiters := self._waiters.get(instance.deployment)) is not None:
@@ -261,8 +270,10 @@ class Starts:
                     self._expire(deployment, waiters)
                     if self._admit(deployment, waiters):
                         self._wait_for_start(deployment, waiters)
+                    elif (head := waiters.queue.head) is not None:
+                        self._start_another(deployment, head.arrived)
                     if waiters.queue:
-                        await self._next(changed, waiters)
+                        await self._next(deployment, changed, waiters)
         except DumontError as error:
             waiters.fail_all(error)
         except asyncio.CancelledError:
@@ -279,10 +290,10 @@ class Starts:
             )
         finally:
             del self._waiters[deployment]
-            run = self._runs.get(deployment)
-            if run is not None and run.start.waits_for_room:
-                # Nobody waits for it any more, so nobody needs to make room.
-                run.task.cancel()
+            for run in (self._runs.get(deployment), self._others.get(deployment)):
+                if run is not None and run.start.waits_for_room:
+                    # Nobody waits for it any more, so nobody needs to make room.
+                    run.task.cancel()
             # No request waits any more, so an idle instance may be due.
             self._core.inventory.touch(f"deployments/{deployment}")
 
@@ -330,12 +341,20 @@ class Starts:
             )
             waiters.fail(ticket, DeadlineExceeded("DEADLINE_EXCEEDED", message))
 
-    async def _next(self, changed: asyncio.Event, waiters: _Waiters) -> None:
+    async def _next(self, deployment: str, changed: asyncio.Event, waiters: _Waiters) -> None:
         """Wait until facts change, the start ends or the next deadline passes."""
         waits: set[asyncio.Future[Any]] = {asyncio.ensure_future(changed.wait())}
-        if (deadline := waiters.queue.next_deadline) is not None:
-            sleep = self._core.clock.sleep(max(0.0, deadline - self._core.now()))
-            waits.add(asyncio.ensure_future(sleep))
+        times = [waiters.queue.next_deadline]
+        if (head := waiters.queue.head) is not None and waiters.waiting[head].full:
+            # Then another instance may be started for it.
+            instances = self._core.inventory.instances_of(deployment)
+            began = max((i.since for i in instances if i.state is InstanceState.SERVING), default=0.0)
+            times.append(max(head.arrived, began) + policy.QUEUE_SECONDS)
+        now = self._core.now()
+        if due := [time for time in times if time is not None and time > now]:
+            waits.add(asyncio.ensure_future(self._core.clock.sleep(min(due) - now)))
+        elif times[0] is not None:
+            waits.add(asyncio.ensure_future(self._core.clock.sleep(0.0)))
         try:
             run = {waiters.run.task} if waiters.run else set()
             await asyncio.wait(waits | run, return_when=asyncio.FIRST_COMPLETED)
@@ -394,6 +413,57 @@ class Starts:
         serving = sum(instance.state is InstanceState.SERVING for instance in instances)
         return serving <= deployment.kept_instances
 
+    def _start_another(self, deployment: str, arrived: float | None) -> None:
+        """Start another instance beside those that serve, if that is wanted and none is being started."""
+        known = self._core.deployments.by_id[deployment]
+        if known.most_instances == 1 or deployment in self._others or deployment in self._runs:
+            return
+        if self._another.at.get(deployment, 0.0) > self._core.now():
+            return
+        start = self._new(deployment, another=True)
+        since = None
+        if self._loaded(deployment):
+            since = self._loaded_since.setdefault(deployment, self._core.now())
+        if reason := start.wants_another(arrived, since):
+            log.info("starts_another", deployment=deployment, because=reason)
+            self._begin_another(start)
+
+    def _loaded(self, deployment: str) -> bool:
+        """Whether every instance of a deployment that serves is nearly full."""
+        instances = self._core.inventory.instances_of(deployment)
+        return policy.loaded(i for i in instances if i.state is InstanceState.SERVING and not i.busy)
+
+    def _begin_another(self, start: Start) -> _Run:
+        deployment = start.deployment
+        work = self._guard(deployment, start.run)
+        task = self._core.tasks.spawn(work, f"start another {deployment}")
+        run = self._others[deployment] = _Run(task, start, captures=False)
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            del self._others[deployment]
+            if task.cancelled() or task.exception() is not None:
+                self._another.failed(deployment, self._core.now())
+            else:
+                self._another.succeeded(deployment)
+            self._core.inventory.touch(f"deployments/{deployment}")
+
+        task.add_done_callback(ended)
+        return run
+
+    async def keep(self, deployment: str) -> None:
+        """Start an instance without a request for it, beside those that serve.
+
+        Raises:
+            DumontError: the start failed.
+        """
+        if self._new(deployment).resident() is None:
+            await self.start(deployment)
+        elif deployment not in self._others:
+            run = self._begin_another(self._new(deployment, another=True))
+            await asyncio.wait([run.task])
+            if not run.task.cancelled() and (error := run.task.exception()) is not None:
+                raise error
+
     async def start(self, deployment: str) -> None:
         """Start an instance without a request for it; joins a start under way.
 
@@ -420,10 +490,10 @@ class Starts:
 
     async def cancel(self, deployment: str) -> None:
         """End the deployment's start, on the node as well, and wait until it has ended."""
-        run = self._runs.get(deployment)
-        if run is not None:
-            run.task.cancel()
-            await asyncio.wait([run.task])
+        for run in (self._runs.get(deployment), self._others.get(deployment)):
+            if run is not None:
+                run.task.cancel()
+                await asyncio.wait([run.task])
 
     def _begin(self, start: Start, work: Callable[[], Awaitable[Any]], captures: bool = False) -> _Run:
         deployment = start.deployment

@@ -8,7 +8,17 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from controller.model import InstanceState, Phase, Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
+from controller.model import (
+    Capacity,
+    InstanceState,
+    Phase,
+    Pruned,
+    Report,
+    ResolvedModel,
+    Snapshot,
+    Verified,
+    Weights,
+)
 from controller.ports import Change, Clock, ListedSnapshots, Removed, Synchronized
 from controller.room import OFF_GPU
 from dumont.errors import (
@@ -65,6 +75,8 @@ class MemoryNodes:
         self.timeouts: list[float | None] = []
         # Bytes of the weights of models.
         self.weights_bytes: dict[str, int] = {}
+        # What every instance reports that it computes at once.
+        self.capacity: Capacity | None = None
         # Bytes of GPU memory and of RAM that an instance takes, by deployment.
         self.sizes: dict[str, tuple[int, int]] = {}
         # Where each started instance was told to have its weights.
@@ -396,6 +408,7 @@ class MemoryNodes:
     def _sized(self, node: str, report: Report) -> Report:
         """The instance on one of the node's GPUs, if it has any, with its deployment's size."""
         gpu_bytes, ram_bytes = self.sizes.get(report.deployment, (0, 0))
+        report = replace(report, capacity=self.capacity)
         known = self.world[node]
         if not known.gpus:
             return replace(report, ram_bytes=ram_bytes, device="cpu")

@@ -24,7 +24,20 @@ from controller.model import (
     Tier,
     Weights,
 )
-from controller.policy import CONNECT_PATIENCE, Attempt, Facts, Tenants, Wait, decide, explain, place
+from controller.policy import (
+    CONNECT_PATIENCE,
+    LOAD_SECONDS,
+    QUEUE_SECONDS,
+    Attempt,
+    Facts,
+    Tenants,
+    Wait,
+    decide,
+    explain,
+    loaded,
+    place,
+    wants_another,
+)
 from controller.room import NoRoom, Tenant
 from controller.routing import choose
 from dumont.errors import ResourceExhausted, Unavailable
@@ -273,11 +286,74 @@ def test_a_joined_restore_keeps_its_tier() -> None:
 
 
 def test_a_request_goes_to_the_instance_with_the_fewest_in_flight() -> None:
-    busy = instance(InstanceState.SERVING, "a", in_flight=3)
-    idle = instance(InstanceState.SERVING, "b", in_flight=1)
-    twin = instance(InstanceState.SERVING, "c", in_flight=1)
+    busy = instance(InstanceState.SERVING, "a", in_flight=24)
+    idle = instance(InstanceState.SERVING, "b", in_flight=8)
+    twin = instance(InstanceState.SERVING, "c", in_flight=8)
     assert choose([busy, twin, idle]) is idle
     assert choose([]) is None
+
+
+def test_the_oldest_takes_what_it_has_capacity_to_spare_for_so_that_younger_ones_become_idle() -> None:
+    oldest = instance(InstanceState.SERVING, "a", in_flight=7)
+    younger = instance(InstanceState.SERVING, "b", in_flight=0)
+    assert choose([younger, oldest]) is oldest
+    assert choose([younger, replace(oldest, in_flight=8)]) is younger
+
+
+@pytest.mark.parametrize(
+    ("most", "waited", "loaded_for", "others", "wanted"),
+    [
+        (2, QUEUE_SECONDS, None, (), True),
+        (2, QUEUE_SECONDS / 2, None, (), False),
+        (2, None, LOAD_SECONDS, (), True),
+        (2, None, LOAD_SECONDS / 2, (), False),
+        (1, 60.0, 60.0, (), False),
+        (2, 60.0, None, (InstanceState.STARTING,), False),
+        (2, 60.0, None, (InstanceState.PARKED,), True),
+        (3, 60.0, None, (InstanceState.SERVING,), True),
+    ],
+    ids=[
+        "a request has waited",
+        "it has not waited for long",
+        "all are loaded",
+        "they were loaded for a moment",
+        "one is the limit",
+        "one is coming",
+        "one is parked",
+        "a third",
+    ],
+)
+def test_another_instance_is_wanted_when(
+    most: int,
+    waited: float | None,
+    loaded_for: float | None,
+    others: tuple[InstanceState, ...],
+    wanted: bool,
+) -> None:
+    known = facts(
+        deployment=replace(deployment(), max_instances=most),
+        instances=tuple(
+            instance(state, f"i{number}", since=0.0)
+            for number, state in enumerate((InstanceState.SERVING, *others))
+        ),
+    )
+    arrived, since = (None if one is None else NOW - one for one in (waited, loaded_for))
+    assert bool(wants_another(known, NOW, arrived, since)) is wanted
+
+
+def test_the_time_of_the_first_start_is_no_reason_for_another() -> None:
+    known = facts(
+        deployment=replace(deployment(), max_instances=2),
+        instances=(instance(InstanceState.SERVING, since=NOW - 0.1),),
+    )
+    assert not wants_another(known, NOW, NOW - 30.0, None)
+
+
+def test_a_deployment_is_loaded_when_each_of_its_instances_is() -> None:
+    full = instance(InstanceState.SERVING, "a", in_flight=52)
+    assert loaded([full])
+    assert not loaded([full, instance(InstanceState.SERVING, "b", in_flight=51)])
+    assert not loaded([])
 
 
 # Where: room, estimates and GPUs

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from controller.model import Gpu, Instance, InstanceState, Node, NodeState, Report
-from controller.room import ACTIVE_SECONDS, How, Need, NoRoom, Room, Tenant, find
+from controller.room import ACTIVE_SECONDS, How, Need, NoRoom, Room, Tenant, find, reclaim
 
 NOW = 1000.0
 LONG_AGO = NOW - 10 * ACTIVE_SECONDS
@@ -255,3 +255,39 @@ def test_why_says_what_yields_and_why() -> None:
     found = gpu_room(tenant("a", gpu=6, idle_since=NOW - 42, resume_seconds=0.4))
     assert isinstance(found, Room)
     assert found.yields[0].reason == "instances/a parks: it was not used for 42 s, and it is back in 0.4 s"
+
+
+# Parked memory
+
+
+def parked(name: str, ram: int, idle: float = 100.0, **facts: Any) -> Tenant:
+    return tenant(name, ram=ram, state=InstanceState.PARKED, idle_since=NOW - idle, **facts)
+
+
+def reclaimed(*tenants: Tenant, limit: int = 10, total: int = 100, available: int = 50) -> list[str]:
+    where = node(
+        parked_memory_limit_bytes=limit * GIB,
+        memory_total_bytes=total * GIB,
+        memory_available_bytes=available * GIB,
+    )
+    return [one.instance for one in reclaim(where, tenants, NOW)]
+
+
+def test_parked_instances_within_their_budget_stay() -> None:
+    assert reclaimed(parked("a", 6), parked("b", 4)) == []
+    assert reclaimed(parked("a", 60), limit=0) == []
+
+
+def test_beyond_the_budget_those_end_whose_loss_is_least() -> None:
+    assert reclaimed(parked("a", 6, idle=10), parked("b", 6, idle=500)) == ["b"]
+    assert reclaimed(parked("a", 6, idle=10), parked("b", 6, idle=500, back_seconds=900.0)) == ["a"]
+
+
+def test_when_the_node_runs_short_of_memory_parked_ones_end() -> None:
+    assert reclaimed(parked("a", 6), parked("b", 1), limit=0, available=4) == ["a"]
+    assert reclaimed(parked("a", 6), tenant("s", ram=90), limit=0, available=5) == []
+
+
+@pytest.mark.parametrize("keep", [{"ours": False}, {"wanted": True}, {"busy": True}])
+def test_no_memory_is_taken_from_a_parked_instance_that(keep: dict[str, Any]) -> None:
+    assert reclaimed(parked("a", 60, **keep), available=0) == []
