@@ -384,8 +384,9 @@ class Starts:
     def _tenant(self, instance: Instance) -> Tenant:
         inventory, estimates = self._core.inventory, self._core.inventory.estimates
         deployment, node = self._core.deployments.by_id.get(instance.deployment), instance.node
-        if deployment is None or instance.id not in inventory.intents:
-            # Nobody here knows what it is for.
+        mine = deployment is not None and self._core.membership.mine(deployment.id)
+        if deployment is None or not mine or instance.id not in inventory.intents:
+            # Nobody here knows what it is for, or whether somebody uses it.
             return Tenant(instance, ours=False)
         copy = inventory.copy_on(node, deployment.id)
         if copy is None or deployment.start_mode is not StartMode.CHECKPOINT:
