@@ -368,7 +368,9 @@ def report(message: node_instances_pb.Instance) -> Report:
 def _capacity(message: inference_words.Capacity) -> Capacity | None:
     """The capacity that a node reports; None if it is not a valid one."""
     kv_tokens = message.kv_tokens if message.HasField("kv_tokens") else None
-    return Capacity(message.sequences, kv_tokens) if message.sequences > 0 else None
+    if message.sequences <= 0:
+        return None
+    return Capacity(message.sequences, kv_tokens, message.unbatched_reason)
 
 
 def node_weights(value: node_instances_pb.Weights.ValueType) -> Weights:
@@ -412,6 +414,7 @@ def instance_message(
     )
     if report.capacity is not None:
         message.capacity.sequences = report.capacity.sequences
+        message.capacity.unbatched_reason = report.capacity.unbatched_reason
         if report.capacity.kv_tokens is not None:
             message.capacity.kv_tokens = report.capacity.kv_tokens
     if last_use is not None:

@@ -185,10 +185,14 @@ def total_seconds(phases: Iterable[Phase]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """How much an instance computes at once. ``kv_tokens`` is None where the engine has no KV cache."""
+    """How much an instance computes at once. ``kv_tokens`` is None where the engine has no KV cache.
+
+    ``unbatched_reason``: why it computes answers one after the other after all; empty if it does not.
+    """
 
     sequences: int
     kv_tokens: int | None = None
+    unbatched_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,8 @@ def instance(message: instance_service_pb2.Instance) -> types.Instance:
 
 def capacity(message: inference_pb2.Capacity) -> types.Capacity:
     """How much an instance computes at once."""
-    return types.Capacity(message.sequences, message.kv_tokens if message.HasField("kv_tokens") else None)
+    kv_tokens = message.kv_tokens if message.HasField("kv_tokens") else None
+    return types.Capacity(message.sequences, kv_tokens, message.unbatched_reason)
 
 
 def snapshot(message: snapshot_service_pb2.Snapshot) -> types.Snapshot:

@@ -149,10 +149,14 @@ class DeploymentInfo:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How much an instance computes at once: answers, and tokens in its KV cache (None: it has none)."""
+    """How much an instance computes at once: answers, and tokens in its KV cache (None: it has none).
+
+    ``unbatched_reason``: why it computes answers one after the other after all; empty if it does not.
+    """
 
     sequences: int
     kv_tokens: int | None
+    unbatched_reason: str = ""
 
 
 @dataclass(frozen=True)

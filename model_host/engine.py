@@ -202,10 +202,12 @@ class Capacity:
     Attributes:
         sequences: how many answers are computed together.
         kv_tokens: how many tokens of prompts and answers there is room for; None where nothing is cached.
+        unbatched_reason: why answers are computed one after the other after all; empty if they are not.
     """
 
     sequences: int
     kv_tokens: int | None = None
+    unbatched_reason: str = ""
 
 
 @dataclass(frozen=True)

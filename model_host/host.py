@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -258,7 +258,7 @@ class Host:
         }
 
     def _capacity(self, engine: Engine) -> Json:
-        return {"sequences": engine.capacity.sequences, "kv_tokens": engine.capacity.kv_tokens}
+        return asdict(engine.capacity)
 
     def _stop(self, arguments: Arguments) -> Json:
         self._gate.set_open(False)

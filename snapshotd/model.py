@@ -71,10 +71,12 @@ class Capacity:
     Attributes:
         sequences: sequences that it computes at the same time.
         kv_tokens: tokens that its KV cache holds; None if its engine has no KV cache.
+        unbatched_reason: why it computes sequences one after the other instead; empty if it does not.
     """
 
     sequences: int
     kv_tokens: int | None = None
+    unbatched_reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -292,8 +292,19 @@ def cells(instance: Instance) -> tuple[str, ...]:
         busy(instance),
         kv_cache(instance),
         age(instance.create_time),
-        instance.failure_message or ("orphan: no such deployment" if instance.orphan else ""),
+        note(instance),
     )
+
+
+def note(instance: Instance) -> str:
+    """What a reader of the table must know of an instance; usually empty."""
+    if instance.failure_message:
+        return instance.failure_message
+    if instance.orphan:
+        return "orphan: no such deployment"
+    if instance.capacity is not None and instance.capacity.unbatched_reason:
+        return f"computes one answer at a time: {instance.capacity.unbatched_reason}"
+    return ""
 
 
 def busy(instance: Instance) -> str:

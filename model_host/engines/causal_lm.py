@@ -148,6 +148,7 @@ class CausalLM:
         self._vocabulary = int(text_config.vocab_size)
         self._context = int(getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
         self.device = str(self._device)
+        self._unbatched = ""
         self._backend, tokens = self._choose_backend(settings, phases or Phases(), kernels or {})
         self._extents = Extents(tokens)
         self._prefixes = Prefixes()
@@ -158,7 +159,9 @@ class CausalLM:
         )
         on_cpu = self._device.type == "cpu"
         self.capacity = Capacity(
-            CPU_SEQUENCES if on_cpu else graphs.SEQUENCES, self._extents.largest if self._shares else None
+            CPU_SEQUENCES if on_cpu else graphs.SEQUENCES,
+            self._extents.largest if self._shares else None,
+            self._unbatched,
         )
         self._running: dict[TokenSequence, tuple[Answering, int]] = {}
         self._flight: Flight | None = None
@@ -197,7 +200,8 @@ class CausalLM:
             return backend, backend.tokens
         except NotBatchable as error:
             # As text: a log record that held the error would keep all that failed alive.
-            log.warning("sequences are computed one at a time: %s", str(error))
+            self._unbatched = str(error)
+            log.warning("sequences are computed one at a time: %s", self._unbatched)
             if backend is not None:
                 backend.quiesce()  # what computes instead does not use its memory
         attention.uninstall(self._model)

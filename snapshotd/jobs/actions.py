@@ -350,7 +350,12 @@ def with_load(instance: Instance, answer: Json) -> Instance:
     told = answer.get("capacity")
     capacity = instance.capacity
     if isinstance(told, Mapping) and _count(told.get("sequences")):
-        capacity = Capacity(_count(told["sequences"]), _count(told.get("kv_tokens")) or None)
+        reason = told.get("unbatched_reason")
+        capacity = Capacity(
+            _count(told["sequences"]),
+            _count(told.get("kv_tokens")) or None,
+            reason if isinstance(reason, str) else "",
+        )
     load = Load(
         _count(answer.get("running")), _count(answer.get("waiting")), _count(answer.get("kv_tokens_used"))
     )

@@ -64,7 +64,11 @@ def instance(fact: Instance) -> instances_pb2.Instance:
         engine_options=to_struct(fact.engine_options),
         capacity=None
         if fact.capacity is None
-        else inference_pb2.Capacity(sequences=fact.capacity.sequences, kv_tokens=fact.capacity.kv_tokens),
+        else inference_pb2.Capacity(
+            sequences=fact.capacity.sequences,
+            kv_tokens=fact.capacity.kv_tokens,
+            unbatched_reason=fact.capacity.unbatched_reason,
+        ),
         load=inference_pb2.Load(
             running=fact.load.running,
             waiting=fact.load.waiting,

@@ -270,7 +270,7 @@ def test_ps_shows_what_instances_take_and_are_at(cli: Cli) -> None:
     assert "25% of 200,000" in first
     assert "/" not in second
     described = cli.document("ps")[0]
-    assert described["capacity"] == {"sequences": 128, "kv_tokens": 200_000}
+    assert described["capacity"] == {"sequences": 128, "kv_tokens": 200_000, "unbatched_reason": ""}
     assert described["load"] == {"running": 3, "waiting": 1, "kv_tokens_used": 50_000}
     assert cli.document("ps")[1]["capacity"] is None
 

@@ -103,12 +103,14 @@ def test_of_an_instance_that_tells_nothing_a_usual_capacity_is_assumed() -> None
 def test_what_a_node_tells_of_capacity_and_load_is_told_on() -> None:
     message = node_pb.Instance(name="instances/qa-1", state=node_pb.Instance.STATE_SERVING)
     message.capacity.sequences, message.capacity.kv_tokens = 128, 4096
+    message.capacity.unbatched_reason = "it looks ahead"
     message.load.running, message.load.kv_tokens_used = 3, 512
 
     report = convert.report(message)
     told = convert.instance_message(replace(instance("qa-1", in_flight=5), report=report), None)
 
-    assert (report.capacity, report.load) == (Capacity(128, 4096), Load(3, 0, 512))
+    assert (report.capacity, report.load) == (Capacity(128, 4096, "it looks ahead"), Load(3, 0, 512))
+    assert told.capacity.unbatched_reason == "it looks ahead"
     assert (told.capacity.sequences, told.capacity.kv_tokens, told.in_flight) == (128, 4096, 5)
     assert (told.load.running, told.load.kv_tokens_used) == (3, 512)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -89,3 +90,10 @@ def test_what_must_stay_and_does_not_fit_is_folded() -> None:
     shown = drawn(snapshots.COLUMNS, snapshots.cells(SNAPSHOT), 40)
     assert "quarantined, orphan" in shown
     assert "".join(line[:19].strip() for line in shown.splitlines()[1:]) == f"{LONG}-27bdb209ae70"
+
+
+def test_an_instance_that_cannot_batch_says_why() -> None:
+    slow = replace(INSTANCE, failure_message="", capacity=types.Capacity(64, None, "it looks ahead"))
+
+    assert instances.cells(slow)[-1] == "computes one answer at a time: it looks ahead"
+    assert instances.cells(INSTANCE)[-1] == INSTANCE.failure_message

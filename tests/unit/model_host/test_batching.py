@@ -156,6 +156,7 @@ def test_each_says_what_it_says_alone_and_what_transformers_says(
 ) -> None:
     engine, name = model.engine, request.node.callspec.params["model"]
     assert type(engine._backend) is ARCHITECTURES[name][1]
+    assert bool(engine.capacity.unbatched_reason) == (ARCHITECTURES[name][1] is Alone)
     # given few rows, so that prompts come in pieces beside answers
     monkeypatch.setattr(engine._backend, "rows", 96)
     monkeypatch.setattr(engine._backend, "prompt_rows", 32)

@@ -54,7 +54,7 @@ def test_load_warms_up_and_records_the_canary(host: Host, world: FakeWorld) -> N
     assert answer["engine"] == "fake"
     assert answer["device"] == "cpu"
     assert answer["context_length"] == 16
-    assert answer["capacity"] == {"sequences": 4, "kv_tokens": None}
+    assert answer["capacity"] == {"sequences": 4, "kv_tokens": None, "unbatched_reason": ""}
     assert answer["canary"]["tokens"] == [1, 2, 3]
     assert answer["canary"]["logprob"] == -0.5
     assert [name for name, _ in answer["phases"]] == ["import_grpc", "warm_up", "canary"]
@@ -136,7 +136,7 @@ def test_serve_opens_the_socket_and_the_gate(host: Host, world: FakeWorld) -> No
         "instance": "i-1",
         "in_flight": 0,
         "queued": 0,
-        "capacity": {"sequences": 4, "kv_tokens": None},
+        "capacity": {"sequences": 4, "kv_tokens": None, "unbatched_reason": ""},
         "running": 0,
         "waiting": 0,
         "kv_tokens_used": 0,

@@ -61,9 +61,11 @@ def test_what_an_older_host_leaves_out_or_says_otherwise_is_unknown(answer: Json
 
 
 def test_an_engine_without_a_kv_cache_says_so() -> None:
-    measured = with_load(an_instance(State.SERVING), {"capacity": {"sequences": 32, "kv_tokens": None}})
+    told = {"sequences": 32, "kv_tokens": None, "unbatched_reason": "it looks ahead"}
+    measured = with_load(an_instance(State.SERVING), {"capacity": told})
 
-    assert measured.capacity == Capacity(32, None)
+    assert measured.capacity == Capacity(32, None, "it looks ahead")
+    assert convert.instance(measured).capacity.unbatched_reason == "it looks ahead"
     assert not convert.instance(measured).capacity.HasField("kv_tokens")
 
 
