@@ -34,6 +34,8 @@ from controller.model import (
     Tier,
     Weights,
 )
+from controller.policy import Candidate
+from controller.room import NoRoom, Room
 from dumont import engines
 from dumont.controller.v1 import deployment_service_pb2 as deployments_pb
 from dumont.controller.v1 import inference_service_pb2 as inference_pb
@@ -334,6 +336,23 @@ def deployment_message(
     if last_use is not None:
         message.last_use_time.CopyFrom(timestamp(last_use))
     return message
+
+
+def candidate_message(candidate: Candidate) -> deployments_pb.StartCandidate:
+    """A possible start for callers."""
+    found = candidate.room
+    return deployments_pb.StartCandidate(
+        tier=TIERS[candidate.tier],
+        node=f"nodes/{candidate.node}",
+        gpu=found.gpu if isinstance(found, Room) else "",
+        instance=full_name("instances", candidate.instance),
+        snapshot=full_name("snapshots", candidate.snapshot),
+        start_duration=duration(candidate.start.seconds),
+        room_duration=duration(found.seconds if isinstance(found, Room) else 0.0),
+        basis=candidate.start.basis,
+        yields=[one.reason for one in found.yields] if isinstance(found, Room) else [],
+        why_not=found.reason if isinstance(found, NoRoom) else "",
+    )
 
 
 # Instances

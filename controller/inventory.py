@@ -43,6 +43,8 @@ class Inventory:
         self._watchers: list[_Watcher] = []
         # What was measured of starts and sizes.
         self.estimates = Estimates()
+        # Why each instance was started or resumed, as far as this controller did it.
+        self.reasons: dict[str, tuple[str, ...]] = {}
         self.nodes: dict[str, Node] = {}
         self.instances: dict[str, Instance] = {}
         # By id and node: a snapshot may be on several nodes, and in the object store as well.
@@ -490,6 +492,7 @@ class Inventory:
             if not self._instances_of[instance.deployment]:
                 del self._instances_of[instance.deployment]
             self._instances_on[instance.node].pop(instance.id, None)
+            self.reasons.pop(instance.id, None)
             self._depart(instance.id)
         else:
             self.instances[instance.id] = instance

@@ -80,7 +80,9 @@ def add_services(
     )
     InferenceService(controller.serving, settings.max_new_tokens, LIMITS.write_seconds).register(server)
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(
-        InstanceService(controller.core, controller.instances, controller.migrations, running, draining),
+        InstanceService(
+            controller.core, controller.instances, controller.migrations, running, draining, controller.starts
+        ),
         server,
     )
     node_service_pb2_grpc.add_NodeServiceServicer_to_server(

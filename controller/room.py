@@ -159,6 +159,24 @@ def find(node: Node, tenants: Sequence[Tenant], need: Need, now: float) -> Room 
     return next((one for one in refusals if not one.never), refusals[0])
 
 
+def standing(tenant: Tenant, now: float) -> Iterator[str]:
+    """To whom an instance yields, and how long it would take to bring it back, each as a sentence."""
+    instance = tenant.instance
+    if not tenant.ours:
+        yield "it yields to nobody: it is not this controller's"
+        return
+    if instance.state not in (InstanceState.SERVING, InstanceState.PARKED):
+        yield f"it is {instance.state.name.lower()}, and yields to nobody meanwhile"
+        return
+    if not tenant.in_use:
+        yield f"it has not been used for {max(0.0, now - instance.idle_since):.0f} s, and yields to anyone"
+    else:
+        use = "answers requests" if instance.in_flight else "is kept" if tenant.kept else "is wanted"
+        yield f"it {use}, and yields to a priority above {tenant.priority}"
+    ended = f"{tenant.back_seconds:.1f} s after its process has ended"
+    yield f"it would be back in {tenant.resume_seconds:.1f} s from a park, and in {ended}"
+
+
 def reclaim(node: Node, tenants: Sequence[Tenant], now: float) -> tuple[Yield, ...]:
     """The parked instances that end because parked ones take more memory than they may, or it is short.
 

@@ -18,7 +18,7 @@ from dumont.errors import AlreadyExists
 from dumont.resources import AsyncInstances, AsyncNodes, AsyncSnapshots, pages
 from dumont.rpc.structs import from_struct
 from dumont.stream import AsyncTextStream
-from dumont.types import DeploymentInfo, Generation
+from dumont.types import DeploymentInfo, Explanation, Generation
 
 
 class AsyncClient:
@@ -115,6 +115,12 @@ class AsyncDeployment:
         with self._connection.errors():
             self.info = convert.deployment(await self._connection.deployments.GetDeployment(request))
         return self.info
+
+    async def explain(self) -> Explanation:
+        """What a request that arrived now would do, and why; see ``Explanation``."""
+        request = deployment_service_pb2.ExplainDeploymentRequest(name=self.name)
+        with self._connection.errors():
+            return convert.explanation(await self._connection.deployments.ExplainDeployment(request))
 
     async def delete(self) -> None:
         """End the deployment's instances, delete its snapshots and remove it."""

@@ -132,6 +132,28 @@ def deployment(message: deployment_service_pb2.Deployment) -> types.DeploymentIn
     )
 
 
+def explanation(message: deployment_service_pb2.ExplainDeploymentResponse) -> types.Explanation:
+    """What a request to a deployment would do."""
+    return types.Explanation(
+        message.decision,
+        tuple(
+            types.StartCandidate(
+                tier=word(inference_service_pb2.Tier, one.tier, "TIER_"),
+                node=one.node,
+                gpu=one.gpu,
+                instance=one.instance,
+                snapshot=one.snapshot,
+                start_seconds=seconds(one.start_duration),
+                room_seconds=seconds(one.room_duration),
+                basis=one.basis,
+                yields=tuple(one.yields),
+                why_not=one.why_not,
+            )
+            for one in message.candidates
+        ),
+    )
+
+
 def instance(message: instance_service_pb2.Instance) -> types.Instance:
     """An instance."""
     return types.Instance(
@@ -152,6 +174,9 @@ def instance(message: instance_service_pb2.Instance) -> types.Instance:
         capacity=capacity(message.capacity) if message.HasField("capacity") else None,
         load=types.Load(message.load.running, message.load.waiting, message.load.kv_tokens_used),
         in_flight=message.in_flight,
+        gpu_bytes=message.gpu_bytes,
+        ram_bytes=message.ram_bytes,
+        reasons=tuple(message.reasons),
         gpu=message.gpu,
         draining=message.draining,
     )

@@ -18,6 +18,7 @@ from dumont.errors import Cancelled, FailedPrecondition
 from dumont.stream import AsyncTextStream
 from dumont.types import (
     DeploymentInfo,
+    Explanation,
     Generation,
     Instance,
     Node,
@@ -245,6 +246,10 @@ class Deployment:
     def refresh(self) -> DeploymentInfo:
         """Ask the controller for ``info`` again."""
         return self._loop.run(self._deployment.refresh())
+
+    def explain(self) -> Explanation:
+        """What a request that arrived now would do, and why; see ``Explanation``."""
+        return self._loop.run(self._deployment.explain())
 
     def delete(self) -> None:
         """End the deployment's instances, delete its snapshots and remove it."""

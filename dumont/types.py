@@ -148,6 +148,35 @@ class DeploymentInfo:
 
 
 @dataclass(frozen=True)
+class StartCandidate:
+    """A way in which a deployment could be started.
+
+    ``start_seconds`` and ``room_seconds`` are estimates: of the start, and of making room for it. ``basis``
+    says what they rest on, ``yields`` which instances would make the room, and ``why_not`` why it is not
+    possible.
+    """
+
+    tier: str
+    node: str
+    gpu: str
+    instance: str
+    snapshot: str
+    start_seconds: float
+    room_seconds: float
+    basis: str
+    yields: tuple[str, ...]
+    why_not: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a request to a deployment would do now, and the possible starts, the best one first."""
+
+    decision: str
+    candidates: tuple[StartCandidate, ...]
+
+
+@dataclass(frozen=True)
 class Capacity:
     """How much an instance computes at once: answers, and tokens in its KV cache (None: it has none).
 
@@ -195,6 +224,9 @@ class Instance:
     load: Load
     in_flight: int
     orphan: bool = False
+    gpu_bytes: int = 0
+    ram_bytes: int = 0
+    reasons: tuple[str, ...] = ()
     gpu: str = ""
     draining: bool = False
 

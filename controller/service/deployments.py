@@ -13,6 +13,8 @@ from dumont.controller.v1 import deployment_service_pb2 as pb
 from dumont.controller.v1 import deployment_service_pb2_grpc as pb_grpc
 from dumont.rpc.pages import page
 
+MOST_CANDIDATES = 100
+
 
 class DeploymentService(pb_grpc.DeploymentServiceServicer):
     """``dumont.controller.v1.DeploymentService``; the proto documents its methods."""
@@ -59,6 +61,14 @@ class DeploymentService(pb_grpc.DeploymentServiceServicer):
             lambda: identifier not in self._deployments.by_id, f"deployments/{identifier}"
         )
         return Empty()
+
+    async def ExplainDeployment(
+        self, request: pb.ExplainDeploymentRequest, context: object
+    ) -> pb.ExplainDeploymentResponse:
+        decision, candidates = self._starts.explain(names.parse(request.name, "deployments", "name"))
+        return pb.ExplainDeploymentResponse(
+            decision=decision, candidates=map(convert.candidate_message, candidates[:MOST_CANDIDATES])
+        )
 
     def _message(self, deployment: Deployment) -> pb.Deployment:
         state, message = self._starts.condition(deployment)

@@ -15,6 +15,7 @@ from controller.instances import Instances
 from controller.migration import Destination, Migrations
 from controller.model import Instance
 from controller.ports import Removed, Synchronized
+from controller.starts.starts import Starts
 from dumont import names
 from dumont.controller.v1 import instance_service_pb2 as pb
 from dumont.controller.v1 import instance_service_pb2_grpc as pb_grpc
@@ -33,6 +34,7 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
         migrations: what brings instances elsewhere.
         operations: the long-running operations of this service.
         draining: set when streams without an end of their own must end.
+        starts: what knows why instances are where they are.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
         migrations: Migrations,
         operations: Operations,
         draining: asyncio.Event,
+        starts: Starts,
     ) -> None:
         self._core = core
+        self._starts = starts
         self._inventory = core.inventory
         self._instances = instances
         self._migrations = migrations
@@ -125,4 +129,9 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
         deployments = self._core.deployments
         owner = deployments.by_id.get(instance.deployment)
         orphan = owner is None or not owner.runs(instance.report)
-        return convert.instance_message(instance, deployments.last_use.get(instance.deployment), orphan)
+        return convert.instance_message(
+            instance,
+            deployments.last_use.get(instance.deployment),
+            orphan,
+            self._starts.reasons(instance),
+        )

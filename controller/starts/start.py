@@ -117,6 +117,20 @@ class Start:
         """
         return policy.admit(self._facts(), self._core.now(), sequences)
 
+    def explain(self) -> tuple[str, list[policy.Candidate]]:
+        """What this start would do now, and every possible one; see ``policy.explain``."""
+        facts, now = self._facts(), self._core.now()
+        try:
+            decision = policy.decide(facts, now)
+        except DumontError as error:
+            words = f"it would be refused: {error.reason}: {error.message}"
+        else:
+            if isinstance(decision, policy.Wait):
+                words = f"it would wait: {decision.reason}"
+            else:
+                words = f"{decision.tier.value} on nodes/{decision.node}: {decision.reason}"
+        return words, policy.explain(facts, now)
+
     def wants_another(self, arrived: float | None, loaded_since: float | None) -> str:
         """Why another instance should be started; see ``policy.wants_another``."""
         return policy.wants_another(self._facts(), self._core.now(), arrived, loaded_since)
@@ -328,6 +342,7 @@ class Start:
         for phase in self._phases:
             self._core.metrics.phases.labels(phase.name).observe(phase.seconds)
         self._core.metrics.starts.labels(tier.value, "ok").inc()
+        self._core.inventory.reasons[instance] = (f"{tier.value} start: {attempt.reason}",)
         log.info(
             "started",
             deployment=self.deployment,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from controller import policy
+from controller import policy, room
 from controller.backoff import Backoff
 from controller.core import Core
 from controller.estimates import WORK_OF, Work
@@ -374,6 +374,21 @@ class Starts:
             self.tenants,
             another,
         )
+
+    # Telling
+
+    def explain(self, deployment: str) -> tuple[str, list[policy.Candidate]]:
+        """What a request that arrived now would do, and every possible start.
+
+        Raises:
+            NotFound, FailedPrecondition: there is no such deployment, or it is being deleted.
+        """
+        return self._new(deployment).explain()
+
+    def reasons(self, instance: Instance) -> tuple[str, ...]:
+        """Why an instance is where it is, to whom it yields, and how long its return would take."""
+        made = self._core.inventory.reasons.get(instance.id, ())
+        return (*made, *room.standing(self._tenant(instance), self._core.now()))
 
     # Room
 

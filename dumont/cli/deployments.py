@@ -182,6 +182,36 @@ def cells(info: DeploymentInfo) -> tuple[str, ...]:
 
 
 @command
+def explain(
+    deployment: Annotated[str, typer.Argument(help="The deployment.", autocompletion=completion.deployments)],
+    json: Json = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Say what a request to a deployment would do now, and why; nothing is started."""
+    with sync.Client(endpoint) as client:
+        found = client.deployments.get(deployment).explain()
+    if json:
+        print_json(found)
+        return
+    print_facts({"now": found.decision})
+    print_table(
+        ("TIER", "NODE", "FROM", "START", "ROOM", "BY", "WHAT YIELDS, OR WHY NOT"),
+        (
+            (
+                one.tier,
+                short(one.node),
+                short(one.instance or one.snapshot) or "the model",
+                f"{one.start_seconds:.2f} s",
+                f"{one.room_seconds:.2f} s" if one.yields else "",
+                one.basis,
+                one.why_not or "; ".join(one.yields),
+            )
+            for one in found.candidates
+        ),
+    )
+
+
+@command
 def rm(
     names: Annotated[
         list[str], typer.Argument(metavar="DEPLOYMENT...", autocompletion=completion.deployments)

@@ -45,6 +45,9 @@ def ps(
         str | None, typer.Option(help="List only this deployment's.", autocompletion=completion.deployments)
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show each change until interrupted.")] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="Say why each is where it is, and to whom it yields.")
+    ] = False,
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
@@ -65,6 +68,21 @@ def ps(
             client.deployments.get(deployment)  # raises where there is none
     if json:
         print_json(found)
+    elif why:
+        print_table(
+            ("INSTANCE", "STATE", "NODE", "GPU MEMORY", "MEMORY", "WHY"),
+            (
+                (
+                    short(instance.name),
+                    instance.state,
+                    short(instance.node),
+                    size(instance.gpu_bytes) if instance.gpu else "",
+                    size(instance.ram_bytes),
+                    "; ".join(instance.reasons),
+                )
+                for instance in found
+            ),
+        )
     else:
         _print(found, as_json=False)
 

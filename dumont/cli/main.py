@@ -66,6 +66,7 @@ for function in (
     deployments.deploy,
     deployments.ls,
     deployments.rm,
+    deployments.explain,
     inference.generate,
     inference.embed,
     instances.ps,

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.empty_pb2 import Empty
 
 from dumont.controller.v1 import deployment_service_pb2 as deployments
@@ -110,6 +111,28 @@ class FakeController(
         if self.deployments.pop(request.name, None) is None:
             raise NotFound("DEPLOYMENT_NOT_FOUND", f"no {request.name}", field="name")
         return Empty()
+
+    async def ExplainDeployment(self, request: Any, context: Any) -> deployments.ExplainDeploymentResponse:
+        await self.GetDeployment(request, context)
+        chosen = deployments.StartCandidate(
+            tier=inference.TIER_LOCAL,
+            node="nodes/n1",
+            gpu="GPU-a",
+            snapshot="snapshots/one",
+            start_duration=Duration(nanos=400_000_000),
+            room_duration=Duration(nanos=500_000_000),
+            basis="restore measured here 4 times",
+            yields=["instances/b parks: it was not used for 42 s, and it is back in 0.4 s"],
+        )
+        other = deployments.StartCandidate(
+            tier=inference.TIER_COLD,
+            node="nodes/n2",
+            start_duration=Duration(seconds=15),
+            why_not="n2 is full",
+        )
+        return deployments.ExplainDeploymentResponse(
+            decision="local on nodes/n1: snapshots/one is on nodes/n1", candidates=[chosen, other]
+        )
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[inference.GenerateResponse]:
         self.requests.append(request)

@@ -275,6 +275,32 @@ def test_ps_shows_what_instances_take_and_are_at(cli: Cli) -> None:
     assert cli.document("ps")[1]["capacity"] is None
 
 
+def test_ps_says_why_an_instance_is_where_it_is(cli: Cli) -> None:
+    told = cli.served.controller.instances["instances/a"]
+    told.gpu, told.gpu_bytes, told.ram_bytes = "GPU-a", 6 << 30, 1 << 30
+    told.reasons.extend(["local start: snapshots/one is on nodes/n1", "it yields to anyone"])
+    first = cli("ps", "--why").stdout.splitlines()[1]
+    assert "local start: snapshots/one is on nodes/n1; it yields to anyone" in first
+    described = cli.document("ps", "--why")[0]
+    assert described["reasons"] == list(told.reasons)
+    assert (described["gpu"], described["gpu_bytes"], described["ram_bytes"]) == ("GPU-a", 6 << 30, 1 << 30)
+
+
+def test_explain_says_what_a_request_would_do_and_why(cli: Cli) -> None:
+    shown = cli("explain", "qa").stdout
+    assert "local on nodes/n1: snapshots/one is on nodes/n1" in shown
+    chosen, other = shown.splitlines()[-2:]
+    assert chosen.split()[:7] == ["local", "n1", "one", "0.40", "s", "0.50", "s"]
+    assert "instances/b parks: it was not used for 42 s" in chosen
+    assert other.split()[:5] == ["cold", "n2", "the", "model", "15.00"]
+    assert "n2 is full" in other
+
+    described = cli.document("explain", "qa")
+    assert [one["tier"] for one in described["candidates"]] == ["local", "cold"]
+    assert described["candidates"][1]["why_not"] == "n2 is full"
+    assert cli("explain", "none").exit_code == 1
+
+
 def test_ps_watch_shows_each_change(cli: Cli) -> None:
     cli.served.controller.watch_ends = True
     first, second = cli.lines("ps", "--watch")

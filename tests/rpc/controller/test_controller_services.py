@@ -324,6 +324,30 @@ async def test_embeddings_come_with_their_start(served: Served) -> None:
     assert details(failure.value)[ErrorInfo].reason == "WRONG_ENGINE"
 
 
+async def test_a_deployment_is_explained_and_its_instance_says_why_it_is_there(served: Served) -> None:
+    await create(served)
+    stub = deployment_service_pb2_grpc.DeploymentServiceStub(served.channel)
+    request = deployments.ExplainDeploymentRequest(name="deployments/qa")
+    before = await stub.ExplainDeployment(request)
+    assert before.decision == "cold on nodes/n1: no instance and no usable snapshot"
+    assert [(one.tier, one.node) for one in before.candidates] == [(inference.TIER_COLD, "nodes/n1")]
+    assert before.candidates[0].start_duration.seconds > 0
+    assert before.candidates[0].basis
+
+    await generate(served, prompt="Hello").read()
+
+    after = await stub.ExplainDeployment(request)
+    assert after.decision.startswith("resident on nodes/n1")
+    (known,) = (
+        await instance_service_pb2_grpc.InstanceServiceStub(served.channel).ListInstances(
+            instances.ListInstancesRequest()
+        )
+    ).instances
+    assert known.reasons[0] == "cold start: no instance and no usable snapshot"
+    assert any("yields to" in reason for reason in known.reasons)
+    assert any("it would be back in" in reason for reason in known.reasons)
+
+
 async def test_instances_are_watched_parked_resumed_read_and_stopped(served: Served) -> None:
     await create(served)
     answer = [m async for m in generate(served)]
