@@ -54,6 +54,7 @@ async def assemble(
     prune_every: float = 0.0,
     lease: float = 10.0,
     membership: Membership | None = None,
+    rebalance: bool = True,
 ) -> Controller:
     """Read the registry, follow the nodes it knows, and begin to reconcile.
 
@@ -67,6 +68,7 @@ async def assemble(
         prune_every: seconds between two prunings of each object store; 0: never.
         lease: seconds after which another controller takes this one's place unless it renews its session.
         membership: the facts about the session, if others have them too.
+        rebalance: whether idle instances leave crowded GPUs.
     """
     tasks, inventory = Tasks(), Inventory(clock)
     membership = membership or Membership(who.identity.starts)
@@ -78,7 +80,14 @@ async def assemble(
     migrations = Migrations(core, starts, instances, snapshots)
     serving = Serving(core, starts, instances)
     reconciler = Reconciler(
-        core, starts, instances, snapshots, migrations, silence=3 * heartbeat, prune_every=prune_every
+        core,
+        starts,
+        instances,
+        snapshots,
+        migrations,
+        silence=3 * heartbeat,
+        prune_every=prune_every,
+        rebalance=rebalance,
     )
     succession = Succession(core, lease)
     # What nobody holds any more is this controller's.

@@ -80,6 +80,9 @@ class Config(BaseSettings):
         le=31_536_000,
         description="between two prunings of each object store by one of its nodes; 0: none but by hand",
     )
+    rebalance: CliImplicitFlag[bool] = Field(
+        default=True, description="bring idle instances from crowded GPUs to emptier ones"
+    )
     drain_seconds: float = Field(
         default=30.0, ge=0, le=3600, description="seconds that running calls get at SIGTERM"
     )

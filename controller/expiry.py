@@ -147,7 +147,18 @@ class Evacuate(_Action):
     TARGET = "instances/{}/node"
 
 
-Action = Park | Stop | DeleteSnapshot | Publish | KeepWarm | Forget | GiveUp | Evacuate
+@dataclass(frozen=True, slots=True)
+class Rebalance(_Action):
+    """Bring an idle instance off a crowded GPU: to another one of its node, or to another node."""
+
+    # One at a time on each node, of which ``id`` is the id.
+    TARGET = "nodes/{}/balance"
+    instance: str
+    gpu: str = ""
+    node: str = ""
+
+
+Action = Park | Stop | DeleteSnapshot | Publish | KeepWarm | Forget | GiveUp | Evacuate | Rebalance
 
 
 @dataclass(frozen=True, slots=True)

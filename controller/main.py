@@ -147,6 +147,7 @@ async def _serve(settings: Config, state_dir: Path, surpassed: int) -> int | Non
             settings.prune_seconds,
             settings.lease_seconds,
             membership,
+            settings.rebalance,
         )
         stack.push_async_callback(controller.close)
         running = Operations(DOMAIN, store=OperationStore(registry))

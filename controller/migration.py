@@ -300,7 +300,15 @@ class Migrations:
                 )
             snapshot = restorable.snapshot if found else ""
         on_stage("restoring" if snapshot else "starting")
-        successor = (await self._instances.create(deployment, target.id, snapshot)).instance
+        at = self._starts.at(deployment.id, target.id)
+        if at.snapshot or not snapshot:
+            created = await self._instances.create(
+                deployment, target.id, at.snapshot, at.gpu, at.need, at.yields
+            )
+        else:
+            # Its start mode restores no snapshots, but a migration may.
+            created = await self._instances.create(deployment, target.id, snapshot)
+        successor = created.instance
         on_made(successor)
         if not snapshot and deployment.start_mode is StartMode.CHECKPOINT and target.checkpoint_capable:
             # As in any first start, before a prompt enters it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import ChainMap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, assert_never
 
@@ -17,9 +17,19 @@ import structlog
 from controller import balance, expiry, room
 from controller.backoff import Backoff
 from controller.core import Core
-from controller.expiry import DeleteSnapshot, Evacuate, Forget, GiveUp, KeepWarm, Park, Publish, Stop
+from controller.expiry import (
+    DeleteSnapshot,
+    Evacuate,
+    Forget,
+    GiveUp,
+    KeepWarm,
+    Park,
+    Publish,
+    Rebalance,
+    Stop,
+)
 from controller.instances import TRANSIENT, Instances
-from controller.migration import Migrations
+from controller.migration import Destination, Migrations
 from controller.model import Moment, Node, NodeState
 from controller.snapshots import Snapshots
 from controller.starts.starts import Starts
@@ -35,6 +45,8 @@ BATCH = 200
 LOOK_AGAIN = 3600.0
 # Seconds after which a draining node is planned again: what could not leave may leave now.
 DRAIN_AGAIN = 1.0
+# Seconds between two moves for the balance of a node.
+BALANCE_REST = 30.0
 
 
 class Agenda:
@@ -85,6 +97,7 @@ class Reconciler:
         silence: seconds without a heartbeat after which a node is given up.
         save_every: seconds between two saves of last-use times; a crash loses at most that much.
         prune_every: seconds between two prunings of each object store; 0: never.
+        rebalance: whether idle instances leave crowded GPUs.
     """
 
     def __init__(
@@ -97,6 +110,7 @@ class Reconciler:
         silence: float = 15.0,
         save_every: float = 2.0,
         prune_every: float = 0.0,
+        rebalance: bool = True,
     ) -> None:
         self._core = core
         self._starts = starts
@@ -106,6 +120,7 @@ class Reconciler:
         self._silence = silence
         self._save_every = save_every
         self._prune_every = prune_every
+        self._rebalance = rebalance
         # Targets of the actions under way; no target is acted on twice at the same time.
         self._under_way: dict[str, float] = {}
         self._agenda = Agenda()
@@ -113,6 +128,8 @@ class Reconciler:
         self._backoff = Backoff(first=1.0, limit=60.0)
         self._restarts = Backoff(first=1.0, limit=60.0)
         self._defects = Backoff(first=1.0, limit=60.0)
+        # After a move a node is left alone for a while, whether it succeeded or not.
+        self._balanced = Backoff(first=BALANCE_REST, limit=BALANCE_REST)
         self._warmed: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -176,7 +193,7 @@ class Reconciler:
             node = self._core.inventory.nodes[identifier]
             plan = expiry.plan_node(node, self._silence, retry_at, now)
             deletions = [a for a in self._room(node) if retry_at.get(a.target, 0.0) <= now.monotonic]
-            leaving = self._drain(node, retry_at, now.monotonic)
+            leaving = (*self._drain(node, retry_at, now.monotonic), *self._balance(node, now.monotonic))
             again_in = plan.again_in
             if node.draining:
                 again_in = DRAIN_AGAIN if again_in is None else min(again_in, DRAIN_AGAIN)
@@ -231,6 +248,26 @@ class Reconciler:
         held = tuple(s for s in inventory.held_on(node.id) if mine(s.deployment))
         owned = self._core.deployments.owned(instances)
         return balance.plan_drain(node, instances, held, owned, retry_at, now)
+
+    def _balance(self, node: Node, now: float) -> Iterator[expiry.Rebalance]:
+        target = Rebalance.TARGET.format(node.id)
+        resting = self._balanced.at.get(target, 0.0) > now or target in self._under_way
+        if not self._rebalance or resting or not node.gpus:
+            return
+        inventory = self._core.inventory
+
+        def others() -> Iterator[tuple[Node, int]]:
+            for other in inventory.nodes.values():
+                if other.id != node.id and other.takes_starts and other.gpus:
+                    on = inventory.instances_on(other.id)
+                    yield other, sum(room.held_bytes(i, gpu.uuid) for i in on for gpu in other.gpus)
+
+        instances = inventory.instances_on(node.id)
+        # All of them take memory, and those of other controllers' deployments are moved by these.
+        mine = self._core.membership.mine
+        owned = self._core.deployments.owned(i for i in instances if mine(i.deployment))
+        if (action := balance.plan_balance(node, instances, owned, others, now)) is not None:
+            yield action
 
     def facts(self, deployment: str, retry_at: Mapping[str, float]) -> expiry.Facts:
         """The facts that a deployment is planned from.
@@ -311,6 +348,10 @@ class Reconciler:
                 self._starts.failures.pop(action.id, None)
             case Evacuate():
                 await self._migrations.evacuate(action.id)
+            case Rebalance():
+                self._balanced.failed(action.target, self._core.now())
+                to = Destination(action.node, action.gpu)
+                await self._migrations.migrate(action.instance, to)
             case GiveUp():
                 await self._core.fleet.give_up(action.id)
             case _:

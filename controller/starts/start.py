@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
@@ -134,6 +134,12 @@ class Start:
     def wants_another(self, arrived: float | None, loaded_since: float | None) -> str:
         """Why another instance should be started; see ``policy.wants_another``."""
         return policy.wants_another(self._facts(), self._core.now(), arrived, loaded_since)
+
+    def at(self, node: str) -> policy.Attempt | policy.Wait:
+        """How another instance would be started on one node; see ``policy.decide``."""
+        facts = self._facts()
+        here = {node: facts.nodes[node]}
+        return policy.decide(replace(facts, instances=(), nodes=here, another=True), self._core.now())
 
     async def run(self) -> Started:
         """Decide and act until an instance serves.

@@ -34,7 +34,14 @@ from controller.model import (
 from controller.queue import DEFAULT_LENGTH, Queue, Ticket
 from controller.room import Tenant
 from controller.starts.start import OnStage, Start, Started
-from dumont.errors import DeadlineExceeded, DumontError, FailedPrecondition, Internal, Unavailable
+from dumont.errors import (
+    DeadlineExceeded,
+    DumontError,
+    FailedPrecondition,
+    Internal,
+    ResourceExhausted,
+    Unavailable,
+)
 
 log = structlog.get_logger()
 
@@ -575,6 +582,23 @@ class Starts:
         return await self.alone(deployment, work)
 
     # Migrations
+
+    def at(self, deployment: str, node: str) -> policy.Attempt:
+        """How another instance would be started on a node: from what, on which GPU, and who makes room.
+
+        Raises:
+            ResourceExhausted: NO_ROOM.
+            Unavailable: NO_NODE, it takes no starts.
+        """
+        decision = self._new(deployment).at(node)
+        if isinstance(decision, policy.Wait):
+            raise ResourceExhausted(
+                "NO_ROOM",
+                f"nodes/{node} cannot take an instance of deployments/{deployment} now: {decision.reason}",
+                metadata={"node": f"nodes/{node}", "deployment": f"deployments/{deployment}"},
+                retry_after=1.0,
+            )
+        return decision
 
     async def alone(self, deployment: str, work: Callable[[], Awaitable[T]]) -> T:
         """Run ``work`` in place of a start: after the one under way, while no other begins.

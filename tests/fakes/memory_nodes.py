@@ -294,6 +294,9 @@ class MemoryNodes:
             raise FailedPrecondition("ILLEGAL_TRANSITION", f"instances/{instance} is {source.state.value}")
         if not source.device.startswith("cuda"):
             raise FailedPrecondition("NO_GPU", f"instances/{instance} runs on the CPU")
+        known = self.world[node]
+        if known.gpus and known.taken(gpu) + source.gpu_bytes > known.gpus[gpu]:
+            raise ResourceExhausted("GPU_MEMORY", f"{gpu} has no room for instances/{instance}")
         self.tell(node, replace(source, state=InstanceState.PARKING))
         try:
             await self._call("move", node, instance)
