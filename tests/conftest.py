@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 
-from snapshotd.preflight import find_criu
-from snapshotd.system.paths import cache_directory
+from snapshotd.engines import installed
+from snapshotd.engines.environment import parse_interpreters
+from snapshotd.preflight import ENGINE_PYTHON, find_criu
+from snapshotd.system.paths import cache_directory, engines_directory
 from tests.helpers.models import make_model
 from tests.helpers.postgres import PostgresServer, postgres_programs
 from tests.helpers.postgres import postgres_server as run_postgres_server
@@ -32,6 +34,7 @@ MODELS = Path(os.environ.get("DUMONT_MODELS_DIR") or cache_directory() / "models
 PORTS = range(10_000, 32_000)
 
 LEFT_OUT = pytest.StashKey[tuple[int, int]]()
+WITHOUT_VLLM = pytest.StashKey[int]()
 
 
 def require(present: bool, missing: str) -> None:
@@ -51,8 +54,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[LEFT_OUT] = (gpus, len(left_out))
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if gpus_needed(item) <= gpus]
+    without_vllm = [item for item in items if item.get_closest_marker("vllm") and vllm_here() is None]
+    # In CI nothing may be missing: there they fail.
+    if without_vllm and os.environ.get("CI") != "true":
+        config.stash[WITHOUT_VLLM] = len(without_vllm)
+        config.hook.pytest_deselected(items=without_vllm)
+        items[:] = [item for item in items if item not in without_vllm]
     workeroutput = getattr(config, "workeroutput", None)
     if workeroutput is not None:
+        workeroutput["without_vllm"] = config.stash.get(WITHOUT_VLLM, 0)
         workeroutput["left_out"] = config.stash.get(LEFT_OUT, None)
         # The many short files at the end then fill up whichever worker is done first.
         items.sort(key=lambda item: item.get_closest_marker("node") is None)
@@ -61,9 +71,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """A worker of pytest-xdist has ended: it collected what this process did not."""
-    left_out = getattr(node, "workeroutput", {}).get("left_out")
+    output = getattr(node, "workeroutput", {})
+    left_out = output.get("left_out")
     if left_out is not None:
         node.config.stash[LEFT_OUT] = tuple(left_out)
+    if output.get("without_vllm"):
+        node.config.stash[WITHOUT_VLLM] = output["without_vllm"]
+
+
+def vllm_here() -> Path | None:
+    """The interpreter of this machine's vLLM; None if there is none."""
+    named = parse_interpreters(os.environ.get(ENGINE_PYTHON, "")).get("vllm")
+    ours = installed.used(installed.found(engines_directory())).get("vllm")
+    return named or (ours.python if ours else None)
 
 
 def gpus_here() -> int:
@@ -78,6 +98,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if LEFT_OUT in config.stash:
         gpus, count = config.stash[LEFT_OUT]
         terminalreporter.write_line(f"{count} tests need more GPUs than the {gpus} here, and were left out")
+    if WITHOUT_VLLM in config.stash:
+        count, remedy = config.stash[WITHOUT_VLLM], "scripts/setup --engine vllm"
+        terminalreporter.write_line(f"{count} tests need vLLM, and were left out; {remedy} installs it")
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +116,15 @@ def criu(root: None) -> Path:
     require(found is not None, "; ".join(finding.message for finding in findings))
     assert found is not None
     return found.binary
+
+
+@pytest.fixture(scope="session")
+def vllm() -> Path:
+    """The interpreter of an environment with the real vLLM."""
+    python = vllm_here()
+    require(python is not None, "vLLM is not installed; run scripts/setup --engine vllm")
+    assert python is not None
+    return python
 
 
 @pytest.fixture(scope="session")

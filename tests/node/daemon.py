@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import pytest
@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dumont.errors import DumontError
 from dumont.rpc.status import from_rpc_error, from_status
+from dumont.rpc.structs import to_struct
 from dumont.snapshotd.v1 import inference_service_pb2 as inference_pb2
 from dumont.snapshotd.v1 import inference_service_pb2_grpc as inference_grpc
 from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
@@ -28,6 +29,8 @@ from snapshotd.failpoints import CRASHED
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 30.0
+# An engine that is imported for the first time on a busy machine takes its time.
+START_LIMIT = 300.0
 CHANNEL = (
     # Not shared with the channel to the process before, whose connection may be dying yet.
     ("grpc.use_local_subchannel_pool", 1),
@@ -124,14 +127,18 @@ class Daemon:
     def wait(self, operation: operations_pb2.Operation, answer: M) -> M:
         """The answer of an operation; its error is raised."""
         request = operations_pb2.WaitOperationRequest(name=operation.name)
-        done = self.operations.WaitOperation(request, timeout=120)
+        done = self.operations.WaitOperation(request, timeout=START_LIMIT)
         if done.HasField("error"):
             raise from_status(done.error)
         assert done.response.Unpack(answer)
         return answer
 
-    def start_instance(self, instance: str, model: Path) -> instances_pb2.Instance:
-        request = instances_pb2.StartInstanceRequest(instance_id=instance, model=str(model))
+    def start_instance(
+        self, instance: str, model: Path, engine: str = "", options: Mapping[str, Any] | None = None
+    ) -> instances_pb2.Instance:
+        request = instances_pb2.StartInstanceRequest(
+            instance_id=instance, model=str(model), engine=engine, engine_options=to_struct(options or {})
+        )
         answer = instances_pb2.Instance()
         self.wait(self.instances.StartInstance(request), answer)
         return answer
