@@ -76,7 +76,7 @@ def add_services(
 ) -> None:
     """Register every service of the API. Streams without an end of their own end when ``draining`` is set."""
     deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server(
-        DeploymentService(controller.core, controller.starts), server
+        DeploymentService(controller.core, controller.starts, draining), server
     )
     InferenceService(controller.serving, settings.max_new_tokens, LIMITS.write_seconds).register(server)
     instance_service_pb2_grpc.add_InstanceServiceServicer_to_server(

@@ -148,6 +148,9 @@ class Nodes(Protocol):
             gpu: the UUID of one of the node's; empty: the node chooses.
         """
 
+    async def stage(self, node: str, instance: str) -> str:
+        """The step of the instance's start, restore or capture that is waited for; empty if none is."""
+
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         """Make a snapshot of the given id; the instance serves again when this returns."""
 

@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from dumont.controller.v1 import deployment_service_pb2, inference_service_pb2
 from dumont.convert import duration
 from dumont.errors import InvalidArgument
 from dumont.inference.v1 import inference_pb2
+from dumont.types import StartProgress
 
 Seconds = float | timedelta
 Request = TypeVar("Request", bound=Message)
@@ -71,7 +72,10 @@ class DeploySettings(TypedDict, total=False):
     engine_options: arguments of the engine ``vllm``, such as ``{"max_model_len": 4096}``; see docs/vllm.md.
     idle_timeout: seconds without a request after which its instance parks or stops.
     park_timeout: seconds parked after which the process ends and only the snapshot remains.
-    prewarm: start, and capture, when the deployment is created rather than at its first request.
+    prewarm: start, and capture, now rather than at the next request.
+    wait: until that start has ended; implies ``prewarm``.
+    progress: called with a ``StartProgress`` at each step while this waits; by the synchronous client in
+        another thread.
     priority: -1000 to 1000, 0 when left out; a busy instance yields to a deployment of a higher priority.
     min_instances: instances that serve without requests; 1 for ``warm``, else 0 when left out.
     max_instances: instances that may serve at a time; 1 when left out.
@@ -86,6 +90,8 @@ class DeploySettings(TypedDict, total=False):
     priority: int | None
     min_instances: int | None
     max_instances: int | None
+    wait: bool
+    progress: Callable[[StartProgress], None] | None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -112,6 +118,8 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: report the log-probability of each token, and of this many of the likeliest at its position.
     n: how many answers; they are in ``Generation.answers``.
     timeout: seconds for the whole answer, including a start.
+    progress: called with a ``StartProgress`` at each step of a start, if one is needed; by the synchronous
+        client in another thread.
     """
 
     messages: Sequence[Mapping[str, str]] | None
@@ -132,6 +140,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     n: int | None
     timeout: Seconds | None
+    progress: Callable[[StartProgress], None] | None
 
 
 # For arguments that other libraries have.
@@ -244,7 +253,7 @@ def generate_request(
     Args:
         deployment: its full name.
         prompt: text to continue, as it is.
-        options: see ``GenerateOptions``; ``timeout`` is not part of a request.
+        options: see ``GenerateOptions``; ``timeout`` and ``progress`` are not part of a request.
 
     Raises:
         InvalidArgument: an argument is wrong; its field is named.
@@ -256,6 +265,7 @@ def generate_request(
         )
     given: dict[str, Any] = dict(options)
     to_timeout(given.pop("timeout", None))
+    check_callback(given.pop("progress", None), "progress")
     if given.get("messages") is not None:
         given["messages"] = _messages(given["messages"])
     if isinstance(stop := given.get("stop"), str):

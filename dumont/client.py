@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import aclosing
 from operator import attrgetter
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from dumont import arguments, convert
+from dumont import arguments, convert, starting
 from dumont.arguments import Checkpoint, DeploySettings, GenerateOptions, full_name
 from dumont.connection import Connection
 from dumont.controller.v1 import deployment_service_pb2
-from dumont.errors import AlreadyExists
+from dumont.errors import AlreadyExists, FailedPrecondition
 from dumont.resources import AsyncInstances, AsyncNodes, AsyncSnapshots, pages
 from dumont.rpc.structs import from_struct
+from dumont.starting import OnProgress, following
 from dumont.stream import AsyncTextStream
 from dumont.types import DeploymentInfo, Explanation, Generation
 
@@ -92,22 +94,56 @@ class AsyncDeployment:
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncTextStream:
         """The answer in pieces, as it is written. Takes the arguments of ``generate``."""
         request = arguments.generate_request(self.name, prompt, **options)
-        return AsyncTextStream(self._connection, request, arguments.to_timeout(options.get("timeout")))
+        timeout = arguments.to_timeout(options.get("timeout"))
+        return AsyncTextStream(self._connection, request, timeout, options.get("progress"))
 
     async def embed(
-        self, inputs: str | Iterable[str], *, timeout: arguments.Seconds | None = None
+        self,
+        inputs: str | Iterable[str],
+        *,
+        timeout: arguments.Seconds | None = None,
+        progress: OnProgress | None = None,
     ) -> list[list[float]]:
         """One vector for each text, in order; a single string gives a list of one.
 
         Args:
             inputs: one text or several.
             timeout: seconds for the whole answer, including a start.
+            progress: called at each step of a start, if one is needed.
         """
         request = arguments.embed_request(self.name, inputs)
         within = arguments.to_timeout(timeout)
-        with self._connection.errors(within):
-            response = await self._connection.inference.Embed(request, timeout=within)
+        arguments.check_callback(progress, "progress")
+        told = following(self._connection, self.name, progress)
+        try:
+            with self._connection.errors(within):
+                response = await self._connection.inference.Embed(request, timeout=within)
+        finally:
+            told.cancel()
         return [list(embedding.values) for embedding in response.embeddings]
+
+    async def started(self, progress: OnProgress | None = None) -> DeploymentInfo:
+        """Wait until no start of the deployment is under way.
+
+        Args:
+            progress: called at each step.
+
+        Raises:
+            FailedPrecondition: START_FAILED, the start has failed.
+        """
+        arguments.check_callback(progress, "progress")
+        async with aclosing(starting.watch(self._connection, self.name)) as changes:
+            async for found in changes:
+                if not found.running:
+                    break
+                if progress:
+                    progress(found)
+        info = await self.refresh()
+        if info.state == "degraded":
+            raise FailedPrecondition(
+                "START_FAILED", f"{self.name}: {info.state_message}", metadata={"deployment": self.name}
+            )
+        return info
 
     async def refresh(self) -> DeploymentInfo:
         """Ask the controller for ``info`` again."""
@@ -150,6 +186,8 @@ class AsyncDeployments:
         priority: int | None = None,
         min_instances: int | None = None,
         max_instances: int | None = None,
+        wait: bool = False,
+        progress: OnProgress | None = None,
     ) -> AsyncDeployment:
         """Serve a model, or change how it is served; see ``dumont.deploy``."""
         wanted, paths = arguments.deployment_message(
@@ -159,10 +197,16 @@ class AsyncDeployments:
             priority=priority, min_instances=min_instances, max_instances=max_instances,
         )  # fmt: skip
         wanted.name = full_name(name or arguments.deployment_id(model), "deployments", "name")
+        arguments.check_callback(progress, "progress")
+        # To wait for a start without one would be to wait for somebody's request.
+        prewarm = prewarm or bool(wait)
         try:
-            return self._handle(await self._create(wanted, prewarm))
+            deployment = self._handle(await self._create(wanted, prewarm))
         except AlreadyExists:
-            return self._handle(await self._adopt(wanted, paths))
+            deployment = self._handle(await self._adopt(wanted, paths, prewarm))
+        if wait:
+            await deployment.started(progress)
+        return deployment
 
     async def get(self, name: str) -> AsyncDeployment:
         """The deployment of this name."""
@@ -192,7 +236,7 @@ class AsyncDeployments:
             return await self._connection.deployments.CreateDeployment(request)
 
     async def _adopt(
-        self, wanted: deployment_service_pb2.Deployment, paths: list[str]
+        self, wanted: deployment_service_pb2.Deployment, paths: list[str], prewarm: bool
     ) -> deployment_service_pb2.Deployment:
         """The existing deployment of the wanted name, with its settings changed to the wanted ones."""
         existing = await self._get(wanted.name)
@@ -216,10 +260,14 @@ class AsyncDeployments:
                 metadata={"deployment": wanted.name},
             )
         changed = [path for path in paths if attrgetter(path)(wanted) != attrgetter(path)(existing)]
-        if not changed:
+        if not changed and not prewarm:
             return existing
-        request = deployment_service_pb2.UpdateDeploymentRequest(
-            deployment=wanted, update_mask=FieldMask(paths=changed)
+        request = arguments.request(
+            deployment_service_pb2.UpdateDeploymentRequest,
+            deployment=wanted,
+            # An empty mask would mean every field; the name is one that never changes.
+            update_mask=FieldMask(paths=changed or ["name"]),
+            prewarm=prewarm,
         )
         with self._connection.errors():
             return await self._connection.deployments.UpdateDeployment(request)

@@ -74,6 +74,13 @@ def start_info(message: inference_service_pb2.StartInfo) -> types.StartInfo:
     )
 
 
+def start_progress(message: deployment_service_pb2.WatchStartResponse) -> types.StartProgress:
+    """How far a start is."""
+    return types.StartProgress(
+        message.running, message.stage, message.instance, message.node, message.snapshot
+    )
+
+
 def usage(message: inference_pb2.Usage) -> types.Usage:
     """The tokens of an answer."""
     return types.Usage(message.prompt_tokens, message.output_tokens, message.cached_prompt_tokens)

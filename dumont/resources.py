@@ -383,9 +383,11 @@ class AsyncNodes:
         Returns:
             What is still on the node, and why; empty without ``wait``.
         """
+        arguments.check_callback(progress, "progress")
+        within = arguments.to_timeout(timeout)
         request = node_service_pb2.DrainNodeRequest(name=full_name(name, "nodes", "name"))
-        if timeout is not None:
-            request.timeout.CopyFrom(convert.duration(timeout))
+        if within is not None:
+            request.timeout.CopyFrom(convert.duration(within))
 
         def report(metadata: node_service_pb2.DrainNodeMetadata) -> None:
             if progress:

@@ -12,6 +12,7 @@ from dumont import convert
 from dumont.connection import Connection
 from dumont.controller.v1 import inference_service_pb2
 from dumont.errors import Internal, InvalidArgument
+from dumont.starting import OnProgress, following
 from dumont.types import Answer, Generation, Piece, StartInfo, Usage
 
 
@@ -27,6 +28,7 @@ class AsyncTextStream:
         connection: Connection,
         request: inference_service_pb2.GenerateRequest,
         timeout: float | None,
+        progress: OnProgress | None = None,
     ) -> None:
         self._connection = connection
         self._timeout = timeout
@@ -35,6 +37,7 @@ class AsyncTextStream:
         self._wanted = max(1, request.n)
         self._pieces: dict[int, list[Piece]] = {}
         self._ends: dict[int, tuple[str, Usage]] = {}
+        self._progress = following(connection, request.deployment, progress)
         self._first_token_seconds: float | None = None
         self._start: StartInfo | None = None
 
@@ -97,6 +100,7 @@ class AsyncTextStream:
     def cancel(self) -> None:
         """End the call if it still runs."""
         self._call.cancel()
+        self._progress.cancel()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Each piece with its tokens, their log-probabilities and the answer it belongs to."""
@@ -125,8 +129,12 @@ class AsyncTextStream:
 
     async def _next(self) -> Piece | None:
         """The piece of the next message, empty if it has none; None at the end."""
-        with self._connection.errors(self._timeout):
-            response = await self._call.read()
+        try:
+            with self._connection.errors(self._timeout):
+                response = await self._call.read()
+        finally:
+            # With the first message the model is awake, or never will be.
+            self._progress.cancel()
         if response is grpc.aio.EOF:
             return None
         event = response.WhichOneof("event")

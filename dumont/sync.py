@@ -15,6 +15,7 @@ from dumont.arguments import Checkpoint, DeploySettings, GenerateOptions, Second
 from dumont.client import AsyncClient, AsyncDeployment
 from dumont.connection import check_not_forked, resolve_endpoint
 from dumont.errors import Cancelled, FailedPrecondition
+from dumont.starting import OnProgress
 from dumont.stream import AsyncTextStream
 from dumont.types import (
     DeploymentInfo,
@@ -234,14 +235,25 @@ class Deployment:
 
         return TextStream(self._loop, self._loop.run(call()))
 
-    def embed(self, inputs: str | Iterable[str], *, timeout: Seconds | None = None) -> list[list[float]]:
+    def embed(
+        self,
+        inputs: str | Iterable[str],
+        *,
+        timeout: Seconds | None = None,
+        progress: OnProgress | None = None,
+    ) -> list[list[float]]:
         """One vector for each text, in order; a single string gives a list of one.
 
         Args:
             inputs: one text or several.
             timeout: seconds for the whole answer, including a start.
+            progress: called in another thread at each step of a start, if one is needed.
         """
-        return self._loop.run(self._deployment.embed(inputs, timeout=timeout))
+        return self._loop.run(self._deployment.embed(inputs, timeout=timeout, progress=progress))
+
+    def started(self, progress: OnProgress | None = None) -> DeploymentInfo:
+        """Wait until no start is under way; see ``AsyncDeployment.started``. A thread runs ``progress``."""
+        return self._loop.run(self._deployment.started(progress))
 
     def refresh(self) -> DeploymentInfo:
         """Ask the controller for ``info`` again."""

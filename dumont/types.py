@@ -33,6 +33,21 @@ class StartInfo:
 
 
 @dataclass(frozen=True)
+class StartProgress:
+    """How far a start is: ``stage`` is what is being done, such as ``waiting``, ``load`` or ``capture``.
+
+    ``instance`` and ``node`` are empty until they are known. ``snapshot`` is what is restored; it is
+    empty where the model is loaded. Nothing is ``running`` once the start has ended.
+    """
+
+    running: bool
+    stage: str
+    instance: str
+    node: str
+    snapshot: str
+
+
+@dataclass(frozen=True)
 class Usage:
     """Tokens read and written.
 

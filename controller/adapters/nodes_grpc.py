@@ -112,6 +112,8 @@ class GrpcNodes:
         self._on_ended = on_ended
         self._links: dict[str, _Link] = {}
         self._connections = 0
+        # The operations under way, by the instance whose job they are.
+        self._waiting_for: dict[str, str] = {}
 
     async def connect(self, node: str, endpoint: str) -> None:
         known = self._links.get(node)
@@ -193,7 +195,7 @@ class GrpcNodes:
         )
         async with self._errors(node) as link:
             begun = link.instances.StartInstance(request, timeout=LONG)
-            return convert.report(await self._outcome(link, begun, instances.Instance()))
+            return convert.report(await self._outcome(link, begun, instances.Instance(), instance))
 
     async def restore(
         self,
@@ -213,13 +215,23 @@ class GrpcNodes:
         )
         async with self._errors(node) as link:
             begun = link.instances.RestoreInstance(request, timeout=LONG)
-            return convert.report(await self._outcome(link, begun, instances.Instance()))
+            return convert.report(await self._outcome(link, begun, instances.Instance(), instance))
+
+    async def stage(self, node: str, instance: str) -> str:
+        if (name := self._waiting_for.get(instance)) is None:
+            return ""
+        async with self._errors(node) as link:
+            request = operations_pb2.GetOperationRequest(name=name)
+            operation = await link.operations.GetOperation(request, timeout=SHORT)
+        metadata = instances.OperationMetadata()
+        operation.metadata.Unpack(metadata)
+        return metadata.stage
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         request = instances.CaptureInstanceRequest(name=f"instances/{instance}", snapshot_id=snapshot)
         async with self._errors(node) as link:
             begun = link.instances.CaptureInstance(request, timeout=LONG)
-            return convert.snapshot(node, await self._outcome(link, begun, snapshots.Snapshot()))
+            return convert.snapshot(node, await self._outcome(link, begun, snapshots.Snapshot(), instance))
 
     async def park(self, node: str, instance: str) -> Report:
         request = instances.ParkInstanceRequest(name=f"instances/{instance}")
@@ -335,11 +347,26 @@ class GrpcNodes:
             raise _silent(node, "it is not connected")
         return link
 
-    async def _outcome(self, link: _Link, begun: Awaitable[operations_pb2.Operation], response: M) -> M:
-        """Wait for an operation's response by long polls; cancelling the wait cancels it on the node."""
+    async def _outcome(
+        self,
+        link: _Link,
+        begun: Awaitable[operations_pb2.Operation],
+        response: M,
+        instance: str = "",
+    ) -> M:
+        """Wait for an operation's response by long polls; cancelling the wait cancels it on the node.
+
+        Args:
+            link: to the node.
+            begun: the call that begins it.
+            response: an empty message of its response's type.
+            instance: whose job it is, so that ``stage`` finds it.
+        """
         beginning = asyncio.ensure_future(begun)
         try:
             operation = await asyncio.shield(beginning)
+            if instance:
+                self._waiting_for[instance] = operation.name
             request = operations_pb2.WaitOperationRequest(name=operation.name)
             request.timeout.FromMilliseconds(int(POLL * 1000))
             while not operation.done:
@@ -347,6 +374,8 @@ class GrpcNodes:
         except asyncio.CancelledError:
             await self._cancel(link, beginning)
             raise
+        finally:
+            self._waiting_for.pop(instance, None)
         if operation.HasField("error"):
             raise from_status(operation.error)
         if not operation.response.Unpack(response):

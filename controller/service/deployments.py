@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
 from google.protobuf.empty_pb2 import Empty
 
 from controller import convert
 from controller.core import Core
 from controller.model import Deployment
+from controller.starts import progress
 from controller.starts.starts import Starts
 from dumont import names
 from dumont.controller.v1 import deployment_service_pb2 as pb
 from dumont.controller.v1 import deployment_service_pb2_grpc as pb_grpc
 from dumont.rpc.pages import page
+from dumont.rpc.streams import until_draining
 
 MOST_CANDIDATES = 100
 
 
 class DeploymentService(pb_grpc.DeploymentServiceServicer):
-    """``dumont.controller.v1.DeploymentService``; the proto documents its methods."""
+    """``dumont.controller.v1.DeploymentService``; the proto documents its methods.
 
-    def __init__(self, core: Core, starts: Starts) -> None:
+    Args:
+        core: the ports and the facts.
+        starts: the starts of deployments.
+        draining: set when streams without an end of their own must end.
+    """
+
+    def __init__(self, core: Core, starts: Starts, draining: asyncio.Event | None = None) -> None:
+        self._core = core
+        self._draining = draining or asyncio.Event()
         self._deployments = core.deployments
         self._inventory = core.inventory
         self._starts = starts
@@ -51,7 +65,24 @@ class DeploymentService(pb_grpc.DeploymentServiceServicer):
         updated = await self._deployments.update(
             identifier, convert.draft(merged), paths, request.deployment.etag
         )
+        if request.prewarm:
+            self._starts.begin(identifier)
         return self._message(updated)
+
+    async def WatchStart(
+        self, request: pb.WatchStartRequest, context: object
+    ) -> AsyncGenerator[pb.WatchStartResponse]:
+        identifier = self._deployments.get(names.parse(request.name, "deployments", "name")).id
+        changes = progress.watch(self._core, self._starts, identifier)
+        async with aclosing(changes), aclosing(until_draining(changes, self._draining)) as told:
+            async for found in told:
+                yield pb.WatchStartResponse(
+                    running=found.running,
+                    stage=found.stage,
+                    instance=convert.full_name("instances", found.instance),
+                    node=convert.full_name("nodes", found.node),
+                    snapshot=convert.full_name("snapshots", found.snapshot),
+                )
 
     async def DeleteDeployment(self, request: pb.DeleteDeploymentRequest, context: object) -> Empty:
         identifier = names.parse(request.name, "deployments", "name")

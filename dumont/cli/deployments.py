@@ -26,6 +26,7 @@ from dumont.cli.output import (
     short,
     span,
 )
+from dumont.cli.waiting import start_shown
 from dumont.errors import InvalidArgument
 from dumont.types import DeploymentInfo
 
@@ -95,7 +96,10 @@ def deploy(
         ),
     ] = None,
     prewarm: Annotated[
-        bool, typer.Option("--prewarm", help="Start, and capture, now instead of at the first request.")
+        bool, typer.Option("--prewarm", help="Start, and capture, now instead of at the next request.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until that start has ended; implies --prewarm.")
     ] = False,
     priority: Annotated[
         int | None,
@@ -128,7 +132,7 @@ def deploy(
         checkpoint["storage"] = storage
     if weights is not None:
         checkpoint["weights"] = weights
-    with sync.Client(endpoint) as client:
+    with sync.Client(endpoint) as client, start_shown(as_json=json or not wait) as progress:
         deployment = client.deploy(
             model,
             start_mode,
@@ -139,6 +143,8 @@ def deploy(
             idle_timeout=idle_timeout,
             park_timeout=park_timeout,
             prewarm=prewarm,
+            wait=wait,
+            progress=progress,
             priority=priority,
             min_instances=min_instances,
             max_instances=max_instances,

@@ -12,6 +12,7 @@ from dumont.arguments import GenerateOptions
 from dumont.cli import completion
 from dumont.cli.durations import parse_duration
 from dumont.cli.output import Endpoint, Json, command, own_line, print_json, span
+from dumont.cli.waiting import start_shown
 from dumont.errors import InvalidArgument
 from dumont.types import Piece, StartInfo
 
@@ -102,11 +103,13 @@ def generate(
         options["messages"] = conversation(system, [*(message or []), *([prompt] if prompt else [])])
         prompt = None
     with sync.Client(endpoint) as client:
-        stream = client.deployments.get(deployment).stream(prompt, **options)
+        with start_shown(as_json=json) as options["progress"]:
+            stream = client.deployments.get(deployment).stream(prompt, **options)
+            start = stream.start
         if json:
-            print_json({"start": stream.start})
+            print_json({"start": start})
         else:
-            sys.stderr.write(f"{describe_start(stream.start)}\n")
+            sys.stderr.write(f"{describe_start(start)}\n")
         _write(stream, as_json=json, several=(n or 1) > 1)
 
 
@@ -179,8 +182,8 @@ def embed(
     """Print one vector for each text."""
     if not texts or texts == ["-"]:
         texts = [line for line in read_input("a text", asked=bool(texts)).splitlines() if line.strip()]
-    with sync.Client(endpoint) as client:
-        vectors = client.deployments.get(deployment).embed(texts, timeout=timeout)
+    with sync.Client(endpoint) as client, start_shown(as_json=json) as progress:
+        vectors = client.deployments.get(deployment).embed(texts, timeout=timeout, progress=progress)
     if json:
         print_json(vectors)
         return

@@ -67,6 +67,7 @@ class MemoryNodes:
         self._clock = clock
         self.world: dict[str, MemoryNode] = {}
         self.bucket: dict[str, Snapshot] = {}
+        self.stages: dict[str, str] = {}
         self.deleted: dict[str, Snapshot] = {}
         # Why nodes cannot list the bucket.
         self.store_silence = ""
@@ -245,6 +246,9 @@ class MemoryNodes:
             engine_options=source.engine_options,
         )
         return await self._create("restore", node, report)
+
+    async def stage(self, node: str, instance: str) -> str:
+        return self.stages.get(instance, "")
 
     async def capture(self, node: str, instance: str, snapshot: str) -> Snapshot:
         source = self._find(node, instance)

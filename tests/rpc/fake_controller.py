@@ -51,6 +51,7 @@ class FakeController(
         self.cancelled = threading.Event()
         self.capture_may_end = threading.Event()
         self.changed = asyncio.Event()
+        self.told = asyncio.Event()
         self.reset()
 
     def reset(self) -> None:
@@ -69,6 +70,7 @@ class FakeController(
         self.requests: list[Any] = []
         self.unavailable = 0
         self.no_snapshots = False
+        self.state_after_start = deployments.Deployment.STATE_ACTIVE
         self.watch_ends = False
         self.draining = False
         self.endless.clear()
@@ -81,7 +83,7 @@ class FakeController(
             raise AlreadyExists("DEPLOYMENT_EXISTS", f"{name} exists", field="deployment_id")
         self.deployments[name] = request.deployment
         self.deployments[name].name = name
-        self.deployments[name].state = deployments.Deployment.STATE_ACTIVE
+        self.deployments[name].state = self.state_after_start
         return self.deployments[name]
 
     async def GetDeployment(self, request: Any, context: Any) -> deployments.Deployment:
@@ -105,7 +107,17 @@ class FakeController(
         self.requests.append(request)
         current = self.deployments[request.deployment.name]
         request.update_mask.MergeMessage(request.deployment, current, True, True)
+        current.state = self.state_after_start
         return current
+
+    async def WatchStart(self, request: Any, context: Any) -> AsyncIterator[deployments.WatchStartResponse]:
+        self.requests.append(request)
+        for stage in ("waiting", "load", "capture"):
+            node = "" if stage == "waiting" else "nodes/one"
+            yield deployments.WatchStartResponse(running=True, stage=stage, node=node)
+        self.told.set()
+        yield deployments.WatchStartResponse()
+        await asyncio.Event().wait()
 
     async def DeleteDeployment(self, request: Any, context: Any) -> Empty:
         if self.deployments.pop(request.name, None) is None:
@@ -140,6 +152,9 @@ class FakeController(
             raise ResourceExhausted("QUEUE_FULL", "16 calls wait already", retry_after=1)
         start = start_info(inference.TIER_LOCAL)
         try:
+            if request.prompt == "slow":
+                await self.told.wait()
+                await asyncio.sleep(0.2)
             if request.prompt != "no start":
                 yield inference.GenerateResponse(start=start)
             if request.n > 1:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import dumont
+from dumont.controller.v1 import deployment_service_pb2 as deployments_pb2
 from tests.rpc.fake_controller import FakeController, serving
 
 
@@ -312,3 +313,36 @@ async def test_an_endpoint_nobody_answers_at_is_named_with_the_remedy() -> None:
             await client.deploy("org/model")
     assert raised.value.reason == "ENDPOINT_UNREACHABLE"
     assert raised.value.metadata["endpoint"] == "unix:/nonexistent/controller.sock"
+
+
+async def test_a_start_is_told_step_by_step(client: dumont.AsyncClient, controller: FakeController) -> None:
+    deployment = await client.deploy("org/model")
+    told: list[dumont.StartProgress] = []
+    answer = await deployment.generate("slow", progress=told.append)
+    assert answer.text == "one two three"
+    assert [step.stage for step in told] == ["waiting", "load", "capture"]
+    assert (told[0].node, told[1].node, told[1].running) == ("", "nodes/one", True)
+    assert await deployment.embed("one", progress=told.append)
+
+
+async def test_deploying_may_wait_for_the_start(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    told: list[str] = []
+    deployment = await client.deploy("org/model", wait=True, progress=lambda step: told.append(step.stage))
+    assert told == ["waiting", "load", "capture"]
+    assert deployment.info.state == "active"
+    assert controller.requests[0].prewarm
+    # also where the deployment exists
+    await client.deploy("org/model", wait=True)
+    (update,) = [r for r in controller.requests if type(r).__name__ == "UpdateDeploymentRequest"]
+    assert (update.prewarm, list(update.update_mask.paths)) == (True, ["name"])
+
+
+async def test_a_start_that_failed_fails_the_deploy_that_waited(
+    client: dumont.AsyncClient, controller: FakeController
+) -> None:
+    controller.state_after_start = deployments_pb2.Deployment.STATE_DEGRADED
+    with pytest.raises(dumont.FailedPrecondition) as raised:
+        await client.deploy("org/model", wait=True)
+    assert raised.value.reason == "START_FAILED"

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import dumont
 from dumont.cli.main import app
+from dumont.cli.waiting import describe_progress
 from dumont.rpc.structs import from_struct
 from tests.rpc.fake_controller import Served
 
@@ -177,6 +179,22 @@ def test_generate_reads_what_is_piped_in(cli: Cli, given: tuple[str, ...]) -> No
 def test_a_conversation_that_is_complete_reads_nothing(cli: Cli) -> None:
     assert cli("generate", "qa", "--message", "Hi", input="more").exit_code == 0
     assert [m.content for m in cli.served.controller.requests[-1].messages] == ["Hi"]
+
+
+def test_a_start_is_shown_at_a_terminal_in_words() -> None:
+    waiting = dumont.StartProgress(True, "waiting", "", "", "")
+    loading = dumont.StartProgress(True, "load", "instances/a", "nodes/one", "")
+    restoring = dumont.StartProgress(True, "weights", "instances/a", "nodes/one", "snapshots/s")
+    assert [describe_progress(step) for step in (waiting, loading, restoring)] == [
+        "waiting for a place to start",
+        "loading the model on one: load",
+        "restoring s on one: weights",
+    ]
+
+
+def test_deploy_waits_for_the_start(cli: Cli) -> None:
+    assert cli("deploy", "org/model", "--name", "new", "--prewarm", "--wait").exit_code == 0
+    assert any(type(r).__name__ == "WatchStartRequest" for r in cli.served.controller.requests)
 
 
 @pytest.mark.parametrize("command", ["generate", "embed"])
