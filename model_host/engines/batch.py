@@ -27,10 +27,11 @@ class TokenSequence:
         answer: tokens so far.
         computed: how many tokens of prompt and answer have their keys and values in the cache.
         cached: how many of them another sequence had computed.
-        extent: where they lie; None before it is admitted and after it has ended.
+        extent: where they lie; None while it has no room.
         generator: draws on the CPU.
         followers: others of the same prompt, which wait for it to be computed here.
         follows: whether it is such a follower.
+        paused: whether it waits for room, after others needed its own.
     """
 
     prompt: list[int]
@@ -47,6 +48,7 @@ class TokenSequence:
     ended: bool = False
     followers: tuple[TokenSequence, ...] = ()
     follows: bool = False
+    paused: bool = False
 
     @property
     def length(self) -> int:
@@ -108,7 +110,7 @@ def plan(sequences: Iterable[TokenSequence], rows: int, prompt_rows: int) -> lis
     chunks: list[Chunk] = []
     prompts: list[TokenSequence] = []
     for sequence in sequences:
-        if sequence.ended or sequence.follows or sequence.waiting == 0:
+        if sequence.ended or sequence.follows or sequence.paused or sequence.waiting == 0:
             continue
         if sequence.waiting == 1 and len(chunks) < rows:
             chunks.append(Chunk(sequence, sequence.computed, 1, sampled=True))

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CANARY_TOKENS: Final = 16
+# Tokens of an answer for which a sequence has room at first. Most answers end long before they have as many
+# tokens as their callers allow.
+FIRST_ROOM: Final = 512
 CPU_CANARY_PIECE: Final = 4
 DEFAULT_CONTEXT: Final = 2048
 
@@ -163,7 +166,9 @@ class CausalLM:
             self._extents.largest if self._shares else None,
             self._unbatched,
         )
+        # In the order in which they were admitted. The paused ones are the last of them.
         self._running: dict[TokenSequence, tuple[Answering, int]] = {}
+        self._paused: list[TokenSequence] = []
         self._flight: Flight | None = None
 
     # How it computes
@@ -393,6 +398,8 @@ class CausalLM:
         assert isinstance(work, Answering)
         if len(self._running) + len(work.sequences) > self.capacity.sequences and self._running:
             return False
+        if self._paused:
+            return False
         taken: list[TokenSequence] = []
         for index, sequence in enumerate(work.sequences):
             if not self._place(sequence):
@@ -410,32 +417,100 @@ class CausalLM:
         return True
 
     def _place(self, sequence: TokenSequence) -> bool:
-        """Reserve room for all tokens it may ever have; copy what an earlier one computed of its prompt."""
-        if not self._shares:
-            self._backend.begin(sequence)
-            return True
-        shared = self._prefixes.longest(sequence.prompt[:-1])
-        while (extent := self._extents.take(_room(sequence))) is None:
-            evicted = self._prefixes.evict()
-            if evicted is None:
-                return False
-            if shared is not None and evicted == shared[0]:
-                shared = None
+        """Give a sequence room, and let it begin."""
+        if self._shares:
+            try:
+                if not self._reserve(sequence):
+                    return False
+            except DumontError:
+                if self._running:
+                    return False
+                raise
+        self._backend.begin(sequence)
+        return True
+
+    def _reserve(self, sequence: TokenSequence) -> bool:
+        """Give a sequence room for its tokens and some more, and copy what another has computed of them.
+
+        Raises:
+            DumontError: there is no memory behind the room.
+        """
+        known = sequence.slice(0, sequence.length - 1)
+        self._prefixes.longest(known)  # as it is used, it is not forgotten for its own sake
+        extent = self._find_room(min(sequence.length + FIRST_ROOM, _room(sequence)))
+        if extent is None:
+            return False
+        sequence.extent = extent
+        if (shared := self._prefixes.longest(known)) is not None:
+            source, sequence.computed = shared
+            self._backend.copy(source, extent, sequence.computed)
+            if not sequence.answer:
+                sequence.cached = sequence.computed
+        return True
+
+    def _find_room(self, tokens: int) -> Extent | None:
+        """Room with memory behind it, for which prefixes are forgotten; None if there is none.
+
+        Raises:
+            DumontError: there is no memory behind the room.
+        """
+        while (extent := self._extents.take(tokens)) is None:
+            if (evicted := self._prefixes.evict()) is None:
+                return None
             self._extents.give_back(evicted)
         try:
             self._backend.reach(extent)
         except DumontError:
             self._extents.give_back(extent)
-            if self._running:
-                return False
             raise
-        sequence.extent = extent
-        if shared is not None:
-            source, sequence.cached = shared
-            self._backend.copy(source, extent, sequence.cached)
-            sequence.computed = sequence.cached
-        self._backend.begin(sequence)
-        return True
+        return extent
+
+    def _make_room(self) -> None:
+        """Let every sequence have room for its next token and the one after."""
+        for sequence in list(self._running):
+            extent = sequence.extent
+            if extent is not None and extent.size < min(sequence.length + 1, _room(sequence)):
+                self._grow(sequence, extent)
+
+    def _grow(self, sequence: TokenSequence, extent: Extent) -> None:
+        """Move a sequence to an extent of twice the size. For lack of room those admitted last are paused,
+        in the end itself.
+        """
+        wanted = min(2 * extent.size, _room(sequence))
+        while (larger := self._room_or_none(wanted)) is None:
+            last = next(one for one in reversed(self._running) if one.extent is not None)
+            self._pause(last)
+            if last is sequence:
+                return
+        self._backend.copy(extent, larger, sequence.computed)
+        self._extents.give_back(extent)
+        sequence.extent = larger
+
+    def _room_or_none(self, tokens: int) -> Extent | None:
+        try:
+            return self._find_room(tokens)
+        except DumontError:
+            return None
+
+    def _pause(self, sequence: TokenSequence) -> None:
+        """Take a sequence's room; what was computed for it is computed again when there is room."""
+        assert sequence.extent is not None
+        self._extents.give_back(sequence.extent)
+        sequence.extent, sequence.computed, sequence.paused = None, 0, True
+        # It was the last that was not paused.
+        self._paused.insert(0, sequence)
+
+    def _resume(self) -> None:
+        """Let those that were paused go on, in the order in which they were admitted, as there is room."""
+        while self._paused:
+            try:
+                if not self._reserve(self._paused[0]):
+                    return
+            except DumontError:
+                if len(self._paused) < len(self._running):
+                    return
+                raise
+            self._paused.pop(0).paused = False
 
     def drop(self, work: Work) -> None:
         assert isinstance(work, Answering)
@@ -451,9 +526,15 @@ class CausalLM:
         if self._running.pop(sequence, None) is None:
             return
         self._backend.end(sequence)
+        if sequence.paused:
+            self._paused.remove(sequence)
+            sequence.paused = False
         extent, sequence.extent = sequence.extent, None
         if extent is not None:
-            free = self._prefixes.keep(extent, sequence.tokens()) if keep else extent
+            free: Extent | None = extent
+            if keep and sequence.computed:
+                kept = self._extents.shrink(extent, sequence.computed)
+                free = self._prefixes.keep(kept, sequence.tokens())
             if free is not None:
                 self._extents.give_back(free)
 
@@ -480,6 +561,8 @@ class CausalLM:
         return outputs
 
     def _launch(self) -> Flight:
+        self._make_room()
+        self._resume()
         chunks = plan(self._running, self._backend.rows, self._backend.prompt_rows)
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
@@ -504,9 +587,14 @@ class CausalLM:
         first.followers = ()
 
     def _unchanged(self, flight: Flight) -> bool:
-        """Whether the step after ``flight`` is for the same sequences, as far as is known now."""
+        """Whether the step after ``flight`` is for the same sequences, as far as is known, and has room."""
         sequences = {chunk.sequence for chunk in flight.sampled}
-        return sequences == self._running.keys() and not any(sequence.ended for sequence in sequences)
+        if self._paused or sequences != self._running.keys():
+            return False
+        return not any(
+            sequence.ended or (sequence.extent is not None and sequence.computed >= sequence.extent.size)
+            for sequence in sequences
+        )
 
     def _take(self, sequence: TokenSequence, result: Chosen | DumontError) -> list[Output]:
         work, index = self._running[sequence]
@@ -562,5 +650,7 @@ def _distrust(sequences: Iterable[TokenSequence]) -> None:
 
 
 def _room(sequence: TokenSequence) -> int:
-    """Tokens to reserve for a sequence: one more than it may have, for a step launched before it ends."""
+    """The most tokens that a sequence needs room for: one more than it may have, for a step launched before
+    its end is known.
+    """
     return sequence.most + 1

@@ -1,9 +1,8 @@
 """Where the keys and values of sequences lie: extents of one long array of tokens, and whose prefix is
 reused.
 
-When a sequence is admitted, it reserves one extent for all the tokens it may ever have, so a running sequence
-never lacks room. The extents of sequences that have ended are kept for later prompts that begin the same way,
-until their room is needed.
+A sequence has one extent, and moves to a larger one when it has filled it. The extents of sequences that have
+ended are kept for later prompts that begin the same way, until their room is needed.
 """
 
 from __future__ import annotations
@@ -71,6 +70,14 @@ class Extents:
         if at < len(self._free) and self._free[at].start == end:
             end, last = self._free[at].end, at + 1
         self._free[first:last] = [Extent(start, end - start)]
+
+    def shrink(self, extent: Extent, tokens: int) -> Extent:
+        """Free what an extent has beyond ``tokens``; returns what is left of it."""
+        size = -(-tokens // GRAIN) * GRAIN
+        if size >= extent.size:
+            return extent
+        self.give_back(Extent(extent.start + size, extent.size - size))
+        return Extent(extent.start, size)
 
 
 @dataclass(eq=False)

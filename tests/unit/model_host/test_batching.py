@@ -15,7 +15,9 @@ import transformers
 
 from dumont.errors import Cancelled, DeadlineExceeded, FailedPrecondition
 from model_host.engine import Generation, Load, Output, Piece, Work
+from model_host.engines import causal_lm
 from model_host.engines.backends import Alone, Together
+from model_host.engines.batch import TokenSequence
 from model_host.engines.causal_lm import CausalLM
 from model_host.scheduler import Job, Scheduler
 from tests.unit.model_host.tiny_models import VOCABULARY, answers, load, save, words
@@ -173,6 +175,35 @@ def test_each_says_what_it_says_alone_and_what_transformers_says(
         else:
             assert len(tokens) >= min(asked.leaves_after, len(asked.expected))
             assert tokens == asked.expected[: len(tokens)]
+
+
+def test_each_says_what_it_says_alone_however_often_it_is_paused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given room for few of those who come, and answers that outgrow their first room again and again
+    monkeypatch.setattr(causal_lm, "FIRST_ROOM", 1)
+    model = make("Llama", tmp_path, kv_cache=720 * 2 * 2 * 2 * 8 * 4)
+    requests = list(mixed(model, seed=3, count=24))
+    for request in requests[::2]:
+        request.count, request.stop = 70, ()
+        request.expected = model.said(request.prompt, request.count)
+    paused = 0
+    pause = model.engine._pause
+
+    def counted(sequence: TokenSequence) -> None:
+        nonlocal paused
+        paused += 1
+        pause(sequence)
+
+    monkeypatch.setattr(model.engine, "_pause", counted)
+
+    found = drive(model.engine, requests, seed=4)
+
+    assert paused > 1
+    for asked, tokens in zip(requests, found, strict=True):
+        assert asked.expected is not None
+        assert tokens == asked.expected[: len(tokens)]
+        assert asked.leaves_after is not None or tokens == asked.expected
 
 
 def test_a_model_that_no_way_computes_right_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from dumont.errors import FailedPrecondition, Internal, InvalidArgument
 from model_host.engine import Capacity, Finish, FinishReason, Generation, Load, Message, Piece
+from model_host.engines import causal_lm
 from model_host.engines.answers import Answering, Step
 from model_host.engines.backends import Flight, Together
 from model_host.engines.batch import Chunk, TokenSequence
@@ -392,6 +393,80 @@ def test_answers_of_which_some_had_no_room_are_admitted_later(folder: Path) -> N
     found = answers(second, run_all(small, [second])[second])
 
     assert [answer.tokens for answer in found] == alone
+
+
+def test_callers_who_allow_more_than_they_use_do_not_keep_others_out(
+    folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given room for two answers of the length that each caller allows
+    monkeypatch.setattr(causal_lm, "FIRST_ROOM", 4)
+    small = tokens_of_room(folder, 96)
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_new_tokens": 38, "stop_token_ids": (expected[3],)}
+    works = [small.generate(Generation(**fields)) for _ in range(6)]
+
+    # then six that end early are answered at once
+    computed = run_all(small, works)
+
+    assert [answers(work, computed[work])[0].tokens for work in works] == [expected[:3]] * 6
+
+
+def test_who_is_paused_for_lack_of_room_goes_on_without_a_gap(
+    folder: Path, engine: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given answers that all grow until there is room for two of them
+    prompts = [words([number + 1, *range(2, 10)]) for number in range(4)]
+    alone = [run(engine, prompt=prompt, max_new_tokens=36).tokens for prompt in prompts]
+    drawn: dict[str, Any] = {"temperature": 1.0, "seed": 3, "frequency_penalty": 0.5, "n": 2}
+    alone_drawn = said(engine, prompt=words(list(range(30, 50))), max_new_tokens=16, **drawn)
+    monkeypatch.setattr(causal_lm, "FIRST_ROOM", 4)
+    small = tokens_of_room(folder, 112)
+    works = [small.generate(Generation(prompt=prompt, max_new_tokens=36)) for prompt in prompts[:2]]
+    works += [small.generate(Generation(prompt=words(list(range(30, 50))), max_new_tokens=16, **drawn))]
+    works += [small.generate(Generation(prompt=prompt, max_new_tokens=36)) for prompt in prompts[2:]]
+    scheduler = Scheduler(small, max_queue=8)
+    paused: list[TokenSequence] = []
+    pause = small._pause
+    monkeypatch.setattr(small, "_pause", lambda sequence: (paused.append(sequence), pause(sequence)))
+
+    # when they run together
+    jobs = scheduler.call(lambda: [scheduler.submit(work) for work in works])
+    found = [list(job) for job in jobs]
+    scheduler.close()
+
+    # then some were paused, the last admitted first, and each has its own tokens, each once
+    assert paused
+    assert cast(Answering, works[0]).sequences[0] not in paused
+    for place, said_alone in ((0, alone[0]), (1, alone[1]), (3, alone[2]), (4, alone[3])):
+        assert [token for item in found[place] if isinstance(item, Piece) for token in item.token_ids] == (
+            said_alone
+        )
+    for index in range(2):
+        pieces = [item for item in found[2] if isinstance(item, Piece) and item.index == index]
+        assert [token for piece in pieces for token in piece.token_ids] == alone_drawn[index]
+    assert small.load == Load()
+
+
+def test_one_who_leaves_while_paused_leaves_nothing(
+    folder: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "FIRST_ROOM", 4)
+    small = tokens_of_room(folder, 48)
+    first, second = (small.generate(Generation(prompt=PROMPT, max_new_tokens=12)) for _ in range(2))
+    assert small.admit(first)
+    assert small.admit(second)
+    computed = []
+    while not small._paused:
+        computed += [output.item for output in small.step() if output.work is first]
+
+    # A newcomer does not overtake whoever waits for its room.
+    assert not small.admit(small.generate(Generation(prompt="w1", max_new_tokens=1)))
+    small.drop(second)
+    while small.load.sequences:
+        computed += [output.item for output in small.step()]
+
+    assert answers(first, computed)[0].tokens == expected
+    assert small.load == Load()
+    assert not small._paused
 
 
 # What is shared
