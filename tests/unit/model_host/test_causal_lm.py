@@ -426,7 +426,12 @@ def test_who_is_paused_for_lack_of_room_goes_on_without_a_gap(
     scheduler = Scheduler(small, max_queue=8)
     paused: list[TokenSequence] = []
     pause = small._pause
-    monkeypatch.setattr(small, "_pause", lambda sequence: (paused.append(sequence), pause(sequence)))
+
+    def noted(sequence: TokenSequence) -> None:
+        paused.append(sequence)
+        pause(sequence)
+
+    monkeypatch.setattr(small, "_pause", noted)
 
     # when they run together
     jobs = scheduler.call(lambda: [scheduler.submit(work) for work in works])
