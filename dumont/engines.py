@@ -132,10 +132,6 @@ VLLM_OPTIONS: Final[Mapping[str, Option]] = {
     "model_impl": Option(
         "text", "whose implementation of the model", choices=("auto", "vllm", "transformers")
     ),
-    "runner": Option(
-        "text", "whether the model generates or pools", choices=("auto", "generate", "pooling")
-    ),
-    "convert": Option("text", "what a generating model is turned into", choices=("auto", "none", "embed")),
     "max_logprobs": Option("integer", "log-probabilities that a request may ask for", lowest=0, highest=20),
     "seed": Option("integer", "of sampling in requests without one", lowest=0, highest=2**31 - 1),
     "speculative_config": Option(
@@ -165,6 +161,7 @@ VLLM_OPTIONS: Final[Mapping[str, Option]] = {
 
 _ONE_RANK = "an instance is one process on one GPU"
 _OWN = "the deployment, not an option, decides it"
+_KIND = "the model's architecture decides it"
 _CODE = "it would run code that is not part of the engine"
 _NODE = "it would open files or ports of the node"
 _SLEEP = "Dumont decides how the engine sleeps and where its weights are"
@@ -186,6 +183,8 @@ VLLM_REFUSED: Final[Mapping[str, str]] = {
     "hf_overrides": _OWN,
     "generation_config": _OWN,
     "stream_interval": _OWN,
+    "runner": _KIND,
+    "convert": _KIND,
     "trust_remote_code": _CODE,
     "logits_processors": _CODE,
     "scheduler_cls": _CODE,
@@ -330,57 +329,68 @@ def _check_version(option: Option, version: str, path: str) -> None:
         )
 
 
-def _check_value(value: Any, option: Option, version: str, path: str) -> Any:
+def allowed(option: Option) -> str:
+    """What an option may be set to, in words."""
     match option.kind:
         case "boolean":
-            if isinstance(value, bool):
-                return value
-            raise _invalid(value, path, "true or false")
+            return "true or false"
         case "integer":
-            return _integer(value, option, path)
+            return f"an integer {_range(option)}"
         case "number":
-            if _is_number(value) and _within(value, option):
-                return float(value)
-            raise _invalid(value, path, f"a number {_range(option)}")
+            return f"a number {_range(option)}"
         case "integers":
-            if isinstance(value, list | tuple) and 0 < len(value) <= LIST_LENGTH:
-                return [_integer(item, option, f"{path}[{index}]") for index, item in enumerate(value)]
-            raise _invalid(value, path, f"a list of 1 to {LIST_LENGTH} integers")
+            return f"a list of 1 to {LIST_LENGTH} integers {_range(option)}"
         case "object":
-            if isinstance(value, Mapping):
-                return _check_object(value, option.fields or {}, {}, version, path)
-            raise _invalid(value, path, "an object")
+            return f"an object with any of {', '.join(option.fields or ())}"
         case "directories":
-            return _directories(value, option, path)
-    if isinstance(value, str) and 0 < len(value) <= TEXT_LENGTH and value.isprintable():
-        if not option.choices or value in option.choices:
+            return f"an object with {option.highest:.0f} entry, a directory on the nodes by its name"
+    return f"one of {', '.join(option.choices)}" if option.choices else "text"
+
+
+def _check_value(value: Any, option: Option, version: str, path: str) -> Any:
+    match option.kind:
+        case "boolean" if isinstance(value, bool):
             return value
-        raise _invalid(value, path, f"one of {', '.join(option.choices)}", _meant(value, option.choices))
-    raise _invalid(value, path, f"one of {', '.join(option.choices)}" if option.choices else "text")
+        case "integer" if _is_integer(value, option):
+            return int(value)
+        case "number" if _is_number(value, option):
+            return float(value)
+        case "integers" if isinstance(value, list | tuple) and 0 < len(value) <= LIST_LENGTH:
+            if all(_is_integer(item, option) for item in value):
+                return [int(item) for item in value]
+        case "object" if isinstance(value, Mapping):
+            return _check_object(value, option.fields or {}, {}, version, path)
+        case "directories" if isinstance(value, Mapping) and option.lowest <= len(value) <= option.highest:
+            return {name: _directory(directory, f"{path}.{name[:80]}") for name, directory in value.items()}
+        case "text" if isinstance(value, str) and _is_text(value):
+            if not option.choices or value in option.choices:
+                return value
+            raise _invalid(value, path, allowed(option), _meant(value, option.choices))
+    raise _invalid(value, path, allowed(option))
 
 
-def _integer(value: Any, option: Option, path: str) -> int:
-    if _is_number(value) and float(value).is_integer() and _within(value, option):
-        return int(value)
-    raise _invalid(value, path, f"an integer {_range(option)}")
+def _directory(value: Any, path: str) -> str:
+    if isinstance(value, str) and _is_text(value) and value.startswith("/"):
+        return value
+    raise _invalid(value, path, "an absolute path of a directory on the nodes")
 
 
-def _directories(value: Any, option: Option, path: str) -> dict[str, str]:
-    most = int(option.highest)
-    if not isinstance(value, Mapping) or not option.lowest <= len(value) <= most:
-        raise _invalid(value, path, f"an object with {most} entry, a directory on the node by its name")
-    for name, directory in value.items():
-        if not isinstance(directory, str) or not directory.startswith("/") or len(directory) > TEXT_LENGTH:
-            raise _invalid(directory, f"{path}.{name[:80]}", "an absolute path of a directory on the node")
-    return dict(value)
+def _is_text(value: str) -> bool:
+    return 0 < len(value) <= TEXT_LENGTH and value.isprintable()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_integer(value: Any, option: Option) -> bool:
+    return _is_number(value, option) and float(value).is_integer()
 
 
-def _within(value: float, option: Option) -> bool:
-    return option.lowest <= value <= option.highest and not (option.above and value == option.lowest)
+def _is_number(value: Any, option: Option) -> bool:
+    # Not a number is neither above nor below anything.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and option.lowest <= value <= option.highest
+        and not (option.above and value == option.lowest)
+    )
 
 
 def _range(option: Option) -> str:
