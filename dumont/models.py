@@ -21,6 +21,41 @@ MODULES: Final = "modules.json"
 # Ends of the names of architectures that generate text from text, and whole names beside them.
 GENERATING: Final = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder")
 
+# Architectures that generate text and are not served, and why. docs/models.md has the comparison of every
+# architecture with transformers from which this follows; a test repeats it.
+NO_CACHE: Final = "its answers come out otherwise with the cache that each request has for itself"
+OWN_POSITIONS: Final = (
+    "transformers' generate() gives its tokens other positions than the model was trained with"
+)
+NOT_ONLY_TEXT: Final = "it takes or makes sound or pictures with its text"
+DRAFTS: Final = "it only drafts tokens for another model"
+NOT_TRIED: Final = "nobody has compared its answers here with transformers' yet"
+REFUSED: Final = {
+    **dict.fromkeys(
+        (
+            "BambaForCausalLM", "BltForCausalLM", "CpmAntForCausalLM", "MiniMaxForCausalLM",
+            "OpenAIGPTLMHeadModel", "ProphetNetForCausalLM", "RecurrentGemmaForCausalLM",
+            "ReformerModelWithLMHead", "RwkvForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel",
+        ),
+        NO_CACHE,
+    ),
+    **dict.fromkeys(
+        (
+            "CamembertForCausalLM", "Data2VecTextForCausalLM", "RobertaForCausalLM",
+            "RobertaPreLayerNormForCausalLM", "XLMRobertaForCausalLM", "XLMRobertaXLForCausalLM",
+            "XmodForCausalLM",
+        ),
+        OWN_POSITIONS,
+    ),
+    **dict.fromkeys(
+        ("FuyuForCausalLM", "MoshiForCausalLM", "MusicgenForCausalLM", "MusicgenMelodyForCausalLM"),
+        NOT_ONLY_TEXT,
+    ),
+    **dict.fromkeys(("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"), DRAFTS),
+    **dict.fromkeys(("Dots3NoteForCausalLM", "xLSTMForCausalLM"), NOT_TRIED),
+}  # fmt: skip
+UNTRIED: Final = frozenset(name for name, why in REFUSED.items() if why in (NOT_ONLY_TEXT, DRAFTS, NOT_TRIED))
+
 # Encoders of text, by model_type. sentence-transformers takes the mean of their token vectors where no
 # modules.json says otherwise, and so do we.
 ENCODERS: Final = frozenset(
@@ -108,6 +143,13 @@ def engine_of(name: str, config: Mapping[str, Any], files: Collection[str], aske
     generates = architecture.endswith(GENERATING)
     if asked == EMBEDDING or (not asked and MODULES in files):
         return EMBEDDING
+    if generates and architecture in REFUSED:
+        raise unsupported(
+            name,
+            f"no engine runs {architecture} right: {REFUSED[architecture]}",
+            GENERATING_OR_EMBEDDING,
+            architecture,
+        )
     if generates:
         return CAUSAL_LM
     if not asked and _encodes(architecture) and config.get("model_type") in ENCODERS:

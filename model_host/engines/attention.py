@@ -27,6 +27,8 @@ HARMLESS: Final = frozenset(
         "is_causal",
     }
 )  # fmt: skip
+# The kinds of layers whose attention tells ``attend`` which tokens it looks at.
+KINDS: Final = frozenset({"full_attention", "sliding_attention"})
 # How FlashAttention's window says that it has no limit.
 NO_LIMIT: Final = -1
 
@@ -174,6 +176,10 @@ def install(model: Any) -> None:
 
     if not getattr(model, "_supports_attention_backend", False):
         raise NotBatchable("its attention cannot be replaced")
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - KINDS
+    if kinds:
+        # Which tokens they look at is in the mask that the model makes, and here it makes none.
+        raise NotBatchable(f"it has layers of the kind {', '.join(sorted(map(str, kinds)))}")
     AttentionInterface.register(NAME, attend)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config._attn_implementation = NAME

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from dumont import models
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from model_host import cuda
 from model_host.engine import (
@@ -26,7 +27,7 @@ from model_host.engine import (
 )
 from model_host.engines import attention, graphs
 from model_host.engines.answers import Answering, Step, TextRequests
-from model_host.engines.assembly import build, choose_device
+from model_host.engines.assembly import build, choose_device, positions
 from model_host.engines.attention import NotBatchable
 from model_host.engines.backends import Alone, Backend, Flight, Together, shapes
 from model_host.engines.batch import Chunk, TokenSequence, plan
@@ -74,6 +75,9 @@ ROUGH_TOLERANCE: Final = 0.2
 # rounding: one expert chosen differently changes logits further.
 ALONE_SLACK: Final = {torch.float32: 20.0}
 ROUGH_ALONE_SLACK: Final = 3.5
+
+# What a model raises that is not made for being computed in this way.
+FAULTS: Final = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 
 def load(files: ModelFiles, settings: Settings, phases: Phases) -> CausalLM:
@@ -145,11 +149,12 @@ class CausalLM:
         self._model = model
         self._weights = weights
         self._tokenizer = tokenizer
+        self._files = files
         self._device = next(model.parameters()).device
         self._workspace = Workspace(self._device)
         text_config = model.config.get_text_config()
         self._vocabulary = int(text_config.vocab_size)
-        self._context = int(getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+        self._context = _context(model)
         self.device = str(self._device)
         self._unbatched = ""
         self._backend, tokens = self._choose_backend(settings, phases or Phases(), kernels or {})
@@ -186,7 +191,7 @@ class CausalLM:
             with phases.measure("check_batching"):
                 if self._device.type == "cuda" and kernels:
                     log.info("fused: %s", ", ".join(graphs.fuse(self._model, kernels)) or "nothing")
-                right = self._right_logits()
+                right = self._try_right_logits()
                 layers = shapes(self._model, right.cache)
                 attention.install(self._model)
                 budget = settings.kv_cache or self._default_budget()
@@ -215,7 +220,10 @@ class CausalLM:
 
     def _alone(self, right: Right) -> Alone:
         wrong = ""
-        for in_pieces in (True, False):
+        # A model that picks the tokens it looks at breaks ties by how many are computed at once, so that
+        # transformers itself computes a prompt in pieces otherwise than whole.
+        picks = getattr(self._model.config.get_text_config(), "index_topk", None)
+        for in_pieces in (False,) if picks else (True, False):
             try:
                 backend = Alone(self._model, self._device, in_pieces=in_pieces)
                 self._check(backend, right, ALONE_SLACK.get(self._model.dtype, ROUGH_ALONE_SLACK))
@@ -224,12 +232,7 @@ class CausalLM:
                 log.warning("prompts cannot be computed %s: %s", "in pieces" if in_pieces else "whole", wrong)
                 continue
             return backend
-        raise FailedPrecondition(
-            "MODEL_UNSUPPORTED",
-            f"{type(self._model).__name__} cannot be computed token by token with transformers' cache: "
-            f"{wrong}. Its answers would be wrong; deploy another model.",
-            field="model",
-        )
+        raise self._unsupported(wrong)
 
     def _default_budget(self) -> int:
         if self._device.type == "cpu":
@@ -244,6 +247,28 @@ class CausalLM:
 
     def _fixed(self, count: int, salt: int = 0) -> list[int]:
         return [(7919 * (position + 1 + salt)) % self._vocabulary for position in range(count)]
+
+    def _try_right_logits(self) -> Right:
+        """``_right_logits``.
+
+        Raises:
+            FailedPrecondition: MODEL_UNSUPPORTED, they cannot be computed.
+        """
+        try:
+            return self._right_logits()
+        except torch.OutOfMemoryError:
+            raise
+        except FAULTS as error:
+            raise self._unsupported(f"transformers cannot compute its logits: {error}") from error
+
+    def _unsupported(self, why: str) -> FailedPrecondition:
+        architecture = type(self._model).__name__
+        return models.unsupported(
+            str(self._files.folder),
+            f"{architecture} cannot be computed token by token with transformers' cache: {why}",
+            "Its answers would be wrong; deploy another model.",
+            architecture,
+        )
 
     @torch.inference_mode()
     def _right_logits(self) -> Right:
@@ -287,7 +312,7 @@ class CausalLM:
             short.answer.append(right.texts[1][-1])
             rest = Chunk(long, CHECKED_PIECE, len(long.prompt) - CHECKED_PIECE, sampled=True)
             self._compare(backend, [rest, Chunk(short, len(short.prompt), 1, sampled=True)], right, slack)
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except FAULTS as error:
             raise NotBatchable(f"it fails in a batch: {error}") from error
         finally:
             for sequence in sequences:
@@ -647,6 +672,26 @@ def _distrust(sequences: Iterable[TokenSequence]) -> None:
     """Let nobody reuse what was computed for these: it may be wrong or missing."""
     for sequence in sequences:
         sequence.computed = 0
+
+
+def _context(model: Any) -> int:
+    """How many tokens a prompt and its answer may have together."""
+    context = positions(model) or DEFAULT_CONTEXT
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    for kind in kinds:
+        if kind.get("rope_type") != "longrope":
+            continue
+        # Beyond it other frequencies hold for all tokens of a sequence, those already in the cache, too.
+        original = kind.get("original_max_position_embeddings")
+        original = original or getattr(config, "original_max_position_embeddings", None) or context
+        if original < context:
+            log.warning(
+                "the context ends at %d tokens of %d: LongRoPE computes anew beyond", original, context
+            )
+            context = int(original)
+    return context
 
 
 def _room(sequence: TokenSequence) -> int:

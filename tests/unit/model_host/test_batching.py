@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from dumont.errors import Cancelled, DeadlineExceeded, FailedPrecondition
+from dumont.errors import Cancelled, DeadlineExceeded, FailedPrecondition, InvalidArgument
 from model_host.engine import Generation, Load, Output, Piece, Work
 from model_host.engines import causal_lm
 from model_host.engines.backends import Alone, Together
@@ -218,6 +218,71 @@ def test_a_model_that_no_way_computes_right_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
     assert (refused.value.reason, refused.value.field) == ("MODEL_UNSUPPORTED", "model")
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(ROPES))
+def test_stretched_positions_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    # given positions that are stretched, and prompts on both sides of where that begins
+    config = transformers.LlamaConfig(**GROUPED, rope_parameters={"rope_theta": 10_000.0, **ROPES[kind]})
+    torch.manual_seed(3)
+    save(AUTO.from_config(config), tmp_path)
+    model = Model(load(tmp_path), AUTO.from_pretrained(tmp_path).eval())
+    requests = list(mixed(model, seed=3, count=6))
+
+    found = drive(model.engine, requests, seed=4)
+
+    assert [tokens for tokens, asked in zip(found, requests, strict=True) if asked.leaves_after is None] == [
+        asked.expected for asked in requests if asked.leaves_after is None
+    ]
+
+
+def test_the_context_ends_where_long_rope_would_change_what_is_in_the_cache(tmp_path: Path) -> None:
+    # given positions that all change once there are more than 64
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [9.0, 7.0, 5.0, 3.0],
+    }  # fmt: skip
+    config = transformers.Phi3Config(
+        **GROUPED | {"pad_token_id": 0}, original_max_position_embeddings=64, rope_parameters=rope
+    )
+    torch.manual_seed(3)
+    save(AUTO.from_config(config), tmp_path)
+    model = Model(load(tmp_path), AUTO.from_pretrained(tmp_path).eval())
+
+    # then an answer is right up to there, and ends there
+    assert model.engine.context_length == 64
+    prompt = list(range(50))
+    request = Request(prompt, 40)
+    [found] = drive(model.engine, [request], seed=4)
+    assert found == model.said(prompt, 14)
+
+    # and a longer prompt is refused
+    with pytest.raises(InvalidArgument) as refused:
+        Request(prompt + prompt, 1).work(model.engine)
+    assert refused.value.reason == "PROMPT_TOO_LONG"
+    assert refused.value.metadata["context_length"] == "64"
+
+
+def test_a_model_that_fails_with_every_cache_is_refused_and_not_a_crash(tmp_path: Path) -> None:
+    config = transformers.MiniMaxConfig(**GROUPED, num_local_experts=2)
+    torch.manual_seed(3)
+    save(AUTO.from_config(config), tmp_path)
+
+    with pytest.raises(FailedPrecondition, match="MiniMaxForCausalLM") as refused:
+        load(tmp_path)
+
+    assert refused.value.reason == "MODEL_UNSUPPORTED"
 
 
 class Clock:
