@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 
 import dumont
-from dumont.cli import deployments, doctor, engines, inference, instances, nodes, snapshots
+from dumont.cli import deployments, doctor, engines, inference, instances, nodes, run, snapshots
 from dumont.cli.output import command
 from dumont.errors import services_not_installed
 
@@ -67,6 +67,7 @@ for function in (
     deployments.ls,
     deployments.rm,
     deployments.explain,
+    run.run,
     inference.generate,
     inference.embed,
     instances.ps,

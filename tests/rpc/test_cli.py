@@ -192,6 +192,33 @@ def test_a_start_is_shown_at_a_terminal_in_words() -> None:
     ]
 
 
+def test_run_deploys_what_is_not_deployed_and_answers(cli: Cli) -> None:
+    result = cli("run", "org/New-Model", "Count", "--seed", "7")
+    assert (result.exit_code, result.stdout) == (0, "one two three\n")
+    request = cli.served.controller.requests[-1]
+    assert (request.deployment, request.seed) == ("deployments/new-model", 7)
+    assert [(m.role, m.content) for m in request.messages] == [("user", "Count")]
+    # and what is deployed is used: by its model, and by its name
+    for model in ("org/New-Model", "qa"):
+        assert cli("run", model, "Count").exit_code == 0
+    assert len(cli.document("ls")) == 2
+
+
+def test_run_answers_what_is_piped_in(cli: Cli) -> None:
+    assert cli("run", "qa", input="Count\n").stdout == "one two three\n"
+    assert cli.served.controller.requests[-1].messages[0].content == "Count"
+    assert "standard input is empty" in cli("run", "org/never-deployed", input="").stderr
+    assert [info["name"] for info in cli.document("ls")] == ["deployments/qa"]
+
+
+def test_run_at_a_terminal_is_a_conversation(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dumont.cli.run.at_terminal", lambda: True)
+    result = cli("run", "qa", input="Count\nAgain\n")
+    assert result.exit_code == 0
+    assert result.stdout.replace("> ", "") == "one two three\none two three\n"
+    assert len(cli.served.controller.requests[-1].messages) == 3
+
+
 def test_deploy_waits_for_the_start(cli: Cli) -> None:
     assert cli("deploy", "org/model", "--name", "new", "--prewarm", "--wait").exit_code == 0
     assert any(type(r).__name__ == "WatchStartRequest" for r in cli.served.controller.requests)
