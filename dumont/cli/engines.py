@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -42,7 +43,13 @@ def install(
     for name, value in given.items():
         if value:
             arguments += [name, str(value)]
-    raise typer.Exit(subprocess.run(_node(*arguments, *(["--json"] if json else [])), check=False).returncode)
+    with subprocess.Popen(_node(*arguments, *(["--json"] if json else []))) as node:
+        # At Ctrl-C it gets the signal as well, and has to clean up first.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            raise typer.Exit(node.wait())
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 @app.command()

@@ -29,8 +29,6 @@ from snapshotd.engines.installed import Installed
 
 CPU: Final = "cpu"
 CUDA: Final = "cuda"
-# In a directory that an installation has begun to fill.
-BEGUN: Final = ".dumont-engine-begun"
 # Besides what the environment takes: pip unpacks beside it, and the node needs some.
 SPARE_BYTES: Final = 1 << 30
 # What is imported to see that an environment is complete.
@@ -162,22 +160,37 @@ def install(lock: Lock, root: Path, directory: Path | None, python: str, say: Sa
         raise _in_use(place, f"holds {known.engine} {known.version} ({known.build})")
     _check_machine(lock, python)
     with _alone(place):
-        if place.is_dir() and any(place.iterdir()) and not (place / BEGUN).exists():
-            raise _in_use(place, "is not empty")
-        if place.exists():
+        begun = _beside(place, "begun")
+        if begun.exists():
             say(f"removing what an interrupted installation left in {place}")
-            shutil.rmtree(place)
+            _remove(place)
+        elif place.is_dir() and any(place.iterdir()):
+            raise _in_use(place, "is not empty")
         _check_disk(lock, place)
+        begun.touch()
         try:
-            return _make(lock, place, python, say), True
+            made = _make(lock, place, python, say)
         except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
+            _remove(place)
             raise
+        begun.unlink()
+        return made, True
+
+
+def _remove(place: Path) -> None:
+    """Remove what an installation has made. If this is interrupted as well, the next one goes on with it."""
+    shutil.rmtree(place, ignore_errors=True)
+    if not place.exists():
+        _beside(place, "begun").unlink(missing_ok=True)
+
+
+def _beside(place: Path, what: str) -> Path:
+    """A file beside an environment that is about it."""
+    return place.parent / f".{place.name}.{what}"
 
 
 def _make(lock: Lock, place: Path, python: str, say: Say) -> Installed:
-    place.mkdir(mode=0o755, parents=True)
-    (place / BEGUN).touch()
+    place.mkdir(mode=0o755, exist_ok=True)
     say(f"environment in {place}")
     _run([python, "-m", "venv", str(place)], f"{python} cannot make an environment; install python3-venv")
     program = place / "bin" / "python"
@@ -187,7 +200,6 @@ def _make(lock: Lock, place: Path, python: str, say: Say) -> Installed:
     say(f"checking that {lock.engine} can be imported")
     examined = environment.examine(lock.engine, program)
     _import(lock, program)
-    (place / BEGUN).unlink()
     made = Installed(lock.engine, examined.version, lock.build, place, lock.digest)
     installed.write(made)
     return made
@@ -299,7 +311,7 @@ def _check_disk(lock: Lock, place: Path) -> None:
 def _alone(place: Path) -> Iterator[None]:
     """Keep other installations away from a directory."""
     place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with (place.parent / f".{place.name}.lock").open("w") as file:
+    with _beside(place, "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +24,7 @@ from dumont.errors import (
     Unavailable,
 )
 from snapshotd.engines import install, installed
-from snapshotd.engines.install import BEGUN, Lock
+from snapshotd.engines.install import Lock
 from tests.helpers.stand_in_engine import program, stand_in
 
 TEXT = """# Packages.
@@ -122,7 +125,7 @@ def test_an_installed_engine_is_found_and_a_second_installation_does_nothing(tmp
     assert (found.engine, found.version, found.build) == ("vllm", "0.32.0", "cpu")
     assert found.directory == first.directory == again.directory
     assert (found.directory / "requirements.txt").read_text() == TEXT
-    assert not (found.directory / BEGUN).exists()
+    assert left(root) == [found.directory]
 
 
 def test_another_list_of_the_same_version_leaves_the_environment_that_may_be_in_use(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def failure(root: Path, python: str, lock: Lock = LOCK, directory: Path | None =
 
 
 def left(root: Path) -> list[Path]:
-    return [path for path in root.glob("*/*") if not path.name.endswith(".lock")]
+    return [path for path in root.glob("*/*") if not path.name.endswith(".lock")]  # locks are never removed
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,7 @@ def test_what_an_interrupted_installation_left_is_removed_by_the_next(tmp_path: 
     place = make(root, python).directory
     # As after SIGKILL: begun, not recorded.
     (place / installed.RECORD).unlink()
-    (place / BEGUN).touch()
+    (place.parent / f".{place.name}.begun").touch()
     (place / "half").touch()
     assert installed.found(root) == []
 
@@ -228,3 +231,25 @@ def test_two_installations_do_not_fill_one_directory(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         error = failure(tmp_path / "engines", a_python(tmp_path / "p"), directory=place)
     assert (type(error), error.reason) == (Aborted, "INSTALL_RUNNING")
+
+
+def test_an_installation_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
+    # Given one that is under way
+    python = a_python(tmp_path, pip="echo Collecting one==1.0; exec sleep 100")
+    environment = os.environ | {"DUMONT_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "snapshotd.engines", "install", "vllm", "--build", "cpu"]
+    with subprocess.Popen(
+        [*command, "--python", python], env=environment, stderr=subprocess.PIPE, text=True
+    ) as installing:
+        assert installing.stderr is not None
+        while "package one" not in installing.stderr.readline():
+            assert installing.poll() is None
+
+        # When it is told to end
+        installing.terminate()
+        said = installing.stderr.read()
+
+    # Then nothing is left of it
+    assert installing.returncode == 130
+    assert "interrupted" in said
+    assert left(tmp_path / "engines") == []
