@@ -60,17 +60,18 @@ def main() -> int:
         action="store_true",
         help="print one JSON object at the end, and everything else on standard error",
     )
+    parser.add_argument("--engine", default="causal_lm", help="that runs the model: causal_lm or vllm")
     arguments = parser.parse_args()
     model = Path(os.environ["DUMONT_CACHE"]) / "models" / MODEL
     try:
         progress.print("one plain run that does not count, so that files are in memory for all runs")
         plain_cold_start(model)
         with tempfile.TemporaryDirectory(prefix="dumont-demo-") as state, services(Path(state)) as client:
-            rounds = [play(client, model, number) for number in range(1, ROUNDS + 1)]
+            rounds = [play(client, model, arguments.engine, number) for number in range(1, ROUNDS + 1)]
     except (CheckFailed, dumont.DumontError) as error:
         progress.print(f"[red]the demo failed:[/red] {error}")
         return 1
-    result = summarize(rounds)
+    result = {"engine": arguments.engine, **summarize(rounds)}
     show(result, progress if arguments.json else Console(highlight=False))
     if arguments.json:
         print(json.dumps(result, indent=2))
@@ -116,7 +117,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def play(client: dumont.Client, model: Path, number: int) -> Round:
+def play(client: dumont.Client, model: Path, engine: str, number: int) -> Round:
     progress.print(f"round {number} of {ROUNDS}: plain script", end="", soft_wrap=True)
     plain_seconds = plain_cold_start(model)
     progress.print(f" {plain_seconds:.2f} s", end="")
@@ -125,6 +126,7 @@ def play(client: dumont.Client, model: Path, number: int) -> Round:
         start_mode="checkpoint",
         checkpoint={"enabled": True, "ttl": 3600},
         name=f"demo-{number}",
+        engine=engine,
     )
 
     cold = ask(deployment, "cold")
@@ -216,7 +218,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         "restored from a snapshot": result["restore_seconds"],
         "resumed from parked": result["resume_seconds"],
     }
-    table = Table(title=f"{result['model']}: seconds to the first token")
+    table = Table(title=f"{result['model']} with {result['engine']}: seconds to the first token")
     table.add_column("start")
     table.add_column("seconds", justify="right")
     table.add_column("plain ÷ this", justify="right")
