@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dumont import model_directory, models
+from dumont import generation_config, model_directory, models
 from dumont.errors import FailedPrecondition
 from dumont.model_directory import Unusable
 
@@ -20,7 +20,8 @@ class ModelFiles:
     """The parts of a model directory that engines read.
 
     Args:
-        config, generation, tokenizer_config: contents of the files so named; empty where there is none.
+        config, tokenizer_config: contents of the files so named; empty where there is none.
+        generation: the contents of generation_config.json; None: there is none.
         shards: the safetensors files, in the folder or wherever else they are to be mapped from.
         chat_template: a Jinja template, if the model has one.
         names: paths of all files, relative to the folder.
@@ -28,7 +29,7 @@ class ModelFiles:
 
     folder: Path
     config: Json
-    generation: Json
+    generation: Json | None
     tokenizer_config: Json
     shards: tuple[Path, ...]
     chat_template: str | None
@@ -87,7 +88,7 @@ def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelF
     return ModelFiles(
         folder=folder,
         config=config,
-        generation=_json(folder, "generation_config.json", optional=True),
+        generation=_json(folder, generation_config.FILE) if generation_config.FILE in names else None,
         tokenizer_config=tokenizer_config,
         shards=_shards(folder, names, weight_files or {}),
         names=names,

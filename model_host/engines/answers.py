@@ -7,10 +7,10 @@ the same text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Final
 
-from dumont import limits
+from dumont import generation_config, limits
 from dumont.errors import InvalidArgument
 from model_host.engine import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -57,8 +57,10 @@ class TextRequests:
         self._tokenizer = tokenizer
         self._special = special_tokens(tokenizer)
         self._template = ChatTemplate(files)
-        self._defaults = files.generation
-        self._ends = end_tokens(files.generation, files.config)
+        self._defaults = generation_config.read(str(files.folder), files.config, files.generation)
+        # Some ban tokens that their vocabulary has no longer.
+        self._banned = frozenset(token for token in self._defaults.banned if 0 <= token < vocabulary)
+        self._ends = end_tokens(files.generation or {}, files.config)
         self._vocabulary = vocabulary
         self._context_length = context_length
         self._max_new_tokens_limit = max_new_tokens_limit
@@ -116,7 +118,10 @@ class TextRequests:
         """
         own = frozenset() if request.ignore_eos else self._ends
         ends = own | frozenset(request.stop_token_ids)
-        sampling = Sampling.of(request, self._defaults, ends)
+        request = replace(request, stop=(*request.stop, *self._defaults.stop))
+        sampling = Sampling.of(
+            request, self._defaults.fields, ends, self._banned, self._defaults.least(len(prompt))
+        )
         sequences = [
             TokenSequence(
                 prompt, limit, sampling, ends, own, None if request.seed is None else request.seed + index

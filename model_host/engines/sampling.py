@@ -52,8 +52,21 @@ class Sampling:
     logprobs: int | None = None
 
     @classmethod
-    def of(cls, request: Generation, defaults: Mapping[str, Any], ends: frozenset[int]) -> Sampling:
-        """What a request asks for, completed from the model's ``generation_config.json``."""
+    def of(
+        cls,
+        request: Generation,
+        defaults: Mapping[str, Any],
+        ends: frozenset[int],
+        banned: frozenset[int] = frozenset(),
+        least: int = 0,
+    ) -> Sampling:
+        """What a request asks for, completed from the model's ``generation_config.json``.
+
+        Args:
+            defaults: for fields that the request leaves out.
+            banned: tokens that are never chosen.
+            least: tokens that an answer must have at least.
+        """
 
         def pick(value: Any, name: str, neutral: Any) -> Any:
             if value is not None:
@@ -69,9 +82,9 @@ class Sampling:
             repetition=float(pick(request.repetition_penalty, "repetition_penalty", 1.0)),
             presence=request.presence_penalty,
             frequency=request.frequency_penalty,
-            bias=dict(request.logit_bias),
+            bias={**request.logit_bias, **dict.fromkeys(banned, -np.inf)},
             ends=ends,
-            min_new_tokens=request.min_new_tokens,
+            min_new_tokens=max(request.min_new_tokens, least),
             logprobs=request.logprobs,
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 from blake3 import blake3
@@ -21,8 +22,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from dumont import model_directory, models
-from dumont.engines import check_engine
+from dumont import generation_config, model_directory, models
+from dumont.engines import EMBEDDING, check_engine
 from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from dumont.model_directory import Unusable
 from snapshotd.eviction import Candidate, choose
@@ -232,12 +233,7 @@ def _weight_files(name: str, directory: Path, files: AbstractSet[str]) -> list[s
 
 
 def _describe(name: str, directory: Path, engine: str) -> Model:
-    try:
-        config = json.loads(_read(name, directory, directory / "config.json"))
-    except (ValueError, RecursionError) as error:
-        raise _invalid(name, f"config.json is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise _invalid(name, "config.json is no JSON object")
+    config = _json(name, directory, "config.json")
     try:
         files = model_directory.names(directory)
     except Unusable as error:
@@ -247,14 +243,30 @@ def _describe(name: str, directory: Path, engine: str) -> Model:
     weights = tuple(directory / file for file in _weight_files(name, directory, files))
     for path in weights:
         _check_weights(name, path)
+    kind = models.engine_of(name, config, files, engine)
+    if kind != EMBEDDING:
+        asked = generation_config.FILE in files
+        generation_config.read(
+            name, config, _json(name, directory, generation_config.FILE) if asked else None
+        )
     return Model(
         name=name,
-        engine=models.engine_of(name, config, files, engine),
+        engine=kind,
         directory=directory,
         weights=weights,
         weights_bytes=sum(path.stat().st_size for path in weights),
         context_length=length if isinstance(length := config.get("max_position_embeddings"), int) else 0,
     )
+
+
+def _json(name: str, directory: Path, file: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(name, directory, directory / file))
+    except (ValueError, RecursionError) as error:
+        raise _invalid(name, f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise _invalid(name, f"{file} is no JSON object")
+    return content
 
 
 def _read(name: str, directory: Path, path: Path) -> bytes:

@@ -27,6 +27,7 @@ SERVICES_ONLY = (
     "controller/", "snapshotd/", "model_host/", "dumont/aio.py", "dumont/benchmarks/",
     "dumont/up.py", "dumont/cli/up.py",
     "dumont/cli/bench.py", "dumont/model_directory.py", "dumont/models.py",
+    "dumont/generation_config.py",
     "dumont/model_host/", "dumont/snapshotd/",
     "dumont/state_directory.py",
 )  # fmt: skip

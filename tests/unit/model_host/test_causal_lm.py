@@ -97,6 +97,57 @@ def test_the_models_end_mark_ends_the_answer(folder: Path, expected: list[int], 
     assert answer.finish == Finish(FinishReason.END, prompt_tokens=9, output_tokens=until)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.9},
+        {"suppress_tokens": "the first"},
+        {"suppress_tokens": "the first", "repetition_penalty": 1.5},
+        {"bad_words_ids": "the third"},
+        {"eos_token_id": "the third", "min_length": len(PROMPT_TOKENS) + 6},
+        {"eos_token_id": "the third", "min_new_tokens": 5},
+        {"eos_token_id": "the third", "bad_words_ids": "the third"},
+    ],
+)
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_what_a_model_asks_for_is_what_transformers_does(
+    folder: Path, tmp_path: Path, expected: list[int], settings: dict[str, Any], file: str
+) -> None:
+    # given a model with settings for all its answers, in the file of today or in that of former times
+    named: dict[object, Any] = {"the first": expected[0], "the third": expected[2]}
+    values = {name: named.get(value, value) for name, value in settings.items()}
+    if "suppress_tokens" in values:
+        values["suppress_tokens"] = [values["suppress_tokens"]]
+    if "bad_words_ids" in values:
+        values["bad_words_ids"] = [[values["bad_words_ids"]]]
+    for known in folder.iterdir():
+        if known.name != file and known.name != "generation_config.json":
+            (tmp_path / known.name).hardlink_to(known)
+    before = json.loads((folder / file).read_text()) if file == "config.json" else {}
+    (tmp_path / file).write_text(json.dumps({**before, **values}))
+    model: Any = LlamaForCausalLM.from_pretrained(tmp_path)
+    output = model.generate(torch.tensor([PROMPT_TOKENS]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    right = output[0, len(PROMPT_TOKENS) :].tolist()
+    if "eos_token_id" in values and values["eos_token_id"] in right:
+        right = right[: right.index(values["eos_token_id"])]
+
+    assert run(load(tmp_path), prompt=PROMPT, max_new_tokens=12).tokens == right
+
+
+def test_stop_strings_of_a_model_end_its_answers(folder: Path, tmp_path: Path, expected: list[int]) -> None:
+    for known in folder.iterdir():
+        if known.name != "generation_config.json":
+            (tmp_path / known.name).hardlink_to(known)
+    stop = WORDS[expected[2]]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"stop_strings": [stop]}))
+
+    answer = run(load(tmp_path), prompt=PROMPT, max_new_tokens=12)
+
+    assert stop not in answer.text
+    assert answer.finish is not None
+    assert answer.finish.reason is FinishReason.STOP
+
+
 def test_a_stop_string_cuts_the_text_and_counts_its_tokens(engine: CausalLM, expected: list[int]) -> None:
     stop = " " + WORDS[expected[2]]
 

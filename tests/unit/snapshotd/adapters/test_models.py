@@ -75,6 +75,17 @@ async def test_what_no_engine_runs_is_refused_when_it_is_resolved(models: NodeMo
     assert refusal.value.metadata["architecture"] == "BertForSequenceClassification"
 
 
+async def test_what_its_generation_config_asks_for_is_refused_when_it_is_resolved(models: NodeModels) -> None:
+    directory = write_model(models, "org/name")
+    (directory / "generation_config.json").write_text('{"no_repeat_ngram_size": 3}')
+
+    with pytest.raises(FailedPrecondition, match="no_repeat_ngram_size") as refusal:
+        await models.resolve("org/name")
+
+    assert refusal.value.reason == "MODEL_UNSUPPORTED"
+    assert (await models.resolve("org/name", "embedding")).engine == "embedding"
+
+
 async def test_a_single_file_of_weights_goes_before_an_index(models: NodeModels) -> None:
     directory = write_model(models, "org/name")
     (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "old.safetensors"}}')
