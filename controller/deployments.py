@@ -21,7 +21,7 @@ from controller.model import (
     Weights,
 )
 from controller.ports import Clock, Nodes, Registry
-from dumont import engines
+from dumont import engines, names
 from dumont.errors import (
     Aborted,
     AlreadyExists,
@@ -119,7 +119,8 @@ class Deployments:
         if deployment not in self.by_id:
             raise NotFound(
                 "DEPLOYMENT_NOT_FOUND",
-                f"there is no deployments/{deployment}; create it first, or list what there is",
+                f"there is no deployments/{deployment}"
+                + (names.did_you_mean(deployment, self.by_id) or "; create it first, or list what there is"),
                 field=field,
                 metadata={"deployment": f"deployments/{deployment}"},
             )

@@ -20,6 +20,7 @@ from controller.lifecycle import Event
 from controller.model import Captured, Instance, InstanceState, Intent, Node, NodeState, Report, Snapshot
 from controller.ports import Clock, ListedSnapshots, Removed, Synchronized
 from controller.room import Need
+from dumont import names
 from dumont.errors import FailedPrecondition, NotFound
 
 # What those watch who wait until memory of any node becomes free.
@@ -72,13 +73,13 @@ class Inventory:
     def node(self, node: str) -> Node:
         """The node of this id. Raises: NotFound."""
         if node not in self.nodes:
-            raise _not_found("node", node)
+            raise _not_found("node", node, self.nodes)
         return self.nodes[node]
 
     def instance(self, instance: str) -> Instance:
         """The instance of this id. Raises: NotFound."""
         if instance not in self.instances:
-            raise _not_found("instance", instance)
+            raise _not_found("instance", instance, self.instances)
         return self.instances[instance]
 
     @property
@@ -99,7 +100,7 @@ class Inventory:
     def snapshot(self, snapshot: str) -> Snapshot:
         """The snapshot of this id, as the most capable node sees it. Raises: NotFound."""
         if snapshot not in self._copies:
-            raise _not_found("snapshot", snapshot)
+            raise _not_found("snapshot", snapshot, self._copies)
         return self._best(snapshot)
 
     def copies(self, snapshot: str) -> tuple[Snapshot, ...]:
@@ -547,9 +548,10 @@ def _drop(index: dict[str, dict[str, str]], deployment: str, identifier: str) ->
         del index[deployment]
 
 
-def _not_found(kind: str, identifier: str) -> NotFound:
+def _not_found(kind: str, identifier: str, known: Iterable[str]) -> NotFound:
+    advice = names.did_you_mean(identifier, known) or f"; list the {kind}s to see what there is"
     return NotFound(
         f"{kind.upper()}_NOT_FOUND",
-        f"there is no {kind}s/{identifier}; list the {kind}s to see what there is",
+        f"there is no {kind}s/{identifier}{advice}",
         metadata={kind: f"{kind}s/{identifier}"},
     )

@@ -70,6 +70,18 @@ class Snapshots:
             await self._core.registry.drop_captured(snapshot)
             self._inventory.drop_captured(snapshot)
 
+    def replaced_by(self, snapshot: Snapshot) -> list[str]:
+        """The ids of the deployment's snapshots that are deleted because of a newer one; see ``expiry``."""
+        known = self._inventory.snapshots_of(snapshot.deployment)
+        return sorted(
+            one.id
+            for one in known
+            if one.id != snapshot.id
+            and one.owner == snapshot.owner
+            and one.kind == snapshot.kind
+            and not one.quarantined
+        )
+
     async def adopt(self, snapshot: str, deployment: str = "") -> Snapshot:
         """Make an orphan a deployment's newest snapshot.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from dumont.errors import InvalidArgument
 
@@ -47,6 +49,13 @@ def parse(name: str, collection: str, field: str) -> str:
             metadata={"value": name[:120]},
         )
     return check_id(identifier, field)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the known name that is most like ``name``; empty if none is."""
+    by_lower = {other.lower(): other for other in known}
+    near = get_close_matches(name.lower(), by_lower, 1, 0.7)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def new_id(prefix: str) -> str:

@@ -208,7 +208,7 @@ class AsyncSnapshots:
 
         Args:
             deployment: of its instances, one that no prompt has entered is captured; if there is none, one is
-                started.
+                started for it, and ended again. Earlier snapshots for the same kind of node are replaced.
             snapshot_id: chosen by the controller when left out.
             progress: called at each new step.
         """
@@ -221,7 +221,7 @@ class AsyncSnapshots:
 
         def report(metadata: snapshot_service_pb2.CreateSnapshotMetadata) -> None:
             if progress:
-                progress(SnapshotProgress(metadata.stage, metadata.instance))
+                progress(SnapshotProgress(metadata.stage, metadata.instance, tuple(metadata.replaces)))
 
         with self._connection.errors():
             operation = await self._connection.snapshots.CreateSnapshot(request)

@@ -326,10 +326,11 @@ class Pruned:
 
 @dataclass(frozen=True)
 class SnapshotProgress:
-    """The progress of a capture: the step under way, and the instance."""
+    """The progress of a capture: the step under way, the instance, and the snapshots that were replaced."""
 
     stage: str
     instance: str
+    replaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

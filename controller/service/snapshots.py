@@ -42,7 +42,10 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
             def on_stage(instance: str, stage: str) -> None:
                 progress.update(instance=f"instances/{instance}" if instance else "", stage=stage)
 
-            return self._message(await self._starts.capture(deployment, identifier, on_stage))
+            captured = await self._starts.capture(deployment, identifier, on_stage)
+            replaced = self._snapshots.replaced_by(captured)
+            progress.update(replaces=[f"snapshots/{snapshot}" for snapshot in replaced])
+            return self._message(captured)
 
         metadata = pb.CreateSnapshotMetadata(
             deployment=request.deployment,

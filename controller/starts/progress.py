@@ -19,6 +19,8 @@ UNDER_WAY: Final = {
     InstanceState.STARTING: "starting",
     InstanceState.RESUMING: "resuming",
     InstanceState.CAPTURING: "capturing",
+    # A start may have this one answer already, and still have to conclude.
+    InstanceState.SERVING: "serving",
 }
 
 

@@ -94,6 +94,8 @@ class Start:
         self._phases: list[Phase] = []
         self._joined: Tier | None = None
         self._rechecked = False
+        # The instance that was started only to be captured, if one was.
+        self.made_to_capture = ""
 
     def resident(self) -> policy.Attempt | None:
         """The instance that can answer now; None if there is none, or if it should be captured first.
@@ -190,7 +192,7 @@ class Start:
             nodes = self._core.inventory.nodes.values()
             node = policy.place({n.id: n for n in nodes if n.checkpoint_capable}, engine=deployment.engine)
             on_stage("", "starting")
-            instance = (await self._instances.create(deployment, node.id)).instance
+            instance = self.made_to_capture = (await self._instances.create(deployment, node.id)).instance
         on_stage(instance, "capturing")
         captured = await self._instances.capture(deployment, instance, snapshot)
         self._captures.succeeded(deployment.id)

@@ -570,16 +570,35 @@ class Starts:
     async def capture(self, deployment: str, snapshot: str, on_stage: OnStage) -> Snapshot:
         """Capture as ``Start.capture`` does, after the run under way if there is one.
 
+        An instance that was started for it ends again, unless a request has come for it.
+
         Raises:
             FailedPrecondition: CHECKPOINT_DISABLED.
             DumontError: the start or the capture failed.
         """
+        start: Start | None = None
 
         async def work() -> Snapshot:
+            nonlocal start
             self.check_capturable(deployment)
-            return await self._new(deployment).capture(snapshot, on_stage)
+            start = self._new(deployment)
+            return await start.capture(snapshot, on_stage)
 
-        return await self.alone(deployment, work)
+        try:
+            return await self.alone(deployment, work)
+        finally:
+            if start is not None and start.made_to_capture:
+                await self._end(deployment, start.made_to_capture)
+
+    async def _end(self, deployment: str, instance: str) -> None:
+        """End an instance that nothing needs. What asks for it meanwhile keeps it."""
+        known = self._core.deployments.by_id.get(deployment)
+        if known is None or known.kept_instances or self.waiting(deployment):
+            return
+        # It has served a request, or has ended already; or the whole service ends, which leaves it as it is.
+        with contextlib.suppress(DumontError):
+            task = self._core.tasks.spawn(self._instances.stop(instance), f"end {instance}")
+            await asyncio.shield(task)
 
     # Migrations
 

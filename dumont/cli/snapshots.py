@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Final
 
 import typer
@@ -40,13 +41,20 @@ def create(
     json: Json = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Capture a deployment, from an instance that no prompt has entered. Ctrl-C gives up."""
+    """Capture a deployment, from an instance that no prompt has entered, in place of its earlier snapshot.
+
+    Ctrl-C gives up.
+    """
     with sync.Client(endpoint) as client, console(stderr=True).status("starting") as status:
+        replaced: list[str] = []
 
         def show(step: SnapshotProgress) -> None:
             status.update(f"{step.stage} {short(step.instance)}")
+            replaced[:] = step.replaces
 
         snapshot = client.snapshots.create(deployment, snapshot_id=snapshot_id, progress=show)
+    for name in replaced:
+        sys.stderr.write(f"{short(name)} is replaced, and deleted\n")
     print_snapshot(snapshot, as_json=json)
 
 

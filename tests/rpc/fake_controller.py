@@ -258,6 +258,7 @@ class FakeController(
             except asyncio.CancelledError:
                 self.cancelled.set()
                 raise
+            progress.update(replaces=["snapshots/older"])
             if request.snapshot_id == "refused":
                 raise ResourceExhausted("DISK_FULL", "no room", metadata={"free": "0"})
             return snapshots.Snapshot(

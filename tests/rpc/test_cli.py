@@ -473,7 +473,9 @@ def test_completion_is_quick_and_quiet_without_a_controller() -> None:
 
 
 def test_snapshots_are_made_listed_shown_and_removed(cli: Cli) -> None:
-    assert "snapshot" in cli("snapshot", "create", "qa").stdout
+    made = cli("snapshot", "create", "qa")
+    assert "snapshot" in made.stdout
+    assert "older is replaced, and deleted" in made.stderr
     assert cli.document("snapshot", "create", "qa", "--id", "mine")["deployment"] == "deployments/qa"
     assert cli("snapshot", "ls").stdout.splitlines()[1].split()[:4] == ["one", "qa", "active", "one"]
     assert cli.document("snapshot", "ls", "--deployment", "qa")[0]["size_bytes"] == 214_000_000

@@ -28,6 +28,48 @@ async def test_a_served_instance_is_left_alone_and_a_new_one_captured(world: Wor
     assert made.id == "mine"
     assert told == ["starting", "capturing"]
     assert world.nodes.named("capture")[-1][2] != first.instance
+    # and what was started for it alone has ended
+    assert list(world.inventory.instances) == [first.instance]
+
+
+async def test_an_instance_that_was_started_for_a_capture_that_failed_ends_too(world: World) -> None:
+    await world.node()
+    await world.deploy()
+    world.nodes.fail("capture", Internal("DUMP_FAILED", "no"))
+    with pytest.raises(Internal):
+        await snapshot(world, "mine")
+    assert not world.inventory.instances
+
+
+async def test_a_request_that_came_meanwhile_keeps_the_instance(world: World) -> None:
+    # given a capture under way, and a request that waits for it
+    await world.node()
+    await world.deploy()
+    held = world.nodes.hold("capture")
+    capture = asyncio.ensure_future(snapshot(world, "mine"))
+    await world.until(lambda: bool(world.nodes.named("capture")))
+    asking = asyncio.ensure_future(world.ask())
+    await world.until(lambda: world.controller.starts.waiting("qa") > 0)
+
+    # when it has been made
+    held.set()
+    await capture
+
+    # then the request is answered by what was started
+    info, _ = await asking
+    assert info.instance in world.inventory.instances
+    assert len(world.nodes.named("start")) == 1
+
+
+async def test_what_a_snapshot_replaces_is_told(world: World) -> None:
+    await world.node()
+    await world.deploy()
+    await snapshot(world, "older")
+    world.clock.advance(1)
+    held = world.nodes.hold("delete_snapshot")
+    made, _ = await snapshot(world, "newer")
+    assert world.controller.snapshots.replaced_by(made) == ["older"]
+    held.set()
 
 
 async def test_a_clean_instance_is_used(world: World) -> None:

@@ -33,3 +33,11 @@ def test_new_ids_are_labels_and_differ() -> None:
     made = {names.new_id("capture") for _ in range(100)}
     assert len(made) == 100
     assert all(names.check_id(identifier, "id").startswith("capture-") for identifier in made)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("qaa", "qa"), ("smolm2", "smollm2"), ("QA", "qa"), ("other", ""), ("", "")],
+)
+def test_what_was_meant_is_the_nearest_name(name: str, meant: str) -> None:
+    assert names.did_you_mean(name, ["qa", "smollm2"]) == (f"; did you mean {meant}?" if meant else "")
