@@ -8,7 +8,7 @@ from controller.core import Core
 from controller.deployments import Deployments
 from controller.fleet import Fleet
 from controller.identity import Established
-from controller.instances import Instances
+from controller.instances import YIELD_SECONDS, Instances
 from controller.inventory import Inventory
 from controller.membership import Membership
 from controller.metrics import Metrics
@@ -55,6 +55,7 @@ async def assemble(
     lease: float = 10.0,
     membership: Membership | None = None,
     rebalance: bool = True,
+    yield_seconds: float = YIELD_SECONDS,
 ) -> Controller:
     """Read the registry, follow the nodes it knows, and begin to reconcile.
 
@@ -69,13 +70,14 @@ async def assemble(
         lease: seconds after which another controller takes this one's place unless it renews its session.
         membership: the facts about the session, if others have them too.
         rebalance: whether idle instances leave crowded GPUs.
+        yield_seconds: how long an instance that makes room for a higher priority answers its requests.
     """
     tasks, inventory = Tasks(), Inventory(clock)
     membership = membership or Membership(who.identity.starts)
     deployments = Deployments(registry, nodes, inventory, clock, membership)
     fleet = Fleet(nodes, registry, inventory, clock, tasks, who.identity.id)
     core = Core(nodes, registry, clock, inventory, deployments, fleet, tasks, Metrics(), membership)
-    instances, snapshots = Instances(core), Snapshots(core)
+    instances, snapshots = Instances(core, yield_seconds), Snapshots(core)
     starts = Starts(core, instances, max_queue)
     migrations = Migrations(core, starts, instances, snapshots)
     serving = Serving(core, starts, instances)

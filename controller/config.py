@@ -17,6 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from controller.instances import YIELD_SECONDS
 from controller.queue import DEFAULT_LENGTH
 from dumont.errors import InvalidArgument
 
@@ -73,6 +74,12 @@ class Config(BaseSettings):
     )
     max_queue: int = Field(
         default=DEFAULT_LENGTH, gt=0, le=100_000, description="requests that may wait for one deployment"
+    )
+    yield_seconds: float = Field(
+        default=YIELD_SECONDS,
+        ge=0,
+        le=3600,
+        description="seconds that an instance which makes room for a higher priority answers its requests",
     )
     prune_seconds: float = Field(
         default=21600.0,

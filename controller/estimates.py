@@ -6,7 +6,7 @@ by what it took elsewhere, else by its size and the speed of the node, else by a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -42,6 +42,8 @@ ASSUMED: Final = {
     Work.PARK: (0.5, 10e9),
     Work.STOP: (0.3, 100e9),
 }
+# Stands for all nodes together.
+ANYWHERE: Final = ""
 # The share of a new measurement in a moving estimate.
 NEWEST: Final = 0.3
 # What an engine takes besides the weights of a model that was never measured: its cache and workspace.
@@ -93,7 +95,7 @@ class Estimates:
     def __init__(self) -> None:
         self._measured: dict[tuple[str, Work], _Measured] = {}
         # Measured over assumed time, by node and over all nodes.
-        self._speeds: dict[tuple[str, Work], Moving] = {}
+        self._speeds: dict[Work, dict[str, Moving]] = {work: {} for work in Work}
         self._sizes: dict[str, Size] = {}
         self.weights_bytes: dict[str, int] = {}
 
@@ -117,9 +119,9 @@ class Estimates:
             here = known.here.get(node)
             known.here[node] = Moving(seconds) if here is None else here.moved(seconds)
         ratio = seconds / _assumed(work, size_bytes)
-        for where in (node, ""):
-            speed = self._speeds.get((where, work))
-            self._speeds[where, work] = Moving(ratio) if speed is None else speed.moved(ratio)
+        speeds = self._speeds[work]
+        for where in (node, ANYWHERE):
+            speeds[where] = speeds[where].moved(ratio) if where in speeds else Moving(ratio)
 
     def learn(self, node: str, report: Report, before: Report | None, snapshot_bytes: int = 0) -> None:
         """Take in the phases and the size that a node reports of an instance.
@@ -154,11 +156,7 @@ class Estimates:
 
     def seconds(self, deployment: str, node: str, work: Work, size_bytes: int = 0) -> float:
         """The estimate of one piece of work; see ``took`` for the arguments."""
-        known = self._measured.get((deployment, work))
-        if known is not None and work is not Work.FETCH:
-            here = known.here.get(node)
-            return known.anywhere.value if here is None else here.value
-        return _assumed(work, size_bytes) * self._speed(node, work)
+        return self._timer(deployment, work, size_bytes)(node)
 
     def start(self, deployment: str, node: str, tier: Tier, size_bytes: int = 0) -> Estimate:
         """How long a start from a tier will take, and what says so.
@@ -172,6 +170,23 @@ class Estimates:
         works = WORK_OF[tier]
         seconds = sum(self.seconds(deployment, node, work, size_bytes) for work in works)
         return Estimate(seconds, ", ".join(self._basis(deployment, node, work) for work in works))
+
+    def timer(self, deployment: str, tier: Tier, size_bytes: int = 0) -> Callable[[str], float]:
+        """The seconds of ``start`` by node, for many nodes in a row."""
+        timers = [self._timer(deployment, work, size_bytes) for work in WORK_OF[tier]]
+        if len(timers) == 1:
+            return timers[0]
+        first, second = timers
+        return lambda node: first(node) + second(node)
+
+    def _timer(self, deployment: str, work: Work, size_bytes: int) -> Callable[[str], float]:
+        known = self._measured.get((deployment, work))
+        if known is not None and work is not Work.FETCH:
+            here, anywhere = known.here, known.anywhere.value
+            return lambda node: here[node].value if node in here else anywhere
+        assumed, speeds = _assumed(work, size_bytes), self._speeds[work]
+        usual = assumed * speeds[ANYWHERE].value if ANYWHERE in speeds else assumed
+        return lambda node: assumed * speeds[node].value if node in speeds else usual
 
     def least(self, deployment: str, tier: Tier, size_bytes: int = 0) -> float:
         """A time below which no node is estimated to start the deployment from a tier."""
@@ -195,12 +210,8 @@ class Estimates:
         known = self._measured.get((deployment, work))
         if known is not None and work is not Work.FETCH:
             return min(known.anywhere.value, *(here.value for here in known.here.values()))
-        speeds = [speed.value for (_, what), speed in self._speeds.items() if what is work]
-        return _assumed(work, size_bytes) * min(speeds, default=1.0)
-
-    def _speed(self, node: str, work: Work) -> float:
-        speed = self._speeds.get((node, work)) or self._speeds.get(("", work))
-        return 1.0 if speed is None else speed.value
+        speeds = self._speeds[work].values()
+        return _assumed(work, size_bytes) * min((speed.value for speed in speeds), default=1.0)
 
     def _basis(self, deployment: str, node: str, work: Work) -> str:
         known = self._measured.get((deployment, work))
@@ -208,9 +219,10 @@ class Estimates:
             here = known.here.get(node)
             times = f"measured here {here.count} times" if here else ""
             return f"{work.value} {times or f'measured elsewhere {known.anywhere.count} times'}"
-        if (node, work) in self._speeds:
+        speeds = self._speeds[work]
+        if node in speeds:
             return f"{work.value} by its size and the node's speed"
-        return f"{work.value} by its size and {'other nodes' if ('', work) in self._speeds else 'assumption'}"
+        return f"{work.value} by its size and {'other nodes' if speeds else 'assumption'}"
 
 
 def measured(phases: Sequence[Phase]) -> Iterator[tuple[Work, float]]:

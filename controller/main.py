@@ -148,6 +148,7 @@ async def _serve(settings: Config, state_dir: Path, surpassed: int) -> int | Non
             settings.lease_seconds,
             membership,
             settings.rebalance,
+            settings.yield_seconds,
         )
         stack.push_async_callback(controller.close)
         running = Operations(DOMAIN, store=OperationStore(registry))

@@ -144,7 +144,7 @@ CONNECT_PATIENCE: Final = 2.0
 # Seconds after which a start that waits for room looks again in any case.
 ROOM_AGAIN: Final = 1.0
 # Nodes without free memory on which one decision looks for instances that could make room.
-ROOMS_EXAMINED: Final = 16
+ROOMS_EXAMINED: Final = 8
 # Another instance is started once a request has waited for so many seconds, or once all instances have been
 # asked for such a share of their capacity for so long.
 QUEUE_SECONDS: Final = 1.0
@@ -199,9 +199,9 @@ def decide(facts: Facts, now: float) -> Attempt | Wait:
 def explain(facts: Facts, now: float) -> list[Candidate]:
     """Every possible start, each with its room or why there is none; the one that would be chosen first."""
     found = [
-        _examined(facts, candidate, now)
+        _examined(facts, _candidate(facts, tier, entry[-1]), now)
         for tier in (Tier.PARKED, Tier.LOCAL, Tier.REMOTE, Tier.COLD)
-        for candidate in _candidates(facts, _reachable(facts), tier)
+        for entry in _entries(facts, _reachable(facts), tier)
     ]
     return sorted(found, key=lambda c: (not isinstance(c.room, Room), _rank(c), c.node))
 
@@ -216,7 +216,7 @@ def _cheapest(facts: Facts, reachable: list[Instance], now: float) -> Attempt | 
         if best is not None and final and least >= best.seconds:
             # Nothing in this tier can be faster: its nodes need not even be looked at.
             continue
-        best = _best_of(facts, _candidates(facts, reachable, tier), best, refusals, now)
+        best = _best_of(facts, tier, _entries(facts, reachable, tier), best, refusals, now)
     if best is not None:
         return _attempt(facts, best, now)
     if not refusals:
@@ -234,37 +234,39 @@ def _cheapest(facts: Facts, reachable: list[Instance], now: float) -> Attempt | 
 
 def _best_of(
     facts: Facts,
-    candidates: Iterator[Candidate],
+    tier: Tier,
+    entries: list[_Entry],
     best: Candidate | None,
     refusals: list[NoRoom],
     now: float,
 ) -> Candidate | None:
-    """The best of ``best`` and these.
+    """The best of ``best`` and the possible starts from a tier.
 
     Room is looked for in the order of their estimates, and no longer than another one can still be better.
     """
-    heap = [(*_rank(c), -_spare(facts.nodes[c.node]), number, c) for number, c in enumerate(candidates)]
-    heapq.heapify(heap)
+    heapq.heapify(entries)
     crowded = 0
-    while heap:
-        candidate: Candidate = heapq.heappop(heap)[-1]
-        if best is not None and _rank(candidate) >= _rank(best):
+    while entries:
+        on_cpu, seconds, _, _, what = heapq.heappop(entries)
+        if best is not None and (on_cpu, seconds) >= _rank(best):
             break
-        if crowded >= ROOMS_EXAMINED and not _spacious(facts.nodes[candidate.node], candidate.need):
-            continue
-        candidate = _examined(facts, candidate, now)
+        candidate = _examined(facts, _candidate(facts, tier, what), now)
         found = candidate.room
-        crowded += isinstance(found, NoRoom) or bool(found and found.yields)
         if isinstance(found, NoRoom):
             refusals.append(found)
         elif best is None or _rank(candidate) < _rank(best):
             best = candidate
+        crowded += isinstance(found, NoRoom) or bool(found and found.yields)
+        if crowded == ROOMS_EXAMINED:
+            entries = _spacious(entries, candidate.need)
     return best
 
 
-def _spacious(node: Node, need: Need) -> bool:
-    """Whether a node says that it has the memory, so that nobody would have to make room."""
-    return _spare(node) >= (need.gpu_bytes if node.gpus else need.ram_bytes)
+def _spacious(entries: list[_Entry], need: Need) -> list[_Entry]:
+    """Those on nodes that say that they have the memory, so that nobody would have to make room."""
+    left = [entry for entry in entries if -entry[2] >= (need.ram_bytes if entry[0] else need.gpu_bytes)]
+    heapq.heapify(left)
+    return left
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float]:
@@ -273,7 +275,11 @@ def _rank(candidate: Candidate) -> tuple[bool, float]:
 
 
 def _spare(node: Node) -> int:
-    return max(gpu.free_bytes for gpu in node.gpus) if node.gpus else node.memory_available_bytes
+    """What a node said was free, of its GPUs if it has some."""
+    gpus = node.gpus
+    if not gpus:
+        return node.memory_available_bytes
+    return gpus[0].free_bytes if len(gpus) == 1 else max(gpu.free_bytes for gpu in gpus)
 
 
 def _examined(facts: Facts, candidate: Candidate, now: float) -> Candidate:
@@ -369,7 +375,7 @@ def _open(facts: Facts, node: str) -> bool:
 def _resident(facts: Facts, instances: list[Instance], now: float, sequences: int = 1) -> Attempt | None:
     serving = [i for i in instances if i.state is InstanceState.SERVING and not i.busy]
     # An instance that a prompt has entered is not captured any more, so one that has served is preferred.
-    clean = _wants_capture(facts, now) and not any(i.served for i in serving)
+    clean = not any(i.served for i in serving) and _wants_capture(facts, now)
     chosen = routing.choose(serving, sequences)
     if chosen is None:
         return None
@@ -413,7 +419,7 @@ def _unsure(facts: Facts, now: float) -> Wait | None:
     started = (facts.started_on | {i.node for i in facts.instances}) & asked.keys()
     if started:
         return Wait(f"{_names(started)} was asked which instances it holds", nodes=tuple(sorted(started)))
-    if facts.deployment.start_mode is not StartMode.CHECKPOINT or _usable(facts):
+    if facts.deployment.start_mode is not StartMode.CHECKPOINT or _restorable(facts):
         return None
     # A snapshot is worth a short wait, but not as long as it takes to give up on a dead node.
     captured = (facts.captured_on | {s.node for s in facts.snapshots if s.local}) & asked.keys()
@@ -430,84 +436,95 @@ def _names(nodes: Iterable[str]) -> str:
 
 def usable(snapshot: Snapshot, nodes: Mapping[str, Node]) -> bool:
     """Whether the snapshot's node may restore it now, fetching it first if need be."""
+    # Asked for each of many nodes, so without the properties that say the same.
+    if snapshot.owner is None or snapshot.quarantined or snapshot.incompatibility:
+        return False
     node = nodes.get(snapshot.node)
     return (
-        (snapshot.local or snapshot.published)
-        and not snapshot.orphan
-        and not snapshot.quarantined
-        and not snapshot.incompatibility
-        and node is not None
-        and node.takes_starts
+        node is not None
+        and node.state is NodeState.READY
+        and not node.draining
         and node.checkpoint_capable
+        and (snapshot.local or snapshot.published)
     )
 
 
-def _usable(facts: Facts) -> list[Snapshot]:
-    return [
-        snapshot
-        for snapshot in facts.snapshots
-        if usable(snapshot, facts.nodes)
-        and snapshot.weights is facts.deployment.checkpoint.weights
-        and snapshot.engine_options == facts.deployment.engine_options
-        and f"snapshots/{snapshot.id}" not in facts.failed
-        and not (snapshot.local and f"snapshots/{snapshot.id} on nodes/{snapshot.node}" in facts.failed)
-    ]
+def _usable(facts: Facts, local: bool | None = None) -> Iterator[Snapshot]:
+    """The copies that may be restored now; ``local``: of these, only what its node holds, or does not."""
+    checkpoint, options, failed = facts.deployment.checkpoint, facts.deployment.engine_options, facts.failed
+    for copy in facts.snapshots:
+        if local is not None and copy.local is not local:
+            continue
+        if copy.weights is not checkpoint.weights or copy.engine_options != options:
+            continue
+        if not usable(copy, facts.nodes):
+            continue
+        if failed and (
+            f"snapshots/{copy.id}" in failed
+            or (copy.local and f"snapshots/{copy.id} on nodes/{copy.node}" in failed)
+        ):
+            continue
+        yield copy
 
 
-def _candidates(facts: Facts, reachable: list[Instance], tier: Tier) -> Iterator[Candidate]:
-    """The possible starts from a tier; whether there is room for them is not looked at yet."""
+def _restorable(facts: Facts) -> bool:
+    return next(_usable(facts), None) is not None
+
+
+# A possible start before its room is looked for, in the order in which they are: whether it would use no GPU,
+# the estimated seconds, the free memory of its node (less is later), its place in the list, and what it is.
+_Entry = tuple[bool, float, int, int, Instance | Snapshot | Node]
+
+
+def _entries(facts: Facts, reachable: list[Instance], tier: Tier) -> list[_Entry]:
+    """The possible starts from a tier. Each of many nodes may have one, so each costs little here."""
     if tier is Tier.PARKED:
         return _parked(facts, reachable)
     if tier is Tier.COLD:
         return _colds(facts)
-    if facts.deployment.start_mode is not StartMode.CHECKPOINT:
-        return iter(())
-    return _restores(facts, tier)
+    return _restores(facts, tier) if facts.deployment.start_mode is StartMode.CHECKPOINT else []
 
 
-def _parked(facts: Facts, reachable: list[Instance]) -> Iterator[Candidate]:
-    deployment, estimates = facts.deployment, facts.estimates
-    for instance in reachable:
-        draining = facts.nodes[instance.node].draining
-        if instance.state is InstanceState.PARKED and not instance.busy and not draining:
-            report = instance.report
-            need = Need(
-                deployment.id,
-                deployment.priority,
-                report.gpu_bytes if report.gpu else 0,
-                home=report.gpu,
-                instance=instance.id,
-            )
-            start = estimates.start(deployment.id, instance.node, Tier.PARKED, report.gpu_bytes)
-            yield Candidate(Tier.PARKED, instance.node, start, need, bool(report.gpu), instance.id)
+def _parked(facts: Facts, reachable: list[Instance]) -> list[_Entry]:
+    deployment = facts.deployment.id
+    return [
+        # It is where it is.
+        (
+            False,
+            facts.estimates.start(deployment, i.node, Tier.PARKED, i.report.gpu_bytes).seconds,
+            0,
+            number,
+            i,
+        )
+        for number, i in enumerate(reachable)
+        if i.state is InstanceState.PARKED and not i.busy and not facts.nodes[i.node].draining
+    ]
 
 
-def _restores(facts: Facts, tier: Tier) -> Iterator[Candidate]:
-    deployment, estimates = facts.deployment, facts.estimates
-    size = estimates.size(deployment.id)
+def _restores(facts: Facts, tier: Tier) -> list[_Entry]:
     newest: dict[str, Snapshot] = {}
-    for copy in _usable(facts):
-        if copy.local is (tier is Tier.LOCAL) and _open(facts, copy.node):
+    for copy in _usable(facts, local=tier is Tier.LOCAL):
+        if not facts.failed or f"nodes/{copy.node}" not in facts.failed:
             known = newest.get(copy.node)
             if known is None or known.age_key < copy.age_key:
                 newest[copy.node] = copy
-    last = max((copy.age_key for copy in newest.values()), default=None)
-    for copy in newest.values():
-        node = facts.nodes[copy.node]
-        if tier is Tier.REMOTE and copy.age_key != last:
-            # Fetching an older one would be of no further use.
-            continue
-        if tier is Tier.REMOTE and not _fits_disk(node, copy):
-            continue
-        gpu = bool(node.gpus) and (copy.device.startswith("cuda") or not copy.device)
-        need = Need(
-            deployment.id,
-            deployment.priority,
-            (copy.gpu_bytes or size.gpu_bytes) if gpu else 0,
-            size.ram_bytes or copy.size_bytes,
-        )
-        start = estimates.start(deployment.id, copy.node, tier, copy.size_bytes)
-        yield Candidate(tier, copy.node, start, need, gpu, snapshot=copy.id)
+    if not newest:
+        return []
+    last = max({copy.id: copy for copy in newest.values()}.values(), key=lambda copy: copy.age_key)
+    if tier is Tier.REMOTE:
+        # Fetching an older one would be of no further use.
+        newest = {node: copy for node, copy in newest.items() if copy.id == last.id}
+    seconds = facts.estimates.timer(facts.deployment.id, tier, last.size_bytes)
+    entries: list[_Entry] = []
+    for number, (name, copy) in enumerate(newest.items()):
+        node = facts.nodes[name]
+        if tier is Tier.LOCAL or _fits_disk(node, copy):
+            entries.append((not _on_gpu(node, copy), seconds(name), -_spare(node), number, copy))
+    return entries
+
+
+def _on_gpu(node: Node, copy: Snapshot) -> bool:
+    return bool(node.gpus) and (copy.device.startswith("cuda") or not copy.device)
 
 
 def _fits_disk(node: Node, copy: Snapshot) -> bool:
@@ -518,19 +535,21 @@ def _fits_disk(node: Node, copy: Snapshot) -> bool:
     )
 
 
-def _colds(facts: Facts) -> Iterator[Candidate]:
-    deployment, estimates = facts.deployment, facts.estimates
-    size = estimates.size(deployment.id)
-    need = Need(deployment.id, deployment.priority, 0, size.ram_bytes)
-    on_gpu = replace(need, gpu_bytes=estimates.gpu_bytes(deployment.id))
+def _colds(facts: Facts) -> list[_Entry]:
+    deployment, failed = facts.deployment, facts.failed
+    seconds = facts.estimates.timer(deployment.id, Tier.COLD, deployment.weights_bytes)
     ready = [
         node
         for name, node in facts.nodes.items()
-        if _open(facts, name) and engines.runs(deployment.engine, node.engines)
+        if node.state is NodeState.READY
+        and not node.draining
+        and not (failed and f"nodes/{name}" in failed)
+        and engines.runs(deployment.engine, node.engines)
     ]
-    for node in _preferred(ready, deployment):
-        start = estimates.start(deployment.id, node.id, Tier.COLD, deployment.weights_bytes)
-        yield Candidate(Tier.COLD, node.id, start, on_gpu if node.gpus else need, bool(node.gpus))
+    return [
+        (not node.gpus, seconds(node.id), -_spare(node), number, node)
+        for number, node in enumerate(_preferred(ready, deployment))
+    ]
 
 
 def _preferred(ready: list[Node], deployment: Deployment) -> list[Node]:
@@ -540,6 +559,29 @@ def _preferred(ready: list[Node], deployment: Deployment) -> list[Node]:
         if deployment.checkpoint.storage is Storage.S3:
             ready = [node for node in ready if node.object_store] or ready
     return ready
+
+
+def _candidate(facts: Facts, tier: Tier, what: Instance | Snapshot | Node) -> Candidate:
+    """All about a possible start but its room."""
+    deployment, estimates = facts.deployment, facts.estimates
+    size = estimates.size(deployment.id)
+    need = Need(deployment.id, deployment.priority)
+    if isinstance(what, Instance):
+        report = what.report
+        gpu_bytes = report.gpu_bytes if report.gpu else 0
+        need = replace(need, gpu_bytes=gpu_bytes, home=report.gpu, instance=what.id)
+        start = estimates.start(deployment.id, what.node, tier, report.gpu_bytes)
+        return Candidate(tier, what.node, start, need, bool(report.gpu), instance=what.id)
+    if isinstance(what, Snapshot):
+        gpu = _on_gpu(facts.nodes[what.node], what)
+        gpu_bytes = (what.gpu_bytes or size.gpu_bytes) if gpu else 0
+        need = replace(need, gpu_bytes=gpu_bytes, ram_bytes=size.ram_bytes or what.size_bytes)
+        start = estimates.start(deployment.id, what.node, tier, what.size_bytes)
+        return Candidate(tier, what.node, start, need, gpu, snapshot=what.id)
+    gpu_bytes = estimates.gpu_bytes(deployment.id) if what.gpus else 0
+    need = replace(need, gpu_bytes=gpu_bytes, ram_bytes=size.ram_bytes)
+    start = estimates.start(deployment.id, what.id, tier, deployment.weights_bytes)
+    return Candidate(tier, what.id, start, need, bool(what.gpus))
 
 
 def _least_bytes(facts: Facts, tier: Tier) -> int:
@@ -650,5 +692,5 @@ def _wants_capture(facts: Facts, now: float) -> bool:
         facts.deployment.start_mode is StartMode.CHECKPOINT
         and facts.deployment.checkpoint.enabled
         and now >= facts.capture_at
-        and not _usable(facts)
+        and not _restorable(facts)
     )
