@@ -115,34 +115,38 @@ class Compiler:
 # What torch calls for memory, and to give it back: bytes, device, stream.
 ALLOCATE: Final = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
 FREE: Final = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
+# Those that torch was given.
+_callbacks: list[Any] = []
 
 
 class Scratch:
     """Memory that graphs compute in, allocated for torch; it comes and goes behind the same addresses."""
 
     def __init__(self, device: int) -> None:
-        self._device = device
-        self._blocks: dict[int, cuda.Block] = {}
-        # torch calls them for as long as the process lives.
-        self._allocate = ALLOCATE(self._take)
-        self._free = FREE(self._put)
-        allocate, free = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (self._allocate, self._free))
+        blocks: dict[int, cuda.Block] = {}
+        ending = sys.is_finalizing
+
+        def take(size: int, _device: int, _stream: int) -> int:
+            try:
+                block = cuda.Block(size, device)
+                block.map()
+            except cuda.CudaError as error:
+                log.warning("cannot get %d bytes of scratch memory: %s", size, error)
+                return 0
+            blocks[block.address] = block
+            return block.address
+
+        def put(address: int, _size: int, _device: int, _stream: int) -> None:
+            # The addresses stay reserved: a graph may still use them. A process that ends need not tidy up.
+            if not ending() and (block := blocks.pop(address, None)):
+                block.unmap()
+
+        self._blocks = blocks
+        # torch calls them for as long as the process lives, whatever becomes of this object.
+        callbacks = ALLOCATE(take), FREE(put)
+        _callbacks.extend(callbacks)
+        allocate, free = (ctypes.cast(callback, ctypes.c_void_p).value or 0 for callback in callbacks)
         self.pool = torch.cuda.MemPool(torch._C._cuda_customAllocator(allocate, free))
-
-    def _take(self, size: int, _device: int, _stream: int) -> int:
-        try:
-            block = cuda.Block(size, self._device)
-            block.map()
-        except cuda.CudaError as error:
-            log.warning("cannot get %d bytes of scratch memory: %s", size, error)
-            return 0
-        self._blocks[block.address] = block
-        return block.address
-
-    def _put(self, address: int, _size: int, _device: int, _stream: int) -> None:
-        # The addresses stay reserved: a graph may still use them.
-        if block := self._blocks.pop(address, None):
-            block.unmap()
 
     @property
     def size(self) -> int:

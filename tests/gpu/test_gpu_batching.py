@@ -3,96 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import random
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import pytest
 
-from dumont.model_host.v1 import model_host_service_pb2 as pb2
-from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
 from snapshotd.model import Snapshot, State
 from tests.gpu.gpu_node import GpuNode, comes_back_to
+from tests.node.crowd import MARKER, all_at_once, ask, check_same, requests
+from tests.node.markers import readable
 
 pytestmark = [pytest.mark.gpu, pytest.mark.node, pytest.mark.asyncio(loop_scope="module")]
-
-SEED = 20261128
-REQUESTS = 64
-# Natural logarithm: tokens that are so nearly equally likely may change places when rounding differs. This
-# model's logits are bfloat16 and up to 32 large: two neighbouring ones are 0.125 apart.
-NEARLY = 0.125
-
-
-@dataclass
-class Answer:
-    """Tokens, and at the place of each its log-probability and those of the likeliest."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    tops: list[dict[int, float]] = field(default_factory=list)
-    status: grpc.StatusCode | None = None
-
-
-async def ask(node: GpuNode, instance: str, timeout: float | None = None, **fields: Any) -> Answer:
-    """One caller, on its own connection to the model host."""
-    answer = Answer()
-    directory = os.open(node.node.instance_directory(instance), os.O_PATH)
-    try:
-        async with grpc.aio.insecure_channel(f"unix:/proc/self/fd/{directory}/host.sock") as channel:
-            stub: pb2_grpc.ModelHostServiceAsyncStub = pb2_grpc.ModelHostServiceStub(channel)
-            async for message in stub.Generate(pb2.GenerateRequest(**fields), timeout=timeout):
-                answer.tokens += message.chunk.token_ids
-                for token in message.chunk.logprobs:
-                    answer.logprobs.append(token.logprob)
-                    answer.tops.append({top.token_id: top.logprob for top in token.top})
-    except grpc.aio.AioRpcError as error:
-        answer.status = error.code()
-    finally:
-        os.close(directory)
-    return answer
-
-
-def requests() -> list[dict[str, Any]]:
-    """Prompts of 1 to some hundred tokens, answers of 1 to 64."""
-    chance = random.Random(SEED)
-    made = []
-    for number in range(REQUESTS):
-        length = round(1 + (chance.random() ** 3) * 300)
-        prompt = f"{number} " + "".join(chance.choice("abcdefgh ") for _ in range(length))
-        made.append({"prompt": prompt, "max_new_tokens": chance.randint(1, 64), "ignore_eos": True})
-    return made
-
-
-async def all_at_once(node: GpuNode, instance: str, asked: list[dict[str, Any]]) -> list[Answer]:
-    """All requests together, among others that are cancelled, expire or stop."""
-    noise = [
-        asyncio.ensure_future(
-            ask(node, instance, timeout=0.001 * number + 0.002, max_new_tokens=400, prompt="n")
-        )
-        for number in range(16)
-    ]
-    for number, task in enumerate(noise[::2]):
-        asyncio.get_running_loop().call_later(0.004 * number, task.cancel)
-    answers = await asyncio.gather(*(ask(node, instance, **fields) for fields in asked))
-    await asyncio.gather(*noise, return_exceptions=True)
-    return list(answers)
-
-
-def check_same(alone: list[Answer], together: list[Answer]) -> int:
-    """Assert that answers are equal up to a first difference that rounding explains; how many differ."""
-    differ = 0
-    for one, other in zip(alone, together, strict=True):
-        assert other.status is None
-        assert len(one.tokens) == len(other.tokens)
-        for place, (expected, token) in enumerate(zip(one.tokens, other.tokens, strict=True)):
-            if expected != token:
-                differ += 1
-                assert token in one.tops[place], f"token {token} is not among the likeliest"
-                assert one.tops[place][expected] - one.tops[place][token] <= NEARLY
-                break
-    return differ
 
 
 async def test_many_at_once_are_answered_as_each_alone_through_every_sleep(
@@ -104,21 +25,33 @@ async def test_many_at_once_are_answered_as_each_alone_through_every_sleep(
     alone = [await ask(node, "busy", logprobs=20, **fields) for fields in asked]
     assert all(answer.status is None for answer in alone)
 
-    # when all ask at once, then park and resume in the middle of it, three times
+    # when all ask at once and the instance is parked and resumed in the middle of it, three times
     for _ in range(3):
-        check_same(alone, await all_at_once(node, "busy", asked))
+        busy = asyncio.ensure_future(all_at_once(node, "busy", asked))
+        await asyncio.sleep(0.1)
         await node.instances.park("busy")
         await node.instances.resume("busy")
         assert node.instances.get("busy").state is State.SERVING
-    check_same(alone, await all_at_once(node, "busy", asked))
+        check_same(alone, await busy)
 
-    # and when another process is restored from the same snapshot and both are busy
-    await node.restore("twin", snapshot, gpu="0")
-    both = await asyncio.gather(all_at_once(node, "busy", asked), all_at_once(node, "twin", asked))
-    for answers in both:
-        check_same(alone, answers)
+    # and when another that has served nobody is captured meanwhile, and comes back three times
+    await node.restore("pristine", snapshot, gpu="0")
+    busy = asyncio.ensure_future(all_at_once(node, "busy", asked))
+    captured = await node.instances.capture("pristine", "in-the-middle")
+    check_same(alone, await busy)
+    await node.instances.stop("pristine")
+    for number in range(3):
+        await node.restore(f"twin-{number}", captured, gpu="0")
+        both = await asyncio.gather(
+            all_at_once(node, "busy", asked), all_at_once(node, f"twin-{number}", asked)
+        )
+        for answers in both:
+            check_same(alone, answers)
+        await node.instances.stop(f"twin-{number}")
+
+    # then nothing of a prompt is in any snapshot, and the memory is back
+    assert not readable(node.state_dir / "snapshots", MARKER.encode())
     await node.instances.stop("busy")
-    await node.instances.stop("twin")
     await comes_back_to(memory)
 
 

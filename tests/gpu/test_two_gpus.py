@@ -12,6 +12,7 @@ from snapshotd.instances.move import move
 from snapshotd.model import Snapshot, State
 from tests.gpu.gpu_node import MIB, SLACK, UNSEEN, GpuNode, comes_back_to, used
 from tests.helpers.cuda_process import CudaProcess
+from tests.node.crowd import all_at_once, ask, check_same, requests
 from tests.node.node_under_test import refused
 
 pytestmark = [
@@ -73,6 +74,20 @@ async def test_a_live_instance_moves_to_the_other_gpu_and_back(
         assert (moved.state, moved.pid, moved.gpu) == (State.SERVING, instance.pid, node.uuids[index])
         assert grown(memory) == [index]
         assert await node.answers("nomad")
+
+
+async def test_a_move_in_the_middle_of_a_crowd_changes_no_answer(
+    node: GpuNode, snapshot: Snapshot, memory: list[int]
+) -> None:
+    await node.restore("crowded", snapshot, gpu="0")
+    asked = requests()
+    alone = [await ask(node, "crowded", logprobs=20, **fields) for fields in asked]
+    for index in (1, 0, 1):
+        busy = asyncio.ensure_future(all_at_once(node, "crowded", asked))
+        await asyncio.sleep(0.1)
+        moved = await move(node.instances, "crowded", str(index))
+        assert (moved.state, moved.gpu) == (State.SERVING, node.uuids[index])
+        check_same(alone, await busy)
 
 
 async def test_a_parked_instance_resumes_on_the_other_gpu(
