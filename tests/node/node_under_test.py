@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -101,12 +102,18 @@ class NodeUnderTest:
 
     async def generate(self, instance: str, prompt: str = PROMPT) -> list[int]:
         """Its greedy answer, as tokens, from its own socket."""
+        async with self.model_host(instance) as stub:
+            request = pb2.GenerateRequest(prompt=prompt, max_new_tokens=6)
+            return [token async for answer in stub.Generate(request) for token in answer.chunk.token_ids]
+
+    @contextlib.asynccontextmanager
+    async def model_host(self, instance: str) -> AsyncIterator[pb2_grpc.ModelHostServiceAsyncStub]:
+        """The API of an instance's model host, on its own socket."""
         directory = os.open(self.node.instance_directory(instance), os.O_PATH)
         try:
             async with grpc.aio.insecure_channel(f"unix:/proc/self/fd/{directory}/host.sock") as channel:
                 stub: pb2_grpc.ModelHostServiceAsyncStub = pb2_grpc.ModelHostServiceStub(channel)
-                request = pb2.GenerateRequest(prompt=prompt, max_new_tokens=6)
-                return [token async for answer in stub.Generate(request) for token in answer.chunk.token_ids]
+                yield stub
         finally:
             os.close(directory)
 

@@ -23,7 +23,7 @@ def load(files: ModelFiles, settings: Settings, phases: Phases) -> Generator | E
         FailedPrecondition: MODEL_INVALID, MODEL_UNSUPPORTED, ENGINE_MISSING, ENGINE_TOO_OLD or
             DEVICE_MISSING.
         InvalidArgument: INVALID_DEVICE, or OPTION_REFUSED: vLLM does not take an option.
-        ResourceExhausted: GPU_MEMORY, there is no room for the weights or for the KV cache.
+        ResourceExhausted: ENGINE_MEMORY, there is no room for the weights or for the KV cache.
     """
     # Before anything of vLLM is imported: most of it is read only once.
     surroundings.prepare(settings)

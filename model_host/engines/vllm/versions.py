@@ -98,7 +98,7 @@ class Core:
     Raises:
         InvalidArgument: OPTION_REFUSED.
         FailedPrecondition: MODEL_UNSUPPORTED.
-        ResourceExhausted: GPU_MEMORY.
+        ResourceExhausted: ENGINE_MEMORY.
     """
 
     def __init__(self, arguments: Mapping[str, Any], lora: Mapping[str, str] | None = None) -> None:
@@ -299,7 +299,7 @@ def _not_made(error: Exception) -> ResourceExhausted | FailedPrecondition:
     said = _said(error)
     if type(error).__name__ == "OutOfMemoryError" or any(words in said for words in NO_ROOM):
         return ResourceExhausted(
-            "GPU_MEMORY",
+            "ENGINE_MEMORY",
             f"there is no room for this model's weights and KV cache: {said}; lower max_model_len, or stop "
             "other instances",
         )
