@@ -42,6 +42,8 @@ BEGINNING: Final = 64
 # Room beside the tensors in the one allocation that takes them.
 SPARE: Final = 64 << 20
 WEIGHTS: Final = "weights"
+# Beside the KV cache; what is larger is taken for a part of it.
+LARGEST_TABLE: Final = 256 << 20
 
 _libc = ctypes.CDLL(None)
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -128,11 +130,13 @@ class Allocation:
         handle: of the allocator: device, bytes, address, and the address of the driver's handle.
         pieces: what the model's files have of it.
         rest: bytes that no file has, by their offset.
+        zeros: bytes that are all zero, offset and size.
     """
 
     handle: tuple[int, int, int, int]
     pieces: list[Piece] = field(default_factory=list)
     rest: dict[int, Tensor] = field(default_factory=dict)
+    zeros: list[tuple[int, int]] = field(default_factory=list)
     delivery: Delivery | None = None
 
     @property
@@ -146,6 +150,35 @@ class Allocation:
     def view(self, place: int, size: int) -> Tensor:
         """Bytes of it, while it is mapped."""
         return torch.as_tensor(_Bytes(self.address + place, size), device="cuda")
+
+    def learn(
+        self,
+        blocks: Iterable[tuple[int, int]],
+        tensors: Mapping[str, Tensor],
+        index: Mapping[bytes, Sequence[str]],
+    ) -> None:
+        """Find out what is in some blocks of it, and keep what is in no file.
+
+        Args:
+            blocks: offset and size of each.
+            tensors, index: the model's files, as for :func:`match`.
+        """
+        for place, size in blocks:
+            content = self.view(place, size).cpu()
+            pieces, rest = match(content, tensors, index)
+            self.pieces += [Piece(place + at, name, length) for at, name, length in pieces]
+            for start, end in rest:
+                if content[start:end].any():
+                    self.rest[place + start] = content[start:end].clone()
+                else:
+                    self.zeros.append((place + start, end - start))
+
+    def fill(self) -> None:
+        """Bring back what is in no file."""
+        for place, rest in self.rest.items():
+            self.view(place, rest.numel()).copy_(rest)
+        for place, size in self.zeros:
+            self.view(place, size).zero_()
 
 
 class _Bytes:
@@ -211,23 +244,29 @@ class GpuMemory:
         from vllm.device_allocator.cumem import CuMemAllocator
 
         torch.cuda.synchronize()
-        blocks = _used_blocks()
+        used = _used_blocks()
         index = {} if self._included else _index(self._tensors)
+        kv = {tensor.untyped_storage().data_ptr() for tensor in core.kv_tensors()}
         for data in CuMemAllocator.get_instance().pointer_to_data.values():
             allocation = Allocation(data.handle)
-            if data.tag != WEIGHTS:
+            blocks = used.get(allocation.address, [(0, allocation.size)])
+            if data.tag == WEIGHTS:
+                self._weights.append(allocation)
+                allocation.learn(blocks, self._tensors, index)
+            else:
+                # Beside the KV cache are tables, some of them of addresses.
                 self._others.append(allocation)
-                continue
-            self._weights.append(allocation)
-            for place, size in blocks.get(allocation.address, [(0, allocation.size)]):
-                content = allocation.view(place, size).cpu()
-                pieces, rest = match(content, self._tensors, index)
-                allocation.pieces += [Piece(place + at, name, length) for at, name, length in pieces]
-                allocation.rest |= {place + start: content[start:end].clone() for start, end in rest}
-        found = sum(piece.size for one in self._weights for piece in one.pieces)
-        kept = sum(rest.numel() for one in self._weights for rest in one.rest.values())
+                tables = [
+                    (place, size)
+                    for place, size in blocks
+                    if allocation.address + place not in kv and size <= LARGEST_TABLE
+                ]
+                allocation.learn(tables, {}, {})
+        allocations = [*self._weights, *self._others]
+        found = sum(piece.size for one in allocations for piece in one.pieces)
+        kept = sum(rest.numel() for one in allocations for rest in one.rest.values())
         log.info(
-            "weights: %d MB of the model's files, in %d allocations; %d MB are in no file and stay in memory",
+            "weights: %d MB of the model's files, in %d allocations; %d MB on the GPU are in no file, and kept",
             found >> 20, len(self._weights), kept >> 20,
         )  # fmt: skip
 
@@ -270,13 +309,13 @@ class GpuMemory:
             for allocation in self._others:
                 create_and_map(allocation.handle)
                 mapped.append(allocation)
+                allocation.fill()
             for allocation in self._weights:
                 if not _take_delivery(allocation):
                     create_and_map(allocation.handle)
                     pairs += self._pairs(allocation)
                 mapped.append(allocation)
-                for place, rest in allocation.rest.items():
-                    allocation.view(place, rest.numel()).copy_(rest)
+                allocation.fill()
         except (RuntimeError, cuda.CudaError) as error:
             self._give_back(mapped)
             raise ResourceExhausted(

@@ -247,7 +247,8 @@ class Core:
     def kv_tensors(self) -> list[Any]:
         """The tensors of the KV cache."""
         found = getattr(self.worker.model_runner, "kv_caches", None) or []
-        return list(found.values() if isinstance(found, dict) else found)
+        layers = found.values() if isinstance(found, dict) else found
+        return [one for layer in layers for one in (layer if isinstance(layer, list | tuple) else [layer])]
 
 
 def _stream_of_this_thread() -> Callable[[], None]:
