@@ -26,9 +26,9 @@ class Detokenizer:
         self._window = 0
         self._read = len(self._ids)
 
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is unfinished."""
-        self._ids.append(token_id)
+    def push(self, *tokens: int) -> str:
+        """The text that these tokens complete; empty while a character is unfinished."""
+        self._ids += tokens
         known = self._decode(self._ids[self._window : self._read])
         text = self._decode(self._ids[self._window :])
         if len(text) <= len(known) or text.endswith(REPLACEMENT):

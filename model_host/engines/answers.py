@@ -205,13 +205,18 @@ class Answering:
     def _advance(self, index: int, text: _Text, steps: Sequence[Step]) -> list[Piece | Finish]:
         sequence = self.sequences[index]
         ready, reason = "", None
-        for step in steps:
-            if step.chosen is not None:
-                ready += text.push(step.chosen)
-                if text.stopped:
-                    reason = FinishReason.STOP
-                    break
-            reason = step.reason
+        if text.stop:
+            for step in steps:
+                if step.chosen is not None:
+                    ready += text.push(step.chosen)
+                    if text.stopped:
+                        reason = FinishReason.STOP
+                        break
+                reason = step.reason
+        else:
+            # Decoded together, which takes as long as a single one.
+            ready = text.push(*(step.chosen for step in steps if step.chosen is not None))
+            reason = steps[-1].reason
         if reason is not None:
             ready += text.flush()
             if text.stopped:
@@ -262,11 +267,15 @@ class _Text:
     def stopped(self) -> bool:
         return self._stops.stopped
 
-    def push(self, chosen: Chosen) -> str:
-        self.count += 1
-        self.pending.append(chosen)
-        ready = self._stops.push(self._text.push(chosen.token))
-        return ready + self._stops.push(self.special.get(chosen.token, ""), shown=False)
+    def push(self, *chosen: Chosen) -> str:
+        """The text that tokens complete; with stop strings, one token at a time."""
+        self.count += len(chosen)
+        self.pending += chosen
+        ready = self._stops.push(self._text.push(*(one.token for one in chosen)))
+        if not self.stop:
+            return ready
+        [one] = chosen
+        return ready + self._stops.push(self.special.get(one.token, ""), shown=False)
 
     def flush(self) -> str:
         return self._stops.push(self._text.flush()) + self._stops.flush()

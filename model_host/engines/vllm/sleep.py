@@ -266,7 +266,7 @@ class GpuMemory:
         found = sum(piece.size for one in allocations for piece in one.pieces)
         kept = sum(rest.numel() for one in allocations for rest in one.rest.values())
         log.info(
-            "weights: %d MB of the model's files, in %d allocations; %d MB on the GPU are in no file, and kept",
+            "weights: %d MB of the model's files, in %d allocations; %d MB are in no file, and kept",
             found >> 20, len(self._weights), kept >> 20,
         )  # fmt: skip
 
