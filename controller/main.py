@@ -32,6 +32,7 @@ from controller.service.inference import InferenceService
 from controller.service.instances import InstanceService
 from controller.service.nodes import NodeService
 from controller.service.snapshots import SnapshotService
+from dumont import limits
 from dumont.controller.v1 import (
     deployment_service_pb2_grpc,
     instance_service_pb2_grpc,
@@ -61,8 +62,8 @@ SERVICES = (
     "dumont.controller.v1.SnapshotService",
     operations.SERVICE_NAME,
 )
-# A batch of embeddings is larger than gRPC's usual 4 MiB.
-LIMITS = ServerLimits(max_message_bytes=64 * 1024 * 1024)
+# Requests that are too large for a node are refused in our words, not in gRPC's.
+LIMITS = ServerLimits(max_message_bytes=16 * limits.MESSAGE_BYTES)
 
 log = structlog.get_logger()
 

@@ -273,7 +273,9 @@ def generate_request(
     fields = {"deployment": deployment, "prompt": prompt, **given}
     _check_types(inference_service_pb2.GenerateRequest, fields)
     limits.check_generate(fields)
-    return request(inference_service_pb2.GenerateRequest, **fields)
+    made = request(inference_service_pb2.GenerateRequest, **fields)
+    limits.check_size(made.ByteSize())
+    return made
 
 
 def embed_request(deployment: str, inputs: str | Iterable[str]) -> inference_service_pb2.EmbedRequest:
@@ -289,7 +291,9 @@ def embed_request(deployment: str, inputs: str | Iterable[str]) -> inference_ser
     texts = list(texts) if isinstance(texts, Iterator) else texts
     _check_types(inference_service_pb2.EmbedRequest, {"inputs": texts})
     limits.check_embed(texts)
-    return request(inference_service_pb2.EmbedRequest, deployment=deployment, inputs=texts)
+    made = request(inference_service_pb2.EmbedRequest, deployment=deployment, inputs=texts)
+    limits.check_size(made.ByteSize())
+    return made
 
 
 def to_seconds(value: Seconds, field: str) -> float:

@@ -17,8 +17,15 @@ INT32_MAX: Final = 2**31 - 1
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
 STOP_LENGTH: Final = 256
-# Of a request, encoded. Nodes take messages of 4 MiB, and the controller adds the name of an instance.
-REQUEST_BYTES: Final = 4 * 1024 * 1024 - 1024
+# Of a message between a node and whoever calls it, and of what a gRPC client takes unless it is told to take
+# more.
+MESSAGE_BYTES: Final = 4 * 1024 * 1024
+# Of a request, encoded. The controller adds the name of an instance.
+REQUEST_BYTES: Final = MESSAGE_BYTES - 1024
+# Of an answer that is one message. The controller adds how the instance was started.
+ANSWER_BYTES: Final = MESSAGE_BYTES - 16 * 1024
+# What a vector takes beside its values, at most.
+VECTOR_BYTES: Final = 16
 
 # Who may speak in a conversation; chat templates know no others.
 ROLES: Final = frozenset({"system", "user", "assistant"})
@@ -150,6 +157,27 @@ def check_embed(inputs: Sequence[str]) -> None:
         if not text:
             field = f"inputs[{number}]"
             raise InvalidArgument("EMPTY_INPUT", f"{field} must not be empty", field=field)
+
+
+def check_answer(inputs: int, values: int) -> None:
+    """Raise unless the vectors of texts fit into one answer.
+
+    Args:
+        inputs: how many texts there are.
+        values: of each vector; 0 if that is not known.
+
+    Raises:
+        InvalidArgument: TOO_MANY_INPUTS.
+    """
+    most = ANSWER_BYTES // (4 * values + VECTOR_BYTES)
+    if values and inputs > most:
+        raise InvalidArgument(
+            "TOO_MANY_INPUTS",
+            f"{inputs} vectors of {values} values are more than an answer takes; send at most {most} inputs "
+            "at once",
+            field="inputs",
+            metadata={"limit": str(most), "value": str(inputs)},
+        )
 
 
 def check_size(size: int) -> None:

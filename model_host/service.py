@@ -22,6 +22,7 @@ from grpc_status import rpc_status
 
 from dumont.errors import DumontError, Internal, InvalidArgument, Unavailable
 from dumont.inference.v1 import inference_pb2
+from dumont.limits import MESSAGE_BYTES
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
 from dumont.model_host.v1 import model_host_service_pb2_grpc as pb2_grpc
 from dumont.rpc.status import to_status
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 DOMAIN: Final = "model_host.dumont"
 UNIX_PATH_LIMIT: Final = 107  # bytes in sockaddr_un, less the final zero
 SPARE_THREADS: Final = 8  # answer "full" and "draining" while every other thread waits in the queue
-MESSAGE_BYTES: Final = 4 * 1024 * 1024  # of a request that snapshotd takes, and of an answer
 ORDER_BYTES: Final = 1024  # that snapshotd adds to a request: its number and its deadline
 OPTIONS: Final = (
     ("grpc.so_reuseport", 0),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import grpc
 
-MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
+from dumont.limits import MESSAGE_BYTES
 
 
 def open_channel(
@@ -24,8 +24,8 @@ def open_channel(
         reconnect_seconds: the longest pause between attempts to connect; gRPC's own when left out.
     """
     options: list[tuple[str, Any]] = [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MESSAGE_BYTES),
         ("grpc.service_config", _service_config(services)),
     ]
     if reconnect_seconds is not None:

@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from dumont.errors import FailedPrecondition, InvalidArgument
+from dumont.limits import MESSAGE_BYTES
 from dumont.rpc.errors import ErrorInterceptor
 from dumont.rpc.streams import WRITE_SECONDS
 
@@ -43,7 +44,7 @@ class ServerLimits:
         write_seconds: a call whose caller does not read its stream for this long is ended.
     """
 
-    max_message_bytes: int = 4 * 1024 * 1024
+    max_message_bytes: int = MESSAGE_BYTES
     max_concurrent_streams: int = 1000
     min_ping_seconds: float = 10
     max_ping_strikes: int = 2

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from dumont.errors import FailedPrecondition
+from dumont.errors import FailedPrecondition, Internal
 from model_host.engine import (
     Canary,
     Capacity,
@@ -111,6 +111,7 @@ class Embedding:
         self._recipe = recipe
         self._unpooled = 0 if recipe.prompt_counts else prompt_tokens(tokenizer, recipe.prompt)
         self._pads = True
+        self._values = 0
         self._device = next(model.parameters()).device
         self._workspace = Workspace(self._device)
         self._vocabulary = int(model.config.vocab_size)
@@ -128,12 +129,13 @@ class Embedding:
         return Load(len(self._running))
 
     def check_batching(self) -> None:
-        """Find out whether a text's vector is the same beside a longer text, which needs padding.
+        """Find out how many values a vector has, and whether padding changes it.
 
-        If it is not, texts are computed one at a time.
+        If the vector of a text is another beside a longer text, texts are computed one at a time.
         """
         short, long = ([(7919 * place) % self._vocabulary for place in range(1, n + 1)] for n in CHECKED)
         alone, beside = self._vectors([short])[0], self._vectors([short, long])[0]
+        self._values = len(alone)
         difference, length = math.dist(alone, beside), math.hypot(*alone)
         rough = self._model.dtype != torch.float32
         self._pads = difference <= (ROUGH_TOLERANCE if rough else TOLERANCE) * length
@@ -155,7 +157,10 @@ class Embedding:
 
     def embed(self, inputs: Sequence[str]) -> Work:
         """As the port says. Reasons: those of ``encode_inputs``."""
-        return Texts(encode_inputs(self._tokenizer, inputs, self.context_length, self._recipe.prompt))
+        tokens = encode_inputs(
+            self._tokenizer, inputs, self.context_length, self._values, self._recipe.prompt
+        )
+        return Texts(tokens)
 
     def admit(self, work: Work) -> bool:
         assert isinstance(work, Texts)
@@ -179,10 +184,15 @@ class Embedding:
             if len(batch) == BATCH:
                 break
         vectors = iter(self._vectors(batch))
-        outputs = []
+        outputs: list[Output] = []
         for work, count in shares:
             tokens = sum(map(len, work.tokens[work.next : work.next + count]))
             item = Embedded([next(vectors) for _ in range(count)], tokens, work.next)
+            if not all(map(_is_a_number, item.embeddings)):
+                self._running.remove(work)
+                failure = Internal("NOT_A_NUMBER", "the model computed a vector that is no number")
+                outputs.append(Output(work, failure, last=True))
+                continue
             work.next += count
             last = work.next == len(work.tokens)
             if last:
@@ -229,3 +239,7 @@ class Embedding:
 
     def versions(self) -> dict[str, str]:
         return library_versions()
+
+
+def _is_a_number(vector: Sequence[float]) -> bool:
+    return all(map(math.isfinite, vector))

@@ -72,18 +72,20 @@ def _convert(files: ModelFiles) -> Tokenizer:
 
 
 def encode_inputs(
-    tokenizer: Tokenizer, inputs: Sequence[str], context_length: int, prompt: str = ""
+    tokenizer: Tokenizer, inputs: Sequence[str], context_length: int, values: int, prompt: str = ""
 ) -> list[list[int]]:
     """The tokens of texts to be embedded.
 
     Args:
         context_length: the most tokens that one may have.
+        values: of each vector; 0 if that is not known.
         prompt: comes before each text.
 
     Raises:
-        InvalidArgument: reasons of ``limits.check_embed``, PROMPT_TOO_LONG.
+        InvalidArgument: reasons of ``limits.check_embed`` and ``check_answer``, PROMPT_TOO_LONG.
     """
     limits.check_embed(inputs)
+    limits.check_answer(len(inputs), values)
     tokens = [encoding.ids for encoding in tokenizer.encode_batch([prompt + text for text in inputs])]
     longest = max(range(len(tokens)), key=lambda index: len(tokens[index]))
     if len(tokens[longest]) > context_length:

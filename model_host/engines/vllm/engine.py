@@ -359,6 +359,7 @@ class Embedder(_Engine):
         super().__init__(core, memory, tokenizer, files, settings, device)
         self.capacity = Capacity(core.sequences)
         self._normalize = files.normalize
+        self._values = 0  # of a vector; until the canary has one, it is not known
         self._texts: dict[str, tuple[Texts, int]] = {}
         self._works: dict[Texts, list[str]] = {}
 
@@ -378,6 +379,7 @@ class Embedder(_Engine):
             for computed in self._computed():
                 if computed.request == name and computed.vector is not None:
                     self._core.forget()
+                    self._values = len(computed.vector)
                     return Canary([round(value * 1000) for value in computed.vector[:CANARY_VALUES]], 0.0)
 
     def generate(self, request: Generation) -> Work:
@@ -387,7 +389,7 @@ class Embedder(_Engine):
 
     def embed(self, inputs: Sequence[str]) -> Work:
         """As the port says. Reasons: those of ``encode_inputs``."""
-        return Texts(encode_inputs(self._tokenizer, inputs, self.context_length))
+        return Texts(encode_inputs(self._tokenizer, inputs, self.context_length, self._values))
 
     def admit(self, work: Work) -> bool:
         assert isinstance(work, Texts)

@@ -241,6 +241,18 @@ def test_one_text_or_several_are_embedded_and_none_is_refused() -> None:
     assert raised.value.field == "inputs[1]"
 
 
+def test_what_no_node_takes_is_refused_before_it_is_sent() -> None:
+    for make in (
+        lambda: arguments.generate_request("deployments/qa", "x" * 4 * 1024 * 1024),
+        lambda: arguments.embed_request("deployments/qa", ["x" * 1024] * 2048 * 2),
+        lambda: arguments.embed_request("deployments/qa", ["x" * 4096] * 1024),
+    ):
+        with pytest.raises(InvalidArgument) as refused:
+            make()
+        assert refused.value.reason in ("REQUEST_TOO_LARGE", "TOO_MANY_INPUTS")
+        assert refused.value.metadata
+
+
 def test_names_are_taken_with_or_without_their_collection() -> None:
     assert arguments.full_name("qa", "deployments", "name") == "deployments/qa"
     assert arguments.full_name("deployments/qa", "deployments", "name") == "deployments/qa"

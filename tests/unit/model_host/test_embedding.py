@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from dumont.errors import FailedPrecondition, InvalidArgument
+from dumont import limits
+from dumont.errors import FailedPrecondition, Internal, InvalidArgument
+from dumont.model_host.v1.model_host_service_pb2 import EmbedResponse
 from model_host import model_files
 from model_host.engine import Embedded, Generation, Load, Phases, Settings, Work
 from model_host.engines import embedding
@@ -138,6 +140,56 @@ def test_wrong_inputs_are_refused_by_name(engine: Embedding, inputs: list[str], 
         engine.embed(inputs)
     assert refused.value.reason == reason
     assert (refused.value.field or "").startswith("inputs")
+
+
+def test_more_vectors_than_an_answer_takes_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    # given a model of 2,048 values, of which an answer has room for 510 vectors
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=2048, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=8, max_position_embeddings=CONTEXT,
+    )  # fmt: skip
+    folder = save(BertModel(config), tmp_path)
+    wide = embedding.load(model_files.read(folder), Settings(device="cpu", threads=1), Phases())
+
+    with pytest.raises(InvalidArgument) as refused:
+        wide.embed(["w1"] * 511)
+
+    # then it says how many do fit
+    assert (refused.value.reason, refused.value.field) == ("TOO_MANY_INPUTS", "inputs")
+    assert refused.value.metadata == {"limit": "509", "value": "511"}
+    assert "at most 509 inputs" in refused.value.message
+    assert wide.load == Load()
+
+    # and so many fit, whatever their values are
+    response = EmbedResponse()
+    for _ in range(509):
+        response.embeddings.add(values=[0.1] * 2048)
+    assert len(wide.embed(["w1"] * 509).receive([]).items) == 0
+    assert limits.ANSWER_BYTES - 100_000 < response.ByteSize() < limits.ANSWER_BYTES
+
+
+def test_a_vector_that_is_no_number_ends_one_call_alone(engine: Embedding, plain: Any) -> None:
+    # given two callers, of whom one's text meets a token without a vector
+    ill, sound = engine.embed([text(1, 3), "w5"]), engine.embed([text(2, 4)])
+    weight = engine._model.embeddings.word_embeddings.weight
+    before = weight[5].clone()
+    assert engine.admit(ill)
+    assert engine.admit(sound)
+    try:
+        weight.data = weight.data.clone()
+        weight.data[5] = torch.nan
+        outputs = engine.step()
+    finally:
+        weight.data[5] = before
+
+    # then that one is told so, and the other has its own
+    failed = [output for output in outputs if output.work is ill]
+    assert [(type(output.item), output.last) for output in failed] == [(Internal, True)]
+    assert failed[0].item.reason == "NOT_A_NUMBER"
+    [right] = [output for output in outputs if output.work is sound]
+    assert right.item.embeddings[0] == pytest.approx(plain(text(2, 4)), rel=1e-4, abs=1e-5)
+    assert engine.load == Load()
 
 
 def test_it_does_not_generate(engine: Embedding) -> None:
