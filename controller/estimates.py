@@ -46,9 +46,11 @@ ASSUMED: Final = {
 ANYWHERE: Final = ""
 # The share of a new measurement in a moving estimate.
 NEWEST: Final = 0.3
-# What an engine takes besides the weights of a model that was never measured: its cache and workspace.
+# What an engine takes besides the weights of a model that was never measured: a share of the GPU for its KV
+# cache, and its context and workspace; of memory, the interpreter and libraries.
 ENGINE_SHARE: Final = 0.25
-ENGINE_GPU_BYTES: Final = 1 << 30
+ENGINE_BYTES: Final = 1 << 30
+ENGINE_RAM_BYTES: Final = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +201,26 @@ class Estimates:
             return known if known.parked_bytes else Size(known.gpu_bytes, known.ram_bytes, known.ram_bytes)
         return Size()
 
-    def gpu_bytes(self, deployment: str) -> int:
-        """GPU memory that a cold start will take: as measured, else by the weights; 0 if nothing is known."""
+    def gpu_bytes(self, deployment: str, whole: int) -> int:
+        """GPU memory that a cold start will take: as measured, else by the weights; 0 if nothing is known.
+
+        Args:
+            deployment: its id.
+            whole: what the GPU has for instances, of which an engine takes a share for its cache.
+        """
         if (known := self._sizes.get(deployment)) is not None and known.gpu_bytes:
             return known.gpu_bytes
+        if not (weights := self.weights_bytes.get(deployment, 0)):
+            return 0
+        least = weights + ENGINE_BYTES
+        return max(least, min(whole, least + int(whole * ENGINE_SHARE)))
+
+    def ram_bytes(self, deployment: str) -> int:
+        """Memory that a cold start will take, as measured, else by the weights; 0 if nothing is known."""
+        if (known := self._sizes.get(deployment)) is not None and known.ram_bytes:
+            return known.ram_bytes
         weights = self.weights_bytes.get(deployment, 0)
-        return int(weights * (1 + ENGINE_SHARE)) + ENGINE_GPU_BYTES if weights else 0
+        return weights + ENGINE_RAM_BYTES if weights else 0
 
     def _least(self, deployment: str, work: Work, size_bytes: int) -> float:
         known = self._measured.get((deployment, work))

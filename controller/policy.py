@@ -578,8 +578,11 @@ def _candidate(facts: Facts, tier: Tier, what: Instance | Snapshot | Node) -> Ca
         need = replace(need, gpu_bytes=gpu_bytes, ram_bytes=size.ram_bytes or what.size_bytes)
         start = estimates.start(deployment.id, what.node, tier, what.size_bytes)
         return Candidate(tier, what.node, start, need, gpu, snapshot=what.id)
-    gpu_bytes = estimates.gpu_bytes(deployment.id) if what.gpus else 0
-    need = replace(need, gpu_bytes=gpu_bytes, ram_bytes=size.ram_bytes)
+    if what.gpus:
+        largest = max(gpu.total_bytes - gpu.other_bytes for gpu in what.gpus)
+        need = replace(need, gpu_bytes=estimates.gpu_bytes(deployment.id, largest), ram_bytes=size.ram_bytes)
+    else:
+        need = replace(need, ram_bytes=estimates.ram_bytes(deployment.id))
     start = estimates.start(deployment.id, what.id, tier, deployment.weights_bytes)
     return Candidate(tier, what.id, start, need, bool(what.gpus))
 

@@ -16,9 +16,11 @@ from controller.model import InstanceState, Report, Weights
 from controller.ports import NODE_UNAVAILABLE, Nodes, Removed, Synchronized
 from dumont.errors import (
     AlreadyExists,
+    Cancelled,
     DataLoss,
     DumontError,
     FailedPrecondition,
+    InvalidArgument,
     NotFound,
     Unavailable,
 )
@@ -71,6 +73,7 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     if request.param == "memory":
         memory = MemoryNodes(SystemClock())
         memory.add_node(NODE).store = True
+        memory.weights_bytes["org/model"], memory.sizes[DEPLOYMENT] = 1 << 20, (0, 1 << 20)
         made = World(memory, "org/model")
         await memory.connect(NODE, "in memory")
     else:
@@ -138,6 +141,36 @@ async def test_a_snapshot_that_is_not_there_is_not_found(
 async def test_a_model_is_found_with_its_engine(world: World) -> None:
     assert (await world.nodes.resolve_model(NODE, world.model, "")).engine == "causal_lm"
     assert (await world.nodes.resolve_model(NODE, world.model, "causal_lm")).engine == "causal_lm"
+
+
+async def test_a_model_is_found_with_the_size_of_its_weights(world: World) -> None:
+    assert (await world.nodes.resolve_model(NODE, world.model, "")).weights_bytes > 0
+
+
+async def test_an_instance_is_reported_with_the_memory_that_its_end_makes_free(world: World) -> None:
+    known = await world.nodes.get_instance(NODE, await world.started())
+    assert known.ram_bytes > 0
+    assert (known.device, known.gpu, known.gpu_bytes) == ("cpu", "", 0)
+
+
+async def test_a_gpu_that_the_node_does_not_have_is_refused(world: World) -> None:
+    error = await refused(
+        world, "start", "one", DEPLOYMENT, world.model, "", Weights.DETACHED, {}, "GPU-none"
+    )
+    assert (type(error), error.reason) == (InvalidArgument, "GPU_UNKNOWN")
+
+
+async def test_an_answer_that_was_cancelled_is_read_no_further(world: World) -> None:
+    instance = await world.started()
+    request = inference_service_pb2.GenerateRequest(
+        name=f"instances/{instance}", prompt="a", max_new_tokens=50, ignore_eos=True
+    )
+    answer = world.nodes.generate(NODE, request.SerializeToString(), 60.0)
+    assert await answer.read() is not None
+    answer.cancel()
+    with pytest.raises(Cancelled) as ended:
+        await answer.read()
+    assert ended.value.reason == "CALL_CANCELLED"
 
 
 async def test_a_started_instance_serves(world: World) -> None:

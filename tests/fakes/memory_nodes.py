@@ -27,6 +27,7 @@ from dumont.errors import (
     DataLoss,
     DumontError,
     FailedPrecondition,
+    InvalidArgument,
     NotFound,
     ResourceExhausted,
     Unavailable,
@@ -394,12 +395,15 @@ class MemoryNodes:
 
     async def _create(self, method: str, node: str, report: Report) -> Report:
         known = self._reach(node)
+        unknown = report.gpu not in ("", *known.gpus)
         report = self._sized(node, report)
         if report.id not in known.instances:
             self.tell(node, replace(report, create_time=self._clock.moment().wall))
         self._creating.add(report.id)
         try:
             await self._call(method, node, report.snapshot or report.id)
+            if unknown:
+                raise InvalidArgument("GPU_UNKNOWN", f"this node has no GPU {report.gpu}", field="gpu")
         except BaseException as error:
             if getattr(error, "reason", "") != "NODE_UNAVAILABLE" and not self.abandoned:
                 self.tell(node, replace(report, state=InstanceState.FAILED))

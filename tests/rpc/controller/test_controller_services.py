@@ -503,6 +503,13 @@ async def test_nodes_register_beat_and_are_listed(served: Served) -> None:
     await stub.Heartbeat(node_pb.HeartbeatRequest(name="nodes/n2", memory_available_bytes=77))
     known = await stub.GetNode(node_pb.GetNodeRequest(name="nodes/n2"))
     assert known.memory_available_bytes == 77
+    gpu = node_pb.NodeGpu(uuid="GPU-a", model="H", memory_total_bytes=9, memory_free_bytes=4)
+    beat = node_pb.HeartbeatRequest(name="nodes/n2", gpus=[gpu], disk_free_bytes=5, weight_cache_bytes=6)
+    await stub.Heartbeat(beat)
+    known = await stub.GetNode(node_pb.GetNodeRequest(name="nodes/n2"))
+    assert list(known.gpus) == [gpu]
+    assert (known.disk_free_bytes, known.weight_cache_bytes) == (5, 6)
+    assert known.memory_available_bytes == 77
     listed = await stub.ListNodes(node_pb.ListNodesRequest())
     assert [node.name for node in listed.nodes] == ["nodes/n1", "nodes/n2"]
     with pytest.raises(grpc.aio.AioRpcError) as failure:

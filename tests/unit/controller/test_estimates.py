@@ -110,11 +110,15 @@ def test_the_sizes_of_an_instance_are_remembered_while_it_serves_and_while_it_is
     assert known.size("qa") == Size(8 * GIB, 2 * GIB, 3 * GIB)
 
 
-def test_a_model_that_was_never_on_a_gpu_needs_its_weights_and_more() -> None:
+def test_a_model_that_was_never_measured_needs_its_weights_and_what_an_engine_takes() -> None:
     known = Estimates()
-    assert known.gpu_bytes("qa") == 0
+    assert (known.gpu_bytes("qa", 80 * GIB), known.ram_bytes("qa")) == (0, 0)
     known.weights_bytes["qa"] = 14 * GIB
-    assert 15 * GIB < known.gpu_bytes("qa") < 20 * GIB
+    assert known.gpu_bytes("qa", 80 * GIB) == (14 + 1 + 20) * GIB
+    # A smaller GPU may do with a smaller cache, but not without the weights.
+    assert known.gpu_bytes("qa", 16 * GIB) == 16 * GIB
+    assert known.gpu_bytes("qa", 8 * GIB) == 15 * GIB
+    assert known.ram_bytes("qa") > 14 * GIB
 
 
 def test_a_deployment_that_is_gone_leaves_nothing() -> None:

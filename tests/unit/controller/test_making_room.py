@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from controller.estimates import ENGINE_GPU_BYTES, ENGINE_SHARE
+from controller.estimates import ENGINE_BYTES, ENGINE_SHARE
 from controller.instances import YIELD_SECONDS
 from controller.model import InstanceState, StartMode, Tier
 from controller.room import ACTIVE_SECONDS
@@ -25,7 +25,7 @@ async def deploy(world: World, *models: str, size: int = 6, **settings: Any) -> 
     for model in models:
         world.nodes.sizes[model] = (size * GIB, GIB)
         # As much as the controller expects of an instance before it has seen one.
-        world.nodes.weights_bytes[f"org/{model}"] = int((size * GIB - ENGINE_GPU_BYTES) / (1 + ENGINE_SHARE))
+        world.nodes.weights_bytes[f"org/{model}"] = int((size - 10 * ENGINE_SHARE) * GIB) - ENGINE_BYTES
         await world.deploy(identifier=model, model=f"org/{model}", **settings)
 
 
