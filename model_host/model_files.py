@@ -96,11 +96,16 @@ def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelF
     )
 
 
-def invalid(file: Path, why: str) -> FailedPrecondition:
-    """The error for a model file that cannot be used."""
+def invalid(file: Path, why: str, advice: str = "Fetch the model again.") -> FailedPrecondition:
+    """The error for a model file that cannot be used.
+
+    Args:
+        why: continues a sentence that begins with the file's name.
+        advice: whole sentences.
+    """
     return FailedPrecondition(
         "MODEL_INVALID",
-        f"{file.name} in {file.parent} {why}. Fetch the model again.",
+        f"{file.name} in {file.parent} {why}. {advice}",
         field="model",
         metadata={"file": str(file)},
     )

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from dumont import models
 from dumont.errors import DumontError, FailedPrecondition, InvalidArgument
 from model_host import lean
 from model_host.delivery import extents
@@ -124,11 +125,11 @@ def _model_class(files: ModelFiles, name: str) -> Any:
                 return lean.import_class(f"transformers.models.{package}.modeling_{package}", name)
         return getattr(importlib.import_module("transformers"), name)
     except (ImportError, AttributeError) as error:
-        raise FailedPrecondition(
-            "MODEL_UNSUPPORTED",
-            f"This transformers has no {name or '(no architecture named)'}, which {files.folder} needs.",
-            field="model",
-            metadata={"architecture": name},
+        why = f"this transformers has no {name or '(no architecture named)'}"
+        if files.config.get("auto_map"):
+            why += "; its code is in its own repository, and no model's code is run here"
+        raise models.unsupported(
+            str(files.folder), why, "Deploy a model whose architecture transformers has.", name
         ) from error
 
 
@@ -210,10 +211,31 @@ def _load_plainly(model_class: Any, files: ModelFiles, dispensable: tuple[str, .
             files.folder, dtype="auto", local_files_only=True, output_loading_info=True
         )
     except Exception as error:
-        raise invalid(files.folder / "config.json", f"cannot be loaded ({error})") from error
+        raise invalid(
+            files.folder / "config.json",
+            f"describes a model that transformers cannot load ({error})",
+            "Fetch the model again if its files may be damaged; otherwise deploy another model.",
+        ) from error
     if missing := sorted(name for name in report["missing_keys"] if not name.startswith(dispensable)):
-        raise invalid(files.shards[0], f"lacks the weights {', '.join(missing[:5])}")
+        raise _lacking(model, files, missing)
     return model
+
+
+def _lacking(model: Any, files: ModelFiles, missing: list[str]) -> FailedPrecondition:
+    """The error for weights that no file holds."""
+    head = model.get_output_embeddings()
+    if head is not None and all(_holds(model, name, head) for name in missing):
+        return invalid(
+            files.shards[0],
+            f"has no {missing[0]}, and config.json does not tie the output layer to the embeddings",
+            'If the model was trained with them tied, add "tie_word_embeddings": true to config.json; '
+            "otherwise fetch a complete copy of the model.",
+        )
+    return invalid(files.shards[0], f"lacks the weights {', '.join(missing[:5])}")
+
+
+def _holds(model: Any, name: str, module: nn.Module) -> bool:
+    return any(model.get_parameter(name) is parameter for parameter in module.parameters())
 
 
 def _own(model: Any) -> None:

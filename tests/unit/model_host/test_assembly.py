@@ -177,6 +177,45 @@ def test_a_missing_weight_is_refused_not_made_up(llama: Path) -> None:
     assert "model.norm.weight" in refusal(llama).message
 
 
+def test_a_missing_output_layer_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    # given a model whose output layer is its own, in files that do not hold it
+    torch.manual_seed(0)
+    saved: Any = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False))
+    saved.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"})
+
+    error = refusal(tmp_path)
+
+    assert "tie_word_embeddings" in error.message
+    assert "lm_head.weight" in error.message
+
+
+def test_an_output_layer_of_its_own_is_taken_though_the_configuration_ties_it(llama: Path) -> None:
+    # given files with both, which differ: transformers takes them as they are
+    rewrite(
+        llama,
+        lambda tensors: {
+            **tensors, "lm_head.weight": torch.randn_like(tensors["model.embed_tokens.weight"])
+        },
+    )  # fmt: skip
+
+    model, _ = build(llama)
+
+    right: Any = LlamaForCausalLM.from_pretrained(llama, dtype="auto").eval()
+    assert torch.equal(logits(model), logits(right))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def test_code_of_a_models_own_is_named(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    own = {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    (llama / "config.json").write_text(json.dumps({**config, **own}))
+
+    with pytest.raises(FailedPrecondition, match="code is in its own repository") as refused:
+        build(llama)
+    assert refused.value.reason == "MODEL_UNSUPPORTED"
+
+
 def test_weights_of_another_shape_are_refused(llama: Path) -> None:
     rewrite(llama, lambda tensors: {**tensors, "model.norm.weight": torch.ones(8, dtype=torch.bfloat16)})
 
