@@ -35,16 +35,16 @@ def build(collection: str, identifier: str) -> str:
 
 
 def parse(name: str, collection: str, field: str) -> str:
-    """The id in a resource name of ``collection``.
+    """The id in a resource name of ``collection``, or an id alone.
 
     Raises:
         InvalidArgument: the name is empty, malformed or of another collection; ``field`` is named.
     """
-    prefix, _, identifier = name.partition("/")
+    prefix, _, identifier = name.partition("/") if "/" in name else (collection, "", name)
     if prefix != collection or not identifier:
         raise InvalidArgument(
             "INVALID_NAME",
-            f"{field} must look like {collection}/ID; got {name[:120]!r}",
+            f"{field} must look like {collection}/ID or ID; got {name[:120]!r}",
             field=field,
             metadata={"value": name[:120]},
         )

@@ -19,6 +19,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
 PACKAGES = ("inference", "controller", "snapshotd", "model_host")
+DESCRIBED = ("controller", "snapshotd")
 
 
 def copy_includes(target: Path) -> None:
@@ -36,7 +37,7 @@ def copy_includes(target: Path) -> None:
 
 
 def generate(output: Path = ROOT) -> None:
-    """Write modules, stubs and type stubs below ``output``, replacing what was generated before.
+    """Write modules, stubs, type stubs and descriptor sets below ``output``, in place of earlier ones.
 
     Raises:
         RuntimeError: protoc refused a file; what it said is on standard error.
@@ -58,6 +59,14 @@ def generate(output: Path = ROOT) -> None:
             if shutil.which("protoc-gen-mypy") and shutil.which("protoc-gen-mypy_grpc"):
                 outputs += ["--mypy_out", "--mypy_grpc_out"]
             arguments += [f"{flag}={output}" for flag in outputs]
+            if protoc.main([*arguments, *map(str, sources)]) != 0:
+                raise RuntimeError(f"protoc failed on proto/dumont/{package}/v1")
+        for package in DESCRIBED:
+            # Everything that other languages and tools need, in one file: imports and comments included.
+            sources = sorted((PROTO / "dumont" / package / "v1").glob("*.proto"))
+            described = output / "dumont" / package / "api.binpb"
+            arguments = ["protoc", f"-I{PROTO}", f"-I{includes}", f"-I{well_known}", "--include_imports"]
+            arguments += ["--include_source_info", f"--descriptor_set_out={described}"]
             if protoc.main([*arguments, *map(str, sources)]) != 0:
                 raise RuntimeError(f"protoc failed on proto/dumont/{package}/v1")
 

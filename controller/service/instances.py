@@ -102,7 +102,7 @@ class InstanceService(pb_grpc.InstanceServiceServicer):
             return self._message(await self._migrations.migrate(instance, to, on_stage))
 
         metadata = pb.MigrateInstanceMetadata(
-            instance=request.name, create_time=convert.timestamp(self._core.clock.moment().wall)
+            instance=f"instances/{instance}", create_time=convert.timestamp(self._core.clock.moment().wall)
         )
         return await self._operations.begin("migrate", work, metadata)
 

@@ -81,7 +81,7 @@ class NodeService(pb_grpc.NodeServiceServicer):
             return convert.drained_message(node, left)
 
         metadata = pb.DrainNodeMetadata(
-            node=request.name,
+            node=f"nodes/{node}",
             create_time=convert.timestamp(self._core.clock.moment().wall),
             instances_total=len(self._inventory.instances_on(node)),
         )

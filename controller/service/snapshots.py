@@ -48,7 +48,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
             return self._message(captured)
 
         metadata = pb.CreateSnapshotMetadata(
-            deployment=request.deployment,
+            deployment=f"deployments/{deployment}",
             stage="waiting",
             create_time=self._now(),
         )
@@ -72,7 +72,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
             return self._message(await self._snapshots.prefetch(snapshot, node))
 
         metadata = pb.PrefetchSnapshotMetadata(
-            snapshot=request.name, node=f"nodes/{node}", create_time=self._now()
+            snapshot=f"snapshots/{snapshot}", node=f"nodes/{node}", create_time=self._now()
         )
         return await self._operations.begin("prefetch", work, metadata)
 
@@ -88,7 +88,7 @@ class SnapshotService(pb_grpc.SnapshotServiceServicer):
             )
 
         metadata = pb.VerifySnapshotMetadata(
-            snapshot=request.name, node=f"nodes/{known.node}", create_time=self._now()
+            snapshot=f"snapshots/{known.id}", node=f"nodes/{known.node}", create_time=self._now()
         )
         return await self._operations.begin("verify", work, metadata)
 

@@ -157,7 +157,7 @@ class Operations:
         """
         if name in self._records:
             return await self.wait(name, timeout)
-        names.parse(name, "operations", "name")
+        name = names.build("operations", names.parse(name, "operations", "name"))
         found = await self._store.find(name)
         if found is None:
             raise _unknown(name)
@@ -265,7 +265,7 @@ class Operations:
             return DEFECT
 
     def _find(self, name: str) -> _Record:
-        names.parse(name, "operations", "name")
+        name = names.build("operations", names.parse(name, "operations", "name"))
         try:
             return self._records[name]
         except KeyError:

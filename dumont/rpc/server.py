@@ -17,11 +17,11 @@ from typing import Any, Final
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from dumont.errors import FailedPrecondition, InvalidArgument
 from dumont.limits import MESSAGE_BYTES
 from dumont.rpc.errors import ErrorInterceptor
+from dumont.rpc.reflection import add_reflection
 from dumont.rpc.streams import WRITE_SECONDS
 
 log = structlog.get_logger(__name__)
@@ -170,8 +170,7 @@ def add_standard_services(server: grpc.aio.Server, service_full_names: Sequence[
     """
     servicer = Health(service_full_names)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    names = (*service_full_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    add_reflection((*service_full_names, health.SERVICE_NAME), server)
     return servicer
 
 

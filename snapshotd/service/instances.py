@@ -119,7 +119,7 @@ class InstanceServicer(pb2_grpc.InstanceServiceServicer):
             with self._watched(instance, progress):
                 return convert.snapshot(await self.instances.capture(instance, snapshot))
 
-        return self.operations.start("capture", work, pb2.OperationMetadata(instance=request.name))
+        return self.operations.start("capture", work, pb2.OperationMetadata(instance=f"instances/{instance}"))
 
     async def ParkInstance(self, request: pb2.ParkInstanceRequest, context: Context) -> pb2.Instance:
         return convert.instance(await self.instances.park(names.parse(request.name, "instances", "name")))

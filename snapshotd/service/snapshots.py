@@ -66,7 +66,7 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
         async def work(progress: Progress) -> pb2.Snapshot:
             return self._message(await self.snapshots.publish(name, byte_progress(progress)))
 
-        return self._begin("publish", request.name, work)
+        return self._begin("publish", f"snapshots/{name}", work)
 
     async def PrefetchSnapshot(
         self, request: pb2.PrefetchSnapshotRequest, context: Context
@@ -79,7 +79,7 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
                 await self.snapshots.fetch(found, byte_progress(progress))
             return self._message(await self.snapshots.get(name))
 
-        return self._begin("prefetch", request.name, work)
+        return self._begin("prefetch", f"snapshots/{name}", work)
 
     async def VerifySnapshot(
         self, request: pb2.VerifySnapshotRequest, context: Context
@@ -90,7 +90,7 @@ class SnapshotServicer(pb2_grpc.SnapshotServiceServicer):
             here, there = await self.snapshots.verify(name, byte_progress(progress))
             return pb2.VerifySnapshotResponse(local_bytes=here, published_bytes=there)
 
-        return self._begin("verify", request.name, work)
+        return self._begin("verify", f"snapshots/{name}", work)
 
     async def PruneSnapshots(
         self, request: pb2.PruneSnapshotsRequest, context: Context

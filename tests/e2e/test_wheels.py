@@ -25,7 +25,7 @@ SOURCES = (
 )  # fmt: skip
 SERVICES_ONLY = (
     "controller/", "snapshotd/", "model_host/", "dumont/aio.py", "dumont/benchmarks/",
-    "dumont/up.py", "dumont/cli/up.py",
+    "dumont/up.py", "dumont/cli/up.py", "dumont/cli/simulate.py",
     "dumont/cli/bench.py", "dumont/model_directory.py", "dumont/models.py",
     "dumont/generation_config.py",
     "dumont/model_host/", "dumont/snapshotd/",
@@ -37,6 +37,25 @@ import dumont
 with dumont.Client() as client:
     print(client.deploy("org/qa").generate("Count").text)
 print(dumont.__version__)
+"""
+
+
+# With stubs that were generated elsewhere, and grpcio alone.
+FOREIGN = """
+import os, grpc
+from dumont.controller.v1 import deployment_service_pb2 as deployments, deployment_service_pb2_grpc
+from dumont.controller.v1 import inference_service_pb2 as inference, inference_service_pb2_grpc
+from google.longrunning import operations_pb2
+
+with grpc.insecure_channel(os.environ["DUMONT_ENDPOINT"]) as channel:
+    stub = deployment_service_pb2_grpc.DeploymentServiceStub(channel)
+    wanted = deployments.Deployment(model="org/model", start_mode=deployments.START_MODE_CHECKPOINT)
+    request = deployments.CreateDeploymentRequest(deployment_id="qa", deployment=wanted)
+    made = stub.CreateDeployment(request)
+    print(made.name)
+    stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
+    answer = stub.Generate(inference.GenerateRequest(deployment=made.name, prompt="Count"))
+    print("".join(message.chunk.text for message in answer))
 """
 
 
@@ -52,13 +71,13 @@ def environment(directory: Path) -> Path:
     return directory / "bin/python"
 
 
-def run(*command: str | Path, endpoint: str = "") -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, endpoint: str = "", cwd: str | Path = "/") -> subprocess.CompletedProcess[str]:
     """Run a program away from the repository, without what this environment adds to the path of modules."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if endpoint:
         variables["DUMONT_ENDPOINT"] = endpoint
     return subprocess.run(
-        command, cwd="/", env=variables, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False
     )
 
 

@@ -228,7 +228,7 @@ def test_an_instance_that_is_starting_can_be_stopped(daemon: Daemon, small_model
         (pb2.StartInstanceRequest(instance_id="Bad Id", model="/m"), "INVALID_ID", "instance_id"),
         (pb2.StartInstanceRequest(instance_id="ok"), "MODEL_REQUIRED", "model"),
         (pb2.StartInstanceRequest(instance_id="ok", model="/no/such"), "MODEL_NOT_FOUND", "model"),
-        (pb2.RestoreInstanceRequest(instance_id="ok", snapshot="s"), "INVALID_NAME", "snapshot"),
+        (pb2.RestoreInstanceRequest(instance_id="ok", snapshot="S"), "INVALID_ID", "snapshot"),
         (pb2.RestoreInstanceRequest(instance_id="ok", snapshot="snapshots/none"), "SNAPSHOT_NOT_FOUND", None),
         (pb2.CaptureInstanceRequest(name="instances/none", snapshot_id="s"), "INSTANCE_NOT_FOUND", "name"),
         (pb2.CaptureInstanceRequest(name="instances/none", snapshot_id="../s"), "INVALID_ID", "snapshot_id"),

@@ -128,7 +128,7 @@ async def test_a_second_request_is_resident(served: Served) -> None:
     [
         ({"prompt": ""}, "INVALID_ARGUMENT", "EMPTY_PROMPT", "prompt"),
         ({"max_new_tokens": 5000}, "INVALID_ARGUMENT", "INVALID_MAX_NEW_TOKENS", "max_new_tokens"),
-        ({"deployment": "qa"}, "INVALID_ARGUMENT", "INVALID_NAME", "deployment"),
+        ({"deployment": "nodes/qa"}, "INVALID_ARGUMENT", "INVALID_NAME", "deployment"),
         ({"deployment": "deployments/no"}, "NOT_FOUND", "DEPLOYMENT_NOT_FOUND", None),
     ],
 )

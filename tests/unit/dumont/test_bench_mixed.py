@@ -18,7 +18,7 @@ def test_every_request_can_be_sent_and_no_kind_is_left_out() -> None:
     for asked in drawn:
         arguments.generate_request("deployments/m", asked.prompt, **asked.options)
     used = {name for asked in drawn for name in asked.options}
-    assert used == set(arguments.GenerateOptions.__annotations__) - {"messages"}
+    assert used == set(arguments.GenerateOptions.__annotations__) - {"messages", "progress"}
     assert any(asked.leaves is not None for asked in drawn)
 
 
