@@ -20,7 +20,7 @@ from controller.room import held_bytes
 EVACUATIONS: Final = 4
 # Shares of a GPU's memory by which the fullest and the emptiest GPU of a node may differ, and by which a move
 # must make them differ less.
-TOLERATED: Final = 0.25
+TOLERATED: Final = 0.1
 WORTH: Final = 0.05
 # Of all GPUs of a node: above the one, idle instances leave it for nodes that are below the other.
 FULL: Final = 0.9

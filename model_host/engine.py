@@ -5,8 +5,9 @@ is left to import, compile or allocate lazily; ``canary`` records what the model
 requests come. ``generate`` or ``embed`` checks one on the caller's thread and returns the work it asks for.
 Everything after that happens on the host's one computing thread: ``admit`` takes work in while other work is
 under way, each ``step`` advances all that was admitted, and ``drop`` ends one at any time without touching
-the others. ``quiesce`` releases what a snapshot must not hold, when nothing is admitted; after ``wake`` the
-engine is as it was and ``canary`` must return the same tokens again.
+the others. Between ``pause`` and ``resume`` the process may come to another GPU, with all that was admitted.
+``quiesce`` releases what a snapshot must not hold, when nothing is admitted; after ``wake`` the engine is as
+it was and ``canary`` must return the same tokens again.
 
 An example, two requests of which the second is cancelled::
 
@@ -324,6 +325,18 @@ class Engine(Protocol):
 
     def quiesce(self) -> None:
         """Release what a snapshot must not hold: weights on a GPU, caches, everything of past requests."""
+
+    def pause(self) -> None:
+        """Stop between two steps so that the GPU can be taken away and given back, this one or another.
+
+        Unlike after ``quiesce``, what was admitted stays, and goes on after ``resume``.
+
+        Raises:
+            FailedPrecondition: NOT_PAUSABLE; nothing has changed.
+        """
+
+    def resume(self) -> None:
+        """Undo ``pause``."""
 
     def order_weights(self, loader: Path, gpu: str) -> None:
         """Let the node's loader begin to bring the weights for ``wake``; uses no GPU.

@@ -68,6 +68,8 @@ class Host:
             Command.SERVE: self._serve,
             Command.DRAIN: self._drain,
             Command.ACCEPT: self._accept,
+            Command.PAUSE: self._pause,
+            Command.CONTINUE: self._continue,
             Command.QUIESCE: self._quiesce,
             Command.TRIM: self._trim,
             Command.ORDER_WEIGHTS: self._order_weights,
@@ -178,6 +180,15 @@ class Host:
 
     def _accept(self, arguments: Arguments) -> Json:
         self._gate.set_open(True)
+        return {}
+
+    def _pause(self, arguments: Arguments) -> Json:
+        """Reasons: NOT_PAUSABLE, after which the host is as it was before."""
+        self._loaded.scheduler.hold(self._loaded.engine.pause)
+        return {}
+
+    def _continue(self, arguments: Arguments) -> Json:
+        self._loaded.scheduler.release(self._loaded.engine.resume)
         return {}
 
     def _quiesce(self, arguments: Arguments) -> Json:

@@ -15,6 +15,7 @@ class State(Enum):
     LOADED = "LOADED"  # model in memory and warm, socket closed
     SERVING = "SERVING"  # socket open, calls accepted
     DRAINED = "DRAINED"  # socket open, calls refused, none running
+    PAUSED = "PAUSED"  # socket open, calls wait: its GPU may be taken away and given back
     QUIESCED = "QUIESCED"  # nothing open: may be frozen, captured and restored
     AWAKE = "AWAKE"  # new identity after a freeze, socket closed
     STOPPED = "STOPPED"
@@ -27,6 +28,8 @@ class Command(Enum):
     SERVE = "serve"
     DRAIN = "drain"
     ACCEPT = "accept"
+    PAUSE = "pause"
+    CONTINUE = "continue"
     QUIESCE = "quiesce"
     TRIM = "trim"
     ORDER_WEIGHTS = "order_weights"
@@ -44,6 +47,9 @@ TABLE: Final[dict[tuple[State, Command], State]] = {
     (State.SERVING, Command.DRAIN): State.DRAINED,
     (State.DRAINED, Command.ACCEPT): State.SERVING,
     (State.DRAINED, Command.QUIESCE): State.QUIESCED,
+    (State.SERVING, Command.PAUSE): State.PAUSED,
+    (State.PAUSED, Command.ORDER_WEIGHTS): State.PAUSED,
+    (State.PAUSED, Command.CONTINUE): State.SERVING,
     # Asked again by a caller whose first request timed out.
     (State.SERVING, Command.ACCEPT): State.SERVING,
     (State.DRAINED, Command.DRAIN): State.DRAINED,

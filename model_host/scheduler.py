@@ -162,6 +162,8 @@ class Scheduler:
         # Whether something happened that the thread must look at between two steps.
         self._stirred = False
         self._closed = False
+        # Only the computing thread changes it.
+        self._held = False
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
@@ -218,6 +220,24 @@ class Scheduler:
             self._changed.notify()
         return errand.wait()
 
+    def hold(self, function: Callable[[], object]) -> None:
+        """Run ``function`` as ``call`` does, and step no more until ``release``; jobs wait meanwhile."""
+
+        def work() -> None:
+            function()
+            self._held = True
+
+        self.call(work)
+
+    def release(self, function: Callable[[], object]) -> None:
+        """Run ``function`` as ``call`` does, and step on."""
+
+        def work() -> None:
+            function()
+            self._held = False
+
+        self.call(work)
+
     def close(self) -> None:
         """Cancel everything, let the running step end, and end the thread."""
         with self._changed:
@@ -237,7 +257,8 @@ class Scheduler:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._stirred or self._running or self._closed, self._until_deadline()
+                    lambda: self._stirred or (self._running and not self._held) or self._closed,
+                    None if self._held else self._until_deadline(),
                 )
                 if self._closed and not (self._waiting or self._running or self._errands):
                     return
@@ -246,6 +267,11 @@ class Scheduler:
                 stirred, self._stirred = self._stirred, False
             for errand in errands:
                 errand.run()
+            if self._held:
+                if self._closed:
+                    # The engine cannot be asked to drop anything: it may have no device now.
+                    self._end_all(Cancelled("CANCELLED", "The instance was stopped."))
+                continue
             try:
                 self._end_the_late(look_at_all=stirred)
                 self._admit()

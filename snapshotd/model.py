@@ -120,6 +120,7 @@ class Instance:
         gpu_bytes: the GPU memory that it holds, as far as it was measured, or held when it was parked.
         capacity: None until the model host has reported it.
         engine_options: the arguments that its engine was given.
+        paused: it has requests that go on when it resumes; set while it is moved.
     """
 
     id: str
@@ -146,6 +147,7 @@ class Instance:
     capacity: Capacity | None = None
     load: Load = Load()
     engine_options: Mapping[str, Any] = field(default_factory=dict)
+    paused: bool = False
 
 
 @dataclass(frozen=True)

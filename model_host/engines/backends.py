@@ -84,6 +84,12 @@ class Backend(Protocol):
     def wake(self) -> None:
         """Undo ``quiesce``."""
 
+    def pause(self) -> None:
+        """Give back memory that holds nothing of requests; nothing is in flight."""
+
+    def resume(self) -> None:
+        """Undo ``pause``."""
+
 
 def shapes(model: Any, cache: Any) -> list[LayerShape]:
     """The shapes of the keys and values of a model's layers, in order.
@@ -217,6 +223,12 @@ class Together:
     def wake(self) -> None:
         self._cache = self._allocate()
 
+    def pause(self) -> None:
+        return
+
+    def resume(self) -> None:
+        return
+
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
@@ -310,4 +322,10 @@ class Alone:
         self._caches.clear()
 
     def wake(self) -> None:
+        return
+
+    def pause(self) -> None:
+        return
+
+    def resume(self) -> None:
         return

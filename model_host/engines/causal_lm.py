@@ -175,6 +175,8 @@ class CausalLM:
         self._running: dict[TokenSequence, tuple[Answering, int]] = {}
         self._paused: list[TokenSequence] = []
         self._flight: Flight | None = None
+        # Computed before a pause, and not returned by a step yet.
+        self._unsent: list[Output] = []
 
     # How it computes
 
@@ -571,6 +573,9 @@ class CausalLM:
             raise
 
     def _advance(self) -> list[Output]:
+        if self._unsent:
+            outputs, self._unsent = self._unsent, []
+            return outputs
         flight, self._flight = self._flight, None
         if flight is None:
             flight = self._launch()
@@ -579,6 +584,9 @@ class CausalLM:
             if self._flight is not None:
                 for chunk in self._flight.sampled:
                     chunk.sequence.computed += 1
+        return self._outputs(flight)
+
+    def _outputs(self, flight: Flight) -> list[Output]:
         outputs: list[Output] = []
         for chunk, result in zip(flight.sampled, self._backend.harvest(flight), strict=True):
             if not chunk.sequence.ended:
@@ -650,6 +658,29 @@ class CausalLM:
         self._backend.quiesce()
         self._weights.detach()
         self._workspace.release()
+
+    def pause(self) -> None:
+        """Free the GPU of weights and of what requests do not need; their keys and values stay."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            self._unsent += self._outputs(flight)
+        self._backend.pause()
+        try:
+            self._weights.detach()
+            self._workspace.release()
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        self._workspace.regain()
+        try:
+            self._backend.resume()
+            self._weights.attach()
+        except cuda.CudaError as error:
+            raise ResourceExhausted(
+                "GPU_MEMORY", f"the GPU has no room left for this model: {error}", retry_after=1.0
+            ) from error
 
     def order_weights(self, loader: Path, gpu: str) -> None:
         self._weights.order(loader, gpu)

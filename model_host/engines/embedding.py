@@ -230,6 +230,13 @@ class Embedding:
         self._weights.detach()
         self._workspace.release()
 
+    def pause(self) -> None:
+        # Between two steps nothing of a request is on the GPU.
+        self.quiesce()
+
+    def resume(self) -> None:
+        self.wake()
+
     def order_weights(self, loader: Path, gpu: str) -> None:
         self._weights.order(loader, gpu)
 

@@ -236,6 +236,8 @@ class Graphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._places: list[int] = list(range(SEQUENCES))
         self._place: dict[TokenSequence, int] = {}
+        # While paused: what the scratch memory held of requests.
+        self._kept: list[Tensor] = []
         self._make_buffers()
 
     def _make_buffers(self) -> None:
@@ -493,6 +495,27 @@ class Graphs:
         self._scratch.map()
         self._block.map(PIECE)
         self._make_buffers()
+
+    def pause(self) -> None:
+        self._stream.synchronize()
+        # The keys and values stay where they are, and the driver carries them along.
+        self._kept = [tensor.cpu() for tensor in self._of_requests()] if self._place else []
+        self._scratch.unmap()
+        del self._staged, self._fetched, self._events
+
+    def resume(self) -> None:
+        self._scratch.map()
+        self._make_buffers()
+        kept, self._kept = self._kept, []
+        if kept:
+            with torch.cuda.stream(self._stream):
+                for tensor, before in zip(self._of_requests(), kept, strict=True):
+                    tensor.copy_(before)
+            self._stream.synchronize()
+
+    def _of_requests(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What lies in scratch memory and belongs to requests under way."""
+        return self._counts, self._bias_tokens, self._bias_values
 
 
 def _reports(chunk: Chunk) -> bool:

@@ -45,7 +45,7 @@ RESTING = (State.SERVING, State.PARKED)
 WEIGHTS_SECONDS = 5.0
 # Jobs that go on when their caller leaves. An instance that is half stopped or half resumed is of no use,
 # and a model host that drains for a park reads no other command meanwhile, not even one that cancels it.
-UNCANCELLED_JOBS = ("stop", "park", "resume")
+UNCANCELLED_JOBS = ("stop", "park", "suspend", "resume")
 
 
 class Instances:
@@ -158,6 +158,17 @@ class Instances:
         self._check_unshared(record, Event.PARK)
         self._advance(record, Event.PARK)
         return await self._settle(record, "park", jobs.park(self.node, record))
+
+    async def suspend(self, instance: str) -> Instance:
+        """Like ``park``, of an instance on a GPU, but its requests stay and go on when it resumes.
+
+        Raises:
+            FailedPrecondition: NOT_PAUSABLE, its engine can only be parked; it serves on.
+        """
+        record = self._record(instance)
+        self._check_unshared(record, Event.PARK)
+        self._advance(record, Event.PARK)
+        return await self._settle(record, "suspend", jobs.suspend(self.node, record))
 
     async def resume(self, instance: str, gpu: str = "") -> Instance:
         """Let a parked instance serve again.

@@ -1,4 +1,7 @@
-"""Move a living instance to another GPU of its node: park it on the one and resume it on the other."""
+"""Move a living instance to another GPU of its node: suspend it on the one and resume it on the other.
+
+Its requests come along. Where its engine cannot be paused, they are answered first.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ async def _move(instances: Instances, instance: str, gpu: str) -> Instance:
     if serving:
         if target == known.gpu:
             return known
-        await instances.park(instance)
+        await _suspend(instances, instance)
     try:
         return await instances.resume(instance, target)
     except DumontError:
@@ -52,3 +55,15 @@ async def _move(instances: Instances, instance: str, gpu: str) -> Instance:
             with contextlib.suppress(DumontError):
                 await instances.resume(instance)
         raise
+
+
+async def _suspend(instances: Instances, instance: str) -> None:
+    if uses_cuda(instances.get(instance).device):
+        try:
+            await instances.suspend(instance)
+            return
+        except DumontError as error:
+            # A model host of an older release, restored from its snapshot, knows no such command.
+            if error.reason not in ("NOT_PAUSABLE", "UNKNOWN_COMMAND"):
+                raise
+    await instances.park(instance)

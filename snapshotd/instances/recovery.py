@@ -35,7 +35,7 @@ async def recover(node: Node, instance: Instance, host: Host) -> Instance:
         if instance.state is State.PARKED:
             return replace(instance, pid=host.pid)
     await actions.return_to_service(node, instance.id, host)
-    return replace(instance, pid=host.pid, state=State.SERVING)
+    return replace(instance, pid=host.pid, state=State.SERVING, paused=False)
 
 
 def sweep(node: Node, known: frozenset[str]) -> None:

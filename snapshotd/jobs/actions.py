@@ -283,6 +283,18 @@ async def accept(node: Node, subject: Subject) -> None:
     await host_of(subject).call("accept", node.deadlines.serve)
 
 
+async def pause(node: Node, subject: Subject) -> None:
+    """Have the model host stop between two steps; its requests wait until it continues."""
+    await host_of(subject).call("pause", node.deadlines.quiesce)
+    subject.instance = replace(subject.instance, paused=True)
+
+
+async def go_on(node: Node, subject: Subject) -> None:
+    """Have a paused model host go on with its requests."""
+    await host_of(subject).call("continue", node.deadlines.wake)
+    subject.instance = replace(subject.instance, paused=False)
+
+
 async def return_to_service(node: Node, instance: str, host: Host) -> None:
     """Make a model host serve again, whatever state a job or a crash has left it in.
 
@@ -293,6 +305,8 @@ async def return_to_service(node: Node, instance: str, host: Host) -> None:
     state = (await host.call("status", node.deadlines.drain + node.deadlines.serve))["state"]
     if state == "DRAINED":
         await host.call("accept", node.deadlines.serve)
+    elif state == "PAUSED":
+        await host.call("continue", node.deadlines.wake)
     elif state in ("QUIESCED", "AWAKE"):
         if state == "QUIESCED":
             await wake_host(node, instance, host)
@@ -304,6 +318,7 @@ async def return_to_service(node: Node, instance: str, host: Host) -> None:
 async def ensure_serving(node: Node, subject: Subject) -> None:
     """Undo whatever stopped an instance from serving: it serves again, or is ended."""
     await run_or_end(subject, lambda: return_to_service(node, subject.instance.id, host_of(subject)))
+    subject.instance = replace(subject.instance, paused=False)
 
 
 async def run_or_end(subject: Subject, action: Action) -> None:

@@ -2,6 +2,9 @@
 
 On a GPU the weights are detached first, as for a capture. They are in their files anyway, and copying them
 out of the GPU and back by the driver's checkpoint takes ten times longer than attaching them again.
+
+A park answers the running requests first. An instance that only moves to another GPU is suspended with them:
+its model host is paused between two steps, and its requests go on when it has resumed.
 """
 
 from __future__ import annotations
@@ -53,6 +56,26 @@ def park(node: Node, subject: Subject) -> list[Step]:
     return [Step("drain", drain, ensure_serving), Step("freeze", freeze, thaw)]
 
 
+def suspend(node: Node, subject: Subject) -> list[Step]:
+    """The steps that make an instance give up its GPU with its requests, which go on when it resumes."""
+
+    async def pause() -> None:
+        actions.record_gpu_memory(node, subject)
+        actions.reserve_gpu_memory(node, subject)
+        await actions.pause(node, subject)
+
+    async def ensure_serving() -> None:
+        await actions.ensure_serving(node, subject)
+
+    async def checkpoint() -> None:
+        await actions.suspend_cuda(node, subject)
+
+    async def recover_cuda() -> None:
+        await actions.run_or_end(subject, lambda: actions.recover_cuda(node, subject))
+
+    return [Step("pause", pause, ensure_serving), Step("cuda_checkpoint", checkpoint, recover_cuda)]
+
+
 def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
     """The steps of a resume.
 
@@ -80,6 +103,11 @@ def resume(node: Node, subject: Subject, gpu: str = "") -> list[Step]:
     async def accept() -> None:
         await actions.accept(node, subject)
 
+    async def go_on() -> None:
+        await actions.go_on(node, subject)
+
+    if subject.instance.paused:
+        return [Step("cuda_restore", resume_cuda), Step("continue", go_on)]
     if uses_cuda(subject.instance.device):
         return [Step("cuda_restore", resume_cuda), Step("wake", wake), Step("serve", serve)]
     return [Step("thaw", thaw), Step("accept", accept)]

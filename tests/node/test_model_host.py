@@ -104,6 +104,25 @@ def test_load_tells_what_was_loaded_and_how_long_it_took(chat: Chat) -> None:
     assert {"python", "torch", "transformers"} <= chat.loaded["versions"].keys()
 
 
+def test_streams_have_a_gap_while_it_is_paused_and_lose_nothing(chat: Chat) -> None:
+    # given: what an answer is without a pause
+    request: dict[str, Any] = {"prompt": "1, 2, 3, 4, 5, 6, 7, 8,", "max_new_tokens": 60, "ignore_eos": True}
+    whole = [token for chunk in answer(chat.stub, **request)[0] for token in chunk.token_ids]
+
+    # when: it is paused in the middle of one, and another arrives meanwhile
+    running = chat.stub.Generate(pb2.GenerateRequest(**request))
+    tokens = [*next(running).chunk.token_ids]
+    chat.host.tell("pause")
+    assert chat.host.tell("status")["state"] == "PAUSED"
+    late = chat.stub.Generate(pb2.GenerateRequest(**request))
+    chat.host.tell("continue")
+
+    # then
+    tokens += [token for response in running for token in response.chunk.token_ids]
+    assert tokens == whole
+    assert [token for response in late for token in response.chunk.token_ids] == whole
+
+
 def test_it_knows_the_capital_of_france(chat: Chat) -> None:
     assert "Paris" in text(chat.stub, prompt=FRANCE, max_new_tokens=8)
 

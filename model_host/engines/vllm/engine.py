@@ -200,6 +200,14 @@ class _Engine:
         # From now on nothing is compiled, and no file of this process must be missing when it comes back.
         surroundings.forget_caches()
 
+    def pause(self) -> None:
+        raise FailedPrecondition(
+            "NOT_PAUSABLE", "vLLM's cache cannot be carried to another GPU; its requests must end first"
+        )
+
+    def resume(self) -> None:
+        return
+
     def order_weights(self, loader: Path, gpu: str) -> None:
         self._memory.order(loader, gpu)
 

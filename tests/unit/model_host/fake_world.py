@@ -39,6 +39,12 @@ class FakeEngine(StepEngine):
     def quiesce(self) -> None:
         self._do("quiesce")
 
+    def pause(self) -> None:
+        self._do("pause")
+
+    def resume(self) -> None:
+        self._do("resume")
+
     def order_weights(self, loader: Path, gpu: str) -> None:
         self.log.append(f"order_weights {loader} {gpu}")
 

@@ -641,6 +641,43 @@ def test_no_prompt_survives_quiescence_and_the_engine_wakes(folder: Path, expect
     assert run(engine, prompt=PROMPT, max_new_tokens=12).tokens == expected
 
 
+def test_answers_go_on_after_a_pause_as_if_there_had_been_none(folder: Path) -> None:
+    # given: what several answers are without a pause, some of them drawn and penalised
+    engine = load(folder)
+    requests: list[dict[str, Any]] = [
+        {"prompt": PROMPT, "max_new_tokens": 12},
+        {"prompt": words([3, 4, 5]), "max_new_tokens": 20},
+        {
+            "prompt": words([7, 8]), "max_new_tokens": 16, "temperature": 1.0, "seed": 5,
+            "frequency_penalty": 0.5, "n": 2,
+        },
+    ]  # fmt: skip
+    whole = [said(engine, **request) for request in requests]
+
+    # when: they are computed together, and paused between any two steps
+    for paused_after in range(1, 14, 3):
+        works = [engine.generate(Generation(**request)) for request in requests]
+        assert all(engine.admit(work) for work in works)
+        collected: dict[int, list[Any]] = {id(work): [] for work in works}
+        left, steps = len(works), 0
+        while left:
+            if steps == paused_after:
+                # As on a GPU, where the next step has been launched already.
+                engine._flight = engine._launch()
+                engine.pause()
+                assert engine._unsent
+                engine.resume()
+            for output in engine.step():
+                assert not isinstance(output.item, BaseException)
+                collected[id(output.work)].append(output.item)
+                left -= output.last
+            steps += 1
+
+        # then: no token is lost or doubled
+        for work, alone in zip(works, whole, strict=True):
+            assert [answer.tokens for answer in answers(work, collected[id(work)])] == alone
+
+
 def holders(marker: list[int]) -> list[list[int]]:
     """Every list in this process that begins with what only a prompt has."""
     gc.collect()

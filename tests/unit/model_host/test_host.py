@@ -184,6 +184,26 @@ def test_a_drain_that_takes_too_long_leaves_the_host_serving(host: Host, world: 
         assert world.gate.inside == 1
 
 
+def test_a_paused_host_keeps_its_socket_and_goes_on(host: Host, world: FakeWorld) -> None:
+    serving(host)
+    world.engine.log.clear()
+    host.run("pause", {})
+    assert host.state is State.PAUSED
+    assert world.socket.socket == Path(SOCKET)
+    assert refusal(host, "drain").reason == "ILLEGAL_TRANSITION"
+    host.run("continue", {})
+    assert host.state is State.SERVING  # type: ignore[comparison-overlap]
+    assert world.engine.log == ["pause", "resume"]
+
+
+def test_an_engine_that_cannot_pause_serves_on(host: Host, world: FakeWorld) -> None:
+    serving(host)
+    world.engine.fail = "pause"
+    assert refusal(host, "pause").reason == "PAUSE_FAILED"
+    assert host.state is State.SERVING
+    assert host.run("canary", {})["tokens"] == [1, 2, 3]
+
+
 def test_quiesce_closes_everything_and_says_what_is_open(host: Host, world: FakeWorld) -> None:
     serving(host)
     host.run("drain", {})

@@ -10,7 +10,12 @@ from model_host.lifecycle import Command, State, advance
 LIFE = {
     State.NEW: {Command.LOAD: State.LOADED},
     State.LOADED: {Command.SERVE: State.SERVING, Command.QUIESCE: State.QUIESCED},
-    State.SERVING: {Command.DRAIN: State.DRAINED, Command.ACCEPT: State.SERVING},
+    State.SERVING: {
+        Command.DRAIN: State.DRAINED,
+        Command.ACCEPT: State.SERVING,
+        Command.PAUSE: State.PAUSED,
+    },
+    State.PAUSED: {Command.ORDER_WEIGHTS: State.PAUSED, Command.CONTINUE: State.SERVING},
     State.DRAINED: {
         Command.ACCEPT: State.SERVING,
         Command.DRAIN: State.DRAINED,

@@ -256,6 +256,50 @@ def test_a_step_that_raises_ends_all_in_it_and_the_next_work_runs(
     assert engine.load.sequences == 0
 
 
+def test_while_it_is_held_nothing_is_stepped_and_then_all_goes_on(
+    scheduler: Scheduler, engine: StepEngine
+) -> None:
+    # given: one that is computed
+    hold, running = occupy(scheduler, 0, 1, 2)
+    seen: list[str] = []
+    holding = threading.Thread(target=lambda: scheduler.hold(lambda: seen.append("pause")))
+    holding.start()
+    hold.go_on()
+    holding.join(5)
+    assert seen == ["pause"]
+    steps = len(engine.steps)
+
+    # when: others come meanwhile, and the host asks
+    late = scheduler.submit(Script([7]))
+    assert scheduler.call(lambda: "asked") == "asked"
+    assert len(engine.steps) == steps
+    scheduler.release(lambda: seen.append("resume"))
+
+    # then
+    assert list(running) == [0, 1, 2]
+    assert list(late) == [7]
+    assert seen == ["pause", "resume"]
+
+
+def test_what_fails_to_be_held_goes_on(scheduler: Scheduler) -> None:
+    def refuse() -> None:
+        raise InvalidArgument("NOT_PAUSABLE", "no")
+
+    with pytest.raises(InvalidArgument):
+        scheduler.hold(refuse)
+    assert list(scheduler.submit(Script([1]))) == [1]
+
+
+def test_closing_while_it_is_held_ends_all(engine: StepEngine) -> None:
+    scheduler = Scheduler(engine, max_queue=3)
+    scheduler.hold(lambda: None)
+    job = scheduler.submit(Script([1]))
+    scheduler.close()
+    with pytest.raises(Cancelled):
+        list(job)
+    assert engine.dropped == []
+
+
 def test_the_hosts_own_work_runs_between_two_steps(scheduler: Scheduler, engine: StepEngine) -> None:
     hold, running = occupy(scheduler, 0, 1, 2)
     seen: list[int] = []

@@ -45,6 +45,8 @@ class GpuHost(FakeHost):
     MOVES: Mapping[str, tuple[str, str]] = {
         "drain": ("SERVING", "DRAINED"),
         "accept": ("DRAINED", "SERVING"),
+        "pause": ("SERVING", "PAUSED"),
+        "continue": ("PAUSED", "SERVING"),
         "quiesce": ("DRAINED", "QUIESCED"),
         "wake": ("QUIESCED", "AWAKE"),
     }

@@ -46,6 +46,7 @@ class FakeHost:
         self.released = False
         self.gates: dict[str, asyncio.Event] = {}
         self.failing = {"stay silent"}
+        self.refusing: dict[str, Exception] = {}
         self.reached = asyncio.Event()
         # What it answers to ``status`` beside its state.
         self.load: Json = {}
@@ -60,6 +61,8 @@ class FakeHost:
         if (gate := self.gates.get(command)) is not None:
             self.reached.set()
             await gate.wait()
+        if command in self.refusing:
+            raise self.refusing[command]
         if command in self.failing:
             raise Aborted("HOST_TIMEOUT", f"{command} was not answered")
 

@@ -136,6 +136,39 @@ async def test_a_live_instance_moves_to_another_gpu_and_is_known_to_be_there(wor
     assert world.cuda.devices[2:] == [{A.uuid: B.uuid, B.uuid: A.uuid}] * 2
 
 
+async def test_a_move_carries_the_requests_along_instead_of_waiting_for_them(world: World) -> None:
+    host = await world.serving()
+    moved = await move(world.instances, "one", "1")
+    assert host.commands == ["pause", "continue"]
+    assert not moved.paused
+
+
+@pytest.mark.parametrize("reason", ["NOT_PAUSABLE", "UNKNOWN_COMMAND"])
+async def test_where_it_cannot_be_paused_its_requests_are_answered_first(world: World, reason: str) -> None:
+    host = await world.serving()
+    host.refusing["pause"] = FailedPrecondition(reason, "not this one")
+    moved = await move(world.instances, "one", "1")
+    assert (moved.state, moved.gpu) == (State.SERVING, B.uuid)
+    assert [command for command in host.commands if command != "status"] == [
+        "pause", "drain", "quiesce", "trim", "wake", "serve",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operation", "fault"), [("lock", "busy"), ("checkpoint", "refuse")])
+async def test_a_move_that_cannot_suspend_goes_on_where_it_is(
+    world: World, operation: str, fault: str
+) -> None:
+    host = await world.serving()
+    world.cuda.faults[operation, 42] = fault
+    with pytest.raises(DumontError):
+        await move(world.instances, "one", "1")
+    known = world.instances.get("one")
+    assert (known.state, known.gpu, known.paused) == (State.SERVING, A.uuid, False)
+    assert host.state == "SERVING"
+    assert host.commands[-1] == "continue"
+    assert world.runs()
+
+
 async def test_weights_are_brought_to_the_gpu_that_the_process_comes_back_on(world: World) -> None:
     node = world.instances.node
     world.instances.node = replace(node, gpus=replace(world.gpus, loader=ReadyLoader()))
@@ -198,7 +231,7 @@ async def test_a_move_that_cannot_be_leaves_the_instance_serving_untouched(
 
 async def test_a_move_whose_room_is_taken_meanwhile_ends_where_it_began(world: World) -> None:
     host = await world.serving()
-    host.gates["quiesce"] = gate = asyncio.Event()
+    host.gates["pause"] = gate = asyncio.Event()
     moving = asyncio.create_task(move(world.instances, "one", "1"))
     await host.reached.wait()
     world.status.free_bytes[B.uuid] = 0
@@ -212,7 +245,7 @@ async def test_a_move_whose_room_is_taken_meanwhile_ends_where_it_began(world: W
 
 async def test_a_move_ends_as_begun_also_when_its_caller_leaves(world: World) -> None:
     host = await world.serving()
-    host.gates["quiesce"] = gate = asyncio.Event()
+    host.gates["pause"] = gate = asyncio.Event()
     moving = asyncio.create_task(move(world.instances, "one", "1"))
     await host.reached.wait()
     moving.cancel()
