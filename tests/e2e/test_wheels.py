@@ -151,7 +151,7 @@ async def test_the_client_works_where_only_it_is_installed(wheels: Path, tmp_pat
 
     # and: what needs the services says what to install
     dumont = python.with_name("dumont")
-    for arguments in (("up", "--verbose"), ("bench", "--rounds", "1"), ("up", "--help")):
+    for arguments in (("up", "--verbose"), ("bench", "--rounds", "1"), ("up", "--help"), ("engine", "ls")):
         refused = run(dumont, *arguments)
         assert refused.returncode == 1
         assert "dumont-services[controller,node]" in refused.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -25,11 +26,12 @@ pytestmark = [pytest.mark.node, pytest.mark.vllm]
 
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 4, "enforce_eager": True}
 LONG = "word " * 200
+STOP = ("--stop-instances-on-exit",)
 
 
 @pytest.fixture(scope="module")
 def daemon(criu: Path, vllm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    flags = ("--engine-python", f"vllm={vllm}", "--stop-instances-on-exit")
+    flags = ("--engine-python", f"vllm={vllm}", *STOP)
     with Daemon(tmp_path_factory.mktemp("node") / "state", pick_port()(), *flags) as running:
         yield running
 
@@ -117,6 +119,32 @@ def test_an_engine_that_is_killed_while_it_is_imported_fails_its_start_alone(
     assert daemon.generate("one", tokens=4)
 
 
+def test_a_snapshot_is_restored_where_the_environment_lies_elsewhere(
+    daemon: Daemon, instance: pb2.Instance, vllm: Path, tmp_path: Path
+) -> None:
+    # Given a node whose environment has the same files at another place
+    before = daemon.generate("one", tokens=12)
+    here = environment.examine("vllm", vllm)
+    shutil.copytree(here.directory, tmp_path / "elsewhere", symlinks=True, copy_function=linked)
+    daemon.terminate()
+    daemon.flags = ("--engine-python", f"vllm={tmp_path}/elsewhere/{here.program}", *STOP)
+    daemon.start()
+
+    restore(daemon, "moved")
+
+    assert daemon.generate("moved", tokens=12) == before
+    directory = Path(f"/proc/{daemon.get('moved').pid}/root/run/dumont-engines/vllm")
+    assert directory.stat().st_ino == (tmp_path / "elsewhere").stat().st_ino
+
+
+def linked(source: str, target: str) -> None:
+    """A copy without its bytes, where that is possible."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def test_a_snapshot_of_another_version_is_refused_by_name(
     daemon: Daemon, instance: pb2.Instance, vllm: Path, tmp_path: Path
 ) -> None:
@@ -125,7 +153,7 @@ def test_a_snapshot_of_another_version_is_refused_by_name(
     facts = {name: version for name, version in here.facts.items() if name != "python"}
     other = stand_in(tmp_path / "other", here.facts["python"], **(facts | {"vllm": "99.1"}))
     daemon.terminate()
-    daemon.flags = ("--engine-python", f"vllm={other}", "--stop-instances-on-exit")
+    daemon.flags = ("--engine-python", f"vllm={other}", *STOP)
     daemon.start()
 
     # Then it says so of the snapshot, and refuses to restore it
