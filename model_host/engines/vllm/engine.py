@@ -58,7 +58,7 @@ def load(files: ModelFiles, settings: Settings, phases: Phases) -> Generator | E
     """As ``model_host.engines.vllm.load``."""
     device = _device(settings.device)
     options = dict(settings.engine_options)
-    generates = _generates(files, options)
+    generates = _generates(files)
     with phases.measure("load_tokenizer"):
         tokenizer = load_tokenizer(files)
     lora = options.pop("lora_modules", None)
@@ -71,11 +71,8 @@ def load(files: ModelFiles, settings: Settings, phases: Phases) -> Generator | E
     return kind(core, memory, tokenizer, files, settings, device)
 
 
-def _generates(files: ModelFiles, options: Mapping[str, Any]) -> bool:
-    """Whether the model is to generate: unless an option says so, by its files."""
-    runner = options.get("runner", "auto")
-    if runner != "auto":
-        return bool(runner == "generate")
+def _generates(files: ModelFiles) -> bool:
+    """Whether the model generates; otherwise it embeds."""
     return files.architecture.endswith(GENERATING) and models.MODULES not in files.names
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -374,10 +374,12 @@ def test_an_adapter_turns_lora_on(folder: Path) -> None:
     assert "enable_lora" not in arguments(folder, {})
 
 
-def test_a_model_generates_unless_its_files_or_an_option_say_that_it_embeds(folder: Path) -> None:
+def test_a_generating_architecture_generates_unless_its_files_make_it_a_sentence_model(
+    folder: Path,
+) -> None:
     files = model_files.read(folder)
-    assert engines._generates(files, {})
-    assert not engines._generates(files, {"runner": "pooling"})
+    assert engines._generates(files)
+    assert not engines._generates(replace(files, names=files.names | {"modules.json"}))
 
 
 def test_without_vllm_the_remedy_is_named(folder: Path) -> None:
@@ -497,3 +499,49 @@ def test_pages_of_the_kv_cache_are_given_back_and_read_as_zeros() -> None:
 
     # All but the two pages at its ends, which it may share with others.
     assert int(cache.sum()) <= 2 * os.sysconf("SC_PAGESIZE")
+
+
+@dataclass
+class HostAllocation(sleep.Allocation):
+    """An allocation in host memory."""
+
+    memory: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def view(self, place: int, size: int) -> torch.Tensor:
+        return self.memory[place : place + size]
+
+
+def test_an_allocation_comes_back_with_what_is_in_no_file(folder: Path) -> None:
+    # given: a weight of the model, a table, zeros, and bytes that belong to nobody
+    tensors = map_shards(model_files.read(folder).shards)
+    weight = tensors["lm_head.weight"].view(-1).view(torch.uint8)
+    table = torch.arange(1, 101, dtype=torch.uint8)
+    parts = [weight, table, torch.zeros(50, dtype=torch.uint8), torch.full((30,), 9, dtype=torch.uint8)]
+    places = [0, weight.numel(), weight.numel() + 100, weight.numel() + 150]
+    allocation = HostAllocation((0, 0, 0, 0), memory=torch.cat(parts))
+
+    # when: all but the last is in use, and after a sleep there is other memory
+    blocks = [(place, part.numel()) for place, part in zip(places[:3], parts, strict=False)]
+    allocation.learn(blocks, tensors, sleep._index(tensors))
+    allocation.memory = torch.full_like(allocation.memory, 77)
+    allocation.fill()
+
+    # then
+    assert [piece.tensor for piece in allocation.pieces] == ["lm_head.weight"]
+    assert torch.equal(allocation.memory[places[1] : places[2]], table)
+    assert int(allocation.memory[places[2] : places[3]].sum()) == 0
+    assert set(allocation.memory[: places[1]].tolist()) == {77}
+    assert set(allocation.memory[places[3] :].tolist()) == {77}
+
+
+def test_an_allocation_is_ordered_from_the_files_that_its_weights_are_in(folder: Path) -> None:
+    files = model_files.read(folder)
+    memory = sleep.GpuMemory(files, Settings())
+    memory._extents = extents(files.shards)
+    allocation = sleep.Allocation((0, 4 << 20, 0, 0), [Piece(512, "lm_head.weight", 8192)])
+
+    plan = memory._plan(allocation)
+
+    where = memory._extents["lm_head.weight"]
+    assert plan.size == 4 << 20
+    assert plan.pieces == ((str(where.file), where.offset, 8192, 512),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -14,6 +15,8 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+import torch
+from safetensors.torch import save_file
 
 from dumont.inference.v1 import inference_pb2
 from dumont.model_host.v1 import model_host_service_pb2 as pb2
@@ -23,6 +26,7 @@ from tests.node.node_under_test import NodeUnderTest, refused
 
 pytestmark = [pytest.mark.node, pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 
+RANK = 8
 QUESTION = inference_pb2.ChatMessage(
     role="user", content="What is the capital of France? Answer in one sentence."
 )
@@ -79,6 +83,35 @@ async def idle(node: NodeUnderTest, instance: str) -> None:
 
 def under_test(tmp: Path, model: Path, vllm: Path, **options: Any) -> NodeUnderTest:
     return NodeUnderTest(tmp, model, engine="vllm", engine_python=f"vllm={vllm}", engine_options=options)
+
+
+def write_adapter(model: Path, folder: Path) -> Path:
+    """A LoRA adapter of random weights for a Llama model."""
+    config = json.loads((model / "config.json").read_text())
+    size = config["hidden_size"]
+    torch.manual_seed(0)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        weights[f"{name}.lora_A.weight"] = torch.randn(RANK, size) * 0.1
+        weights[f"{name}.lora_B.weight"] = torch.randn(size, RANK) * 0.1
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "r": RANK,
+                "lora_alpha": 2 * RANK,
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "target_modules": ["q_proj"],
+                "base_model_name_or_path": str(model),
+            }
+        )
+    )
+    return folder
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -239,7 +272,7 @@ async def test_a_seed_repeats_an_answer_and_each_of_n_is_another(node: NodeUnder
 
 
 async def test_every_sampling_field_has_its_effect(node: NodeUnderTest, restored: str) -> None:
-    prompt: dict[str, Any] = {"prompt": "The sea is", "max_new_tokens": 8, "ignore_eos": True}
+    prompt: dict[str, Any] = {"prompt": "The sea is", "max_new_tokens": 4, "ignore_eos": True}
     [plain] = await ask(node, restored, logprobs=2, **prompt)
     banned = plain.tokens[0]
     [biased] = await ask(node, restored, logit_bias={banned: -100.0}, **prompt)
@@ -252,12 +285,12 @@ async def test_every_sampling_field_has_its_effect(node: NodeUnderTest, restored
     first = plain.tokens[0]
     [least] = await ask(node, restored, stop_token_ids=[first], min_new_tokens=4, **prompt)
 
-    assert len(plain.logprobs) == 8
+    assert len(plain.logprobs) == 4
     assert all(value <= 0 for value in plain.logprobs)
     assert biased.tokens[0] != banned
     assert narrow.tokens == nucleus.tokens == likely.tokens == plain.tokens
-    assert len(set(varied.tokens)) == 8
-    assert first not in least.tokens[:4]
+    assert len(set(varied.tokens)) == 4
+    assert first not in least.tokens
 
 
 async def test_a_prompt_that_began_before_is_not_computed_again(node: NodeUnderTest, restored: str) -> None:
@@ -348,3 +381,29 @@ async def test_embeddings_are_the_same_after_a_restore_and_those_of_the_other_en
     assert after == before
     for vector, other in zip(before, ours, strict=True):
         assert sum(a * b for a, b in zip(vector, other, strict=True)) > 0.99
+
+
+async def test_an_adapter_takes_part_in_every_answer_and_comes_back(
+    criu: Path, vllm: Path, instruct_model: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(instruct_model, tmp_path / "adapter")
+    made = under_test(
+        tmp_path / "node", instruct_model, vllm, lora_modules={"mine": str(adapter)}, max_lora_rank=RANK
+    )
+    try:
+        await made.start("source")
+        captured = await made.instances.capture("source", "adapted")
+        adapted = await ask(made, "source", prompt="The sea is", max_new_tokens=4, logprobs=0)
+        await made.instances.stop("source")
+
+        await made.restore("back", captured)
+        back = await ask(made, "back", prompt="The sea is", max_new_tokens=4, logprobs=0)
+
+        made.engine_options = {}
+        await made.start("plain")
+        plain = await ask(made, "plain", prompt="The sea is", max_new_tokens=4, logprobs=0)
+    finally:
+        await made.close()
+
+    assert back == adapted
+    assert abs(plain[0].logprobs[0] - adapted[0].logprobs[0]) > 0.1
