@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 REPLACEMENT = "\ufffd"
 # Tokens of a prompt that are decoded before its answer: enough to see where a word begins.
 CONTEXT = 6
+# Bytes of a character, and so the most tokens of one.
+LONGEST_CHARACTER = 4
+# Tokens that are waited for before they are taken for broken characters.
+HELD = 3 * LONGEST_CHARACTER
 
 
 class Detokenizer:
@@ -27,14 +31,50 @@ class Detokenizer:
         self._read = len(self._ids)
 
     def push(self, *tokens: int) -> str:
-        """The text that these tokens complete; empty while a character is unfinished."""
-        self._ids += tokens
-        known = self._decode(self._ids[self._window : self._read])
-        text = self._decode(self._ids[self._window :])
-        if len(text) <= len(known) or text.endswith(REPLACEMENT):
+        """The text that these tokens complete, decoded at once if possible; empty while a character is
+        unfinished.
+        """
+        if len(tokens) > 1:
+            self._ids += tokens
+            known, text = self._decoded()
+            if len(text) > len(known) and not text.endswith(REPLACEMENT):
+                return self._advance(len(self._ids), text[len(known) :])
+            # Some of them may be whole characters.
+            del self._ids[-len(tokens) :]
+        return "".join(map(self._push, tokens))
+
+    def _push(self, token: int) -> str:
+        self._ids.append(token)
+        known, text = self._decoded()
+        if len(text) > len(known) and not text.endswith(REPLACEMENT):
+            return self._advance(len(self._ids), text[len(known) :])
+        if len(self._ids) - self._read < HELD:
             return ""
-        self._window, self._read = self._read, len(self._ids)
-        return text[len(known) :]
+        if text == known:
+            del self._ids[self._read :]  # none of them is text
+            return ""
+        return self._give_out_broken(known, text)
+
+    def _decoded(self) -> tuple[str, str]:
+        """The text of the window that was given out, and all of it."""
+        return self._decode(self._ids[self._window : self._read]), self._decode(self._ids[self._window :])
+
+    def _advance(self, read: int, given: str) -> str:
+        del self._ids[: self._read]
+        self._window, self._read = 0, read - self._read
+        return given
+
+    def _give_out_broken(self, known: str, text: str) -> str:
+        """Give out bytes that will never be a character, rather than decode ever more of them again.
+
+        What comes before the last four tokens can change no more, for no character has more bytes. It is
+        given out up to a token that ends with a character or with such a byte.
+        """
+        for read in range(len(self._ids) - LONGEST_CHARACTER, self._read, -1):
+            ready = self._decode(self._ids[self._window : read])
+            if len(ready) > len(known) and ready + self._decode(self._ids[read:]) == text:
+                return self._advance(read, ready[len(known) :])
+        return ""
 
     def flush(self) -> str:
         """What remains at the end, without an unfinished character."""

@@ -54,7 +54,65 @@ def test_pieces_joined_are_the_text(text: str) -> None:
 
     pieces = [detokenizer.push(byte) for byte in text.encode()]
 
-    assert "".join([*pieces, detokenizer.flush()]) == text.rstrip("\ufffd")
+    assert "".join([*pieces, detokenizer.flush()]).rstrip("\ufffd") == text.rstrip("\ufffd")
+
+
+@given(st.one_of(st.binary(max_size=60), st.text(max_size=20).map(str.encode)), st.data())
+def test_however_tokens_come_together_and_whatever_they_are_their_text_is_the_same(
+    tokens: bytes, data: st.DataObject
+) -> None:
+    detokenizer = Detokenizer(decode)
+    pieces, at = [], 0
+    while at < len(tokens):
+        count = data.draw(st.integers(1, 9))
+        pieces.append(detokenizer.push(*tokens[at : at + count]))
+        at += count
+
+    joined = "".join([*pieces, detokenizer.flush()])
+
+    assert joined.rstrip("\ufffd") == decode(list(tokens)).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("token", [0xE2, 0xBF, 0xFF], ids=["begun", "continued", "never"])
+def test_broken_characters_without_end_are_given_out_and_decoded_a_few_times(token: int) -> None:
+    longest = 0
+
+    def measured(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(ids)
+
+    detokenizer = Detokenizer(measured)
+    pieces = [detokenizer.push(token) for _ in range(4000)]
+
+    assert len("".join(pieces)) > 3900
+    assert longest < 50
+
+
+def test_tokens_without_text_are_not_decoded_again_and_again() -> None:
+    longest = 0
+
+    def measured(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return "".join("" if token == 0 else chr(token) for token in ids)
+
+    detokenizer = Detokenizer(measured)
+
+    assert "".join(detokenizer.push(token) for token in [65, *[0] * 4000, 66]) == "AB"
+    assert longest < 50
+
+
+def test_tokens_that_come_together_are_decoded_together() -> None:
+    decoded = 0
+
+    def counted(ids: list[int]) -> str:
+        nonlocal decoded
+        decoded += 1
+        return decode(ids)
+
+    assert Detokenizer(counted).push(*b"together") == "together"
+    assert decoded == 2
 
 
 def test_without_stops_everything_passes_at_once() -> None:
