@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dumont import limits
 from dumont.errors import FailedPrecondition, InvalidArgument
 from model_host.engine import Message
 from model_host.model_files import ModelFiles, invalid
+
+SPECIAL_TOKENS: Final = "special_tokens_map.json"
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,6 +33,8 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     data = files.read_tokenizer()
     try:
         tokenizer = Tokenizer.from_buffer(data) if data is not None else _convert(files)
+        if data is not None and _is_rebuilt(files, tokenizer):
+            tokenizer = _convert(files)
     except Exception as error:
         raise invalid(files.tokenizer, f"cannot be loaded ({error})") from error
     tokenizer.no_truncation()
@@ -63,8 +67,17 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     }
 
 
+def _is_rebuilt(files: ModelFiles, tokenizer: Tokenizer) -> bool:
+    """Whether transformers makes another tokenizer of these files than tokenizer.json describes.
+
+    It does of Llama's, which put a space before every piece of a text, and not only before the first.
+    """
+    known = str(files.tokenizer_config.get("tokenizer_class", ""))
+    return known.startswith("LlamaTokenizer") and "Prepend" in repr(tokenizer.normalizer)
+
+
 def _convert(files: ModelFiles) -> Tokenizer:
-    """From an older format, through transformers."""
+    """As transformers makes it, also from older formats."""
     from transformers import AutoTokenizer
 
     backend: Tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True).backend_tokenizer
@@ -107,9 +120,11 @@ class ChatTemplate:
 
     def __init__(self, files: ModelFiles) -> None:
         self._template = files.chat_template
+        # Older models name their special tokens in a file of their own.
+        named = files.json(SPECIAL_TOKENS) if SPECIAL_TOKENS in files.names else {}
         self._special: dict[str, Any] = {
             name: token if isinstance(token, str) else token.get("content", "")
-            for name, token in files.tokenizer_config.items()
+            for name, token in {**named, **files.tokenizer_config}.items()
             if name.endswith("_token") and isinstance(token, str | dict)
         }
 
@@ -134,9 +149,14 @@ class ChatTemplate:
 
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self._sandbox.render(
-                {"messages": conversation, "add_generation_prompt": True, **self._special}
-            )
+            # transformers defines all of these, and templates ask whether some are none.
+            given = {
+                "messages": conversation,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": True,
+            }
+            return self._sandbox.render({**given, **self._special})
         except LimitReached as error:
             raise FailedPrecondition(
                 "CHAT_TEMPLATE_LIMIT",

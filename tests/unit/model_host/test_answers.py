@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
+from model_host import model_files
 from model_host.engine import Finish, FinishReason, Generation, Message
 from model_host.engines.answers import Answering, Step
 from model_host.engines.batch import TokenSequence
 from model_host.engines.sampling import Chosen, Sampling
-from model_host.engines.tokens import special_tokens
+from model_host.engines.tokens import load_tokenizer, special_tokens
 from tests.unit.model_host.tiny_models import Answer, answers
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -201,3 +205,24 @@ def test_a_special_token_that_is_no_stop_is_no_text(tokenizer: Tokenizer) -> Non
     assert MARK not in answer.text
     assert answer.finish is not None
     assert answer.finish.output_tokens == len(said)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_of_llama_cuts_text_as_transformers_does(tmp_path: Path, legacy: bool) -> None:
+    # given a special token in the middle, after which transformers puts a space only for older models
+    tokenizer = sentencepiece()
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "model.safetensors").touch()
+    right = AutoTokenizer.from_pretrained(tmp_path)
+
+    ours = load_tokenizer(model_files.read(tmp_path))
+
+    for text in ("Hello con", "Hello</s>con hand", "<s>hand</s><s>s", " Hello", ""):
+        assert ours.encode(text).ids == right(text).input_ids
+        assert ours.decode(ours.encode(text).ids) == right.decode(
+            right(text).input_ids, skip_special_tokens=True
+        )

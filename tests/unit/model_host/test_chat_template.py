@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import tracemalloc
 from pathlib import Path
@@ -111,6 +112,24 @@ def test_conversations_are_rendered_as_transformers_does(name: str) -> None:
         conversations=[CONVERSATION], chat_template=TEMPLATES[name], add_generation_prompt=True, **tokens
     )
     assert rendered == rendered_by_transformers[0][0]
+
+
+def test_a_template_may_ask_whether_there_are_tools() -> None:
+    source = "{% if tools is not none %}{{ tools | length }}{% endif %}{{ documents is none }}"
+
+    assert chat_template(source).render([Message("user", "Hello")]) == "True"
+
+
+def test_special_tokens_may_be_named_in_a_file_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"})
+    )
+    files = ModelFiles(
+        tmp_path, {}, {}, {"eos_token": "<end>"}, (), "{{ bos_token }}{{ eos_token }}",
+        frozenset({"special_tokens_map.json"}),
+    )  # fmt: skip
+
+    assert ChatTemplate(files).render([Message("user", "Hello")]) == "<s><end>"
 
 
 @pytest.mark.parametrize("name", TOO_MUCH)
