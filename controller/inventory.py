@@ -8,11 +8,12 @@ notified by deployment or node, so that no step has to look at everything.
 from __future__ import annotations
 
 import asyncio
+from bisect import insort
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Final
+from itertools import count
 
 from controller import lifecycle
 from controller.estimates import Estimates
@@ -22,9 +23,6 @@ from controller.ports import Clock, ListedSnapshots, Removed, Synchronized
 from controller.room import Need
 from dumont import names
 from dumont.errors import FailedPrecondition, NotFound
-
-# What those watch who wait until memory of any node becomes free.
-ROOM: Final = "room"
 
 
 class Inventory:
@@ -38,6 +36,9 @@ class Inventory:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._waiters: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        # Those who wait for room, in the order in which they are woken.
+        self._for_room: list[tuple[int, float, int, asyncio.Event]] = []
+        self._serials = count()
         self._changed: dict[str, None] = {}
         # Called at every change.
         self.on_change: Callable[[], None] = lambda: None
@@ -172,10 +173,27 @@ class Inventory:
         for changed in (*self._waiters.get(subject, ()), *self._waiters.get("", ())):
             changed.set()
 
+    @contextmanager
+    def waiting_for_room(self, priority: int, since: float) -> Iterator[asyncio.Event]:
+        """An event that is set when memory of any node may have become free.
+
+        Who waits with the highest priority is woken first, and among equals who has waited longest.
+
+        Args:
+            priority: of the deployment that waits.
+            since: monotonic time from which it has waited.
+        """
+        waiter = (-priority, since, next(self._serials), asyncio.Event())
+        insort(self._for_room, waiter, key=lambda one: one[:3])
+        try:
+            yield waiter[3]
+        finally:
+            self._for_room.remove(waiter)
+
     def _freed(self) -> None:
         """Memory of a node may have become free: wake those who wait for room."""
-        for changed in tuple(self._waiters.get(ROOM, ())):
-            changed.set()
+        for *_, freed in self._for_room:
+            freed.set()
 
     def take_changed(self) -> Iterable[str]:
         """The deployments and nodes that changed since the last call."""

@@ -13,7 +13,6 @@ from controller import policy
 from controller.backoff import Backoff
 from controller.core import Core
 from controller.instances import Instances, node_phases
-from controller.inventory import ROOM
 from controller.model import (
     Deployment,
     Instance,
@@ -255,7 +254,8 @@ class Start:
             self._reasons.append(wait.reason)
             log.info("waits_for_room", deployment=self.deployment, because=wait.reason)
         self.waits_for_room = True
-        with self._core.inventory.watched(ROOM) as changed:
+        since = self._room_until - ROOM_SECONDS
+        with self._core.inventory.waiting_for_room(self._known().priority, since) as changed:
             waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(changed.wait())]
             if wait.until is not None:
                 waits.append(asyncio.ensure_future(self._core.clock.sleep(wait.until - began)))

@@ -171,6 +171,28 @@ async def test_of_two_that_want_one_victim_one_wins_and_the_other_waits(world: W
     assert sorted(world.states("b") + world.states("c"), key=lambda s: s.value) == [SERVING, PARKED]
 
 
+async def test_room_goes_to_the_highest_priority_first_and_then_to_who_has_waited_longest(
+    world: World,
+) -> None:
+    await world.node("n1", gpus={GPU: 10 * GIB})
+    await deploy(world, "busy", priority=9)
+    await deploy(world, "first", "second")
+    await deploy(world, "urgent", priority=5)
+    await world.ask("busy")
+    held = world.nodes.hold("generate")
+    slow = asked(world, "busy")
+    await world.nodes.called("generate", 2)
+    waiting = []
+    for model in ("first", "second", "urgent"):
+        waiting.append(asked(world, model))
+        await world.settle()
+        await world.advance(1.0)
+    held.set()
+    await asyncio.gather(slow, *waiting)
+    started = [argument.partition("-")[0] for _, _, argument in world.nodes.named("start")]
+    assert started == ["busy", "urgent", "first", "second"]
+
+
 async def test_a_victim_that_cannot_be_parked_ends_and_its_snapshot_stays(world: World) -> None:
     await one_gpu(world, "a", "b")
     await world.ask("a")
