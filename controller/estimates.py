@@ -7,7 +7,7 @@ by what it took elsewhere, else by its size and the speed of the node, else by a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
@@ -146,6 +146,12 @@ class Estimates:
             known = self._sizes.get(report.deployment, Size())
             gpu = report.gpu_bytes or known.gpu_bytes
             self._sizes[report.deployment] = Size(gpu, known.ram_bytes, report.ram_bytes)
+
+    def needs(self, deployment: str, gpu_bytes: int) -> None:
+        """A node says how much GPU memory an instance needs at least."""
+        known = self.size(deployment)
+        if known.gpu_bytes < gpu_bytes:
+            self._sizes[deployment] = replace(known, gpu_bytes=gpu_bytes)
 
     def forget(self, deployment: str) -> None:
         """Drop what was measured of a deployment that is gone."""

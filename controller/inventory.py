@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 
-from controller import lifecycle
+from controller import lifecycle, room
 from controller.estimates import Estimates
 from controller.lifecycle import Event
 from controller.model import Captured, Instance, InstanceState, Intent, Node, NodeState, Report, Snapshot
@@ -238,6 +238,24 @@ class Inventory:
         """Change a node's state; does nothing if it is in that state already."""
         if self.nodes[node].state is not state:
             self.put_node(replace(self.nodes[node], state=state, since=self._clock.moment().monotonic))
+
+    def learn_free(self, node: str, uuid: str, free_bytes: int) -> None:
+        """A node says that a GPU has no more memory free than this: something else holds the rest."""
+        known = self.nodes[node]
+        held = sum(room.held_bytes(instance, uuid) for instance in self.instances_on(node))
+        self.nodes[node] = replace(
+            known,
+            gpus=tuple(
+                replace(
+                    gpu,
+                    free_bytes=free_bytes,
+                    other_bytes=max(gpu.other_bytes, gpu.total_bytes - held - free_bytes),
+                )
+                if gpu.uuid == uuid
+                else gpu
+                for gpu in known.gpus
+            ),
+        )
 
     def learn(self, node: str, reports: Iterable[Report], snapshots: ListedSnapshots) -> None:
         """Replace all that was known of a node by what it reports now; the node is ready from then on."""

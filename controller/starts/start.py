@@ -118,6 +118,22 @@ class Start:
         """
         return policy.admit(self._facts(), self._core.now(), sequences)
 
+    async def _create_to_capture(self) -> str:
+        """Load the model beside whatever there is, on a node that can capture it."""
+        while True:
+            facts = self._facts()
+            capable = {name: node for name, node in facts.nodes.items() if node.checkpoint_capable}
+            facts = replace(facts, instances=(), snapshots=(), nodes=capable, another=True)
+            decision = policy.decide(facts, self._core.now())
+            if isinstance(decision, policy.Wait):
+                await self._wait_for_room(decision)
+                continue
+            try:
+                return await self._perform(replace(decision, capture=False))
+            except DumontError as error:
+                if not self._learns_of_room(decision, error):
+                    raise
+
     def explain(self) -> tuple[str, list[policy.Candidate]]:
         """What this start would do now, and every possible one; see ``policy.explain``."""
         facts, now = self._facts(), self._core.now()
@@ -188,10 +204,8 @@ class Start:
         if (unused := next(candidates, None)) is not None:
             instance = unused.id
         else:
-            nodes = self._core.inventory.nodes.values()
-            node = policy.place({n.id: n for n in nodes if n.checkpoint_capable}, engine=deployment.engine)
             on_stage("", "starting")
-            instance = self.made_to_capture = (await self._instances.create(deployment, node.id)).instance
+            instance = self.made_to_capture = await self._create_to_capture()
         on_stage(instance, "capturing")
         captured = await self._instances.capture(deployment, instance, snapshot)
         self._captures.succeeded(deployment.id)
@@ -373,9 +387,8 @@ class Start:
         reason = f"{what} failed: {error.reason}: {error.message}"
         self._core.metrics.starts.labels(attempt.tier.value, "failed").inc()
         log.warning("attempt_failed", deployment=self.deployment, tier=attempt.tier.value, reason=reason)
-        if error.reason == "ROOM_NOT_MADE" and self._rooms_not_made < ROOM_ATTEMPTS:
-            # An instance that was to make room did not. Decided again, it is another one.
-            self._rooms_not_made += 1
+        if self._learns_of_room(attempt, error):
+            pass
         elif error.reason == NODE_UNAVAILABLE and not self._rechecked:
             # Nobody knows what became of the call. The node is asked, and what it has begun is joined.
             self._rechecked = True
@@ -397,6 +410,20 @@ class Start:
             self._failed.add(f"instances/{attempt.instance}")
         self._reasons.append(reason)
         self._core.metrics.fallbacks.labels(attempt.tier.value, error.reason).inc()
+
+    def _learns_of_room(self, attempt: policy.Attempt, error: DumontError) -> bool:
+        """Whether a start failed for want of room that was not known; then it is decided again."""
+        if error.reason not in ("ROOM_NOT_MADE", "GPU_MEMORY") or self._rooms_not_made >= ROOM_ATTEMPTS:
+            return False
+        self._rooms_not_made += 1
+        if error.reason == "GPU_MEMORY":
+            told = error.metadata
+            if not {"gpu", "free_bytes", "needed_bytes"} <= told.keys():
+                return False
+            inventory = self._core.inventory
+            inventory.estimates.needs(self.deployment, int(told["needed_bytes"]))
+            inventory.learn_free(attempt.node, told["gpu"], int(told["free_bytes"]))
+        return True
 
     def _another_node(self) -> bool:
         """Whether a cold start may be attempted on another node; after several, all would fail."""

@@ -435,7 +435,16 @@ class MemoryNodes:
         taken = known.taken(report.gpu, besides=report.id) + report.gpu_bytes
         if taken > known.gpus[report.gpu]:
             self.tell(node, replace(report, state=InstanceState.FAILED))
-            raise ResourceExhausted("GPU_MEMORY", f"{report.gpu} has no room for instances/{report.id}")
+            free = known.gpus[report.gpu] - taken + report.gpu_bytes
+            raise ResourceExhausted(
+                "GPU_MEMORY",
+                f"{report.gpu} has no room for instances/{report.id}",
+                metadata={
+                    "gpu": report.gpu,
+                    "free_bytes": str(free),
+                    "needed_bytes": str(report.gpu_bytes),
+                },
+            )
         known.most_taken[report.gpu] = max(taken, known.most_taken.get(report.gpu, 0))
 
     async def _call(self, method: str, node: str, argument: str) -> None:

@@ -156,6 +156,27 @@ async def test_a_request_of_which_no_token_was_sent_waits_and_is_answered_when_r
     assert len(answer.starts) == 1
 
 
+async def test_a_model_of_unknown_size_that_a_node_refuses_is_given_the_room_that_it_needs(
+    world: World,
+) -> None:
+    await one_gpu(world, "a")
+    await world.ask("a")
+    world.nodes.sizes["b"] = (6 * GIB, GIB)
+    await world.deploy(identifier="b")
+    info, _ = await world.ask("b")
+    assert any("GPU_MEMORY" in reason for reason in info.reasons)
+    assert (world.states("a"), world.states("b")) == ([PARKED], [SERVING])
+
+
+async def test_a_snapshot_on_request_makes_room_for_the_instance_that_it_is_taken_of(world: World) -> None:
+    await one_gpu(world, "a", "b")
+    await world.ask("b")
+    await world.ask("a")
+    await world.controller.starts.capture("b", "wanted", lambda instance, stage: None)
+    assert world.states("a") == [PARKED]
+    assert "wanted" in world.inventory.snapshots
+
+
 async def test_of_two_that_want_one_victim_one_wins_and_the_other_waits(world: World) -> None:
     await one_gpu(world, "a", "b", "c")
     await world.ask("a")
