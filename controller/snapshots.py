@@ -278,9 +278,10 @@ class Snapshots:
         return await self._core.nodes.prune(node, dry_run)
 
     async def _refresh_other_stores(self, changed: str) -> None:
-        """Ask the other nodes with an object store what is published there since a node changed it."""
+        """Ask the other nodes with the store of a node, which has changed it, what is published there."""
+        store = self._inventory.nodes[changed].object_store
         for node in list(self._inventory.nodes.values()):
-            if node.object_store and node.id != changed and self._ready(node.id):
+            if node.object_store == store and node.id != changed and self._ready(node.id):
                 await self._core.fleet.refresh_snapshots(node.id)
 
     def _ready(self, node: str) -> bool:

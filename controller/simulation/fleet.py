@@ -131,10 +131,10 @@ async def _run(trace: Trace, fleet: Fleet, machine: Machine, name: str) -> Resul
     await inventory.until(lambda: all(n.state is NodeState.READY for n in inventory.nodes.values()))
     tally = Tally()
     with _timed_decisions() as decisions:
-        began = time.perf_counter()
+        began = time.process_time()
         beating = asyncio.create_task(_beat(controller, nodes))
         await _ask_all(controller, trace.arrivals, ids, tally)
-        elapsed = time.perf_counter() - began
+        elapsed = time.process_time() - began
     nodes.settle()
     beating.cancel()
     made = _decisions(controller.core.metrics)
@@ -207,16 +207,16 @@ def _counted_ids() -> Iterator[None]:
 
 @contextmanager
 def _timed_decisions() -> Iterator[list[float]]:
-    """The seconds of real time that each decision about a start takes while the context lasts."""
+    """The processor seconds that each decision about a start takes while the context lasts."""
     seconds: list[float] = []
     decide = policy.decide
 
     def timed(facts: policy.Facts, now: float) -> policy.Attempt | policy.Wait:
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             return decide(facts, now)
         finally:
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
 
     policy.decide = timed
     try:

@@ -25,12 +25,12 @@ def draw(results: Sequence[Result], path: Path) -> None:
         "o-",
         label="Dumont, by idle_timeout",
     )
-    for result in ours:
+    for number, result in enumerate(ours):
         cost.annotate(
             result.policy.removeprefix("Dumont, idle "),
             (result.percentile(99), result.saved(results[0])),
             textcoords="offset points",
-            xytext=(6, -10),
+            xytext=(7, 4 - 12 * (number % 2)),
             fontsize=8,
         )
     for result, marker in zip(others, "s^D", strict=False):

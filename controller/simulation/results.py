@@ -21,9 +21,9 @@ class Result:
         tiers: requests by the tier that they were answered from.
         failures: requests that failed, by reason.
         gpu_hours: hours of a whole GPU's memory that instances held.
-        decisions_per_second: requests admitted, starts decided and actions planned, by second of real time;
-            0 where it was not measured.
-        decision_seconds: how long single decisions about a start took, sorted.
+        decisions_per_second: requests admitted, starts decided and actions planned, by second of processor
+            time; 0 where it was not measured.
+        decision_seconds: processor time of single decisions about a start, sorted.
     """
 
     policy: str

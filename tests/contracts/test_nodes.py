@@ -240,6 +240,14 @@ async def test_a_parked_instance_resumes_and_neither_happens_twice(world: World)
     assert (await refused(world, "resume", instance)).reason == "ILLEGAL_TRANSITION"
 
 
+async def test_what_runs_on_the_cpu_moves_to_no_gpu_and_serves_on(world: World) -> None:
+    instance = await world.started()
+    error = await refused(world, "move", instance, "0")
+    assert (type(error), error.reason) == (FailedPrecondition, "NO_GPU")
+    assert (await world.nodes.get_instance(NODE, instance)).state is InstanceState.SERVING
+    assert (await refused(world, "move", "none", "0")).reason == "INSTANCE_NOT_FOUND"
+
+
 async def test_a_stopped_instance_is_gone(world: World) -> None:
     instance = await world.started()
     await world.nodes.stop(NODE, instance)

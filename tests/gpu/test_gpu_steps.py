@@ -1,6 +1,10 @@
-"""A capture, park, restore or resume on a GPU that fails at any of its steps."""
+"""A capture, park, suspension, restore or resume on a GPU that fails at any of its steps."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -19,7 +23,9 @@ RESTORE_STEPS = [
     "check", "verify", "weights", "directory", "criu", "cuda_restore", "wake", "canary", "serve",
 ]  # fmt: skip
 PARK_STEPS = ["drain", "quiesce", "cuda_checkpoint", "trim"]
+SUSPEND_STEPS = ["pause", "cuda_checkpoint"]
 RESUME_STEPS = ["cuda_restore", "wake", "serve"]
+CONTINUE_STEPS = ["cuda_restore", "continue"]
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +44,44 @@ async def test_the_steps_tested_are_all_there_are(
     await node.instances.park("steps")
     resumed = await node.instances.resume("steps")
     assert [phase.name for phase in resumed.phases] == RESUME_STEPS
+    suspended = await node.instances.suspend("steps")
+    assert (suspended.state, suspended.paused) == (State.PARKED, True)
+    resumed = await node.instances.resume("steps")
+    assert [phase.name for phase in resumed.phases] == CONTINUE_STEPS
+    assert not resumed.paused
+
+
+async def test_an_answer_goes_on_after_its_gpu_was_taken_away_and_given_back(
+    node: GpuNode, snapshot: Snapshot, memory: list[int]
+) -> None:
+    await node.restore("interrupted", snapshot)
+    for _ in range(3):
+        answering = [asyncio.create_task(node.generate("interrupted")) for _ in range(4)]
+        await asyncio.sleep(0.005)
+        await node.instances.suspend("interrupted")
+        await node.instances.resume("interrupted")
+        assert await asyncio.gather(*answering) == [node.answer] * 4
 
 
 @pytest.mark.parametrize("moment", ["", ".after"], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("job", "step"),
-    [("capture", step) for step in CAPTURE_STEPS] + [("park", step) for step in PARK_STEPS],
+    [("capture", step) for step in CAPTURE_STEPS]
+    + [("park", step) for step in PARK_STEPS]
+    + [("suspend", step) for step in SUSPEND_STEPS],
 )
 async def test_a_capture_or_park_that_fails_at_any_step_leaves_the_source_answering(
     node: GpuNode, snapshot: Snapshot, memory: list[int], job: str, step: str, moment: str
 ) -> None:
     instance = await node.restore("source-of-failure", snapshot)
     node.failpoints.actions[f"{job}.{step}{moment}"] = "error"
-    work = node.instances.park if job == "park" else lambda name: node.instances.capture(name, "failed")
+    works: dict[str, Callable[[str], Awaitable[Any]]] = {
+        "capture": lambda name: node.instances.capture(name, "failed"),
+        "park": node.instances.park,
+        "suspend": node.instances.suspend,
+    }
     try:
-        error = await refused(work("source-of-failure"))
+        error = await refused(works[job]("source-of-failure"))
     finally:
         node.failpoints.actions.clear()
 

@@ -302,3 +302,16 @@ async def test_a_node_over_its_limit_loses_what_was_used_longest_ago(world: Worl
     await world.settle()
     assert sorted(snapshot.deployment for snapshot in held.values()) == ["b", "c"]
     assert world.inventory.held_bytes("n1") == 20
+
+
+async def test_only_nodes_with_the_same_store_are_asked_what_was_published(world: World) -> None:
+    for name, store in (("n1", "s3://one"), ("n2", "s3://one"), ("n3", "s3://other")):
+        await world.node(name, object_store=store, memory=1 << 30 if name == "n1" else 1)
+    await world.deploy()
+    info, _ = await world.ask()
+    assert info.node == "n1"
+    world.nodes.calls.clear()
+
+    await world.controller.snapshots.publish(next(iter(world.inventory.snapshots)))
+
+    assert {node for _, node, _ in world.nodes.named("list_snapshots")} == {"n2"}
