@@ -124,6 +124,15 @@ def bench(
     from dumont.up import check_installed
 
     check_installed()
+    kinds = {"--store": store, "--serve": serve, "--relay": relay, "--mixed": mixed}
+    if sum(kinds.values()) > 1:
+        given = " and ".join(name for name, asked in kinds.items() if asked)
+        raise typer.BadParameter(f"{given} are different benchmarks; run one after the other")
+    if mixed and len([*(model or []), *(config or [])]) > 1:
+        raise typer.BadParameter("--mixed takes one model")
+    for file in (plot, output):
+        if file and not file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{file} cannot be written: there is no directory {file.parent}")
     # A benchmark that is ended must end what it has started, frozen processes included.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if store:
@@ -136,9 +145,6 @@ def bench(
 
     if plot:
         run.check_plot()
-    for file in (plot, output):
-        if file and not file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{file} cannot be written: there is no directory {file.parent}")
     chosen = [case.strip() for case in cases.split(",") if case.strip()]
     models = model or ([] if config else [MODEL])
     if mixed:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
+from typer.testing import CliRunner
+
 from dumont import arguments
 from dumont.benchmarks.mixed import HEADERS, Found, Trend, document, draw, rows, told
+from dumont.cli.main import app
 
 MB = 10**6
 
@@ -62,3 +66,18 @@ def test_the_document_and_the_table_have_all_memory() -> None:
     assert made["memory"]["instance"]["bytes_per_hour"] == 720 * MB
     assert rows(found) == [("instance", "5.0 MB", "8.0 MB", "5–8 MB", "+720.0 MB")]
     assert len(rows(found)[0]) == len(HEADERS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mixed", "--serve"], "different benchmarks"),
+        (["--mixed", "--config", "qwen3-tiny", "--config", "qwen3-0.6b"], "takes one model"),
+        (["--relay", "--output", "/nowhere/x.json"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_starts(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+
+    assert result.exit_code == 2
+    assert said in result.output
