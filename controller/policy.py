@@ -45,7 +45,7 @@ class Facts:
     Args:
         deployment: the one to start.
         instances: its instances.
-        snapshots: its snapshots, as each node sees them.
+        snapshots: its snapshots, as each node sees them; read several times, or not at all.
         nodes: all nodes by id.
         failed: names of resources with which this start has failed.
         capture_at: monotonic time before which no capture is attempted, because an earlier one failed.
@@ -58,7 +58,7 @@ class Facts:
 
     deployment: Deployment
     instances: tuple[Instance, ...]
-    snapshots: tuple[Snapshot, ...]
+    snapshots: Iterable[Snapshot]
     nodes: Mapping[str, Node]
     failed: frozenset[str] = frozenset()
     capture_at: float = 0.0

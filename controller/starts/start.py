@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from controller import policy
 from controller.backoff import Backoff
 from controller.core import Core
 from controller.instances import Instances, node_phases
+from controller.inventory import Inventory
 from controller.model import (
     Deployment,
     Instance,
@@ -50,6 +51,18 @@ class Started:
     tier: Tier
     reasons: tuple[str, ...]
     phases: tuple[Phase, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """A deployment's snapshots as each of many nodes sees them, which most requests need not know."""
+
+    inventory: Inventory
+    deployment: Deployment
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        copies = self.inventory.copies_of(self.deployment.id)
+        return (copy for copy in copies if copy.owner == self.deployment.uid)
 
 
 class Start:
@@ -225,9 +238,7 @@ class Start:
         return policy.Facts(
             deployment=known,
             instances=self._own_instances(known),
-            snapshots=tuple(
-                copy for copy in self._core.inventory.copies_of(known.id) if copy.owner == known.uid
-            ),
+            snapshots=_Copies(self._core.inventory, known),
             nodes=self._core.inventory.nodes,
             failed=frozenset(self._failed) | self._ruled_out_nodes(),
             capture_at=self._captures.at.get(self.deployment, 0.0),
