@@ -60,8 +60,8 @@ UNTRIED: Final = frozenset(name for name, why in REFUSED.items() if why in (NOT_
 # modules.json says otherwise, and so do we.
 ENCODERS: Final = frozenset(
     {
-        "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2",
-        "distilbert", "electra", "ernie", "esm", "eurobert", "gte", "ibert", "jina_embeddings_v3",
+        "albert", "bert", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2",
+        "distilbert", "electra", "ernie", "eurobert", "gte", "jina_embeddings_v3",
         "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "nomic_bert",
         "nystromformer", "rembert", "roberta", "roberta-prelayernorm", "roformer", "squeezebert",
         "xlm-roberta", "xlm-roberta-xl",

@@ -112,7 +112,9 @@ def positions(model: Any) -> int | None:
     found = [count for count in known if isinstance(count, int) and count > 0]
     for name, module in model.named_modules():
         # As in RoBERTa, whose positions begin after that of the padding.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+        if not isinstance(module, nn.Embedding) or not name.endswith("position_embeddings"):
+            continue
+        if module.padding_idx is not None:
             found.append(module.num_embeddings - module.padding_idx - 1)
     return min(found, default=None)
 

@@ -148,6 +148,14 @@ def tiny(architecture: str) -> Any:
             fields[needed[1]] = 0
 
 
+def tiny_encoder(kind: str) -> Any:
+    """A configuration of an encoder of this model type."""
+    config_class: Any = type(transformers.AutoConfig.for_model(kind))
+    fields = _small(config_class)
+    fields.pop("is_decoder", None)
+    return config_class(**fields | {"pad_token_id": config_class().pad_token_id or 0})
+
+
 def _small(config_class: Any) -> dict[str, Any]:
     default = config_class().to_dict()
     fields: dict[str, Any] = {
