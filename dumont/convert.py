@@ -251,6 +251,16 @@ def node(message: node_service_pb2.Node) -> types.Node:
         snapshot_limit_bytes=message.snapshot_limit_bytes,
         draining=message.draining,
         engines=dict(message.engines),
+        gpus=tuple(
+            types.NodeGpu(
+                gpu.uuid, gpu.model, gpu.memory_total_bytes, gpu.memory_free_bytes, gpu.memory_other_bytes
+            )
+            for gpu in message.gpus
+        ),
+        instance_memory_bytes=message.instance_memory_bytes,
+        instance_memory_limit_bytes=message.instance_memory_limit_bytes,
+        parked_memory_bytes=message.parked_memory_bytes,
+        parked_memory_limit_bytes=message.parked_memory_limit_bytes,
     )
 
 

@@ -353,6 +353,17 @@ class Remainder:
 
 
 @dataclass(frozen=True)
+class NodeGpu:
+    """A GPU of a node, in bytes. ``memory_other_bytes`` are held by something that is no instance."""
+
+    uuid: str
+    model: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    memory_other_bytes: int
+
+
+@dataclass(frozen=True)
 class Node:
     """A snapshotd and the machine it runs on. ``object_store``: where it publishes snapshots, or empty.
 
@@ -360,6 +371,8 @@ class Node:
 
     Its own snapshots take ``snapshot_bytes`` and may take ``snapshot_limit_bytes``, 0 for no limit.
     ``draining``: nothing more is started there, and what runs there goes elsewhere.
+    Its instances take ``instance_memory_bytes``, the parked ones of these ``parked_memory_bytes``, each with
+    a limit; 0 for none.
     """
 
     name: str
@@ -378,3 +391,8 @@ class Node:
     snapshot_limit_bytes: int = 0
     draining: bool = False
     engines: Mapping[str, str] = field(default_factory=dict)
+    gpus: tuple[NodeGpu, ...] = ()
+    instance_memory_bytes: int = 0
+    instance_memory_limit_bytes: int = 0
+    parked_memory_bytes: int = 0
+    parked_memory_limit_bytes: int = 0

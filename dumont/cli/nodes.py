@@ -21,7 +21,7 @@ from dumont.cli.output import (
     short,
     size,
 )
-from dumont.types import Node
+from dumont.types import Node, NodeGpu
 
 app = typer.Typer(help="The machines that run models.", no_args_is_help=True)
 
@@ -59,7 +59,7 @@ def cells(node: Node) -> tuple[str, ...]:
         short(node.name),
         f"{node.state}, draining" if node.draining else node.state,
         node.endpoint,
-        ", ".join(node.gpu_models) or "none",
+        ", ".join(map(gpu_memory, node.gpus)) or ", ".join(node.gpu_models) or "none",
         ", ".join(f"{name} {version}" for name, version in sorted(node.engines.items())) or "built in",
         f"{size(node.memory_available_bytes)} of {size(node.memory_total_bytes)}",
         str(node.cpu_count),
@@ -68,6 +68,11 @@ def cells(node: Node) -> tuple[str, ...]:
         age(node.heartbeat_time),
         node.version,
     )
+
+
+def gpu_memory(gpu: NodeGpu) -> str:
+    """A GPU and how much of its memory is free, such as ``H200 90 GiB of 139 GiB free``."""
+    return f"{gpu.model} {size(gpu.memory_free_bytes)} of {size(gpu.memory_total_bytes)} free"
 
 
 @app.command()

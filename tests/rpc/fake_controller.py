@@ -296,8 +296,15 @@ class FakeController(
         return nodes.ListNodesResponse(nodes=[self._node("nodes/one")])
 
     def _node(self, name: str) -> nodes.Node:
+        gpu = nodes.NodeGpu(uuid="GPU-a", model="H", memory_total_bytes=80 << 30, memory_free_bytes=20 << 30)
         node = nodes.Node(
-            name=name, state=nodes.Node.STATE_READY, memory_total_bytes=2**34, draining=self.draining
+            gpus=[gpu],
+            instance_memory_limit_bytes=9,
+            instance_memory_bytes=7,
+            name=name,
+            state=nodes.Node.STATE_READY,
+            memory_total_bytes=2**34,
+            draining=self.draining,
         )
         node.heartbeat_time.GetCurrentTime()
         return node

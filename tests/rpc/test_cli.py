@@ -505,6 +505,10 @@ def test_a_node_is_drained_and_what_is_left_is_told(cli: Cli) -> None:
 
 def test_nodes_are_listed(cli: Cli) -> None:
     assert "16.0 GiB" in cli("node", "ls").stdout
+    assert "H 20.0 GiB of 80.0 GiB free" in cli("node", "ls").stdout
+    (described,) = cli.document("node", "ls")
+    assert described["gpus"][0]["memory_free_bytes"] == 20 << 30
+    assert (described["instance_memory_bytes"], described["instance_memory_limit_bytes"]) == (7, 9)
     assert cli.document("node", "ls")[0]["name"] == "nodes/one"
 
 
