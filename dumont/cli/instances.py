@@ -320,6 +320,8 @@ def note(instance: Instance) -> str:
         return instance.failure_message
     if instance.orphan:
         return "orphan: no such deployment"
+    if instance.draining:
+        return "was migrated, and ends after its last answer"
     if instance.capacity is not None and instance.capacity.unbatched_reason:
         return f"computes one answer at a time: {instance.capacity.unbatched_reason}"
     return ""

@@ -10,9 +10,12 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dumont import convert
 from dumont.cli.durations import parse_duration
 from dumont.cli.inference import conversation, describe_start
+from dumont.cli.instances import note
 from dumont.cli.output import age, print_json, short, size, span
+from dumont.controller.v1 import instance_service_pb2
 from dumont.types import Phase, StartInfo
 
 
@@ -93,3 +96,12 @@ def test_a_start_is_described_in_one_line() -> None:
         "parked", ("instances/a is parked",), (Phase("thaw", 0.001),), 0.0064, "instances/a", "nodes/a"
     )
     assert describe_start(start) == "parked in 0.0064s: instances/a is parked"
+
+
+def test_an_instance_that_was_migrated_says_that_it_ends() -> None:
+    message = instance_service_pb2.Instance(
+        name="instances/a", state=instance_service_pb2.Instance.STATE_SERVING
+    )
+    assert note(convert.instance(message)) == ""
+    message.draining = True
+    assert "ends after its last answer" in note(convert.instance(message))
