@@ -510,21 +510,25 @@ def _restores(facts: Facts, tier: Tier) -> list[_Entry]:
                 newest[copy.node] = copy
     if not newest:
         return []
-    last = max({copy.id: copy for copy in newest.values()}.values(), key=lambda copy: copy.age_key)
-    if tier is Tier.REMOTE:
+    distinct = {copy.id: copy for copy in newest.values()}
+    last = max(distinct.values(), key=lambda copy: copy.age_key)
+    if tier is Tier.REMOTE and len(distinct) > 1:
         # Fetching an older one would be of no further use.
         newest = {node: copy for node, copy in newest.items() if copy.id == last.id}
+    on_gpu = {copy.id: _uses_gpu(copy) for copy in distinct.values()}
     seconds = facts.estimates.timer(facts.deployment.id, tier, last.size_bytes)
     entries: list[_Entry] = []
     for number, (name, copy) in enumerate(newest.items()):
         node = facts.nodes[name]
         if tier is Tier.LOCAL or _fits_disk(node, copy):
-            entries.append((not _on_gpu(node, copy), seconds(name), -_spare(node), number, copy))
+            on_cpu = not (node.gpus and on_gpu[copy.id])
+            entries.append((on_cpu, seconds(name), -_spare(node), number, copy))
     return entries
 
 
-def _on_gpu(node: Node, copy: Snapshot) -> bool:
-    return bool(node.gpus) and (copy.device.startswith("cuda") or not copy.device)
+def _uses_gpu(copy: Snapshot) -> bool:
+    """Whether a snapshot is restored to a GPU where there is one; an earlier snapshotd does not say."""
+    return copy.device.startswith("cuda") or not copy.device
 
 
 def _fits_disk(node: Node, copy: Snapshot) -> bool:
@@ -573,7 +577,7 @@ def _candidate(facts: Facts, tier: Tier, what: Instance | Snapshot | Node) -> Ca
         start = estimates.start(deployment.id, what.node, tier, report.gpu_bytes)
         return Candidate(tier, what.node, start, need, bool(report.gpu), instance=what.id)
     if isinstance(what, Snapshot):
-        gpu = _on_gpu(facts.nodes[what.node], what)
+        gpu = bool(facts.nodes[what.node].gpus) and _uses_gpu(what)
         gpu_bytes = (what.gpu_bytes or size.gpu_bytes) if gpu else 0
         need = replace(need, gpu_bytes=gpu_bytes, ram_bytes=size.ram_bytes or what.size_bytes)
         start = estimates.start(deployment.id, what.node, tier, what.size_bytes)

@@ -11,7 +11,9 @@ from controller.estimates import ENGINE_BYTES, ENGINE_SHARE
 from controller.instances import YIELD_SECONDS
 from controller.model import InstanceState, StartMode, Tier
 from controller.room import ACTIVE_SECONDS
+from controller.serving import Request
 from controller.starts.start import ROOM_SECONDS
+from dumont.engines import EMBEDS
 from dumont.errors import DumontError, FailedPrecondition, ResourceExhausted, Unavailable
 from tests.unit.controller.controller_world import Answered, World
 
@@ -154,6 +156,28 @@ async def test_a_request_of_which_no_token_was_sent_waits_and_is_answered_when_r
     assert any("made room for a deployment of a higher priority" in reason for reason in info.reasons)
     assert (world.states("a"), world.states("b")) == ([SERVING], [PARKED])
     assert len(answer.starts) == 1
+
+
+async def test_texts_that_are_not_embedded_yet_wait_until_room_returns(world: World) -> None:
+    await world.node("n1", gpus={GPU: 10 * GIB})
+    world.nodes.models["org/a"] = "embedding"
+    await deploy(world, "a")
+    await deploy(world, "b", priority=5)
+    request = Request("a", EMBEDS, str.encode)
+    await world.controller.serving.embed(request)
+    await world.advance(ACTIVE_SECONDS)
+    world.nodes.hold("embed")
+    slow = asyncio.create_task(world.controller.serving.embed(request))
+    await world.nodes.called("embed", 2)
+    urgent = asked(world, "b")
+    await world.settle()
+    await world.advance(YIELD_SECONDS)
+    await urgent
+    world.nodes.release_all()
+    info, answer = await slow
+    assert answer
+    assert any("made room for a deployment of a higher priority" in reason for reason in info.reasons)
+    assert world.nodes.cancelled[-1][0] == "embed"
 
 
 async def test_a_model_of_unknown_size_that_a_node_refuses_is_given_the_room_that_it_needs(
