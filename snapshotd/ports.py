@@ -352,6 +352,14 @@ class Models(Protocol):
         """Find a model on this node and check that it can be loaded; None if it is not here."""
         ...
 
+    async def adapter(self, directory: str) -> Model:
+        """A LoRA adapter in a directory of this node, and check that it can be loaded.
+
+        Raises:
+            FailedPrecondition: MODEL_INVALID, it is none, or its weights are not in safetensors.
+        """
+        ...
+
     async def digests(self, model: Model) -> Mapping[str, str]:
         """BLAKE3 of each file that a model host reads besides weights, by its path in the directory."""
         ...

@@ -34,6 +34,9 @@ log = structlog.get_logger(__name__)
 
 # The files that a model host reads. Others, such as other formats and pictures, are not downloaded.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+# What a LoRA adapter is made of.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HUB_TIMEOUT = 5.0
 # Downloads at the same time, and the seconds that one may take. Callers usually give up earlier.
 FETCHES = 4
@@ -88,6 +91,9 @@ class NodeModels:
     def _look(self, name: str, engine: str) -> Model | None:
         found = self._find(name)
         return None if found is None else _describe(name, found, engine)
+
+    async def adapter(self, directory: str) -> Model:
+        return await self._reading.run(partial(_describe_adapter, Path(directory)), subject=directory)
 
     async def digests(self, model: Model) -> Mapping[str, str]:
         return await self._reading.run(partial(self._digest_all, model), subject=model.name)
@@ -267,6 +273,15 @@ def _json(name: str, directory: Path, file: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _invalid(name, f"{file} is no JSON object")
     return content
+
+
+def _describe_adapter(directory: Path) -> Model:
+    name = str(directory)
+    _read(name, directory, directory / ADAPTER_CONFIG)
+    # Of its other formats, some run code when they are read.
+    weights = directory / ADAPTER_WEIGHTS
+    _check_weights(name, weights)
+    return Model(name, "", directory, (weights,), weights.stat().st_size, 0)
 
 
 def _read(name: str, directory: Path, path: Path) -> bytes:

@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -16,7 +17,7 @@ from snapshotd.cuda import suspension
 from snapshotd.gpu import placement
 from snapshotd.jobs.context import Gpus, Node, Subject, uses_cuda
 from snapshotd.jobs.executor import Action, Step
-from snapshotd.model import Canary, Capacity, Gpu, Instance, Json, Load, State
+from snapshotd.model import Canary, Capacity, Gpu, Instance, Json, Load, Model, State
 from snapshotd.ports import Cuda, Host
 from snapshotd.system.mounts import WEIGHTS_MOUNT
 
@@ -75,6 +76,24 @@ async def drain(node: Node, subject: Subject) -> None:
 async def quiesce(node: Node, subject: Subject) -> None:
     """Have the model host close everything that an image cannot contain, and detach its weights."""
     await host_of(subject).call("quiesce", node.deadlines.quiesce)
+
+
+async def digests(node: Node, model: Model, options: Mapping[str, Any]) -> Mapping[str, str]:
+    """The digest of each file that a process reads into its memory, by name.
+
+    Those are the files of its model besides the weights, and everything of the adapters that its engine's
+    options name.
+
+    Raises:
+        FailedPrecondition: MODEL_INVALID, a file cannot be read.
+    """
+    found = dict(await node.models.digests(model))
+    for name, directory in options.get("lora_modules", {}).items():
+        adapter = await node.models.adapter(directory)
+        files = await node.models.digests(adapter)
+        found |= {f"lora_modules/{name}/{file}": digest for file, digest in files.items()}
+        found[f"lora_modules/{name}"] = await node.weights.digest(adapter)
+    return found
 
 
 async def cuda_pids(node: Node, host: Host) -> list[int]:

@@ -94,7 +94,7 @@ def restore(
     async def check_files(model: Model) -> None:
         # Older snapshots do not record them.
         if manifest.model_files:
-            here = await node.models.digests(model)
+            here = await actions.digests(node, model, manifest.engine_options)
             compatibility.check_model(manifest.id, manifest.model, manifest.model_files, here)
 
     async def let_go() -> None:

@@ -29,7 +29,8 @@ def start(node: Node, subject: Subject, model: Model, gpu: str = "") -> list[Ste
         nonlocal found
         found = await node.models.fetch(model)
         # Before anything is read of it: what changes from now on is not what the process has.
-        subject.instance = replace(subject.instance, model_files=await node.models.digests(found))
+        files = await actions.digests(node, found, instance.engine_options)
+        subject.instance = replace(subject.instance, model_files=files)
 
     async def cache_weights() -> None:
         # Weights that are to be included in the process are copied once, from the model's own files.

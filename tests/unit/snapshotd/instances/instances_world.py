@@ -149,6 +149,9 @@ class FakeModels:
     async def find(self, name: str, engine: str = "") -> Model:
         return await self.resolve(name, engine)
 
+    async def adapter(self, directory: str) -> Model:
+        raise AssertionError("nothing here has an adapter")
+
     async def digests(self, model: Model) -> Mapping[str, str]:
         return {}
 
