@@ -29,11 +29,12 @@ from model_host.engine import (
     Settings,
     Work,
 )
+from model_host.engines import sentence
 from model_host.engines.answers import Answering, Step, TextRequests
 from model_host.engines.batch import TokenSequence
 from model_host.engines.libraries import library_versions
 from model_host.engines.sampling import Sampling
-from model_host.engines.tokens import encode_inputs, load_tokenizer
+from model_host.engines.tokens import encode_inputs, load_tokenizer, lower_case
 from model_host.engines.vllm import sleep, surroundings, versions
 from model_host.engines.vllm.versions import Computed, Core
 from model_host.model_files import ModelFiles
@@ -364,6 +365,16 @@ class Embedder(_Engine):
         super().__init__(core, memory, tokenizer, files, settings, device)
         self.capacity = Capacity(core.sequences)
         self._normalize = files.normalize
+        recipe = sentence.read(files)
+        self._prompt = recipe.prompt
+        if recipe.prompt and not recipe.prompt_counts:
+            raise models.unsupported(
+                str(files.folder),
+                "vLLM counts the tokens of a prompt in the vector of a text, and this model does not",
+                "Deploy it with the engine embedding.",
+            )
+        if recipe.lower:
+            lower_case(tokenizer)
         self._values = 0  # of a vector; until the canary has one, it is not known
         self._texts: dict[str, tuple[Texts, int]] = {}
         self._works: dict[Texts, list[str]] = {}
@@ -394,7 +405,7 @@ class Embedder(_Engine):
 
     def embed(self, inputs: Sequence[str]) -> Work:
         """As the port says. Reasons: those of ``encode_inputs``."""
-        return Texts(encode_inputs(self._tokenizer, inputs, self.context_length, self._values))
+        return Texts(encode_inputs(self._tokenizer, inputs, self.context_length, self._values, self._prompt))
 
     def admit(self, work: Work) -> bool:
         assert isinstance(work, Texts)
