@@ -183,12 +183,13 @@ def workspace(chosen: Path | None, subjects: Sequence[Subject] = ()) -> Iterator
         free = min(shutil.disk_usage(MEMORY_FILE_SYSTEM).free, memory_available())
         chosen = MEMORY_FILE_SYSTEM if free >= needed else None
     try:
+        if chosen is not None:
+            chosen.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(prefix="dumont-bench-", dir=chosen)
     except OSError as error:
         raise InvalidArgument(
             "INVALID_DIRECTORY",
-            f"nothing can be written in {error.filename}: {error.strerror}; make its directory, or choose "
-            "another with --directory",
+            f"nothing can be written in {error.filename}: {error.strerror}; choose another with --directory",
             field="directory",
         ) from error
     with made as directory:

@@ -131,8 +131,12 @@ def bench(
     if mixed and len([*(model or []), *(config or [])]) > 1:
         raise typer.BadParameter("--mixed takes one model")
     for file in (plot, output):
-        if file and not file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{file} cannot be written: there is no directory {file.parent}")
+        if file:
+            # Now rather than after hours of measuring.
+            try:
+                file.absolute().parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise typer.BadParameter(f"{file} cannot be written: {error}") from error
     # A benchmark that is ended must end what it has started, frozen processes included.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if store:

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from dumont.cli.output import Json, command, print_json
 
+# scripts/setup installs it, so nothing has to be downloaded.
+DEMO_MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 
 def default_state_dir() -> Path:
     """``$XDG_STATE_HOME/dumont``, by default ``~/.local/state/dumont``."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "dumont"
+
+
+def next_commands(endpoint: str) -> list[str]:
+    """What to type in another terminal to talk with a model; Ctrl-C in this one ends both services."""
+    # A shell that has not activated the environment does not find the command.
+    programs = Path(sys.executable).parent
+    path = "" if shutil.which("dumont") else f' PATH="{programs}:$PATH"'
+    return [
+        "Ctrl-C ends both. In another terminal:",
+        "",
+        f"  export DUMONT_ENDPOINT={endpoint}{path}",
+        f"  dumont run {DEMO_MODEL}",
+    ]
 
 
 Port = Annotated[int, typer.Option(min=1, max=65535)]
@@ -51,7 +68,7 @@ def up(
             print_json({**endpoints, "state_dir": str(directory)})
             return
         lines = [f"{name:<11}{endpoint}" for name, endpoint in endpoints.items()]
-        lines += [f"{'state':<11}{directory}", "", f"try: grpcurl -plaintext {endpoints['controller']} list"]
+        lines += [f"{'state':<11}{directory}", "", *next_commands(endpoints["controller"])]
         sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
 

@@ -93,7 +93,13 @@ def test_the_workspace_is_where_it_was_asked_for_and_leaves_nothing(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_that_does_not_exist_yet_is_made(tmp_path: Path) -> None:
+    with run.workspace(tmp_path / "not" / "yet") as place:
+        assert place.parent == tmp_path / "not" / "yet"
+
+
 def test_a_workspace_where_nothing_can_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "nowhere").touch()
     with pytest.raises(InvalidArgument, match="nowhere") as refused, run.workspace(tmp_path / "nowhere"):
         pass
     assert (refused.value.reason, refused.value.field) == ("INVALID_DIRECTORY", "directory")
