@@ -21,11 +21,12 @@ def report(*phases: tuple[str, float], **facts: object) -> Report:
         ((("fetch", 60.0), ("launch", 1.0), ("load", 5.0), ("load.warm_up", 2.0)), {Work.START: 6.0}),
         ((("check", 0.1), ("criu", 0.2)), {Work.RESTORE: 0.3}),
         ((("check", 0.1), ("fetch", 4.0), ("criu", 0.2)), {Work.FETCH: 4.0, Work.RESTORE: 0.3}),
+        ((("weights", 3.0), ("criu", 0.2)), {Work.RESTORE: 0.2}),
         ((("cuda_restore", 0.1), ("wake", 0.1)), {Work.RESUME: 0.2}),
         ((("thaw", 0.01), ("accept", 0.01)), {Work.RESUME: 0.02}),
         ((), {}),
     ],
-    ids=["cold", "local", "remote", "resume on a GPU", "resume on a CPU", "nothing"],
+    ids=["cold", "local", "remote", "weights from disk", "resume on a GPU", "resume on a CPU", "nothing"],
 )
 def test_the_phases_of_an_instance_say_what_was_measured(
     phases: tuple[tuple[str, float], ...], expected: dict[Work, float]
@@ -128,3 +129,10 @@ def test_a_deployment_that_is_gone_leaves_nothing() -> None:
     known.forget("qa")
     assert known.size("qa") == Size()
     assert "measured" not in known.start("qa", "n1", Tier.COLD).basis
+
+
+def test_a_node_that_read_one_models_weights_from_disk_is_not_slow_for_others() -> None:
+    known = Estimates()
+    before = known.start("other", "n1", Tier.LOCAL, GIB).seconds
+    known.learn("n1", report(("weights", 30.0), ("criu", before), snapshot="s"), None, GIB)
+    assert known.start("other", "n1", Tier.LOCAL, GIB).seconds == pytest.approx(before)
