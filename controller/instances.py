@@ -159,7 +159,14 @@ class Instances:
         await self._command(instance, Event.PARK, self._park)
         return self._inventory.instance(instance)
 
-    async def resume(self, instance: str, gpu: str = "", yields: Sequence[Yield] = ()) -> Instance:
+    async def resume(self, instance: str) -> Instance:
+        """Let a parked instance go on, where the node chooses. Raises like ``park``."""
+        await self.resume_on(instance)
+        return self._inventory.instance(instance)
+
+    async def resume_on(
+        self, instance: str, gpu: str = "", yields: Sequence[Yield] = ()
+    ) -> tuple[Phase, ...]:
         """Let a parked instance go on.
 
         Args:
@@ -167,13 +174,19 @@ class Instances:
             gpu: the UUID of the GPU to resume on; empty: the node chooses.
             yields: the instances that make room first, as decided just now.
 
+        Returns:
+            The steps.
+
         Raises:
             Aborted: ROOM_NOT_MADE. Otherwise like ``park``.
         """
         room: asyncio.Future[list[BaseException | None]]
+        began = sent = self._core.now()
 
         async def call(node: str, parked: str) -> Report:
+            nonlocal sent
             await _made(room)
+            sent = self._core.now()
             return await self._core.nodes.resume(node, parked, gpu)
 
         resuming = self._begin(instance, Event.RESUME, call)
@@ -181,7 +194,8 @@ class Instances:
         self._inventory.aim(instance, gpu)
         room = self._make_room(yields)
         await asyncio.shield(resuming)
-        return self._inventory.instance(instance)
+        phases = node_phases(self._inventory.instance(instance).report, self._core.now() - sent)
+        return (Phase("make_room", sent - began), *phases) if yields else phases
 
     async def move(self, instance: str, gpu: str) -> Instance:
         """Bring a serving instance to another GPU of its node. Raises like ``park``.

@@ -12,7 +12,7 @@ import structlog
 from controller import policy
 from controller.backoff import Backoff
 from controller.core import Core
-from controller.instances import Instances, node_phases
+from controller.instances import Instances
 from controller.inventory import Inventory
 from controller.model import (
     Deployment,
@@ -333,9 +333,7 @@ class Start:
         """Carry out an attempt; returns the id of the instance that should serve now."""
         instance = attempt.instance
         if attempt.tier is Tier.PARKED:
-            began = self._core.now()
-            report = (await self._instances.resume(instance, attempt.gpu, attempt.yields)).report
-            self._phases.extend(node_phases(report, self._core.now() - began))
+            self._phases.extend(await self._instances.resume_on(instance, attempt.gpu, attempt.yields))
         elif attempt.tier is not Tier.RESIDENT:
             created = await self._instances.create(
                 self._known(), attempt.node, attempt.snapshot, attempt.gpu, attempt.need, attempt.yields

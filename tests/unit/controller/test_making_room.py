@@ -52,6 +52,7 @@ async def test_an_idle_model_is_parked_for_another_one_and_comes_back_when_it_is
 
     back, _ = await world.ask("a")
     assert back.tier is Tier.PARKED
+    assert "make_room" in [phase.name for phase in back.phases]
     assert (world.states("a"), world.states("b")) == ([SERVING], [PARKED])
     assert world.nodes.world["n1"].most_taken[GPU] <= 10 * GIB
 
