@@ -39,12 +39,21 @@ _ADDRESS_SCHEMES: Final = ("dns:", "ipv4:", "ipv6:", "xds:")
 def resolve_endpoint(endpoint: str | None) -> str:
     """The given endpoint, else ``DUMONT_ENDPOINT``, else the default port of this machine.
 
+    Controllers that share a database are named together, ``a:7070,b:7070``: the first that answers is used,
+    and the next one when it is gone.
+
     Raises:
-        InvalidArgument: INVALID_ENDPOINT, it is neither ``host:port`` nor ``unix:path``.
+        InvalidArgument: INVALID_ENDPOINT, it is neither ``host:port``, several of them, nor ``unix:path``.
     """
     found = endpoint or os.environ.get("DUMONT_ENDPOINT") or DEFAULT_ENDPOINT
     if not isinstance(found, str):
         raise _invalid(found, "it is not a string")
+    if "," in found and not found.startswith((*_ADDRESS_SCHEMES, "unix:")):
+        return ",".join(_single(part.strip()) for part in found.split(",") if part.strip())
+    return _single(found)
+
+
+def _single(found: str) -> str:
     if found.startswith("unix:"):
         path = found.removeprefix("unix:")
         if not path.strip("/"):

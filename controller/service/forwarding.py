@@ -31,7 +31,7 @@ from dumont.controller.v1 import (
 from dumont.errors import InvalidArgument, NotFound, Unavailable
 from dumont.rpc import operations
 from dumont.rpc.server import remaining
-from dumont.rpc.status import from_rpc_error
+from dumont.rpc.status import from_rpc_error, is_from_service
 from dumont.rpc.streams import WRITE_SECONDS, PatientWriter
 
 log = structlog.get_logger()
@@ -327,8 +327,8 @@ class _Call:
             yield
         except grpc.aio.AioRpcError as error:
             translated = from_rpc_error(error)
-            details = any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())
-            if translated.reason == "NOT_THE_HOLDER" or (isinstance(translated, Unavailable) and not details):
+            silent = isinstance(translated, Unavailable) and not is_from_service(error)
+            if silent or translated.reason == "NOT_THE_HOLDER":
                 raise _HolderLost(translated.message) from error
             raise translated from error
         except asyncio.CancelledError:

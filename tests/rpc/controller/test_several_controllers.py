@@ -252,3 +252,21 @@ def test_the_deployment_that_a_request_names_counts_more_than_its_snapshot() -> 
     assert names_in(adopt) == ["deployments/qa", "snapshots/s"]
     update = deployments.UpdateDeploymentRequest(deployment=deployments.Deployment(name="deployments/qa"))
     assert names_in(update) == ["deployments/qa"]
+
+
+async def test_a_client_that_knows_both_does_without_the_one_that_is_gone(several: Several) -> None:
+    first, second = await several.start(), await several.start()
+    async with AsyncClient(f"localhost:{first.address.rpartition(':')[2]},{second.address}") as client:
+        handle = await client.deploy("org/model", name="qa")
+        await handle.generate("hello")
+        await first.kill()
+        answer = await handle.generate("hello")
+    assert answer.text
+    assert len(several.nodes.named("start")) == 1
+
+
+async def test_names_of_which_nothing_is_known_are_told() -> None:
+    async with AsyncClient("a.invalid:1,b.invalid:2") as client:
+        with pytest.raises(Unavailable) as failure:
+            await client.nodes.list()
+    assert failure.value.reason == "ENDPOINT_UNREACHABLE"

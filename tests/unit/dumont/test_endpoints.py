@@ -13,7 +13,16 @@ from dumont.errors import InvalidArgument
 
 @pytest.mark.parametrize(
     "endpoint",
-    ["localhost:7070", "127.0.0.1:1", "[::1]:7070", "unix:/run/dumont.sock", "unix:rel.sock", "dns:///c:70"],
+    [
+        "localhost:7070",
+        "127.0.0.1:1",
+        "[::1]:7070",
+        "unix:/run/dumont.sock",
+        "unix:rel.sock",
+        "dns:///c:70",
+        "a:7070,b:7071",
+        "127.0.0.1:1,[::1]:2",
+    ],
 )
 def test_an_address_is_taken_as_it_is(endpoint: str) -> None:
     assert resolve_endpoint(endpoint) == endpoint
@@ -29,6 +38,7 @@ def test_an_address_is_taken_as_it_is(endpoint: str) -> None:
         ("[::1]", "as in [::1]:7070"),
         ("::1:7070", "as in [::1]:7070"),
         (":7070", "as in localhost:7070"),
+        ("a:7070,b", "as in b:7070"),
         ("localhost:", "not a port"),
         ("localhost:http", "not a port"),
         ("localhost:0", "not a port"),

@@ -61,7 +61,8 @@ def test_the_endpoint_is_the_one_given_else_the_environments_else_the_usual(
 @pytest.mark.parametrize(
     ("endpoint", "local"),
     [("localhost:1", True), ("127.0.0.9:1", True), ("[::1]:1", True), ("unix:/x", True),
-     ("10.0.0.1:1", False), ("example.com:1", False), ("[2001:db8::1]:1", False)],
+     ("10.0.0.1:1", False), ("example.com:1", False), ("[2001:db8::1]:1", False),
+     ("localhost:1,127.0.0.1:2", True), ("localhost:1,example.com:2", False)],
 )  # fmt: skip
 def test_only_this_machine_is_local(endpoint: str, local: bool) -> None:
     assert is_local(endpoint) is local
