@@ -63,6 +63,9 @@ class Inventory:
         self._started_on: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self._captured_on: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self._departed: list[str] = []
+        # The nodes of captures that may never have been made, by snapshot, and those that were not.
+        self._unmade: dict[str, str] = {}
+        self._never_made: list[Captured] = []
         # The snapshots that each node holds, with their bytes, and the sums of these.
         self._held: defaultdict[str, dict[str, int]] = defaultdict(dict)
         self._held_bytes: defaultdict[str, int] = defaultdict(int)
@@ -205,6 +208,11 @@ class Inventory:
         departed, self._departed = self._departed, []
         return departed
 
+    def take_never_made(self) -> list[Captured]:
+        """The records of captures that were not made after all, since this was called last."""
+        never_made, self._never_made = self._never_made, []
+        return never_made
+
     async def watch(self) -> AsyncGenerator[Instance | Removed | Synchronized]:
         """Every instance, ``Synchronized``, then each change; a slow reader skips outdated states."""
         watcher = _Watcher()
@@ -286,6 +294,14 @@ class Inventory:
                 self.put_snapshot(replace(known, local=False))
         for found in reported.values():
             self.put_snapshot(found)
+        for snapshot in [s for s, on in self._unmade.items() if on == node and s not in reported]:
+            captured = self.captured[snapshot]
+            on_node = (i for i in self.instances_of(captured.deployment) if i.node == node)
+            if not any(i.busy or i.state is InstanceState.CAPTURING for i in on_node):
+                # Whoever recorded it died before the node was asked.
+                self.drop_captured(snapshot)
+                self._never_made.append(captured)
+                self.touch(f"deployments/{captured.deployment}")
 
     def put_snapshot(self, snapshot: Snapshot) -> None:
         """Take in what a node reports of a snapshot."""
@@ -293,6 +309,7 @@ class Inventory:
         if made is not None and not made.manifest_digest and snapshot.local and not snapshot.quarantined:
             # The controller that asked for this capture ended before the node answered; the node answers now.
             self.captured[snapshot.id] = replace(made, manifest_digest=snapshot.manifest_digest)
+            self._unmade.pop(snapshot.id, None)
         judged = self._judge(snapshot)
         copies = self._copies.setdefault(snapshot.id, {})
         known = copies.get(snapshot.node)
@@ -306,6 +323,8 @@ class Inventory:
         """Record that this controller captured or adopted a snapshot: its manifest must never change."""
         self.drop_captured(captured.id)
         self.captured[captured.id] = captured
+        if not captured.manifest_digest and captured.node:
+            self._unmade[captured.id] = captured.node
         self._captured_on[captured.deployment][captured.id] = captured.node
         for copy in self.copies(captured.id):
             self.put_snapshot(copy)
@@ -313,6 +332,7 @@ class Inventory:
     def drop_captured(self, snapshot: str) -> None:
         """Remove the record of a snapshot of which nothing is left."""
         captured = self.captured.pop(snapshot, None)
+        self._unmade.pop(snapshot, None)
         if captured is not None:
             _drop(self._captured_on, captured.deployment, snapshot)
 

@@ -177,6 +177,9 @@ class Reconciler:
             self._agenda.put(subject, now.monotonic + again_in)
         if departed := self._core.inventory.take_departed():
             self._core.tasks.spawn(self._core.registry.drop_intents(departed), "drop intents")
+        for captured in self._core.inventory.take_never_made():
+            if self._core.membership.mine(captured.deployment):
+                self._core.tasks.spawn(self._core.registry.drop_captured(captured.id), f"drop {captured.id}")
         next_at = self._agenda.next_at()
         return None if next_at is None else max(0.0, next_at - now.monotonic)
 

@@ -33,8 +33,14 @@ class MemoryDatabase:
     revision: int = 0
     # Address and the time at which it expires, by number.
     sessions: dict[int, tuple[str, float]] = field(default_factory=dict)
+    # The sessions that have held each deployment, in order.
+    held: dict[str, list[int]] = field(default_factory=dict)
     # Sessions whose controllers do not get through to it at the moment.
     stopped: set[int] = field(default_factory=set)
+
+    def hold(self, deployment: str, session: int) -> None:
+        self.holders[deployment] = session
+        self.held.setdefault(deployment, []).append(session)
 
     def now(self) -> float:
         return self.clock.moment().wall if self.clock is not None else 0.0
@@ -77,7 +83,8 @@ class MemoryRegistry:
     async def claim(self) -> frozenset[str]:
         data = self._writable()
         taken = frozenset(key for key, holder in data.holders.items() if holder not in data.sessions)
-        data.holders.update(dict.fromkeys(taken, self.session))
+        for deployment in taken:
+            data.hold(deployment, self.session)
         data.revision += bool(taken)
         return taken
 
@@ -113,7 +120,7 @@ class MemoryRegistry:
                 "DEPLOYMENT_EXISTS", f"deployments/{deployment.id} exists", field="deployment_id"
             )
         data.deployments[deployment.id] = deployment
-        data.holders[deployment.id] = self.session
+        data.hold(deployment.id, self.session)
         data.revision += 1
         return deployment
 

@@ -36,17 +36,41 @@ class Fences:
 class ReachableNodes:
     """The ``Nodes`` port of one controller over nodes that it shares with others.
 
+    ``carried_out`` is told of every command that a node takes: method, node, and the other arguments.
     ``freeze`` holds whatever the controller sends or is told, as SIGSTOP would; ``thaw`` lets it go on, late.
     """
 
-    def __init__(self, nodes: MemoryNodes, fences: Fences, membership: Membership) -> None:
+    def __init__(
+        self,
+        nodes: MemoryNodes,
+        fences: Fences,
+        membership: Membership,
+        carried_out: Callable[[str, str, tuple[Any, ...]], None] = lambda *_: None,
+    ) -> None:
+        self._carried_out = carried_out
         self._nodes = nodes
         self._fences = fences
         self._membership = membership
         self._running = asyncio.Event()
         self._running.set()
         self._connected: set[str] = set()
+        self._dead = False
         self._cut: dict[str, list[Callable[[], None]]] = defaultdict(list)
+
+    @property
+    def dead(self) -> bool:
+        """Whether ``kill`` was called."""
+        return self._dead
+
+    @property
+    def running(self) -> asyncio.Event:
+        """Set while the controller is not stopped."""
+        return self._running
+
+    def kill(self) -> None:
+        """Nothing that the controller still does as it ends has any effect."""
+        self._dead = True
+        self._running.set()
 
     def freeze(self) -> None:
         self._running.clear()
@@ -66,6 +90,7 @@ class ReachableNodes:
     async def watch(self, node: str) -> AsyncGenerator[Change]:
         told = self._membership.sessions
         await self._running.wait()
+        self._reach(node)
         self._fences.check(node, self._membership, told)
         changes = self._nodes.watch(node)
         try:
@@ -97,6 +122,7 @@ class ReachableNodes:
             await self._running.wait()
             self._reach(node)
             self._fences.check(node, self._membership, told)
+            self._carried_out(name, node, arguments)
             answer = await method(node, *arguments, **named)
             await self._running.wait()
             self._reach(node)
@@ -105,7 +131,7 @@ class ReachableNodes:
         return command
 
     def _reach(self, node: str) -> None:
-        if node not in self._connected:
+        if node not in self._connected or self._dead:
             raise Unavailable("NODE_UNAVAILABLE", f"nodes/{node} does not answer", retry_after=1.0)
 
 

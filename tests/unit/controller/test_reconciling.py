@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from controller import expiry
-from controller.model import InstanceState, NodeState, StartMode, Tier
+from controller.model import Captured, InstanceState, NodeState, StartMode, Tier
 from dumont.errors import FailedPrecondition, Internal, NotFound, Unavailable
 from tests.fakes.memory_registry import MemoryRegistry
 from tests.unit.controller.controller_world import World
@@ -490,3 +490,20 @@ async def test_a_defect_in_an_action_is_counted_and_tried_again_later(
     # then: it was tried again, but not in a tight loop
     assert 1 < len(tries) < 10
     assert counted(world, "actions", action="Park", outcome="crashed") == len(tries)
+
+
+async def test_the_record_of_a_capture_that_was_never_made_goes(world: World) -> None:
+    # given: a controller that dies between the record of a capture and the capture
+    await world.node()
+    await world.deploy()
+    await world.ask()
+    await world.registry.save_captured(Captured("never", "qa", "its uid", "", "n1"))
+    # when
+    await world.crash()
+    await world.boot()
+    await world.until(lambda: world.inventory.nodes["n1"].state is NodeState.READY)
+    await world.settle()
+    # then
+    assert "never" not in world.inventory.captured
+    assert "never" not in {captured.id for captured in (await world.registry.load()).captured}
+    assert len(world.inventory.captured) == 1
