@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=[], help="hit only these: " + " ".join((*CONTROLLERS, DATABASE, *NODES))
     )
+    parser.add_argument("--kills-only", action="store_true", help="stop none")
     parser.add_argument("--directory", type=Path, help="where everything lies (default: a new one)")
     parser.add_argument("--json", type=Path, help="write the report to this file")
     arguments = parser.parse_args()
@@ -318,7 +319,12 @@ def main() -> None:
     root.mkdir(exist_ok=True)
     model = make_model(root / "models" / "small", hidden=128, layers=2)
     fleet = SharedFleet(root.resolve(), Path(), root / "models", pick_port())
-    faults = [fault for fault in plan(arguments.rounds) if not arguments.only or fault[0] in arguments.only]
+    faults = [
+        (victim, number)
+        for victim, number in plan(arguments.rounds)
+        if (not arguments.only or victim in arguments.only)
+        and not (arguments.kills_only and number is signal.SIGSTOP)
+    ]
     began = time.monotonic()
 
     def say(line: str) -> None:
