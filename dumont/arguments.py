@@ -69,7 +69,8 @@ class DeploySettings(TypedDict, total=False):
     name: the deployment's id; derived from the model's name when left out.
     engine: ``causal_lm`` or ``embedding``, read from the model's configuration when left out; or ``vllm``, on
         nodes where it is installed.
-    engine_options: arguments of the engine ``vllm``, such as ``{"max_model_len": 4096}``; see docs/vllm.md.
+    engine_options: arguments of the engine: those of ``vllm``, such as ``{"max_model_len": 4096}``, are in
+        docs/vllm.md; ``causal_lm`` takes ``kv_cache_memory_bytes``, the size of its KV cache.
     idle_timeout: seconds without a request after which its instance parks or stops.
     park_timeout: seconds parked after which the process ends and only the snapshot remains.
     prewarm: start, and capture, now rather than at the next request.

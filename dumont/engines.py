@@ -205,6 +205,19 @@ VLLM_REFUSED: Final[Mapping[str, str]] = {
 }
 
 
+CAUSAL_LM_OPTIONS: Final[Mapping[str, Option]] = {
+    "kv_cache_memory_bytes": Option(
+        "integer", "bytes of the KV cache; by default a quarter of the GPU", lowest=1 << 20, highest=2**48
+    ),
+}
+
+# What each engine takes, and what it refuses by name.
+_OPTIONS: Final[Mapping[str, tuple[Mapping[str, Option], Mapping[str, str]]]] = {
+    CAUSAL_LM: (CAUSAL_LM_OPTIONS, {}),
+    VLLM: (VLLM_OPTIONS, VLLM_REFUSED),
+}
+
+
 def check_engine(engine: str, field: str = "engine") -> None:
     """Raise unless there is an engine of this name; the empty name leaves the choice to the node.
 
@@ -239,16 +252,16 @@ def check_options(
         raise _invalid(options, field, "an object, options by their names")
     if not options:
         return {}
-    if engine != VLLM:
+    if engine not in _OPTIONS:
         chosen = f"the engine {engine}" if engine else "an engine that the node chooses"
         raise InvalidArgument(
             "ENGINE_WITHOUT_OPTIONS",
             f"{chosen} has no options, and {', '.join(sorted(options))[:200]} was given; leave them out, or "
-            f"choose the engine {VLLM}",
+            f"choose the engine {' or '.join(_OPTIONS)}",
             field=field,
             metadata={"engine": engine},
         )
-    return _check_object(options, VLLM_OPTIONS, VLLM_REFUSED, version, field)
+    return _check_object(options, *_OPTIONS[engine], version, field)
 
 
 def runs(engine: str, installed: Mapping[str, str]) -> bool:

@@ -196,7 +196,8 @@ class CausalLM:
                 right = self._try_right_logits()
                 layers = shapes(self._model, right.cache)
                 attention.install(self._model)
-                budget = settings.kv_cache or self._default_budget()
+                asked = settings.engine_options.get("kv_cache_memory_bytes") or settings.kv_cache
+                budget = asked or self._default_budget()
                 token_bytes = sum(layer.width for layer in layers) * self._model.dtype.itemsize
                 tokens = max(min(budget // token_bytes, self._most_tokens()), 2 * GRAIN + FILLER)
                 if self._device.type != "cuda":

@@ -55,6 +55,25 @@ async def test_many_at_once_are_answered_as_each_alone_through_every_sleep(
     await comes_back_to(memory)
 
 
+async def test_who_is_paused_for_lack_of_room_is_answered_as_alone(
+    node: GpuNode, snapshot: Snapshot, memory: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given room for 16,000 tokens of this model, and answers that have four times as many
+    monkeypatch.setattr(node, "engine", "causal_lm")
+    monkeypatch.setattr(node, "engine_options", {"kv_cache_memory_bytes": 16_000 * 16_384})
+    await node.start("tight", gpu="0")
+    asked: list[dict[str, Any]] = [
+        {"prompt": f"p{number}", "max_new_tokens": 1000, "ignore_eos": True} for number in range(64)
+    ]
+    alone = await asyncio.gather(*(ask(node, "tight", logprobs=20, **fields) for fields in asked[:4]))
+
+    together = await asyncio.gather(*(ask(node, "tight", **fields) for fields in asked))
+
+    assert all(answer.status is None and len(answer.tokens) == 1000 for answer in together)
+    check_same(list(alone), together[:4])
+    await node.instances.stop("tight")
+
+
 async def test_a_park_in_the_middle_of_answers_lets_them_end_first(
     node: GpuNode, snapshot: Snapshot, memory: list[int]
 ) -> None:

@@ -123,7 +123,8 @@ def test_options_are_checked_before_anything_starts(daemon: Daemon, small_model:
         ("vllm", {"max_model_length": 1}, "UNKNOWN_OPTION"),
         ("vllm", {"tensor_parallel_size": 2}, "OPTION_REFUSED"),
         ("vllm", {"dtype": "int4"}, "INVALID_OPTION"),
-        ("causal_lm", {"max_model_len": 64}, "ENGINE_WITHOUT_OPTIONS"),
+        ("causal_lm", {"max_model_len": 64}, "UNKNOWN_OPTION"),
+        ("embedding", {"max_model_len": 64}, "ENGINE_WITHOUT_OPTIONS"),
     ):
         error = refusal(lambda e=engine, o=options: daemon.start_instance("wrong", small_model, e, o))  # type: ignore[misc]
         assert error.reason == reason

@@ -86,7 +86,8 @@ async def test_its_options_are_stored_shown_and_sent_to_the_node(
         ("vllm", {"max_model_length": 1}, "UNKNOWN_OPTION", ".max_model_length"),
         ("vllm", {"tensor_parallel_size": 2}, "OPTION_REFUSED", ".tensor_parallel_size"),
         ("vllm", {"max_model_len": -1}, "INVALID_OPTION", ".max_model_len"),
-        ("causal_lm", OPTIONS, "ENGINE_WITHOUT_OPTIONS", ""),
+        ("causal_lm", {"max_model_len": 64}, "UNKNOWN_OPTION", ".max_model_len"),
+        ("embedding", {"max_model_len": 64}, "ENGINE_WITHOUT_OPTIONS", ""),
     ],
 )
 async def test_a_wrong_option_is_refused_before_anything_is_stored(

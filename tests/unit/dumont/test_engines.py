@@ -102,7 +102,16 @@ def test_a_choice_that_is_nearly_right_is_named() -> None:
     assert "did you mean bfloat16" in refusal({"dtype": "bflot16"}).message
 
 
-@pytest.mark.parametrize("engine", ["causal_lm", "embedding", ""])
+def test_the_built_in_engine_takes_the_size_of_its_cache_and_nothing_of_vllms() -> None:
+    assert engines.check_options("causal_lm", {"kv_cache_memory_bytes": 2.0**30}) == {
+        "kv_cache_memory_bytes": 2**30
+    }
+    error = refusal({"max_model_len": 4096}, "causal_lm")
+    assert (error.reason, error.field) == ("UNKNOWN_OPTION", "engine_options.max_model_len")
+    assert refusal({"kv_cache_memory_bytes": 1000}, "causal_lm").reason == "INVALID_OPTION"
+
+
+@pytest.mark.parametrize("engine", ["embedding", ""])
 def test_another_engine_takes_no_options(engine: str) -> None:
     error = refusal({"max_model_len": 4096}, engine)
     assert (error.reason, error.field) == ("ENGINE_WITHOUT_OPTIONS", "engine_options")
@@ -116,7 +125,7 @@ def test_an_option_is_refused_where_the_version_of_the_engine_lacks_it(
         "new": engines.Option("boolean", "", since=(0, 30)),
         "old": engines.Option("boolean", "", before=(0, 30)),
     }
-    monkeypatch.setattr(engines, "VLLM_OPTIONS", table)
+    monkeypatch.setitem(engines._OPTIONS, "vllm", (table, {}))
 
     assert engines.check_options("vllm", {"new": True}, "0.30.0") == {"new": True}
     assert engines.check_options("vllm", {"old": True}, "0.29.9") == {"old": True}

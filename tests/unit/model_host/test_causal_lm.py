@@ -363,6 +363,13 @@ def tokens_of_room(folder: Path, tokens: int) -> CausalLM:
     return load(folder, kv_cache=(FILLER + tokens) * values * 4)
 
 
+def test_a_deployment_may_choose_the_size_of_the_cache(folder: Path) -> None:
+    values = 2 * 2 * 2 * 8
+    chosen = load(folder, engine_options={"kv_cache_memory_bytes": (FILLER + 64) * values * 4})
+
+    assert chosen.capacity.kv_tokens == 64
+
+
 def test_several_answers_to_one_prompt_compute_it_once(
     engine: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
