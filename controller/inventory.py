@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
+from typing import Final
 
 from controller import lifecycle, room
 from controller.estimates import Estimates
@@ -23,6 +24,13 @@ from controller.ports import Clock, ListedSnapshots, Removed, Synchronized
 from controller.room import Need
 from dumont import names
 from dumont.errors import FailedPrecondition, NotFound
+
+# Of those who wait for room, how many are woken when memory becomes free.
+WOKEN: Final = 8
+# States after which an instance may hold less memory, or may yield what it holds.
+FREEING: Final = frozenset(
+    {InstanceState.SERVING, InstanceState.PARKED, InstanceState.FAILED, InstanceState.GONE}
+)
 
 
 class Inventory:
@@ -180,7 +188,8 @@ class Inventory:
     def waiting_for_room(self, priority: int, since: float) -> Iterator[asyncio.Event]:
         """An event that is set when memory of any node may have become free.
 
-        Who waits with the highest priority is woken first, and among equals who has waited longest.
+        Who waits with the highest priority is woken first, and among equals who has waited longest. Only the
+        first few are: memory that becomes free is enough for about one, and each has to decide again.
 
         Args:
             priority: of the deployment that waits.
@@ -194,8 +203,8 @@ class Inventory:
             self._for_room.remove(waiter)
 
     def _freed(self) -> None:
-        """Memory of a node may have become free: wake those who wait for room."""
-        for *_, freed in self._for_room:
+        """Memory of a node may have become free: wake the first of those who wait for room."""
+        for *_, freed in self._for_room[:WOKEN]:
             freed.set()
 
     def take_changed(self) -> Iterable[str]:
@@ -539,7 +548,11 @@ class Inventory:
             woke = state is InstanceState.SERVING and instance.state is not InstanceState.PARKING
             idle = now if woke else instance.idle_since
             instance = replace(instance, state=state, since=now, idle_since=idle)
-        self._store(instance)
+            self._store(instance)
+            if state in FREEING:
+                self._freed()
+        else:
+            self._store(instance)
         return instance
 
     def _store(self, instance: Instance) -> None:
@@ -560,8 +573,6 @@ class Inventory:
         if instance.node in self.nodes and self.nodes[instance.node].draining:
             self.touch(f"nodes/{instance.node}")
         self.touch(f"deployments/{instance.deployment}")
-        if not instance.busy:
-            self._freed()
 
     def _depart(self, instance: str) -> None:
         intent = self.intents.pop(instance, None)

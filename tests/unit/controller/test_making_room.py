@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from controller import policy
 from controller.estimates import ENGINE_BYTES, ENGINE_SHARE
 from controller.instances import YIELD_SECONDS
+from controller.inventory import WOKEN
 from controller.model import InstanceState, StartMode, Tier
 from controller.room import ACTIVE_SECONDS
 from controller.serving import Request
@@ -237,6 +240,41 @@ async def test_room_goes_to_the_highest_priority_first_and_then_to_who_has_waite
     await asyncio.gather(slow, *waiting)
     started = [argument.partition("-")[0] for _, _, argument in world.nodes.named("start")]
     assert started == ["busy", "urgent", "first", "second"]
+
+
+async def test_of_many_that_wait_only_the_first_decide_again_when_memory_becomes_free(world: World) -> None:
+    models = [f"m{number:02}" for number in range(30)]
+    await one_gpu(world, "busy", *models)
+    await world.ask("busy")
+    held = world.nodes.hold("generate")
+    slow = asked(world, "busy")
+    await world.nodes.called("generate", 2)
+    waiting = [asked(world, model) for model in models]
+    await world.settle()
+    decided = []
+    decide = policy.decide
+
+    def counted(facts: policy.Facts, now: float) -> policy.Attempt | policy.Wait:
+        decided.append(facts.deployment.id)
+        return decide(facts, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "decide", counted)
+        (instance,) = world.inventory.instances_of("busy")
+        for memory in range(10):
+            # What it reports of its load is no reason to look again.
+            world.nodes.tell("n1", replace(instance.report, memory_bytes=memory))
+        await world.settle()
+        assert not decided
+        world.nodes.hold("park")
+        held.set()
+        await slow
+        await world.settle()
+        assert len(decided) == WOKEN
+    world.nodes.release_all()
+    while not all(task.done() for task in waiting):
+        await world.advance(1.0)
+    await asyncio.gather(*waiting)
 
 
 async def test_a_victim_that_cannot_be_parked_ends_and_its_snapshot_stays(world: World) -> None:
