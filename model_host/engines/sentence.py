@@ -206,10 +206,14 @@ def _kind(files: ModelFiles, module: Any) -> str:
     return kind
 
 
-def _config(files: ModelFiles, module: Json) -> Json:
+def _config(files: ModelFiles, module: Json, *, needed: bool = True) -> Json:
     name = f"{module.get('path', '')}/config.json"
-    found: Json = files.json(name) if name in files.names else {}
-    return found
+    if name in files.names:
+        found: Json = files.json(name)
+        return found
+    if needed:
+        raise invalid(files.folder / name, "is missing")
+    return {}
 
 
 def _settings(files: ModelFiles) -> Json:
@@ -251,7 +255,7 @@ def _prompt(files: ModelFiles) -> str:
 
 
 def _normalize(files: ModelFiles, module: Json) -> nn.Module:
-    _must_be_of_the_sentence(files, _config(files, module), "Normalize")
+    _must_be_of_the_sentence(files, _config(files, module, needed=False), "Normalize")
     return Normalize()
 
 

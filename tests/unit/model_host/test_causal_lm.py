@@ -253,6 +253,18 @@ def test_a_changed_weight_changes_the_canary(folder: Path) -> None:
     assert engine.canary() != before
 
 
+def test_a_cache_that_forgets_changes_the_canary(engine: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    # given keys and values that are not where the next step looks for them
+    before = engine.canary()
+    backend = engine._backend
+    assert isinstance(backend, Together)
+    monkeypatch.setattr(backend._cache, "write", lambda *_: None)
+    backend._cache.memory.zero_()
+
+    # then the canary, which is computed through the cache and one step more, says so
+    assert engine.canary() != before
+
+
 def said(engine: CausalLM, **fields: Any) -> list[list[int]]:
     """The tokens of each of ``n`` answers to a request that is alone."""
     work = engine.generate(Generation(**fields))

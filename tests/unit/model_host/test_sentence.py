@@ -462,6 +462,17 @@ def test_a_dense_layer_without_safe_weights_is_refused_with_what_to_do(maker: Ma
     assert "SentenceTransformer(DIRECTORY).save(DIRECTORY)" in error.message
 
 
+@pytest.mark.parametrize("module", ["1_Pooling", "2_Dense"])
+def test_a_module_without_its_configuration_is_not_guessed(maker: Maker, module: str) -> None:
+    maker.transformer().pooling("cls").dense(8, None, nn.Tanh())
+    file = maker.folder / module / "config.json"
+    file.unlink()
+
+    error = refusal(maker.folder)
+
+    assert (error.reason, error.metadata) == ("MODEL_INVALID", {"file": str(file)})
+
+
 def test_damaged_weights_of_a_module_are_named(maker: Maker) -> None:
     maker.transformer().pooling("mean").dense(8, None, nn.Tanh())
     weights = maker.folder / "2_Dense" / "model.safetensors"
