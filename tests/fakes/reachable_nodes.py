@@ -117,8 +117,9 @@ class ReachableNodes:
         method = getattr(self._nodes, name)
 
         async def command(node: str, *arguments: Any, **named: Any) -> Any:
-            # Sent now, and carried out when the controller runs again.
+            # Sent now, and carried out when it arrives: after a while if the controller is stopped meanwhile.
             told = self._membership.sessions
+            await asyncio.sleep(0)
             await self._running.wait()
             self._reach(node)
             self._fences.check(node, self._membership, told)

@@ -19,7 +19,7 @@ from controller.assembly import Controller, assemble
 from controller.deployments import Draft
 from controller.identity import Established, Identity
 from controller.membership import Membership
-from controller.model import Gpu, InstanceState, Node, NodeState, Report, Snapshot, StartMode
+from controller.model import Gpu, InstanceState, Moment, Node, NodeState, Report, Snapshot, StartMode
 from controller.ports import Nodes, Registry
 from controller.serving import Request
 from dumont.errors import DumontError, NotFound, Unavailable
@@ -68,6 +68,21 @@ class Stoppable:
         await self._reach.running.wait()
         if self._reach.dead:
             raise Unavailable("DATABASE_UNAVAILABLE", "the connection is gone")
+
+
+class StoppableClock:
+    """A clock whose sleepers wake only while their controller runs."""
+
+    def __init__(self, clock: ManualClock, reach: ReachableNodes) -> None:
+        self._clock = clock
+        self._reach = reach
+
+    def moment(self) -> Moment:
+        return self._clock.moment()
+
+    async def sleep(self, seconds: float) -> None:
+        await self._clock.sleep(seconds)
+        await self._reach.running.wait()
 
 
 class One:
@@ -148,7 +163,12 @@ class AnyOrder(RuleBasedStateMachine):
         reach = ReachableNodes(self.nodes, self.fences, membership, carried_out)
         stoppable = cast(Registry, Stoppable(registry, reach))
         controller = await assemble(
-            cast(Nodes, reach), stoppable, self.clock, who, lease=LEASE, membership=membership
+            cast(Nodes, reach),
+            stoppable,
+            StoppableClock(self.clock, reach),
+            who,
+            lease=LEASE,
+            membership=membership,
         )
         self.ones[number] = One(controller, reach)
         await self.beat(number)
@@ -474,7 +494,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(
-    max_examples=150,
+    max_examples=120,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
