@@ -438,6 +438,17 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeModel:
+    """A model that a node has; ``problem`` is why it cannot be served, empty if it can."""
+
+    model: str
+    node: str
+    engine: str
+    weights_bytes: int
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedModel:
     """A model as a node found it, the engine that serves it, and the bytes of its weights."""
 

@@ -26,6 +26,7 @@ from controller.model import (
     Intent,
     Moment,
     Node,
+    NodeModel,
     Pruned,
     Report,
     ResolvedModel,
@@ -99,6 +100,9 @@ class Nodes(Protocol):
 
     async def disconnect(self, node: str) -> None:
         """Drop the connection; calls under way fail."""
+
+    async def list_models(self, node: str) -> tuple[NodeModel, ...]:
+        """The models that the node has."""
 
     async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel:
         """Find a model on the node, and the engine for it if ``engine`` is empty."""

@@ -232,6 +232,13 @@ def stored(message: snapshot_service_pb2.StoredSnapshot) -> types.StoredSnapshot
     )
 
 
+def node_model(message: node_service_pb2.NodeModel) -> types.NodeModel:
+    """A model that a node has."""
+    return types.NodeModel(
+        message.model, message.node, message.engine, message.weights_size_bytes, message.problem
+    )
+
+
 def node(message: node_service_pb2.Node) -> types.Node:
     """A node."""
     return types.Node(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from dumont import arguments, convert, operations
@@ -16,7 +16,7 @@ from dumont.controller.v1 import (
     snapshot_service_pb2,
 )
 from dumont.errors import NotFound
-from dumont.types import Instance, Node, Pruned, Remainder, Snapshot, SnapshotProgress, Verified
+from dumont.types import Instance, Node, NodeModel, Pruned, Remainder, Snapshot, SnapshotProgress, Verified
 
 
 class AsyncInstances:
@@ -357,6 +357,12 @@ class AsyncNodes:
         request = node_service_pb2.ListNodesRequest()
         found = pages(self._connection, self._connection.nodes.ListNodes, request, "nodes")
         return [convert.node(message) async for message in found]
+
+    async def models(self) -> Sequence[NodeModel]:
+        """The models that the ready nodes have, once for each node."""
+        request = node_service_pb2.ListModelsRequest()
+        found = pages(self._connection, self._connection.nodes.ListModels, request, "models")
+        return [convert.node_model(message) async for message in found]
 
     async def get(self, name: str) -> Node:
         """The node of this name."""

@@ -23,6 +23,7 @@ from dumont.types import (
     Generation,
     Instance,
     Node,
+    NodeModel,
     Piece,
     Pruned,
     Remainder,
@@ -432,6 +433,10 @@ class Nodes:
     def __init__(self, loop: LoopThread, client: AsyncClient) -> None:
         self._loop = loop
         self._nodes = client.nodes
+
+    def models(self) -> Sequence[NodeModel]:
+        """The models that the ready nodes have, once for each node."""
+        return self._loop.run(self._nodes.models())
 
     def get(self, name: str) -> Node:
         """The node of this name."""

@@ -334,6 +334,17 @@ class SnapshotProgress:
 
 
 @dataclass(frozen=True)
+class NodeModel:
+    """A model that a node has. ``problem`` is why it cannot be served, empty if it can."""
+
+    model: str
+    node: str
+    engine: str
+    weights_bytes: int
+    problem: str
+
+
+@dataclass(frozen=True)
 class Finding:
     """The result of one check of a machine."""
 

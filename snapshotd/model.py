@@ -169,6 +169,14 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Unservable:
+    """A model that this node has and cannot serve, and why."""
+
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True)
 class Engine:
     """An engine under an interpreter of its own.
 

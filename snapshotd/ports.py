@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Protocol
 
 from dumont.errors import DumontError
-from snapshotd.model import CacheEntry, ImageFile, Json, Manifest, MappedFile, Model, Sharing, Snapshot
+from snapshotd.model import (
+    CacheEntry,
+    ImageFile,
+    Json,
+    Manifest,
+    MappedFile,
+    Model,
+    Sharing,
+    Snapshot,
+    Unservable,
+)
 
 
 class Clock(Protocol):
@@ -350,6 +360,10 @@ class Models(Protocol):
 
     async def find(self, name: str, engine: str = "") -> Model | None:
         """Find a model on this node and check that it can be loaded; None if it is not here."""
+        ...
+
+    async def held(self) -> Sequence[Model | Unservable]:
+        """The models that this node has, by name, and those that it cannot serve with the reason."""
         ...
 
     async def adapter(self, directory: str) -> Model:

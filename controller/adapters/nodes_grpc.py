@@ -13,7 +13,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
 
 from controller import convert
-from controller.model import Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
+from controller.model import NodeModel, Pruned, Report, ResolvedModel, Snapshot, Verified, Weights
 from controller.ports import NODE_UNAVAILABLE, Change, ListedSnapshots, Removed, Synchronized
 from dumont.errors import Aborted, Cancelled, DeadlineExceeded, DumontError, Internal, Unavailable
 from dumont.rpc.status import from_rpc_error, from_status
@@ -133,6 +133,20 @@ class GrpcNodes:
     async def close(self) -> None:
         for node in list(self._links):
             await self.disconnect(node)
+
+    async def list_models(self, node: str) -> tuple[NodeModel, ...]:
+        found: list[NodeModel] = []
+        request = nodes.ListModelsRequest(page_size=PAGE)
+        while True:
+            async with self._errors(node) as link:
+                answer = await link.nodes.ListModels(request, timeout=SHORT)
+            found += [
+                NodeModel(one.model, node, one.engine, one.weights_size_bytes, one.problem)
+                for one in answer.models
+            ]
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                return tuple(found)
 
     async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel:
         request = nodes.ResolveModelRequest(model=model, engine=engine)

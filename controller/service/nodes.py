@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from google.longrunning import operations_pb2
@@ -9,7 +10,7 @@ from google.longrunning import operations_pb2
 from controller import convert
 from controller.core import Core
 from controller.migration import Migrations
-from controller.model import InstanceState, Node
+from controller.model import InstanceState, Node, NodeState
 from dumont import names
 from dumont.controller.v1 import node_service_pb2 as pb
 from dumont.controller.v1 import node_service_pb2_grpc as pb_grpc
@@ -69,6 +70,31 @@ class NodeService(pb_grpc.NodeServiceServicer):
     async def ListNodes(self, request: pb.ListNodesRequest, context: object) -> pb.ListNodesResponse:
         found, token = page(self._inventory.nodes, request.page_size, request.page_token)
         return pb.ListNodesResponse(nodes=[self._message(node) for node in found], next_page_token=token)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: object) -> pb.ListModelsResponse:
+        ready = [node.id for node in self._inventory.nodes.values() if node.state is NodeState.READY]
+        answers = await asyncio.gather(*map(self._core.nodes.list_models, ready), return_exceptions=True)
+        held = {
+            f"{one.model} {one.node}": one
+            for answer in answers
+            # A node that does not answer is listed with its state; what the others have is told all the same.
+            if not isinstance(answer, BaseException)
+            for one in answer
+        }
+        found, token = page(held, request.page_size, request.page_token)
+        return pb.ListModelsResponse(
+            models=[
+                pb.NodeModel(
+                    model=one.model,
+                    node=f"nodes/{one.node}",
+                    engine=one.engine,
+                    weights_size_bytes=one.weights_bytes,
+                    problem=one.problem,
+                )
+                for one in found
+            ],
+            next_page_token=token,
+        )
 
     async def DrainNode(self, request: pb.DrainNodeRequest, context: object) -> operations_pb2.Operation:
         node = self._inventory.node(names.parse(request.name, "nodes", "name")).id

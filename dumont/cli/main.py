@@ -71,6 +71,7 @@ for function in (
     inference.generate,
     inference.embed,
     instances.ps,
+    nodes.models,
     instances.park,
     instances.resume,
     instances.migrate,

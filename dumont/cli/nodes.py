@@ -75,6 +75,25 @@ def gpu_memory(gpu: NodeGpu) -> str:
     return f"{gpu.model} {size(gpu.memory_free_bytes)} of {size(gpu.memory_total_bytes)} free"
 
 
+@command
+def models(json: Json = False, endpoint: Endpoint = None) -> None:
+    """List the models that the nodes have. Others are fetched from the hub when they are deployed."""
+    with sync.Client(endpoint) as client:
+        found = client.nodes.models()
+    if json:
+        print_json(found)
+        return
+    print_table(
+        Columns(
+            ("MODEL", "ENGINE", "WEIGHTS", "NODE", "PROBLEM"), drop=("NODE", "WEIGHTS"), fold=("PROBLEM",)
+        ),
+        (
+            (one.model, one.engine, size(one.weights_bytes), short(one.node), one.problem)
+            for one in sorted(found, key=lambda one: (one.model, one.node))
+        ),
+    )
+
+
 @app.command()
 @command
 def drain(

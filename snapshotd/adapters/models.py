@@ -24,10 +24,18 @@ from safetensors import SafetensorError, safe_open
 
 from dumont import generation_config, model_directory, models
 from dumont.engines import EMBEDDING, check_engine
-from dumont.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from dumont.errors import (
+    DumontError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from dumont.model_directory import Unusable
+from dumont.names import did_you_mean
 from snapshotd.eviction import Candidate, choose
-from snapshotd.model import Model
+from snapshotd.model import Model, Unservable
 from snapshotd.system.threads import PatientThreads
 
 log = structlog.get_logger(__name__)
@@ -80,6 +88,38 @@ class NodeModels:
         if found is None:
             found = await self._asking.run(partial(self._ask_hub, name, engine))
         return found
+
+    async def held(self) -> list[Model | Unservable]:
+        return await self._reading.run(self._held)
+
+    def _held(self) -> list[Model | Unservable]:
+        held: list[Model | Unservable] = []
+        for name in sorted(self._names()):
+            try:
+                found = self._look(name, "")
+            except DumontError as error:
+                held.append(Unservable(name, error.message))
+            else:
+                held += [found] if found is not None else []
+        return held
+
+    def _names(self) -> set[str]:
+        """The names of the models that lie here, as a deployment would name them."""
+        found = {
+            folder.name.removeprefix("models--").replace("--", "/")
+            for folder in self.hub_cache.glob("models--*")
+        }
+        for config in (*self.directory.glob("*/config.json"), *self.directory.glob("*/*/config.json")):
+            found.add(config.parent.relative_to(self.directory).as_posix())
+        return {name for name in found if HUB_ID.fullmatch(name)}
+
+    def _not_found(self, name: str, why: str) -> NotFound:
+        # A directory that does not answer must not keep the caller waiting for a suggestion.
+        try:
+            near = did_you_mean(name, self._names())
+        except OSError:
+            near = ""
+        return _not_found(name, why, near)
 
     async def find(self, name: str, engine: str = "") -> Model | None:
         try:
@@ -184,7 +224,7 @@ class NodeModels:
         if name.startswith("/"):
             path = Path(name)
             if not path.is_dir():
-                raise _not_found(name, "it is not a directory on this node")
+                raise self._not_found(name, "it is not a directory on this node")
             return path
         if not HUB_ID.fullmatch(name) or ".." in name:
             raise InvalidArgument(
@@ -208,10 +248,10 @@ class NodeModels:
         try:
             info = HfApi().model_info(name, files_metadata=True, timeout=HUB_TIMEOUT)
         except (RepositoryNotFoundError, HFValidationError):
-            raise _not_found(name, "neither this node nor the hub has it") from None
+            raise self._not_found(name, "neither this node nor the hub has it") from None
         except Exception as error:
             # The hub may not be reachable, or a proxy may answer in its place.
-            raise _not_found(
+            raise self._not_found(
                 name, f"this node does not have it and the hub did not answer ({type(error).__name__})"
             ) from error
         config = info.config or {}
@@ -311,10 +351,11 @@ def _check_weights(name: str, path: Path) -> None:
         raise _invalid(name, f"{path.name} cannot be read: {error.strerror or error}") from None
 
 
-def _not_found(name: str, why: str) -> NotFound:
+def _not_found(name: str, why: str, near: str) -> NotFound:
+    advice = "; put it into the node's model directory, or check its id: `dumont models` lists what there is"
     return NotFound(
         "MODEL_NOT_FOUND",
-        f"there is no model {name[:120]!r}: {why}; put it into the node's model directory or check its id",
+        f"there is no model {name[:120]!r}: {why}{near or advice}",
         field="model",
         metadata={"model": name[:120]},
     )

@@ -16,7 +16,7 @@ from dumont.rpc.structs import to_struct
 from dumont.snapshotd.v1 import instance_service_pb2 as instances_pb2
 from dumont.snapshotd.v1 import node_service_pb2 as nodes_pb2
 from dumont.snapshotd.v1 import snapshot_service_pb2 as snapshots_pb2
-from snapshotd.model import Engine, Finding, Instance, Model, Phase, Snapshot, State, Weights
+from snapshotd.model import Engine, Finding, Instance, Model, Phase, Snapshot, State, Unservable, Weights
 from snapshotd.repository.model import PrunePlan, PublishedSnapshot, Usage
 from snapshotd.snapshots.catalog import RejectedSnapshot
 from snapshotd.system import linux
@@ -176,6 +176,13 @@ def model(fact: Model) -> nodes_pb2.Model:
         cached=fact.directory is not None,
         context_length=fact.context_length,
     )
+
+
+def held_model(fact: Model | Unservable) -> nodes_pb2.Model:
+    """A model that the node has as its message."""
+    if isinstance(fact, Unservable):
+        return nodes_pb2.Model(model=fact.name, cached=True, problem=fact.problem)
+    return model(fact)
 
 
 def engines(facts: Iterable[Engine]) -> list[nodes_pb2.Engine]:

@@ -10,6 +10,7 @@ import grpc
 import psutil
 
 from dumont import names
+from dumont.rpc.pages import page
 from dumont.snapshotd.v1 import node_service_pb2 as pb2
 from dumont.snapshotd.v1 import node_service_pb2_grpc as pb2_grpc
 from snapshotd.instances.manager import Instances
@@ -54,6 +55,13 @@ class NodeServicer(pb2_grpc.NodeServiceServicer):
     async def ResolveModel(self, request: pb2.ResolveModelRequest, context: Context) -> pb2.Model:
         self.node.settings.engine(request.engine)
         return convert.model(await self.node.models.resolve(request.model, request.engine))
+
+    async def ListModels(self, request: pb2.ListModelsRequest, context: Context) -> pb2.ListModelsResponse:
+        held = {fact.name: fact for fact in await self.node.models.held()}
+        found, token = page(held, request.page_size, request.page_token)
+        return pb2.ListModelsResponse(
+            models=[convert.held_model(fact) for fact in found], next_page_token=token
+        )
 
     def describe(self) -> pb2.Node:
         memory = psutil.virtual_memory()

@@ -11,6 +11,7 @@ from typing import Any
 from controller.model import (
     Capacity,
     InstanceState,
+    NodeModel,
     Phase,
     Pruned,
     Report,
@@ -165,6 +166,13 @@ class MemoryNodes:
 
     async def disconnect(self, node: str) -> None:
         self._disconnected.add(node)
+
+    async def list_models(self, node: str) -> tuple[NodeModel, ...]:
+        await self._call("list_models", node, "")
+        return tuple(
+            NodeModel(model, node, engine, self.weights_bytes.get(model, 0))
+            for model, engine in self.models.items()
+        )
 
     async def resolve_model(self, node: str, model: str, engine: str) -> ResolvedModel:
         await self._call("resolve_model", node, model)

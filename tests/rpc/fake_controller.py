@@ -309,6 +309,16 @@ class FakeController(
         node.heartbeat_time.GetCurrentTime()
         return node
 
+    async def ListModels(self, request: Any, context: Any) -> nodes.ListModelsResponse:
+        return nodes.ListModelsResponse(
+            models=[
+                nodes.NodeModel(
+                    model="org/model", node="nodes/one", engine="causal_lm", weights_size_bytes=2**30
+                ),
+                nodes.NodeModel(model="org/odd", node="nodes/one", problem="it has no safetensors weights"),
+            ]
+        )
+
     async def GetNode(self, request: Any, context: Any) -> nodes.Node:
         raise NotFound("NODE_NOT_FOUND", f"no {request.name}", field="name")
 

@@ -219,6 +219,14 @@ def test_run_at_a_terminal_is_a_conversation(cli: Cli, monkeypatch: pytest.Monke
     assert len(cli.served.controller.requests[-1].messages) == 3
 
 
+def test_models_lists_what_the_nodes_have(cli: Cli) -> None:
+    lines = [line.split() for line in cli("models").stdout.splitlines()]
+    assert lines[1] == ["org/model", "causal_lm", "1.0", "GiB", "one"]
+    assert lines[2][0] == "org/odd"
+    assert "safetensors" in lines[2]
+    assert [one["model"] for one in cli.document("models")] == ["org/model", "org/odd"]
+
+
 def test_deploy_waits_for_the_start(cli: Cli) -> None:
     assert cli("deploy", "org/model", "--name", "new", "--prewarm", "--wait").exit_code == 0
     assert any(type(r).__name__ == "WatchStartRequest" for r in cli.served.controller.requests)

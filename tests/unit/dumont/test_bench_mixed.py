@@ -73,7 +73,7 @@ def test_the_document_and_the_table_have_all_memory() -> None:
     [
         (["--mixed", "--serve"], "different benchmarks"),
         (["--mixed", "--config", "qwen3-tiny", "--config", "qwen3-0.6b"], "takes one model"),
-        (["--relay", "--output", "/nowhere/x.json"], "cannot be written"),
+        (["--relay", "--output", "/proc/none/x.json"], "cannot be written"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_starts(arguments: list[str], said: str) -> None:

@@ -21,7 +21,7 @@ from dumont.errors import (
     Unavailable,
 )
 from snapshotd.adapters.models import NodeModels
-from snapshotd.model import Model
+from snapshotd.model import Model, Unservable
 
 
 @pytest.fixture
@@ -347,3 +347,29 @@ async def test_a_model_that_does_not_fit_is_refused_and_nothing_goes(
     assert refusal.value.reason == "MODELS_FULL"
     assert kept.exists()
     assert downloads == []
+
+
+async def test_the_models_of_a_node_are_listed_with_what_is_wrong_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a model that nobody knows how to serve, and another one beside it
+    for name in ("org/odd", "org/other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text('{"architectures": ["NobodyKnowsIt"]}')
+    (tmp_path / "notes").mkdir()
+    models = NodeModels(tmp_path)
+
+    # when, then: both are listed, with the reason
+    held = await models.held()
+    assert [one.name for one in held] == ["org/odd", "org/other"]
+    assert all(isinstance(one, Unservable) and one.problem for one in held)
+
+    # and a name that is nearly one of them leads to it
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr("snapshotd.adapters.models.HfApi.model_info", unreachable)
+    with pytest.raises(NotFound, match=r"did you mean org/odd\?"):
+        await models.resolve("org/od")
+    with pytest.raises(NotFound, match="dumont models"):
+        await models.resolve("quite/different")

@@ -15,7 +15,7 @@ from snapshotd.instances.journal import Journal
 from snapshotd.instances.manager import Instances
 from snapshotd.jobs.context import HostSettings, Node
 from snapshotd.jobs.observers import JobObserver
-from snapshotd.model import Instance, Json, MappedFile, Model, State
+from snapshotd.model import Instance, Json, MappedFile, Model, State, Unservable
 from snapshotd.system.disk import DiskReservations, FileSystem
 
 MODEL = Model("org/name", "causal_lm", Path("/model"), (), 0, 512)
@@ -143,6 +143,9 @@ class FakeHosts:
 
 
 class FakeModels:
+    async def held(self) -> list[Model | Unservable]:
+        return []
+
     async def resolve(self, name: str, engine: str = "") -> Model:
         return MODEL
 
