@@ -206,3 +206,21 @@ async def test_a_command_to_a_process_that_is_ending_is_answered_with_how_it_end
     assert error.reason == "HOST_LOST"
     assert "exit status 4" in error.message
     await host.release()
+
+
+async def test_a_shim_that_ends_while_it_is_asked_is_forgotten(tmp_path: Path) -> None:
+    # Given a shim that lets go of whoever connects, as one does that is ending
+    def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    path = tmp_path / "shim-ends.sock"
+    server = await asyncio.start_unix_server(end, path)
+    pool = ShimPool(tmp_path, Path("criu"), None)
+
+    # When the next daemon looks for what runs
+    found = await pool.find()
+
+    # Then it is no longer there, and nothing of it is left
+    assert found == []
+    assert list(tmp_path.iterdir()) == []
+    server.close()

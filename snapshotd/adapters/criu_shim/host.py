@@ -168,7 +168,11 @@ class ShimHost:
 
     def kill(self) -> None:
         """Kill a shim that does not answer, and its children."""
-        peer = self._writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        try:
+            peer = self._writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        except OSError:
+            # The connection is closed, because the shim has ended.
+            return
         shim, _, _ = struct.unpack("iII", peer)
         with contextlib.suppress(OSError):
             for child in Path(f"/proc/{shim}/task/{shim}/children").read_text().split():
