@@ -99,6 +99,27 @@ class Config(BaseSettings):
     )
 
     @property
+    def shared(self) -> bool:
+        """Whether several controllers may use the database."""
+        return self.database_url.startswith("postgresql")
+
+    def reached_at(self, bound: str) -> str:
+        """Where the other controllers of the database reach this one, which listens on ``bound``.
+
+        Raises:
+            InvalidArgument: ADVERTISE_MISSING, it listens on all addresses, and does not say on which one.
+        """
+        everywhere = bound.rpartition(":")[0] in ("0.0.0.0", "[::]", "::")
+        if self.shared and everywhere and not self.advertise:
+            raise InvalidArgument(
+                "ADVERTISE_MISSING",
+                f"controllers that share a database must reach each other, and this one listens on {bound}; "
+                "set --advertise (DUMONT_CONTROLLER_ADVERTISE) to an address that the others can connect to",
+                field="advertise",
+            )
+        return self.advertise or bound
+
+    @property
     def database_url(self) -> str:
         """The registry's URL."""
         path = self.state_dir.expanduser() / "controller.db"

@@ -129,7 +129,7 @@ async def _serve(settings: Config, state_dir: Path, surpassed: int) -> int | Non
     async with AsyncExitStack() as stack:
         registry = await open_registry(settings.database_url)
         stack.push_async_callback(registry.close)
-        established = await _join(settings, state_dir, registry, settings.advertise or address, surpassed)
+        established = await _join(settings, state_dir, registry, settings.reached_at(address), surpassed)
         membership = Membership(established.identity.starts)
         nodes = GrpcNodes(
             established.identity.id,
@@ -155,7 +155,7 @@ async def _serve(settings: Config, state_dir: Path, surpassed: int) -> int | Non
         running = Operations(DOMAIN, store=OperationStore(registry))
         stack.push_async_callback(running.close)
         stack.push_async_callback(forwarding.close)
-        if settings.database_file is None:
+        if settings.shared:
             forwarding.attach(controller)
         add_services(server, controller, running, settings, health.draining)
         if settings.metrics_listen:

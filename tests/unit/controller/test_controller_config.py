@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.config import load
+from controller.config import Config, load
 from dumont.errors import InvalidArgument
 
 
@@ -69,3 +69,13 @@ def test_an_unknown_key_in_the_file_is_told(tmp_path: Path) -> None:
     path.write_text('lisden = "x"\n')
     with pytest.raises(InvalidArgument, match="lisden"):
         load(["--config", str(path)])
+
+
+def test_a_controller_of_several_says_where_the_others_reach_it() -> None:
+    shared = Config(database="postgresql+asyncpg://db/dumont", listen="0.0.0.0:7070")
+    with pytest.raises(InvalidArgument) as refusal:
+        shared.reached_at("0.0.0.0:7070")
+    assert refusal.value.reason == "ADVERTISE_MISSING"
+    assert shared.model_copy(update={"advertise": "c1:7070"}).reached_at("0.0.0.0:7070") == "c1:7070"
+    assert shared.reached_at("10.0.0.1:7070") == "10.0.0.1:7070"
+    assert Config().reached_at("0.0.0.0:7070") == "0.0.0.0:7070"
