@@ -31,6 +31,8 @@ from tests.helpers.s3_server import s3_server as run_s3_server
 
 MODELS = Path(os.environ.get("DUMONT_MODELS_DIR") or cache_directory() / "models")
 
+VLLM_SECONDS = 600
+
 PORTS = range(10_000, 32_000)
 
 LEFT_OUT = pytest.StashKey[tuple[int, int]]()
@@ -54,6 +56,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[LEFT_OUT] = (gpus, len(left_out))
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if gpus_needed(item) <= gpus]
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            # On a busy machine it takes a minute to import and start it, and some tests do so three times.
+            item.add_marker(pytest.mark.timeout(VLLM_SECONDS))
     without_vllm = [item for item in items if item.get_closest_marker("vllm") and vllm_here() is None]
     # In CI nothing may be missing: there they fail.
     if without_vllm and os.environ.get("CI") != "true":
