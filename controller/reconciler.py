@@ -236,6 +236,9 @@ class Reconciler:
         """End parked instances whose memory is needed."""
         if node.state is not NodeState.READY:
             return []
+        # Most heartbeats end here.
+        if not any(room.lacking(node, self._core.inventory.instances_on(node.id))):
+            return []
         ends = [
             expiry.Stop(one.instance, one.reason)
             for one in room.reclaim(node, self._starts.tenants(node.id), now)

@@ -177,6 +177,14 @@ def standing(tenant: Tenant, now: float) -> Iterator[str]:
     yield f"it would be back in {tenant.resume_seconds:.1f} s from a park, and in {ended}"
 
 
+def lacking(node: Node, instances: Iterable[Instance]) -> tuple[int, int]:
+    """The bytes by which parked instances exceed their budget, and by which the node lacks free memory."""
+    limit = node.parked_memory_limit_bytes
+    parked = sum(i.report.ram_bytes for i in instances if i.state is InstanceState.PARKED) if limit else 0
+    free = int(node.memory_total_bytes * FREE_SHARE)
+    return max(0, parked - limit), max(0, free - node.memory_available_bytes)
+
+
 def reclaim(node: Node, tenants: Sequence[Tenant], now: float) -> tuple[Yield, ...]:
     """The parked instances that end because parked ones take more memory than they may, or it is short.
 
@@ -186,12 +194,9 @@ def reclaim(node: Node, tenants: Sequence[Tenant], now: float) -> tuple[Yield, .
         now: monotonic time in seconds.
     """
     parked = [t for t in tenants if t.instance.state is InstanceState.PARKED]
-    taken = sum(tenant.instance.report.ram_bytes for tenant in parked)
-    limit = node.parked_memory_limit_bytes
-    over = max(0, taken - limit) if limit else 0
-    short = max(0, int(node.memory_total_bytes * FREE_SHARE) - node.memory_available_bytes)
+    over, short = lacking(node, (tenant.instance for tenant in parked))
     why = (
-        f"parked instances take more than {_mib(limit)} of nodes/{node.id}"
+        f"parked instances take more than {_mib(node.parked_memory_limit_bytes)} of nodes/{node.id}"
         if over >= short
         else f"nodes/{node.id} has only {_mib(node.memory_available_bytes)} of memory left"
     )
