@@ -114,3 +114,16 @@ def test_the_workspace_is_in_memory_only_where_it_fits(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 40))
     with run.workspace(None, [run.Subject("m", 15 << 30)]) as place:
         assert (place.parent == tmp_path) is in_memory
+
+
+def test_the_engine_and_its_options_are_checked_before_anything_begins(able: None) -> None:
+    plan = run.plan([], ["qwen3-tiny"], [], 1, engine="vllm", engine_options={"max_num_seqs": 8.0})
+    assert (plan.engine, plan.engine_options) == ("vllm", {"max_num_seqs": 8})
+    assert run.label("qwen3-tiny", plan.engine) == "qwen3-tiny (vllm)"
+    assert run.label("qwen3-tiny", "") == "qwen3-tiny"
+    with pytest.raises(InvalidArgument) as refused:
+        run.plan([], ["qwen3-tiny"], [], 1, engine="tgi")
+    assert refused.value.reason == "UNKNOWN_ENGINE"
+    with pytest.raises(InvalidArgument) as refused:
+        run.plan([], ["qwen3-tiny"], [], 1, engine="vllm", engine_options={"tensor_parallel_size": 2})
+    assert refused.value.reason == "OPTION_REFUSED"
