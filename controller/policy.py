@@ -20,6 +20,7 @@ from controller.model import (
     InstanceState,
     Node,
     NodeState,
+    Report,
     Snapshot,
     StartMode,
     Storage,
@@ -486,12 +487,13 @@ def _entries(facts: Facts, reachable: list[Instance], tier: Tier) -> list[_Entry
 
 
 def _parked(facts: Facts, reachable: list[Instance]) -> list[_Entry]:
-    deployment = facts.deployment.id
     return [
         # It is where it is.
         (
             False,
-            facts.estimates.start(deployment, i.node, Tier.PARKED, i.report.gpu_bytes).seconds,
+            facts.estimates.start(
+                facts.deployment.id, i.node, Tier.PARKED, _resumed_bytes(facts.deployment, i.report)
+            ).seconds,
             0,
             number,
             i,
@@ -499,6 +501,11 @@ def _parked(facts: Facts, reachable: list[Instance]) -> list[_Entry]:
         for number, i in enumerate(reachable)
         if i.state is InstanceState.PARKED and not i.busy and not facts.nodes[i.node].draining
     ]
+
+
+def _resumed_bytes(deployment: Deployment, report: Report) -> int:
+    """What comes back to a GPU: the weights, and not its KV cache, if it is known how large they are."""
+    return deployment.weights_bytes or report.gpu_bytes
 
 
 def _restores(facts: Facts, tier: Tier) -> list[_Entry]:
@@ -574,7 +581,7 @@ def _candidate(facts: Facts, tier: Tier, what: Instance | Snapshot | Node) -> Ca
         report = what.report
         gpu_bytes = report.gpu_bytes if report.gpu else 0
         need = replace(need, gpu_bytes=gpu_bytes, home=report.gpu, instance=what.id)
-        start = estimates.start(deployment.id, what.node, tier, report.gpu_bytes)
+        start = estimates.start(deployment.id, what.node, tier, _resumed_bytes(deployment, report))
         return Candidate(tier, what.node, start, need, bool(report.gpu), instance=what.id)
     if isinstance(what, Snapshot):
         gpu = bool(facts.nodes[what.node].gpus) and _uses_gpu(what)

@@ -521,6 +521,22 @@ def test_a_parked_instance_without_room_on_its_gpu_is_left_for_a_snapshot_elsewh
     assert (attempt(full).tier, attempt(full).node) == (Tier.LOCAL, "g2")
 
 
+def test_a_parked_instance_is_resumed_however_large_its_kv_cache_was() -> None:
+    parked = instance(InstanceState.PARKED, node="g1")
+    parked = replace(parked, report=replace(parked.report, gpu="GPU-g1", gpu_bytes=40 * GIB))
+    known = Estimates()
+    known.took("qa", "g1", Work.RESTORE, 0.4)
+    found = facts(
+        deployment=replace(deployment(), weights_bytes=GIB),
+        nodes={"g1": gpu_node("g1", total=64)},
+        instances=(parked,),
+        snapshots=(snapshot(node="g1", device="cuda:0"),),
+        estimates=known,
+    )
+
+    assert attempt(found).tier is Tier.PARKED
+
+
 def test_another_instance_is_started_beside_those_that_serve() -> None:
     serving = instance(InstanceState.SERVING, served=True)
     parked = instance(InstanceState.PARKED, "qa-2")
