@@ -54,7 +54,9 @@ def parse(name: str, collection: str, field: str) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the known name that is most like ``name``; empty if none is."""
     by_lower = {other.lower(): other for other in known}
-    near = get_close_matches(name.lower(), by_lower, 1, 0.7)
+    # What is long is often typed only in part.
+    begun = [other for other in by_lower if len(name) > 2 and other.startswith(name.lower())]
+    near = get_close_matches(name.lower(), by_lower, 1, 0.7) or begun[:1]
     return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 

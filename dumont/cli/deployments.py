@@ -201,7 +201,11 @@ def explain(
         return
     print_facts({"now": found.decision})
     print_table(
-        ("TIER", "NODE", "FROM", "START", "ROOM", "BY", "WHAT YIELDS, OR WHY NOT"),
+        Columns(
+            ("TIER", "NODE", "FROM", "START", "ROOM", "BY", "WHAT YIELDS, OR WHY NOT"),
+            drop=("BY", "FROM"),
+            fold=("BY", "WHAT YIELDS, OR WHY NOT"),
+        ),
         (
             (
                 one.tier,

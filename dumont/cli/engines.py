@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dumont.cli.output import Json, command, print_json, print_table
+from dumont.cli.output import Columns, Json, command, print_json, print_table
 from dumont.errors import services_not_installed
 
 app = typer.Typer(
@@ -64,7 +64,7 @@ def ls(json: Json = False) -> None:
         print_json(found)
         return
     print_table(
-        ("", "ENGINE", "VERSION", "BUILD", "STATE", "PYTHON"),
+        Columns(("", "ENGINE", "VERSION", "BUILD", "STATE", "PYTHON"), drop=("BUILD",), fold=("PYTHON",)),
         (
             (
                 "*" if row["used"] else "",

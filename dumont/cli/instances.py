@@ -70,7 +70,11 @@ def ps(
         print_json(found)
     elif why:
         print_table(
-            ("INSTANCE", "STATE", "NODE", "GPU MEMORY", "MEMORY", "WHY"),
+            Columns(
+                ("INSTANCE", "STATE", "NODE", "GPU MEMORY", "MEMORY", "WHY"),
+                drop=("MEMORY", "GPU MEMORY", "NODE"),
+                fold=("WHY",),
+            ),
             (
                 (
                     short(instance.name),

@@ -37,7 +37,7 @@ def test_new_ids_are_labels_and_differ() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("qaa", "qa"), ("smolm2", "smollm2"), ("QA", "qa"), ("other", ""), ("", "")],
+    [("qaa", "qa"), ("smolm2", "smollm2"), ("QA", "qa"), ("smol", "smollm2"), ("other", ""), ("", "")],
 )
 def test_what_was_meant_is_the_nearest_name(name: str, meant: str) -> None:
     assert names.did_you_mean(name, ["qa", "smollm2"]) == (f"; did you mean {meant}?" if meant else "")
