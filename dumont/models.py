@@ -48,7 +48,10 @@ REFUSED: Final = {
         OWN_POSITIONS,
     ),
     **dict.fromkeys(
-        ("FuyuForCausalLM", "MoshiForCausalLM", "MusicgenForCausalLM", "MusicgenMelodyForCausalLM"),
+        (
+            "FuyuForCausalLM", "MoshiForCausalLM", "MusicgenForCausalLM", "MusicgenMelodyForCausalLM",
+            "WhisperForCausalLM",
+        ),
         NOT_ONLY_TEXT,
     ),
     **dict.fromkeys(("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"), DRAFTS),

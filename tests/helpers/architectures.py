@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,9 @@ def _small(config_class: Any) -> dict[str, Any]:
     fields |= {name: None for name in NO_TOKENS if default.get(name) is not None}
     if "is_decoder" in default:
         fields["is_decoder"] = True
+    for name, part in getattr(config_class, "sub_configs", {}).items():
+        with suppress(Exception):  # some name the class of any configuration
+            fields[name] = _small(part)
     return fields
 
 
