@@ -79,20 +79,34 @@ class Succession:
                 return
             self._begun += 1
             registry, membership = self._core.registry, self._core.membership
-            claimed = await registry.claim()
+            # A claim counts as a change, so one whose outcome was not learned is found by the next refresh.
+            await registry.claim()
             members = await registry.members()
-            if claimed or members.revision != membership.members.revision:
-                self._take_in(await registry.load(), claimed)
+            if members.revision != membership.members.revision:
+                await self._load()
             elif set(members.addresses) != set(membership.members.addresses):
-                was_oldest = membership.oldest
-                membership.learn(members)
-                if membership.oldest and not was_oldest:
-                    self._take_in(await registry.load(), frozenset())
+                if min(members.addresses, default=membership.number) >= membership.number:
+                    # What has no deployment is this controller's now, and it may not know all of that.
+                    await self._load()
+                else:
+                    membership.learn(members)
+
+    async def _load(self) -> None:
+        before = self._held()
+        stored = await self._core.registry.load()
+        number = self._core.membership.number
+        holds = {deployment for deployment, holder in stored.holders.items() if holder == number}
+        # One that was mine before the database was read, and is not any more, has been deleted since.
+        self._take_in(stored, frozenset(holds - before - self._held()))
+
+    def _held(self) -> set[str]:
+        """The deployments that this controller knows as its own."""
+        return {d for d in self._core.deployments.by_id if self._core.membership.mine(d)}
 
     def _take_in(self, stored: Stored, claimed: frozenset[str]) -> None:
         """What this controller held before is newer in memory; everything else is as stored."""
         core, membership = self._core, self._core.membership
-        mine = {deployment for deployment in core.deployments.by_id if membership.mine(deployment)}
+        mine = self._held()
         left_to_me = membership.oldest
         ended = set(membership.members.addresses) - set(stored.members.addresses)
         holders = {

@@ -1,0 +1,129 @@
+"""One controller takes another one's place, whatever happens to it in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from controller.assembly import Controller, assemble
+from controller.deployments import Draft
+from controller.identity import Established, Identity
+from controller.model import Node, NodeState, StartMode
+from controller.ports import Stored
+from dumont.errors import DumontError, Unavailable
+from tests.fakes.manual_clock import ManualClock
+from tests.fakes.memory_nodes import MemoryNodes
+from tests.fakes.memory_registry import MemoryDatabase, MemoryRegistry
+
+LEASE = 10.0
+
+
+class Registry(MemoryRegistry):
+    """One whose ``load`` can be kept waiting, or fail."""
+
+    def __init__(self, database: MemoryDatabase) -> None:
+        super().__init__(database)
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.error: DumontError | None = None
+
+    async def load(self) -> Stored:
+        await self.answers.wait()
+        if self.error is not None:
+            raise self.error
+        return await super().load()
+
+
+class Pair:
+    """Two controllers on one database; the first one holds ``deployments/qa``."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.nodes = MemoryNodes(self.clock)
+        self.database = MemoryDatabase(self.clock)
+        self.registries: list[Registry] = []
+        self.controllers: list[Controller] = []
+
+    async def begin(self) -> None:
+        self.nodes.add_node("n1")
+        for number in (0, 1):
+            registry = Registry(self.database)
+            who = await registry.join(self._next, f"controller-{number}", LEASE)
+            self.registries.append(registry)
+            self.controllers.append(await assemble(self.nodes, registry, self.clock, who, lease=LEASE))
+
+    def _next(self, stored: Identity | None, empty: bool) -> Established:
+        return Established(Identity("fleet", (stored.starts if stored else 0) + 1))
+
+    async def end(self) -> None:
+        for controller in self.controllers:
+            await controller.core.tasks.close()
+
+
+@pytest.fixture
+async def pair() -> Any:
+    pair = Pair()
+    await pair.begin()
+    yield pair
+    await pair.end()
+
+
+async def deployed(pair: Pair) -> None:
+    first, second = pair.controllers
+    await first.core.fleet.register(Node("n1", "n1:7071"))
+    await first.core.inventory.until(lambda: first.core.inventory.nodes["n1"].state is NodeState.READY)
+    await first.core.deployments.create("qa", Draft("org/model", "", StartMode.CHECKPOINT), "")
+    await second.succession.refresh()
+    assert not second.core.membership.mine("qa")
+    # The first one is gone, and its session has ended.
+    await pair.registries[0].leave()
+
+
+async def test_a_caller_that_leaves_does_not_lose_what_was_claimed(pair: Pair) -> None:
+    await deployed(pair)
+    second = pair.controllers[1]
+    pair.registries[1].answers.clear()
+    caller = asyncio.create_task(second.succession.refresh())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    caller.cancel()
+    await asyncio.wait([caller])
+    pair.registries[1].answers.set()
+    await second.succession.refresh()
+
+    assert second.core.membership.mine("qa")
+    assert "qa" in second.core.deployments.by_id
+
+
+async def test_a_database_that_fails_in_the_middle_does_not_lose_what_was_claimed(pair: Pair) -> None:
+    await deployed(pair)
+    second = pair.controllers[1]
+    pair.registries[1].error = Unavailable("DATABASE_UNAVAILABLE", "the connection is gone")
+    with pytest.raises(Unavailable):
+        await second.succession.refresh()
+
+    pair.registries[1].error = None
+    await second.succession.refresh()
+
+    assert second.core.membership.mine("qa")
+    assert "qa" in second.core.deployments.by_id
+
+
+async def test_whoever_becomes_the_oldest_asks_the_nodes_what_the_other_one_left(pair: Pair) -> None:
+    first, second = pair.controllers
+    for one in pair.controllers:
+        await one.core.fleet.register(Node("n1", "n1:7071"))
+        await one.core.inventory.until(
+            lambda one=one: one.core.inventory.nodes["n1"].state is NodeState.READY
+        )
+    await second.succession.refresh()
+    # It held no deployment, but perhaps it has begun something for one that was deleted meanwhile.
+    await pair.registries[0].leave()
+
+    await second.succession.refresh()
+
+    assert second.core.membership.oldest
+    assert second.core.inventory.nodes["n1"].state is NodeState.CONNECTING
