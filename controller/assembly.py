@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import structlog
+
 from controller.core import Core
 from controller.deployments import Deployments
 from controller.fleet import Fleet
@@ -21,6 +23,9 @@ from controller.snapshots import Snapshots
 from controller.starts.starts import Starts
 from controller.succession import Succession
 from controller.tasks import Tasks
+from dumont.errors import DumontError
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +42,15 @@ class Controller:
     succession: Succession
 
     async def close(self) -> None:
-        """End every task and store what is not stored yet."""
+        """End every task and store what is not stored yet, if the database takes it."""
         await self.core.tasks.close()
-        await self.core.deployments.save_last_use()
-        # What it held is free now, and nobody has to wait until its session expires.
-        await self.core.registry.leave()
+        # The database takes nothing of a session that has ended.
+        # Leaving frees what it held, so that nobody has to wait until the session expires.
+        for last_words in (self.core.deployments.save_last_use, self.core.registry.leave):
+            try:
+                await last_words()
+            except DumontError as error:
+                log.warning("not_stored_at_the_end", reason=error.reason, error=error.message)
 
 
 async def assemble(

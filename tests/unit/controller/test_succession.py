@@ -70,10 +70,15 @@ async def pair() -> Any:
     await pair.end()
 
 
+async def ready(controller: Controller) -> None:
+    nodes = controller.core.inventory.nodes
+    await controller.core.fleet.register(Node("n1", "n1:7071"))
+    await controller.core.inventory.until(lambda: nodes["n1"].state is NodeState.READY)
+
+
 async def deployed(pair: Pair) -> None:
     first, second = pair.controllers
-    await first.core.fleet.register(Node("n1", "n1:7071"))
-    await first.core.inventory.until(lambda: first.core.inventory.nodes["n1"].state is NodeState.READY)
+    await ready(first)
     await first.core.deployments.create("qa", Draft("org/model", "", StartMode.CHECKPOINT), "")
     await second.succession.refresh()
     assert not second.core.membership.mine("qa")
@@ -113,12 +118,9 @@ async def test_a_database_that_fails_in_the_middle_does_not_lose_what_was_claime
 
 
 async def test_whoever_becomes_the_oldest_asks_the_nodes_what_the_other_one_left(pair: Pair) -> None:
-    first, second = pair.controllers
+    second = pair.controllers[1]
     for one in pair.controllers:
-        await one.core.fleet.register(Node("n1", "n1:7071"))
-        await one.core.inventory.until(
-            lambda one=one: one.core.inventory.nodes["n1"].state is NodeState.READY
-        )
+        await ready(one)
     await second.succession.refresh()
     # It held no deployment, but perhaps it has begun something for one that was deleted meanwhile.
     await pair.registries[0].leave()
@@ -127,3 +129,15 @@ async def test_whoever_becomes_the_oldest_asks_the_nodes_what_the_other_one_left
 
     assert second.core.membership.oldest
     assert second.core.inventory.nodes["n1"].state is NodeState.CONNECTING
+
+
+async def test_a_controller_whose_session_has_ended_can_end_though_it_has_something_to_store(
+    pair: Pair,
+) -> None:
+    await deployed(pair)
+    first = pair.controllers[0]
+    first.core.deployments.used("qa")
+
+    await first.close()
+
+    assert pair.database.last_use == {}
