@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config as AlembicConfig
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -244,15 +245,16 @@ class SqlRegistry:
     async def create_deployment(self, deployment: Deployment) -> Deployment:
         try:
             async with self._transaction(writes=True, revises=True) as connection:
-                if deployment.request_id:
-                    same = sa.select(DEPLOYMENTS).where(DEPLOYMENTS.c.request_id == deployment.request_id)
-                    row = (await connection.execute(same)).mappings().first()
-                    if row is not None:
-                        return _deployment(row)
+                if (same := await self._requested(connection, deployment)) is not None:
+                    return same
                 await connection.execute(
                     sa.insert(DEPLOYMENTS).values(**_row(deployment), holder=self._session)
                 )
         except IntegrityError as error:
+            # Another controller may have answered the same request at this moment.
+            async with self._transaction() as connection:
+                if (same := await self._requested(connection, deployment)) is not None:
+                    return same
             raise AlreadyExists(
                 "DEPLOYMENT_EXISTS",
                 f"deployments/{deployment.id} exists; choose another id, or update it",
@@ -261,6 +263,14 @@ class SqlRegistry:
             ) from error
         await self._checkpoint()
         return deployment
+
+    async def _requested(self, connection: AsyncConnection, deployment: Deployment) -> Deployment | None:
+        """What was stored for the same request; None: nothing, or it has no id."""
+        if not deployment.request_id:
+            return None
+        same = sa.select(DEPLOYMENTS).where(DEPLOYMENTS.c.request_id == deployment.request_id)
+        row = (await connection.execute(same)).mappings().first()
+        return _deployment(row) if row is not None else None
 
     async def update_deployment(self, deployment: Deployment, etag: str) -> None:
         change = (
@@ -292,10 +302,7 @@ class SqlRegistry:
 
     async def save_node(self, node: Node) -> None:
         async with self._transaction(writes=True, revises=True) as connection:
-            await connection.execute(sa.delete(NODES).where(NODES.c.id == node.id))
-            await connection.execute(
-                sa.insert(NODES).values(id=node.id, endpoint=node.endpoint, facts=_facts(node))
-            )
+            await self._put(connection, NODES, id=node.id, endpoint=node.endpoint, facts=_facts(node))
 
     async def save_intent(self, intent: Intent) -> None:
         async with self._transaction(writes=True) as connection:
@@ -316,16 +323,15 @@ class SqlRegistry:
 
     async def save_captured(self, captured: Captured) -> None:
         async with self._transaction(writes=True, revises=True) as connection:
-            await connection.execute(sa.delete(CAPTURED).where(CAPTURED.c.id == captured.id))
-            await connection.execute(
-                sa.insert(CAPTURED).values(
-                    id=captured.id,
-                    deployment=captured.deployment,
-                    deployment_uid=captured.deployment_uid,
-                    manifest_digest=captured.manifest_digest,
-                    node=captured.node,
-                    adopt_time=captured.adopt_time,
-                )
+            await self._put(
+                connection,
+                CAPTURED,
+                id=captured.id,
+                deployment=captured.deployment,
+                deployment_uid=captured.deployment_uid,
+                manifest_digest=captured.manifest_digest,
+                node=captured.node,
+                adopt_time=captured.adopt_time,
             )
         await self._checkpoint()
 
@@ -344,9 +350,7 @@ class SqlRegistry:
             .limit(OPERATIONS_KEPT)
         )
         async with self._transaction(writes=True) as connection:
-            change = sa.update(OPERATIONS).where(OPERATIONS.c.name == name).values(row)
-            if (await connection.execute(change)).rowcount == 0:
-                await connection.execute(sa.insert(OPERATIONS).values(name=name, **row))
+            await self._put(connection, OPERATIONS, name=name, **row)
             if done:
                 await connection.execute(
                     sa.delete(OPERATIONS).where(OPERATIONS.c.done, OPERATIONS.c.name.not_in(kept))
@@ -383,6 +387,14 @@ class SqlRegistry:
             "another controller acts in its place; try again",
             metadata={"session": str(self._session)},
             retry_after=1.0,
+        )
+
+    async def _put(self, connection: AsyncConnection, table: sa.Table, **row: Any) -> None:
+        """Insert a row, or replace the one with the same key, whoever else does so at the same time."""
+        insert = (postgresql if self._shared else sqlite).insert(table).values(**row)
+        replaced = {name: insert.excluded[name] for name in row}
+        await connection.execute(
+            insert.on_conflict_do_update(index_elements=table.primary_key, set_=replaced)
         )
 
     async def _revise(self, connection: AsyncConnection) -> None:
@@ -429,9 +441,9 @@ async def open_registry(url: str) -> SqlRegistry:
     Raises:
         Unavailable: DATABASE_UNAVAILABLE.
     """
-    sqlite = url.startswith("sqlite")
+    is_file = url.startswith("sqlite")
     engine = create_async_engine(
-        url, pool_pre_ping=not sqlite, connect_args={} if sqlite else {"server_settings": SERVER_SETTINGS}
+        url, pool_pre_ping=not is_file, connect_args={} if is_file else {"server_settings": SERVER_SETTINGS}
     )
     if engine.dialect.name == "sqlite":
         _tune_sqlite(engine)

@@ -501,3 +501,25 @@ async def test_a_controller_that_stops_in_the_middle_of_a_write_is_cut_off(
         await stop_and_go_on()
     for registry in (first, second):
         await registry.close()
+
+
+async def test_a_node_may_register_with_every_controller_at_the_same_moment(shared: Reopen) -> None:
+    registries = [await shared() for _ in range(4)]
+    for registry in registries:
+        await registry.join(start, "a:1", 10.0)
+    for number in range(10):
+        node = Node(f"n{number}", "n:7071")
+        await asyncio.gather(*(registry.save_node(node) for registry in registries))
+    assert {node.id for node in (await registries[0].load()).nodes} == {f"n{n}" for n in range(10)}
+
+
+async def test_a_request_repeated_at_another_controller_returns_what_the_first_stored(shared: Reopen) -> None:
+    registries = [await shared() for _ in range(4)]
+    for registry in registries:
+        await registry.join(start, "a:1", 10.0)
+    for number in range(10):
+        wanted = deployment(f"d{number}", request_id=str(uuid.uuid4()))
+        made = await asyncio.gather(
+            *(r.create_deployment(replace(wanted, uid=f"u{n}")) for n, r in enumerate(registries))
+        )
+        assert len({one.uid for one in made}) == 1
