@@ -199,7 +199,8 @@ class Deployments:
         stored = await self._registry.create_deployment(deployment)
         if stored.uid == deployment.uid:
             self._membership.hold(stored.id)
-        self._keep(stored)
+            self._keep(stored)
+        # Otherwise another call has stored the same request, perhaps at another controller, the holder then.
         return stored
 
     async def _resolve(self, draft: Draft) -> ResolvedModel:

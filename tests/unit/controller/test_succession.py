@@ -141,3 +141,18 @@ async def test_a_controller_whose_session_has_ended_can_end_though_it_has_someth
     await first.close()
 
     assert pair.database.last_use == {}
+
+
+async def test_a_request_repeated_at_another_controller_does_not_make_that_one_the_holder(pair: Pair) -> None:
+    first, second = pair.controllers
+    for controller in pair.controllers:
+        await ready(controller)
+    draft = Draft("org/model", "", StartMode.CHECKPOINT)
+    made = await second.core.deployments.create("qa", draft, "request-1")
+
+    again = await first.core.deployments.create("qa", draft, "request-1")
+    await first.succession.refresh()
+
+    assert again == made
+    assert first.core.membership.holder("qa") == second.core.membership.number
+    assert second.core.membership.mine("qa")
