@@ -34,7 +34,9 @@ class Succession:
         self._core = core
         self._seconds = seconds
         self._renewed_at = core.now()
+        # The refreshes that were begun, and the number of the last one that did not fail.
         self._begun = 0
+        self._refreshed = 0
         self._refreshing = asyncio.Lock()
 
     async def run(self) -> None:
@@ -75,9 +77,10 @@ class Succession:
         """
         wanted = self._begun + 1
         async with self._refreshing:
-            if self._begun >= wanted:
+            if self._refreshed >= wanted:
                 return
             self._begun += 1
+            number = self._begun
             registry, membership = self._core.registry, self._core.membership
             # A claim counts as a change, so one whose outcome was not learned is found by the next refresh.
             await registry.claim()
@@ -90,6 +93,7 @@ class Succession:
                     await self._load()
                 else:
                     membership.learn(members)
+            self._refreshed = number
 
     async def _load(self) -> None:
         before = self._held()

@@ -11,7 +11,7 @@ from controller.assembly import Controller, assemble
 from controller.deployments import Draft
 from controller.identity import Established, Identity
 from controller.model import Node, NodeState, StartMode
-from controller.ports import Stored
+from controller.ports import Members, Stored
 from dumont.errors import DumontError, Unavailable
 from tests.fakes.manual_clock import ManualClock
 from tests.fakes.memory_nodes import MemoryNodes
@@ -21,13 +21,22 @@ LEASE = 10.0
 
 
 class Registry(MemoryRegistry):
-    """One whose ``load`` can be kept waiting, or fail."""
+    """One whose ``load`` can be kept waiting, or fail, and whose ``members`` can."""
 
     def __init__(self, database: MemoryDatabase) -> None:
         super().__init__(database)
         self.answers = asyncio.Event()
         self.answers.set()
         self.error: DumontError | None = None
+        # Of the next calls of ``members``.
+        self.errors: list[DumontError | None] = []
+
+    async def members(self) -> Members:
+        if self.errors and (error := self.errors.pop(0)) is not None:
+            # Another controller changes something meanwhile.
+            self.database.revision += 1
+            raise error
+        return await super().members()
 
     async def load(self) -> Stored:
         await self.answers.wait()
@@ -156,3 +165,21 @@ async def test_a_request_repeated_at_another_controller_does_not_make_that_one_t
     assert again == made
     assert first.core.membership.holder("qa") == second.core.membership.number
     assert second.core.membership.mine("qa")
+
+
+async def test_a_refresh_that_fails_does_not_count_for_those_who_wait_for_it(pair: Pair) -> None:
+    await deployed(pair)
+    second = pair.controllers[1]
+    registry = pair.registries[1]
+    registry.answers.clear()
+    running = asyncio.create_task(second.succession.refresh())
+    await asyncio.sleep(0)
+    fails, waits = (asyncio.create_task(second.succession.refresh()) for _ in range(2))
+    await asyncio.sleep(0)
+    registry.errors = [None, Unavailable("DATABASE_UNAVAILABLE", "the connection is gone")]
+
+    registry.answers.set()
+    outcomes = await asyncio.gather(running, fails, waits, return_exceptions=True)
+
+    assert [type(outcome) for outcome in outcomes] == [type(None), Unavailable, type(None)]
+    assert second.core.membership.members.revision == pair.database.revision
