@@ -99,8 +99,10 @@ class Peers:
 
     async def keep(self, members: Members) -> None:
         """Drop the connections to those that are gone."""
-        for address in set(self._channels) - set(members.addresses.values()):
-            await self._channels.pop(address).close()
+        gone = set(self._channels) - set(members.addresses.values())
+        # All at once: another call may drop them, too, while one is being closed.
+        for channel in [self._channels.pop(address) for address in gone]:
+            await channel.close()
 
     async def close(self) -> None:
         """Drop all."""
