@@ -64,6 +64,12 @@ SERVICES: Final = tuple(
     )
     for service in module.DESCRIPTOR.services_by_name.values()
 )
+# What the field "name" of a request names, by the file of its service.
+COLLECTIONS: Final = {
+    deployment_service_pb2.DESCRIPTOR.name: "deployments",
+    instance_service_pb2.DESCRIPTOR.name: "instances",
+    snapshot_service_pb2.DESCRIPTOR.name: "snapshots",
+}
 # Says that a controller has passed the call on, so that it is not passed on in a circle.
 FORWARDED: Final = "dumont-forwarded"
 # How often the holder is looked for again while nobody is it.
@@ -351,13 +357,24 @@ class _Call:
 
 
 def names_in(request: Message) -> list[str]:
-    """The resource names that say what a request is about, the most telling first."""
+    """The resource names that say what a request is about, the most telling first.
+
+    A caller may give an id alone; which collection it is of, the field says.
+    """
     found = []
-    for field in ("deployment", "name", "instance", "snapshot"):
+    own = COLLECTIONS.get(request.DESCRIPTOR.file.name, "")
+    for field, collection in (
+        ("deployment", "deployments"),
+        ("name", own),
+        ("instance", "instances"),
+        ("snapshot", "snapshots"),
+    ):
         if field in request.DESCRIPTOR.fields_by_name:
             value = getattr(request, field)
-            found.append(value if isinstance(value, str) else value.name)
-    return [name for name in found if name]
+            name = value if isinstance(value, str) else value.name
+            if name:
+                found.append(name if "/" in name else f"{collection}/{name}")
+    return found
 
 
 def _lost(holder: int) -> Unavailable:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 
 from controller.adapters.clock import SystemClock
 from controller.adapters.operation_store import OperationStore
@@ -23,6 +24,8 @@ from controller.service import forwarding
 from controller.service.forwarding import ANYWHERE, ForwardingInterceptor, names_in
 from dumont.client import AsyncClient
 from dumont.controller.v1 import deployment_service_pb2 as deployments
+from dumont.controller.v1 import inference_service_pb2 as inference
+from dumont.controller.v1 import instance_service_pb2 as instances
 from dumont.controller.v1 import snapshot_service_pb2 as snapshots
 from dumont.errors import Aborted, Unavailable
 from dumont.rpc import operations
@@ -140,6 +143,19 @@ async def test_what_one_controller_holds_the_other_one_answers_too(several: Seve
     )
 
 
+async def test_a_request_that_gives_only_the_id_is_answered_by_the_holder(several: Several) -> None:
+    first, second = await several.start(), await several.start()
+    await first.client.deploy("org/model", name="qa")
+    async with grpc.aio.insecure_channel(second.address) as channel:
+        generate: Any = channel.unary_stream("/dumont.controller.v1.InferenceService/Generate")
+        async for _ in generate(
+            inference.GenerateRequest(deployment="qa", prompt="hello").SerializeToString()
+        ):
+            pass
+    assert first.controller.core.deployments.last_use.keys() == {"qa"}
+    assert not second.controller.core.deployments.last_use
+
+
 async def test_a_command_about_an_instance_goes_to_its_holder(several: Several) -> None:
     first, second = await several.start(), await several.start()
     await first.client.deploy("org/model", name="qa")
@@ -252,6 +268,21 @@ def test_the_deployment_that_a_request_names_counts_more_than_its_snapshot() -> 
     assert names_in(adopt) == ["deployments/qa", "snapshots/s"]
     update = deployments.UpdateDeploymentRequest(deployment=deployments.Deployment(name="deployments/qa"))
     assert names_in(update) == ["deployments/qa"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "named"),
+    [
+        (inference.GenerateRequest(deployment="qa"), "deployments/qa"),
+        (deployments.DeleteDeploymentRequest(name="qa"), "deployments/qa"),
+        (deployments.UpdateDeploymentRequest(deployment=deployments.Deployment(name="qa")), "deployments/qa"),
+        (instances.ParkInstanceRequest(name="qa-1"), "instances/qa-1"),
+        (snapshots.DeleteSnapshotRequest(name="qa-1"), "snapshots/qa-1"),
+        (snapshots.CreateSnapshotRequest(deployment="qa"), "deployments/qa"),
+    ],
+)
+def test_an_id_alone_names_what_the_whole_name_does(request_: Message, named: str) -> None:
+    assert names_in(request_) == [named]
 
 
 async def test_a_client_that_knows_both_does_without_the_one_that_is_gone(several: Several) -> None:
