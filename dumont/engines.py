@@ -132,7 +132,8 @@ VLLM_OPTIONS: Final[Mapping[str, Option]] = {
     "model_impl": Option(
         "text", "whose implementation of the model", choices=("auto", "vllm", "transformers")
     ),
-    "max_logprobs": Option("integer", "log-probabilities that a request may ask for", lowest=0, highest=20),
+    # The warm-up asks for one.
+    "max_logprobs": Option("integer", "log-probabilities that a request may ask for", lowest=1, highest=20),
     "seed": Option("integer", "of sampling in requests without one", lowest=0, highest=2**31 - 1),
     "speculative_config": Option(
         "object",

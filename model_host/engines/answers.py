@@ -118,10 +118,11 @@ class TextRequests:
         """
         own = frozenset() if request.ignore_eos else self._ends
         ends = own | frozenset(request.stop_token_ids)
-        request = replace(request, stop=(*request.stop, *self._defaults.stop))
-        sampling = Sampling.of(
-            request, self._defaults.fields, ends, self._banned, self._defaults.least(len(prompt))
+        least = max(request.min_new_tokens, self._defaults.least(len(prompt)))
+        request = replace(
+            request, stop=(*request.stop, *self._defaults.stop), min_new_tokens=min(least, limit)
         )
+        sampling = Sampling.of(request, self._defaults.fields, ends, self._banned)
         sequences = [
             TokenSequence(
                 prompt, limit, sampling, ends, own, None if request.seed is None else request.seed + index

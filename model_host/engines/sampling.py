@@ -58,14 +58,12 @@ class Sampling:
         defaults: Mapping[str, Any],
         ends: frozenset[int],
         banned: frozenset[int] = frozenset(),
-        least: int = 0,
     ) -> Sampling:
         """What a request asks for, completed from the model's ``generation_config.json``.
 
         Args:
             defaults: for fields that the request leaves out.
             banned: tokens that are never chosen.
-            least: tokens that an answer must have at least.
         """
 
         def pick(value: Any, name: str, neutral: Any) -> Any:
@@ -84,7 +82,7 @@ class Sampling:
             frequency=request.frequency_penalty,
             bias={**request.logit_bias, **dict.fromkeys(banned, -np.inf)},
             ends=ends,
-            min_new_tokens=max(request.min_new_tokens, least),
+            min_new_tokens=request.min_new_tokens,
             logprobs=request.logprobs,
         )
 

@@ -6,6 +6,7 @@ are tokenised, and tokens turned into text, as for every other engine.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,10 +174,11 @@ class _Engine:
         return [(7919 * (position + 1)) % self._core.vocabulary for position in range(count)]
 
     def _run_together(self, works: Sequence[Work]) -> None:
-        for work in works:
-            self.admit(work)
-        left = set(works)
+        waiting, left = deque(works), set(works)
         while left:
+            # An option may allow fewer answers at a time than there are works.
+            while waiting and self.admit(waiting[0]):
+                waiting.popleft()
             for output in self.step():
                 if isinstance(output.item, BaseException):
                     raise output.item

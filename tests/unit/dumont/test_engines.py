@@ -59,6 +59,7 @@ def test_no_option_is_both_allowed_and_refused() -> None:
     ("option", "value"),
     [
         ("max_model_len", 0),
+        ("max_logprobs", 0),
         ("max_model_len", 1.5),
         ("max_model_len", "4096"),
         ("max_model_len", True),

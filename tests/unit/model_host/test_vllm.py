@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -277,6 +278,35 @@ def test_requests_wait_while_as_many_as_fit_are_under_way(generator: Generator) 
 def test_more_answers_than_fit_are_admitted_alone(generator: Generator) -> None:
     # vLLM computes them in turn.
     assert generator.admit(generator.generate(Generation(prompt=words([2]), n=6)))
+
+
+def test_the_warm_up_ends_where_one_answer_is_computed_at_a_time(folder: Path) -> None:
+    core = ScriptedCore(sequences=1, steps=[[tokens(str(number), 4, ended=True)] for number in range(4)])
+    files = model_files.read(folder)
+    generator = Generator(
+        cast(Core, core), cast(Any, Sleeping()), load_tokenizer(files), files, Settings(), "cpu"
+    )
+
+    generator.warm_up()
+
+    assert len(core.asked) == 4
+    assert (core.steps, generator.load.sequences) == ([], 0)
+
+
+def test_an_answer_need_not_be_longer_than_it_may_be(
+    folder: Path, core: ScriptedCore, tmp_path: Path
+) -> None:
+    # given: a model whose answers have 20 tokens at least, for a caller who wants 5, which vLLM refuses
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "generation_config.json").write_text(f'{{"eos_token_id": {END}, "min_new_tokens": 20}}')
+    files = model_files.read(model)
+    generator = Generator(
+        cast(Core, core), cast(Any, Sleeping()), load_tokenizer(files), files, Settings(), "cpu"
+    )
+
+    admitted(generator, prompt=words([1]), max_new_tokens=5)
+
+    assert core.asked["0"].sampling.min_new_tokens == core.asked["0"].limit == 5
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_name(generator: Generator) -> None:
