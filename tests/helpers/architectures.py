@@ -30,43 +30,67 @@ from tests.unit.model_host.tiny_models import VOCABULARY, answers, run_all, save
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- table: python -m tests.helpers.architectures -->", "<!-- end of table -->"
 PROMPTS, COUNT = (7, 700), 20
+# Of a tiny model. One that is left at its default size takes gigabytes.
+MOST_PARAMETERS = 4_000_000
 # How far a log-probability may be off, and how far below the likeliest a token that transformers did not
 # choose, as fractions of the spread of the logits: two tokens may be as likely as one another.
 TOLERANCE = 0.02
 
 # Sizes by what configurations call them.
-SIZES: dict[Any, str] = {
-    VOCABULARY: "vocab_size unpadded_vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab",
-    1024: "max_position_embeddings n_positions max_seq_len n_ctx model_max_length max_target_positions "
-    "rel_extent context_length max_source_positions",
-    32: "hidden_size d_model n_embd embed_dim embedding_size word_embed_proj_dim attention_hidden_size "
-    "lru_width emb_dim embedding_dim input_embedding_size output_embedding_size pronunciation_embed_dim "
-    "shape_embed_dim kv_lora_rank q_lora_rank router_hidden_size hidden_size_per_layer_input laurel_rank "
-    "adapter_rank ple_embed_dim hc_lowrank o_lora_rank gated_norm_rank hidden_size_global projection_dim "
-    "backbone_hidden_size "
-    # What takes effect only beyond so many tokens must take effect here.
-    "attention_chunk_size index_topk keep_window_size index_block_size local_attn_chunk_length "
-    "lsh_attn_chunk_length log_scaling_n_floor floor_scale",
-    64: "intermediate_size ffn_dim ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size "
-    "shared_experts_intermediate_size shared_intermediate_size intermediate_size_mlp mamba_d_ssm "
-    "expert_ffn_hidden_size dense_intermediate_size encoder_ffn_dim decoder_ffn_dim dff dim_ff d_inner "
-    "moe_shared_expert_intermediate_size feed_forward_size",
-    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-    "attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads "
-    "index_n_heads linear_num_heads linear_num_value_heads linear_num_key_heads num_kv_heads num_experts "
-    "n_routed_experts num_local_experts moe_num_experts time_step_rank mamba_dt_rank index_topk_blocks",
-    2: "num_key_value_heads swa_num_key_value_heads num_global_key_value_heads num_hidden_layers n_layer "
-    "n_layers num_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers num_blocks "
-    "num_experts_per_tok num_experts_per_token moe_topk moe_k zero_expert_num top_k_experts",
-    8: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim linear_key_head_dim "
-    "linear_value_head_dim linear_head_dim swa_head_dim kv_channels dim_head d_head rotary_dim "
-    "attention_head_size global_head_dim",
-    16: "qk_head_dim sliding_window sliding_window_size window_size attention_window_size local_attention "
-    "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
-    1: "n_group num_expert_group topk_group n_groups",
-    0.3: "initializer_range init_std init_method_std",
-}
-SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
+# Pairs: two sizes may be the same number.
+SIZES: tuple[tuple[float, str], ...] = (
+    (VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab"),
+    (
+        1024,
+        "max_position_embeddings n_positions max_seq_len n_ctx model_max_length max_target_positions "
+        "rel_extent context_length max_source_positions",
+    ),
+    (
+        32,
+        "hidden_size d_model n_embd embed_dim embedding_size word_embed_proj_dim attention_hidden_size "
+        "lru_width emb_dim embedding_dim input_embedding_size output_embedding_size pronunciation_embed_dim "
+        "shape_embed_dim kv_lora_rank q_lora_rank router_hidden_size hidden_size_per_layer_input laurel_rank "
+        "adapter_rank ple_embed_dim hc_lowrank o_lora_rank gated_norm_rank hidden_size_global projection_dim "
+        "backbone_hidden_size "
+        # What takes effect only beyond so many tokens must take effect here.
+        "attention_chunk_size index_topk keep_window_size index_block_size local_attn_chunk_length "
+        "lsh_attn_chunk_length log_scaling_n_floor floor_scale",
+    ),
+    (
+        64,
+        "intermediate_size ffn_dim ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size "
+        "shared_experts_intermediate_size shared_intermediate_size intermediate_size_mlp mamba_d_ssm "
+        "expert_ffn_hidden_size dense_intermediate_size encoder_ffn_dim decoder_ffn_dim dff dim_ff d_inner "
+        "moe_shared_expert_intermediate_size feed_forward_size",
+    ),
+    (
+        4,
+        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
+        "attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads "
+        "index_n_heads linear_num_heads linear_num_value_heads linear_num_key_heads num_kv_heads num_experts "
+        "n_routed_experts num_local_experts moe_num_experts time_step_rank mamba_dt_rank index_topk_blocks",
+    ),
+    (
+        2,
+        "num_key_value_heads swa_num_key_value_heads num_global_key_value_heads num_hidden_layers n_layer "
+        "n_layers num_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers num_blocks "
+        "num_experts_per_tok num_experts_per_token moe_topk moe_k zero_expert_num top_k_experts",
+    ),
+    (
+        8,
+        "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim linear_key_head_dim "
+        "linear_value_head_dim linear_head_dim swa_head_dim kv_channels dim_head d_head rotary_dim "
+        "attention_head_size global_head_dim",
+    ),
+    (
+        16,
+        "qk_head_dim sliding_window sliding_window_size window_size attention_window_size local_attention "
+        "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size",
+    ),
+    (1, "n_group num_expert_group topk_group n_groups"),
+    (0.3, "initializer_range init_std init_method_std"),
+)
+SMALL = {name: size for size, names in SIZES for name in names.split()}
 # Set even where the default is that they follow from something else.
 UNSET = ("num_key_value_heads", "head_dim", "num_kv_heads", "intermediate_size")
 # Kinds of layers: one of each.
@@ -154,7 +178,8 @@ def tiny_encoder(kind: str) -> Any:
     config_class: Any = type(transformers.AutoConfig.for_model(kind))
     fields = _small(config_class)
     fields.pop("is_decoder", None)
-    return config_class(**fields | {"pad_token_id": config_class().pad_token_id or 0})
+    pad = config_class().pad_token_id or 0
+    return config_class(**fields | {"pad_token_id": pad if pad < VOCABULARY else 0})
 
 
 def _small(config_class: Any) -> dict[str, Any]:
@@ -189,7 +214,10 @@ def make(architecture: str, folder: Path) -> Any:
     """Save a tiny model; gives it back as transformers loads it."""
     torch.manual_seed(3)
     model_class = getattr(transformers, architecture)
-    save(model_class(tiny(architecture)).eval(), folder)
+    model = model_class(tiny(architecture)).eval()
+    parameters = model.num_parameters()
+    assert parameters <= MOST_PARAMETERS, f"{parameters} parameters; name what makes them many in SIZES"
+    save(model, folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     return model_class.from_pretrained(folder).eval()
 
