@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch import nn
 
 from dumont import models
 from dumont.errors import FailedPrecondition, Internal, InvalidArgument
@@ -35,6 +36,7 @@ from model_host.engines.answers import Answering, Step, TextRequests
 from model_host.engines.batch import TokenSequence
 from model_host.engines.libraries import library_versions
 from model_host.engines.sampling import Sampling
+from model_host.engines.sentence import Recipe
 from model_host.engines.tokens import encode_inputs, load_tokenizer, lower_case
 from model_host.engines.vllm import sleep, surroundings, versions
 from model_host.engines.vllm.versions import Computed, Core
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 GENERATING: Final = (*models.GENERATING, "ForConditionalGeneration")
+# Pooling that vLLM computes, by sentence-transformers' names.
+POOLING: Final = ("cls", "lasttoken", "mean")
 CANARY_PROMPT: Final = 16
 CANARY_ANSWER: Final = 4
 CANARY_VALUES: Final = 8
@@ -61,6 +65,8 @@ def load(files: ModelFiles, settings: Settings, phases: Phases) -> Generator | E
     device = _device(settings.device)
     options = dict(settings.engine_options)
     generates = _generates(files)
+    if not generates:
+        _recipe(files)  # refused before anything is loaded
     with phases.measure("load_tokenizer"):
         tokenizer = load_tokenizer(files)
     lora = options.pop("lora_modules", None)
@@ -76,6 +82,32 @@ def load(files: ModelFiles, settings: Settings, phases: Phases) -> Generator | E
 def _generates(files: ModelFiles) -> bool:
     """Whether the model generates; otherwise it embeds."""
     return files.architecture.endswith(GENERATING) and models.MODULES not in files.names
+
+
+def _recipe(files: ModelFiles) -> Recipe:
+    """How the model's texts become vectors.
+
+    Raises:
+        FailedPrecondition: MODEL_UNSUPPORTED, vLLM makes other vectors of them; or as ``sentence.read``.
+    """
+    recipe = sentence.read(files)
+    pooling = ", ".join(recipe.modes)
+    followed = {
+        "counts the tokens of a prompt in the vector of a text, and this model does not": (
+            recipe.prompt_counts or not recipe.prompt
+        ),
+        f"does not pool tokens as this model does ({pooling})": pooling in POOLING,
+        "leaves out this model's LayerNorm": not any(isinstance(one, nn.LayerNorm) for one in recipe.after),
+        "leaves out the residual of this model's Dense": not any(
+            getattr(one, "residual", None) for one in recipe.after
+        ),
+    }
+    for what, right in followed.items():
+        if not right:
+            raise models.unsupported(
+                str(files.folder), f"vLLM {what}", "Deploy it with the engine embedding.", files.architecture
+            )
+    return recipe
 
 
 def _device(name: str) -> str:
@@ -117,6 +149,9 @@ def _arguments(
         defaults["kv_cache_memory_bytes"] = settings.kv_cache or _kv_budget(device)
     if lora:
         defaults |= {"enable_lora": True, "max_loras": 1}
+    if not generates and models.MODULES not in files.names:
+        # vLLM's own choice is another for each architecture.
+        defaults["pooler_config"] = {"pooling_type": "MEAN"}
     own = {
         "model": str(files.folder),
         "runner": "generate" if generates else "pooling",
@@ -367,14 +402,8 @@ class Embedder(_Engine):
         super().__init__(core, memory, tokenizer, files, settings, device)
         self.capacity = Capacity(core.sequences)
         self._normalize = files.normalize
-        recipe = sentence.read(files)
+        recipe = _recipe(files)
         self._prompt = recipe.prompt
-        if recipe.prompt and not recipe.prompt_counts:
-            raise models.unsupported(
-                str(files.folder),
-                "vLLM counts the tokens of a prompt in the vector of a text, and this model does not",
-                "Deploy it with the engine embedding.",
-            )
         if recipe.lower:
             lower_case(tokenizer)
         self._values = 0  # of a vector; until the canary has one, it is not known

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
 from dumont.errors import FailedPrecondition, Internal, InvalidArgument
 from model_host import model_files
@@ -28,14 +29,16 @@ from model_host.engine import (
     Settings,
     Work,
 )
-from model_host.engines import choice
+from model_host.engines import choice, sentence
 from model_host.engines.sampling import Chosen, Sampling
+from model_host.engines.sentence import Dense, Recipe
 from model_host.engines.tokens import load_tokenizer
 from model_host.engines.vllm import engine as engines
 from model_host.engines.vllm import sleep, surroundings, versions
 from model_host.engines.vllm.engine import Embedder, Generator
 from model_host.engines.vllm.sleep import Piece
 from model_host.engines.vllm.versions import Computed, Core
+from model_host.model_files import ModelFiles
 from model_host.weights import map_shards
 from tests.unit.model_host.tiny_models import VOCABULARY, answers, llama, words
 
@@ -410,6 +413,43 @@ def test_a_generating_architecture_generates_unless_its_files_make_it_a_sentence
     files = model_files.read(folder)
     assert engines._generates(files)
     assert not engines._generates(replace(files, names=files.names | {"modules.json"}))
+
+
+def test_without_modules_the_mean_is_taken_as_by_the_engine_embedding(folder: Path) -> None:
+    files = model_files.read(folder)
+    with_modules = replace(files, names=files.names | {"modules.json"})
+
+    def pooler(files: ModelFiles, *, generates: bool) -> Any:
+        return engines._arguments(files, Settings(), "cpu", generates, {}, None).get("pooler_config")
+
+    assert pooler(files, generates=False) == {"pooling_type": "MEAN"}
+    assert pooler(with_modules, generates=False) is None
+    assert pooler(files, generates=True) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        (Recipe(modes=("max",)), "pool"),
+        (Recipe(modes=("mean", "cls")), "pool"),
+        (Recipe(after=(nn.LayerNorm(2),)), "LayerNorm"),
+        (Recipe(after=(Dense(nn.Linear(2, 2), nn.Tanh(), nn.Identity()),)), "residual"),
+        (Recipe(prompt="query: ", prompt_counts=False), "prompt"),
+    ],
+)
+def test_a_model_whose_vectors_vllm_would_make_otherwise_is_refused_before_it_is_loaded(
+    folder: Path, recipe: Recipe, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentence, "read", lambda files: recipe)
+    monkeypatch.setattr(engines, "_device", lambda name: "cpu")
+    monkeypatch.setattr(engines, "_generates", lambda files: False)
+
+    with pytest.raises(FailedPrecondition) as refused:
+        engines.load(model_files.read(folder), Settings(), Phases())
+
+    assert refused.value.reason == "MODEL_UNSUPPORTED"
+    assert why in refused.value.message
+    assert "engine embedding" in refused.value.message
 
 
 def test_without_vllm_the_remedy_is_named(folder: Path) -> None:
