@@ -42,7 +42,9 @@ class DeploymentService(pb_grpc.DeploymentServiceServicer):
         identifier = names.check_id(request.deployment_id, "deployment_id")
         draft = convert.draft(request.deployment)
         created = await self._deployments.create(identifier, draft, convert.request_id(request.request_id))
-        if request.prewarm:
+        membership = self._core.membership
+        if request.prewarm and membership.holder(created.id) == membership.number:
+            # What another controller holds was created by the same request before, and is started there.
             self._starts.begin(created.id)
         return self._message(created)
 

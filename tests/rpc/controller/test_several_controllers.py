@@ -27,6 +27,7 @@ from dumont.controller.v1 import deployment_service_pb2 as deployments
 from dumont.controller.v1 import inference_service_pb2 as inference
 from dumont.controller.v1 import instance_service_pb2 as instances
 from dumont.controller.v1 import snapshot_service_pb2 as snapshots
+from dumont.controller.v1.deployment_service_pb2_grpc import DeploymentServiceStub
 from dumont.errors import Aborted, Unavailable
 from dumont.rpc import operations
 from dumont.rpc.operations import Operations
@@ -301,3 +302,22 @@ async def test_names_of_which_nothing_is_known_are_told() -> None:
         with pytest.raises(Unavailable) as failure:
             await client.nodes.list()
     assert failure.value.reason == "ENDPOINT_UNREACHABLE"
+
+
+async def test_a_repeated_request_starts_nothing_beside_the_holder(several: Several) -> None:
+    ones = [await several.start(), await several.start()]
+    request = deployments.CreateDeploymentRequest(
+        deployment_id="qa",
+        deployment=deployments.Deployment(model="org/model", start_mode=deployments.START_MODE_CHECKPOINT),
+        prewarm=True,
+        request_id="6c4a2a6e-3f5b-4b5e-9d6c-0a6f3f1f5a10",
+    )
+    for one in ones:
+        async with grpc.aio.insecure_channel(one.address) as channel:
+            created = await DeploymentServiceStub(channel).CreateDeployment(request)
+    await asyncio.sleep(0)
+
+    second = ones[1].controller
+    assert created.name == "deployments/qa"
+    assert not second.starts.starting("qa")
+    assert not second.starts.failures
