@@ -96,7 +96,8 @@ class NodeModels:
         held: list[Model | Unservable] = []
         for name in sorted(self._names()):
             try:
-                found = self._look(name, "")
+                # Being listed is no use of a model, and must not keep it from being evicted.
+                found = self._look(name, "", used=False)
             except DumontError as error:
                 held.append(Unservable(name, error.message))
             else:
@@ -128,8 +129,8 @@ class NodeModels:
             # A directory; no hub has it.
             return None
 
-    def _look(self, name: str, engine: str) -> Model | None:
-        found = self._find(name)
+    def _look(self, name: str, engine: str, used: bool = True) -> Model | None:
+        found = self._find(name, used)
         return None if found is None else _describe(name, found, engine)
 
     async def adapter(self, directory: str) -> Model:
@@ -220,7 +221,7 @@ class NodeModels:
     def _hub_folder(self, name: str) -> Path:
         return self.hub_cache / f"models--{name.replace('/', '--')}"
 
-    def _find(self, name: str) -> Path | None:
+    def _find(self, name: str, used: bool) -> Path | None:
         if name.startswith("/"):
             path = Path(name)
             if not path.is_dir():
@@ -238,7 +239,7 @@ class NodeModels:
             return self.directory / name
         try:
             found = Path(snapshot_download(name, cache_dir=self.hub_cache, local_files_only=True))
-            if (note := self._note(name)).exists():
+            if used and (note := self._note(name)).exists():
                 note.touch()
             return found
         except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError):

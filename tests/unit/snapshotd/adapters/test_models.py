@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -373,3 +374,18 @@ async def test_the_models_of_a_node_are_listed_with_what_is_wrong_with_them(
         await models.resolve("org/od")
     with pytest.raises(NotFound, match="dumont models"):
         await models.resolve("quite/different")
+
+
+async def test_listing_the_models_does_not_count_as_using_them(tmp_path: Path) -> None:
+    models = NodeModels(tmp_path, limit=100)
+    folder = fetched(models, "org/old", 30, 1.0).parent
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+
+    await models.held()
+    assert models._note("org/old").stat().st_mtime == 1.0
+
+    with contextlib.suppress(DumontError):
+        await models.find("org/old")
+    assert models._note("org/old").stat().st_mtime > 1.0
