@@ -26,6 +26,7 @@ from model_host.model_files import Json, ModelFiles, invalid
 SETTINGS: Final = (
     "sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json",
     "sentence_camembert_config.json", "sentence_albert_config.json", "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
 )  # fmt: skip
 PROMPTS: Final = "config_sentence_transformers.json"
 
@@ -39,6 +40,17 @@ NOT_FOLLOWED: Final[dict[str, tuple[Any, ...]]] = {
     "query_length": (None,),
     "document_length": (None,),
 }
+# Arguments with which sentence-transformers loads the model, its tokenizer and its configuration, and those
+# that change no vector of a text that is computed alone.
+ARGUMENTS: Final = (
+    "model_args", "model_kwargs", "tokenizer_args", "tokenizer_kwargs", "processor_kwargs", "config_args",
+    "config_kwargs",
+)  # fmt: skip
+HARMLESS_ARGUMENTS: Final = frozenset(
+    {"add_pooling_layer", "attn_implementation", "padding_side", "trust_remote_code", "use_fast"}
+)
+# What is taken of the model for a text; other kinds of input are not served.
+TEXT_OUTPUT: Final = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 # What an older Pooling says with a boolean for each mode, in sentence-transformers' order.
 FORMER_MODES: Final = {
@@ -140,6 +152,17 @@ class Normalize(nn.Module):
         return nn.functional.normalize(vectors, dim=-1)
 
 
+class Truncate(nn.Module):
+    """Keeps the first values of vectors; ``size``: how many."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return vectors[..., : self.size]
+
+
 class Dense(nn.Module):
     """A linear layer and its activation; with ``residual``, the input is added to what they give."""
 
@@ -184,12 +207,14 @@ def read(files: ModelFiles) -> Recipe:
         raise _not_followed(files, f"its Transformer is in a directory of its own, {modules[0]['path']}")
     settings = _settings(files)
     modes, prompt_counts = _modes(files, _config(files, modules[1]))
+    config = files.json(PROMPTS) if PROMPTS in files.names else {}
+    after = [READERS[kind](files, module) for kind, module in zip(kinds[2:], modules[2:], strict=True)]
+    if config.get("truncate_dim") is not None:
+        after.append(_truncate(files, config["truncate_dim"]))
     return Recipe(
         modes=modes,
-        after=tuple(
-            READERS[kind](files, module) for kind, module in zip(kinds[2:], modules[2:], strict=True)
-        ),
-        prompt=_prompt(files),
+        after=tuple(after),
+        prompt=_prompt(files, config),
         prompt_counts=prompt_counts,
         longest=_longest(settings),
         lower=settings.get("do_lower_case") is True,
@@ -221,6 +246,13 @@ def _settings(files: ModelFiles) -> Json:
     for name, harmless in NOT_FOLLOWED.items():
         if settings.get(name) not in harmless:
             raise _not_followed(files, f"its Transformer has {name} {str(settings[name])[:80]!r}")
+    for name in ARGUMENTS:
+        if followed := set(settings.get(name) or {}) - HARMLESS_ARGUMENTS:
+            raise _not_followed(files, f"its Transformer has {min(followed)[:40]} in {name}")
+    outputs = settings.get("modality_config")
+    if outputs is not None and outputs.get("text") != TEXT_OUTPUT:
+        found = str(outputs.get("text"))[:120]
+        raise _not_followed(files, f"its Transformer has a modality_config with {found} for text")
     return settings
 
 
@@ -239,9 +271,14 @@ def _modes(files: ModelFiles, config: Json) -> tuple[tuple[str, ...], bool]:
     return modes, config.get("include_prompt", True) is not False
 
 
-def _prompt(files: ModelFiles) -> str:
+def _truncate(files: ModelFiles, size: Any) -> nn.Module:
+    if not isinstance(size, int) or size < 1:
+        raise invalid(files.folder / PROMPTS, f"has truncate_dim {str(size)[:40]}, which is no size")
+    return Truncate(size)
+
+
+def _prompt(files: ModelFiles, config: Json) -> str:
     """The prompt that the model's own library puts before a text when the caller names none."""
-    config = files.json(PROMPTS) if PROMPTS in files.names else {}
     kind = config.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise _not_followed(files, f"it is a {str(kind)[:40]}, which gives no single vector for a text")

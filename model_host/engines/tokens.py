@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -70,10 +71,62 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 def _is_rebuilt(files: ModelFiles, tokenizer: Tokenizer) -> bool:
     """Whether transformers makes another tokenizer of these files than tokenizer.json describes.
 
-    It does of Llama's, which put a space before every piece of a text, and not only before the first.
+    It does where tokenizer_config.json says something else, or names a special token that the other file
+    lacks. Llama's class has defaults of its own: a space before a text, but not before each of its pieces.
     """
-    known = str(files.tokenizer_config.get("tokenizer_class", ""))
-    return known.startswith("LlamaTokenizer") and "Prepend" in repr(tokenizer.normalizer)
+    settings = files.tokenizer_config
+    normalizers, splitters = _parts(tokenizer.normalizer), _parts(tokenizer.pre_tokenizer)
+    if str(settings.get("tokenizer_class", "")).startswith("LlamaTokenizer"):
+        first = "always" if settings.get("legacy") else "first"
+        spaces = "never" if settings.get("add_prefix_space") is False else first
+        if not any(part["type"] == "Metaspace" and part["prepend_scheme"] == spaces for part in splitters):
+            return True
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if not _special_tokens_named(files) <= known:
+        return True
+    described: list[tuple[str, Any]] = []
+    bert = next((part for part in normalizers if part["type"] == "BertNormalizer"), None)
+    if bert:
+        described += [
+            ("do_lower_case", bert["lowercase"]),
+            ("strip_accents", bert["strip_accents"]),
+            ("tokenize_chinese_chars", bert["handle_chinese_chars"]),
+        ]
+    else:
+        described.append(("do_lower_case", any(part["type"] == "Lowercase" for part in normalizers)))
+    for part in splitters:
+        if part["type"] == "ByteLevel":
+            described.append(("add_prefix_space", part["add_prefix_space"]))
+        if part["type"] == "Metaspace":
+            described.append(("add_prefix_space", part["prepend_scheme"] != "never"))
+    return any(settings.get(name) not in (None, value) for name, value in described)
+
+
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """A normalizer or a pre-tokenizer as tokenizer.json describes it, those in a sequence one by one."""
+    if component is None:
+        return []
+    described = json.loads(component.__getstate__())
+    parts: list[dict[str, Any]] = (
+        described.get("normalizers") or described.get("pretokenizers") or [described]
+    )
+    return parts
+
+
+def _special_tokens_named(files: ModelFiles) -> set[str]:
+    """The special tokens that files beside tokenizer.json name."""
+    settings = named_tokens(files)
+    tokens = [token for name, token in settings.items() if name.endswith("_token")]
+    tokens += settings.get("additional_special_tokens") or []
+    tokens += (settings.get("added_tokens_decoder") or {}).values()
+    contents = {token.get("content") if isinstance(token, dict) else token for token in tokens}
+    return {content for content in contents if isinstance(content, str)}
+
+
+def named_tokens(files: ModelFiles) -> dict[str, Any]:
+    """What tokenizer_config.json says, and special_tokens_map.json, where older models name tokens."""
+    named = files.json(SPECIAL_TOKENS) if SPECIAL_TOKENS in files.names else {}
+    return {**named, **files.tokenizer_config}
 
 
 def _convert(files: ModelFiles) -> Tokenizer:
@@ -120,11 +173,9 @@ class ChatTemplate:
 
     def __init__(self, files: ModelFiles) -> None:
         self._template = files.chat_template
-        # Older models name their special tokens in a file of their own.
-        named = files.json(SPECIAL_TOKENS) if SPECIAL_TOKENS in files.names else {}
         self._special: dict[str, Any] = {
             name: token if isinstance(token, str) else token.get("content", "")
-            for name, token in {**named, **files.tokenizer_config}.items()
+            for name, token in named_tokens(files).items()
             if name.endswith("_token") and isinstance(token, str | dict)
         }
 

@@ -347,6 +347,23 @@ def test_prompts_of_which_none_is_the_default_change_nothing(maker: Maker) -> No
     assert_right(maker)
 
 
+def test_vectors_may_be_cut_after_all_else(maker: Maker) -> None:
+    maker.transformer().pooling("mean").normalize()
+    maker.write("config_sentence_transformers.json", {"truncate_dim": 8})
+
+    expected = torch.tensor([maker.right(text)[:8] for text in TEXTS])
+    torch.testing.assert_close(torch.tensor(said(maker.load())), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_arguments_that_change_no_vector_are_passed_over(maker: Maker) -> None:
+    maker.transformer().pooling("mean")
+    text = {"method": "forward", "method_output_name": "last_hidden_state"}
+    settings = {"modality_config": {"text": text}, "model_args": {"attn_implementation": "eager"}}
+    maker.write("sentence_bert_config.json", settings)
+
+    assert_right(maker)
+
+
 def test_a_text_may_have_as_many_tokens_as_the_model_was_made_for(maker: Maker) -> None:
     maker.transformer().pooling("mean")
     maker.write("sentence_bert_config.json", {"max_seq_length": 12, "do_lower_case": False})
@@ -407,6 +424,13 @@ def test_a_module_that_is_not_followed_is_refused_by_name(maker: Maker, kind: st
     [
         ("1_Pooling/config.json", {"pooling_mode": "attention"}, "attention"),
         ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "fill-mask"),
+        ("sentence_bert_config.json", {"tokenizer_args": {"do_lower_case": True}}, "do_lower_case"),
+        ("sentence_bert_config.json", {"config_args": {"num_hidden_layers": 1}}, "num_hidden_layers"),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}}},
+            "pooler_output",
+        ),
         ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "SparseEncoder"),
         ("config_sentence_transformers.json", {"default_prompt_name": "gone"}, "gone"),
         ("modules.json", [], "no modules"),
