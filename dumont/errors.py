@@ -48,6 +48,18 @@ class DumontError(Exception):
         return _unpickled, (type(self), self.args), self.__dict__
 
 
+def describe_error(error: DumontError) -> dict[str, Any]:
+    """An error as JSON."""
+    return {
+        "code": error.code,
+        "reason": error.reason,
+        "message": error.message,
+        "field": error.field,
+        "metadata": error.metadata,
+        "retry_after": error.retry_after,
+    }
+
+
 def _unpickled(kind: type[DumontError], args: tuple[Any, ...]) -> DumontError:
     return kind.__new__(kind, *args)
 

@@ -56,8 +56,10 @@ def install(
 @command
 def ls(json: Json = False) -> None:
     """List what is installed and what could be; a * marks what a snapshotd that is started now uses."""
-    done = subprocess.run(_node("ls"), stdout=subprocess.PIPE, text=True, check=False)
+    words = _node("ls", *(["--json"] if json else []))
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
+        sys.stdout.write(done.stdout)
         raise typer.Exit(done.returncode)
     found: list[dict[str, Any]] = jsonlib.loads(done.stdout)
     if json:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dumont.errors import DumontError
+from dumont.errors import DumontError, describe_error
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: one document, or one object per line.")]
 Endpoint = Annotated[
@@ -82,18 +82,6 @@ def show(error: DumontError, *, as_json: bool) -> None:
     else:
         message = " ".join(error.message.split())
         sys.stderr.write(f"error: {message} [{error.reason}]\n")
-
-
-def describe_error(error: DumontError) -> dict[str, Any]:
-    """An error as JSON."""
-    return {
-        "code": error.code,
-        "reason": error.reason,
-        "message": error.message,
-        "field": error.field,
-        "metadata": error.metadata,
-        "retry_after": error.retry_after,
-    }
 
 
 class Line:

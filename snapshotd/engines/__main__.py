@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from dumont.errors import DumontError
+from dumont.errors import DumontError, describe_error
 from snapshotd.engines import environment, install, installed
 from snapshotd.system.paths import DRIVER_VERSION, engines_directory
 
@@ -29,7 +29,8 @@ def main() -> None:
     adding.add_argument("--directory", type=Path)
     adding.add_argument("--python", default="")
     adding.add_argument("--json", action="store_true")
-    commands.add_parser("ls")
+    listing = commands.add_parser("ls", help="always JSON; --json is for errors")
+    listing.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -41,7 +42,11 @@ def main() -> None:
         sys.stderr.write("interrupted; nothing is left but pip's downloads\n")
         raise SystemExit(130) from None
     except DumontError as error:
-        sys.stderr.write(f"dumont: {error.message} ({error.reason})\n")
+        # As every command of dumont says it.
+        if arguments.json:
+            sys.stdout.write(json.dumps({"error": describe_error(error)}) + "\n")
+        else:
+            sys.stderr.write(f"error: {' '.join(error.message.split())} [{error.reason}]\n")
         raise SystemExit(1) from None
 
 

@@ -75,6 +75,36 @@ def test_install_refuses_what_is_not_pinned(engines: Path, capfd: pytest.Capture
     assert not engines.exists()
 
 
+def test_ls_tells_an_error_as_json_where_that_is_asked_for(
+    engines: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ENGINE_PYTHON, "nonsense")
+    as_json = CliRunner().invoke(app, ["engine", "ls", "--json"])
+    assert as_json.exit_code == 1
+    reason = json.loads(as_json.stdout)["error"]["reason"]
+    capfd.readouterr()
+
+    assert CliRunner().invoke(app, ["engine", "ls"]).exit_code == 1
+    said = capfd.readouterr().err
+    assert said.startswith("error: ")
+    assert said.endswith(f"[{reason}]\n")
+
+
+def test_a_refused_install_is_told_as_json_where_that_is_asked_for(
+    engines: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = CliRunner().invoke(app, ["engine", "install", "nothing", "--json"])
+    assert result.exit_code == 1
+    said = capfd.readouterr()
+    error = json.loads(said.out)["error"]
+    assert (error["code"], error["reason"], error["field"]) == (
+        "INVALID_ARGUMENT",
+        "UNKNOWN_ENGINE",
+        "engine",
+    )
+    assert said.err == ""
+
+
 def finding() -> Finding:
     (found,) = check_engines()
     assert not found.needed
