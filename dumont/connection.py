@@ -49,7 +49,10 @@ def resolve_endpoint(endpoint: str | None) -> str:
     if not isinstance(found, str):
         raise _invalid(found, "it is not a string")
     if "," in found and not found.startswith((*_ADDRESS_SCHEMES, "unix:")):
-        return ",".join(_single(part.strip()) for part in found.split(",") if part.strip())
+        several = [part.strip() for part in found.split(",") if part.strip()]
+        if not several:
+            raise _invalid(found, "it names none")
+        return ",".join(map(_single, several))
     return _single(found)
 
 

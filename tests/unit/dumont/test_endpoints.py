@@ -38,6 +38,7 @@ def test_an_address_is_taken_as_it_is(endpoint: str) -> None:
         ("[::1]", "as in [::1]:7070"),
         ("::1:7070", "as in [::1]:7070"),
         (":7070", "as in localhost:7070"),
+        (",", "names none"),
         ("a:7070,b", "as in b:7070"),
         ("localhost:", "not a port"),
         ("localhost:http", "not a port"),
