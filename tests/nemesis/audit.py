@@ -12,8 +12,14 @@ from tests.helpers.s3_server import BUCKET
 from tests.nemesis.fleet import Fleet, descendants
 
 CGROUPS = Path("/sys/fs/cgroup")
-# What a node keeps for the next daemon: who it is, what it knows of models, and its empty folders.
-KEPT = frozenset({"controller", "lock", "node_id", "signing.key", "signing.pub", "weights.json"})
+# What a node keeps for the next daemon: who it is, whose commands it takes, what it knows of models, the
+# links to the packages of its model hosts, and its empty folders.
+KEPT = frozenset(
+    {
+        "controller", "lock", "node_id", "sessions", "signing.key", "signing.pub", "weights.json",
+        "packages/dumont", "packages/model_host",
+    }
+)  # fmt: skip
 
 
 def in_nodes(fleet: Fleet) -> list[str]:

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -50,8 +51,15 @@ def waiting_criu(host: ShimHost) -> int:
     """The process of CRIU that a shim has started for a restore to come."""
     peer = host._writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     shim, _, _ = struct.unpack("iII", peer)
-    children = Path(f"/proc/{shim}/task/{shim}/children").read_text().split()
-    return next(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == "criu")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        # Between fork and exec it still has the shim's name.
+        children = Path(f"/proc/{shim}/task/{shim}/children").read_text().split()
+        for pid in children:
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "criu":
+                return int(pid)
+        time.sleep(0.01)
+    raise AssertionError(f"shim {shim} started no CRIU within 10 s")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
