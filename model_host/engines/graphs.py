@@ -363,14 +363,19 @@ class Graphs:
                 counts.zero_()
                 seen = torch.tensor(sorted(set(sequence.prompt)), dtype=torch.long).to(self._device)
                 counts.index_fill_(0, seen, IN_PROMPT)
-            # Those that hold only at first come last, so that a smaller count leaves them out.
-            biases = {**sampling.bias, **dict.fromkeys(sampling.ends, -np.inf)}
-            if sampling.bias or sampling.min_new_tokens:
-                tokens, values = list(biases)[:MOST_BIASES], list(biases.values())[:MOST_BIASES]
-                self._bias_tokens[place, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32).to(
-                    self._device
-                )
-                self._bias_values[place, : len(values)] = torch.tensor(values).to(self._device)
+        self._write_biases(sequence)
+
+    @torch.inference_mode()
+    def _write_biases(self, sequence: TokenSequence) -> None:
+        """Write what is added to the logits of the sequence's next token, if anything ever is."""
+        sampling, place = sequence.sampling, self._place[sequence]
+        biases = list(sampling.biases(len(sequence.answer)).items())[:MOST_BIASES]
+        if not biases:
+            return
+        tokens, values = zip(*biases, strict=True)
+        with torch.cuda.stream(self._stream):
+            self._bias_tokens[place, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32).to(self._device)
+            self._bias_values[place, : len(values)] = torch.tensor(values).to(self._device)
 
     def end(self, sequence: TokenSequence) -> None:
         if (place := self._place.pop(sequence, None)) is not None:
@@ -423,8 +428,10 @@ class Graphs:
             floats[FREQUENCY, last] = sampling.frequency
             state[TOP_K, last] = sampling.top_k
             state[PLACE, last] = self._place[sequence]
-            banned = sampling.ends if given < sampling.min_new_tokens else ()
-            state[BIASES, last] = min(len({*sampling.bias, *banned}), MOST_BIASES)
+            if given == sampling.min_new_tokens > 0:
+                # An end that was banned so far may have a bias of its own.
+                self._write_biases(sequence)
+            state[BIASES, last] = min(len(sampling.biases(given)), MOST_BIASES)
             seed = (sequence.seed or 0) % 2**64
             state.view(np.uint32)[SEED_LOW, last] = seed & 0xFFFFFFFF
             state.view(np.uint32)[SEED_HIGH, last] = seed >> 32
