@@ -298,6 +298,9 @@ class _Plan:
                 f"{_mib(limit)} for instances",
                 never=True,
             )
+        if limit and self.need.instance:
+            # Instances may have outgrown the limit; that one of them resumes does not make it worse.
+            limit = max(limit, self.ram - self.need.ram_bytes)
 
         def over() -> bool:
             ram, parked = self.ram, self.parked

@@ -260,6 +260,18 @@ def test_why_says_what_yields_and_why() -> None:
 # Parked memory
 
 
+def test_a_parked_instance_resumes_though_instances_have_outgrown_the_limit() -> None:
+    home = tenant("home", gpu=2, ram=8, state=InstanceState.PARKED)
+    where = node(Gpu(GPU, "H", 10 * GIB), instance_memory_limit_bytes=10 * GIB)
+    need = Need("home", gpu_bytes=2 * GIB, home=GPU, instance="home")
+    busy = tenant("busy", ram=4, in_flight=1)
+    assert yields(find(where, [home, busy], need, NOW)) == {}
+    # A new one finds no room there.
+    assert isinstance(
+        find(where, [busy, replace(home, wanted=True)], Need("new", ram_bytes=GIB), NOW), NoRoom
+    )
+
+
 def parked(name: str, ram: int, idle: float = 100.0, **facts: Any) -> Tenant:
     return tenant(name, ram=ram, state=InstanceState.PARKED, idle_since=NOW - idle, **facts)
 
