@@ -155,9 +155,9 @@ class Operations:
         Raises:
             NotFound: OPERATION_NOT_FOUND; finished operations are kept only for a while.
         """
+        name = full_name(name)
         if name in self._records:
             return await self.wait(name, timeout)
-        name = names.build("operations", names.parse(name, "operations", "name"))
         found = await self._store.find(name)
         if found is None:
             raise _unknown(name)
@@ -218,9 +218,10 @@ class Operations:
 
     async def DeleteOperation(self, request: operations_pb2.DeleteOperationRequest, context: object) -> Empty:
         """See ``google.longrunning``."""
-        if request.name not in self._records:
-            await self.lookup(request.name)
-            await self._store.drop(request.name)
+        name = full_name(request.name)
+        if name not in self._records:
+            await self.lookup(name)
+            await self._store.drop(name)
             return Empty()
         record = self._find(request.name)
         if not record.task.done():
@@ -265,7 +266,7 @@ class Operations:
             return DEFECT
 
     def _find(self, name: str) -> _Record:
-        name = names.build("operations", names.parse(name, "operations", "name"))
+        name = full_name(name)
         try:
             return self._records[name]
         except KeyError:
@@ -289,6 +290,11 @@ class Operations:
         finished = [record.name for record in self._records.values() if record.task.done()]
         for name in finished[: max(0, len(finished) - self._keep + 1)]:
             del self._records[name]
+
+
+def full_name(name: str) -> str:
+    """The name of an operation that is given by its name or its id alone. Raises: InvalidArgument."""
+    return names.build("operations", names.parse(name, "operations", "name"))
 
 
 def _unknown(name: str) -> NotFound:

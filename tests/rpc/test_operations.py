@@ -336,3 +336,20 @@ async def test_an_operation_that_cannot_be_stored_is_not_begun() -> None:
     assert (
         list((await operations.ListOperations(operations_pb2.ListOperationsRequest(), None)).operations) == []
     )
+
+
+async def test_an_operation_that_is_named_by_its_id_alone_goes_on() -> None:
+    store, gate = Kept(), Gate()
+    operations = Operations("test.dumont", store=store)
+    begun = await operations.begin("capture", gate, METADATA)
+    identifier = begun.name.removeprefix("operations/")
+
+    assert not (await operations.lookup(identifier)).done
+    with pytest.raises(FailedPrecondition, match="still runs"):
+        await operations.DeleteOperation(operations_pb2.DeleteOperationRequest(name=identifier), None)
+    assert not store.operations[begun.name].done
+
+    gate.opened.set()
+    assert (await operations.lookup(identifier, timeout=10.0)).HasField("response")
+    await operations.DeleteOperation(operations_pb2.DeleteOperationRequest(name=identifier), None)
+    assert store.operations == {}

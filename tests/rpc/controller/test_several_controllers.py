@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import grpc
 import pytest
+from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
 
 from controller.adapters.clock import SystemClock
@@ -220,6 +221,21 @@ async def test_an_operation_is_known_to_every_controller(several: Several) -> No
     await first.client.deploy("org/model", name="qa")
     made = await second.client.snapshots.create("qa")
     assert made.name in {f"snapshots/{snapshot}" for snapshot in several.nodes.world["n1"].snapshots}
+
+
+async def test_an_operation_is_known_to_every_controller_by_its_id_alone(several: Several) -> None:
+    first, second = await several.start(), await several.start()
+    await first.client.deploy("org/model", name="qa")
+    held = several.nodes.hold("capture")
+    making = asyncio.create_task(first.client.snapshots.create("qa"))
+    await several.nodes.called("capture")
+    (name,) = several.database.operations
+    async with grpc.aio.insecure_channel(second.address) as channel:
+        request = operations_pb2.GetOperationRequest(name=name.removeprefix("operations/"))
+        found = await operations_pb2_grpc.OperationsStub(channel).GetOperation(request)
+    assert (found.name, found.done) == (name, False)
+    held.set()
+    await making
 
 
 async def test_an_operation_whose_controller_died_is_told_as_a_failure(several: Several) -> None:
