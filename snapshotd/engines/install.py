@@ -258,21 +258,27 @@ def _packages_unavailable(lock: Lock, last: Sequence[str]) -> Unavailable:
 
 
 def _import(lock: Lock, program: Path) -> None:
-    done = subprocess.run(
-        [program, "-I", "-c", IMPORTS[lock.engine]],
-        capture_output=True,
-        text=True,
-        timeout=IMPORT_SECONDS,
-        check=False,
-    )
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise FailedPrecondition(
-            "ENGINE_UNUSABLE",
-            f"{lock.engine} {lock.version} ({lock.build}) was installed, cannot be imported here and was "
-            f"removed again: {said[:500]}",
-            metadata={"engine": lock.engine, "version": lock.version},
+    try:
+        done = subprocess.run(
+            [program, "-I", "-c", IMPORTS[lock.engine]],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_SECONDS,
+            check=False,
         )
+    except subprocess.TimeoutExpired:
+        said = f"it took more than {IMPORT_SECONDS:g} s"
+    else:
+        if not done.returncode:
+            return
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+    raise FailedPrecondition(
+        "ENGINE_UNUSABLE",
+        f"{lock.engine} {lock.version} ({lock.build}) was installed, cannot be imported here and was "
+        f"removed again: {said[:500]}; choose another --build, or make an environment yourself and name its "
+        "interpreter with --engine-python",
+        metadata={"engine": lock.engine, "version": lock.version},
+    )
 
 
 def _check_machine(lock: Lock, python: str) -> None:

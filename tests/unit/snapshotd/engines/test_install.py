@@ -233,6 +233,17 @@ def test_two_installations_do_not_fill_one_directory(tmp_path: Path) -> None:
     assert (type(error), error.reason) == (Aborted, "INSTALL_RUNNING")
 
 
+def test_an_engine_whose_import_hangs_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "IMPORT_SECONDS", 0.1)
+    error = failure(tmp_path / "engines", a_python(tmp_path, imports="exec sleep 60"))
+    assert error.reason == "ENGINE_UNUSABLE"
+    assert "more than 0.1 s" in error.message
+    assert "--engine-python" in error.message
+    assert left(tmp_path / "engines") == []
+
+
 def test_an_installation_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
     # Given one that is under way
     python = a_python(tmp_path, pip="echo Collecting one==1.0; exec sleep 100")
