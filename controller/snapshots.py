@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import structlog
@@ -280,9 +281,19 @@ class Snapshots:
     async def _refresh_other_stores(self, changed: str) -> None:
         """Ask the other nodes with the store of a node, which has changed it, what is published there."""
         store = self._inventory.nodes[changed].object_store
-        for node in list(self._inventory.nodes.values()):
-            if node.object_store == store and node.id != changed and self._ready(node.id):
-                await self._core.fleet.refresh_snapshots(node.id)
+        others = [
+            node.id
+            for node in self._inventory.nodes.values()
+            if node.object_store == store and node.id != changed and self._ready(node.id)
+        ]
+        refresh = self._core.fleet.refresh_snapshots
+        answers = await asyncio.gather(*map(refresh, others), return_exceptions=True)
+        for node, answer in zip(others, answers, strict=True):
+            if isinstance(answer, DumontError):
+                # It is asked again when it answers. What was published is published all the same.
+                log.warning("refresh_snapshots_failed", node=node, reason=answer.reason)
+            elif answer is not None:
+                raise answer
 
     def _ready(self, node: str) -> bool:
         return self._inventory.nodes[node].state is NodeState.READY

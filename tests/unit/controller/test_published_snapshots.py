@@ -315,3 +315,16 @@ async def test_only_nodes_with_the_same_store_are_asked_what_was_published(world
     await world.controller.snapshots.publish(next(iter(world.inventory.snapshots)))
 
     assert {node for _, node, _ in world.nodes.named("list_snapshots")} == {"n2"}
+
+
+async def test_a_node_that_does_not_answer_does_not_spoil_what_another_one_publishes(world: World) -> None:
+    await world.node("n1", object_store="s3://one")
+    await world.node("n2", object_store="s3://one")
+    await world.deploy()
+    await world.ask()
+    snapshot = next(iter(world.inventory.snapshots))
+    world.nodes.fail("list_snapshots", Unavailable("NODE_UNAVAILABLE", "nodes/n2 does not answer"))
+
+    await world.controller.snapshots.publish(snapshot)
+
+    assert world.inventory.snapshot(snapshot).published
