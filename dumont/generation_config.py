@@ -27,6 +27,8 @@ NOT_COMPUTED: Final[dict[str, tuple[Any, ...]]] = {
     "constraints": (None, []),
     "diversity_penalty": (None, 0),
     "dola_layers": (None,),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
     "epsilon_cutoff": (None, 0, 1),
     "eta_cutoff": (None, 0, 1),
     "exponential_decay_length_penalty": (None,),

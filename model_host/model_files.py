@@ -83,6 +83,8 @@ def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelF
         raise invalid(error.file, str(error)) from error
     except OSError as error:
         raise invalid(folder / "config.json", f"cannot be read: {error}") from error
+    # Before the configuration, which adapters and GGUF do not have.
+    shards = _shards(folder, names, weight_files or {})
     config = _json(folder, "config.json")
     tokenizer_config = _json(folder, "tokenizer_config.json", optional=True)
     return ModelFiles(
@@ -90,7 +92,7 @@ def read(folder: Path, weight_files: Mapping[str, Path] | None = None) -> ModelF
         config=config,
         generation=_json(folder, generation_config.FILE) if generation_config.FILE in names else None,
         tokenizer_config=tokenizer_config,
-        shards=_shards(folder, names, weight_files or {}),
+        shards=shards,
         names=names,
         chat_template=_chat_template(folder, tokenizer_config),
     )

@@ -257,10 +257,11 @@ class NodeModels:
             ) from error
         config = info.config or {}
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        kind = models.engine_of(name, config, sizes.keys(), engine)
+        # As for a directory, the format of the weights comes first.
         if not sizes.keys() & {models.WEIGHTS, models.INDEX}:
             models.weight_files(name, sizes.keys(), dict)
             raise _invalid(name, "it has no safetensors weights")
+        kind = models.engine_of(name, config, sizes.keys(), engine)
         weights = sum(size for file, size in sizes.items() if file.endswith(".safetensors"))
         return Model(name, kind, None, (), weights, 0)
 
@@ -280,14 +281,15 @@ def _weight_files(name: str, directory: Path, files: AbstractSet[str]) -> list[s
 
 
 def _describe(name: str, directory: Path, engine: str) -> Model:
-    config = _json(name, directory, "config.json")
     try:
         files = model_directory.names(directory)
     except Unusable as error:
         raise _invalid(name, f"{error.file.name} {error}") from None
     except OSError as error:
         raise _invalid(name, f"its files cannot be read: {error.strerror}") from None
+    # Before the configuration, which adapters and GGUF do not have.
     weights = tuple(directory / file for file in _weight_files(name, directory, files))
+    config = _json(name, directory, "config.json")
     for path in weights:
         _check_weights(name, path)
     kind = models.engine_of(name, config, files, engine)

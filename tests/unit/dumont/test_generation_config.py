@@ -58,6 +58,9 @@ def test_every_setting_of_transformers_is_honoured_or_refused_or_without_effect(
     ("setting", "value"),
     [
         ("no_repeat_ngram_size", 3),
+        # Of a decoder, the prompt is what these call the encoder's.
+        ("encoder_no_repeat_ngram_size", 3),
+        ("encoder_repetition_penalty", 2.0),
         ("begin_suppress_tokens", [1]),
         ("forced_bos_token_id", 2),
         ("forced_eos_token_id", 2),

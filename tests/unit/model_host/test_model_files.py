@@ -51,6 +51,19 @@ def test_weights_may_lie_elsewhere(folder: Path, tmp_path_factory: pytest.TempPa
     assert files.shards == (cached,)
 
 
+@pytest.mark.parametrize(
+    ("file", "words"), [("model.Q4_K_M.gguf", "llama.cpp"), ("adapter_config.json", "is an adapter")]
+)
+def test_a_format_that_has_no_config_json_is_named(folder: Path, file: str, words: str) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    (folder / file).write_text("{}")
+
+    with pytest.raises(FailedPrecondition, match=words) as refused:
+        model_files.read(folder)
+    assert refused.value.reason == "MODEL_UNSUPPORTED"
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()

@@ -87,6 +87,20 @@ async def test_what_its_generation_config_asks_for_is_refused_when_it_is_resolve
     assert (await models.resolve("org/name", "embedding")).engine == "embedding"
 
 
+@pytest.mark.parametrize(
+    ("file", "words"), [("model.Q4_K_M.gguf", "llama.cpp"), ("adapter_config.json", "is an adapter")]
+)
+async def test_a_format_that_has_no_config_json_is_named(models: NodeModels, file: str, words: str) -> None:
+    directory = models.directory / "org/name"
+    directory.mkdir(parents=True)
+    (directory / file).write_text("{}")
+
+    with pytest.raises(FailedPrecondition, match=words) as refusal:
+        await models.resolve("org/name")
+
+    assert refusal.value.reason == "MODEL_UNSUPPORTED"
+
+
 async def test_a_single_file_of_weights_goes_before_an_index(models: NodeModels) -> None:
     directory = write_model(models, "org/name")
     (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "old.safetensors"}}')
@@ -104,6 +118,8 @@ def hub_model(config: object, files: dict[str, int]) -> ModelInfo:
     ("config", "files", "words"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, {"model.Q4_K_M.gguf": 9}, "llama.cpp"),
+        ({}, {"model.Q4_K_M.gguf": 9}, "llama.cpp"),
+        ({}, {"adapter_config.json": 1, "adapter_model.safetensors": 9}, "is an adapter"),
         ({"architectures": ["LlamaForCausalLM"]}, {"pytorch_model.bin": 9}, "pickled"),
         ({"architectures": ["T5ForConditionalGeneration"]}, {"model.safetensors": 9}, "T5"),
         ({}, {"model.safetensors": 9}, "names no architectures"),
