@@ -142,7 +142,7 @@ def _away(
     total = sum(gpu.total_bytes for gpu in node.gpus)
     if sum(used.values()) < FULL * total:
         return None
-    # A deployment that only one node can serve is told so by the migration, and tried again much later.
+    # If no other node can take it, the migration says so, and the node rests before the next try.
     leaving = max(idle, key=lambda i: (i.report.gpu_bytes, i.id), default=None)
     if leaving is None:
         return None

@@ -217,7 +217,7 @@ class Members:
     Args:
         addresses: where each listens, by the number of its session.
         highest: the number of the newest session that there was.
-        revision: changes whenever deployments, nodes or records of captures do.
+        revision: changes whenever deployments, their holders, nodes or records of captures do.
     """
 
     addresses: Mapping[int, str] = field(default_factory=dict)

@@ -233,7 +233,7 @@ class _Call:
     async def _holder(self, data: bytes, context: Context) -> int | None:
         """The session of the controller to ask; None: this one answers."""
         if self._request is None:
-            return await self._runner(operations.full_name(self._decoded(data).name))
+            return await self._runner(operations.operation_name(self._decoded(data).name))
         try:
             deployment = self._deployment(self._request.FromString(data))
         except DecodeError:

@@ -155,7 +155,7 @@ class Operations:
         Raises:
             NotFound: OPERATION_NOT_FOUND; finished operations are kept only for a while.
         """
-        name = full_name(name)
+        name = operation_name(name)
         if name in self._records:
             return await self.wait(name, timeout)
         found = await self._store.find(name)
@@ -218,7 +218,7 @@ class Operations:
 
     async def DeleteOperation(self, request: operations_pb2.DeleteOperationRequest, context: object) -> Empty:
         """See ``google.longrunning``."""
-        name = full_name(request.name)
+        name = operation_name(request.name)
         if name not in self._records:
             await self.lookup(name)
             await self._store.drop(name)
@@ -266,7 +266,7 @@ class Operations:
             return DEFECT
 
     def _find(self, name: str) -> _Record:
-        name = full_name(name)
+        name = operation_name(name)
         try:
             return self._records[name]
         except KeyError:
@@ -292,7 +292,7 @@ class Operations:
             del self._records[name]
 
 
-def full_name(name: str) -> str:
+def operation_name(name: str) -> str:
     """The name of an operation that is given by its name or its id alone. Raises: InvalidArgument."""
     return names.build("operations", names.parse(name, "operations", "name"))
 
