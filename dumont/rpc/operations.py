@@ -127,11 +127,18 @@ class Operations:
             work: returns the response; a ``DumontError`` becomes the operation's error.
             metadata: what is known at the start; ``work`` updates it through its ``Progress``.
         """
+        stored = asyncio.Event()
+        stored.set()
+        return self._start(prefix, work, metadata, stored)
+
+    def _start(
+        self, prefix: str, work: Work, metadata: Message, stored: asyncio.Event
+    ) -> operations_pb2.Operation:
         self._forget()
         name = names.build("operations", names.new_id(prefix))
         current = type(metadata)()
         current.CopyFrom(metadata)
-        task = asyncio.create_task(self._run(name, work, Progress(current)), name=name)
+        task = asyncio.create_task(self._run(name, work, Progress(current), stored), name=name)
         self._records[name] = _Record(name, next(self._sequence), current, task)
         return self.get(name)
 
@@ -141,12 +148,14 @@ class Operations:
         Raises:
             DumontError: it could not be stored, and was cancelled.
         """
-        operation = self.start(prefix, work, metadata)
+        stored = asyncio.Event()
+        operation = self._start(prefix, work, metadata, stored)
         try:
             await self._store.save(operation)
         except BaseException:
             self._records.pop(operation.name).task.cancel()
             raise
+        stored.set()
         return operation
 
     async def lookup(self, name: str, timeout: float | None = 0.0) -> operations_pb2.Operation:
@@ -243,8 +252,12 @@ class Operations:
             raise InvalidArgument("INVALID_TIMEOUT", "timeout must not be negative", field="timeout")
         return await self.lookup(request.name, timeout)
 
-    async def _run(self, name: str, work: Work, progress: Progress) -> Message | DumontError:
+    async def _run(
+        self, name: str, work: Work, progress: Progress, stored: asyncio.Event
+    ) -> Message | DumontError:
         result = await self._result(name, work, progress)
+        # Its beginning would replace its end in the store if it were written later.
+        await stored.wait()
         done = operations_pb2.Operation(name=name, done=True)
         done.metadata.Pack(progress.metadata)
         self._conclude(done, result)

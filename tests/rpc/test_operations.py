@@ -353,3 +353,18 @@ async def test_an_operation_that_is_named_by_its_id_alone_goes_on() -> None:
     assert (await operations.lookup(identifier, timeout=10.0)).HasField("response")
     await operations.DeleteOperation(operations_pb2.DeleteOperationRequest(name=identifier), None)
     assert store.operations == {}
+
+
+async def test_an_operation_that_is_done_at_once_is_not_stored_as_running_afterwards() -> None:
+    class Slow(Kept):
+        async def save(self, operation: operations_pb2.Operation) -> None:
+            for _ in range(0 if operation.done else 20):
+                await asyncio.sleep(0)
+            await super().save(operation)
+
+    store, gate = Slow(), Gate()
+    gate.opened.set()
+    operations = Operations("test.dumont", store=store)
+    begun = await operations.begin("capture", gate, METADATA)
+    await operations.wait(begun.name)
+    assert store.operations[begun.name].done
