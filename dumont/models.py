@@ -115,6 +115,7 @@ ADAPTER: Final = "adapter_config.json"
 TOKENIZER: Final = "tokenizer.json"
 CONVERTIBLE: Final = (("vocab.json", "merges.txt"), ("vocab.txt",))
 SENTENCEPIECE: Final = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.spm")
+TIKTOKEN: Final = ("tekken.json", "tiktoken.model", "*.tiktoken")
 
 
 def engine_of(name: str, config: Mapping[str, Any], files: Collection[str], asked: str = "") -> str:
@@ -144,7 +145,7 @@ def engine_of(name: str, config: Mapping[str, Any], files: Collection[str], aske
         )
     _check_tokenizer(name, files, architecture)
     generates = architecture.endswith(GENERATING)
-    if asked == EMBEDDING or (not asked and MODULES in files):
+    if asked == EMBEDDING or (not asked and MODULES in files and not _scores(architecture, files)):
         return EMBEDDING
     if generates and architecture in REFUSED:
         raise unsupported(
@@ -232,6 +233,11 @@ def unsupported(name: str, why: str, advice: str, architecture: str = "") -> Fai
     )
 
 
+def _scores(architecture: str, files: Collection[str]) -> bool:
+    """Whether a model with ``MODULES`` is a cross-encoder: those have no module that pools."""
+    return architecture.endswith("ForSequenceClassification") and not any("Pooling" in file for file in files)
+
+
 def _encodes(architecture: str) -> bool:
     return architecture.endswith(("Model", "ForMaskedLM", "ForPreTraining"))
 
@@ -263,13 +269,22 @@ def _why_not(config: Mapping[str, Any], architecture: str, asked: str) -> tuple[
 
 def _check_tokenizer(name: str, files: Collection[str], architecture: str) -> None:
     known = {file for file in files if "/" not in file}
-    if TOKENIZER in known or any(known.issuperset(needed) for needed in CONVERTIBLE):
+    if has_tokenizer(files):
         return
-    if found := [file for file in known if any(fnmatch(file, pattern) for pattern in SENTENCEPIECE)]:
-        raise unsupported(
-            name,
-            f"its tokenizer is only in SentencePiece's format ({min(found)})",
-            "Make a tokenizer.json of it where sentencepiece is installed: "
-            "AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY).",
-            architecture,
-        )
+    for patterns, whose, library in (
+        (SENTENCEPIECE, "SentencePiece's", "sentencepiece"),
+        (TIKTOKEN, "tiktoken's", "tiktoken"),
+    ):
+        if found := [file for file in known if any(fnmatch(file, pattern) for pattern in patterns)]:
+            raise unsupported(
+                name,
+                f"its tokenizer is only in {whose} format ({min(found)})",
+                f"Make a tokenizer.json of it where {library} is installed: "
+                "AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY).",
+                architecture,
+            )
+
+
+def has_tokenizer(files: Collection[str]) -> bool:
+    """Whether ``files``, paths relative to a model's directory, hold a tokenizer that is read here."""
+    return TOKENIZER in files or any(set(files).issuperset(needed) for needed in CONVERTIBLE)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from dumont import limits
+from dumont import limits, models
 from dumont.errors import FailedPrecondition, InvalidArgument
 from model_host.engine import Message
 from model_host.model_files import ModelFiles, invalid
@@ -30,6 +30,10 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     # Its thread pool would be one more thing to freeze, and a prompt at a time gains nothing from it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tokenizers import Tokenizer
+
+    if not models.has_tokenizer(files.names):
+        # Of nothing transformers makes a tokenizer that knows no words.
+        raise invalid(files.tokenizer, "is missing")
 
     data = files.read_tokenizer()
     try:

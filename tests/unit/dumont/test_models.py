@@ -97,6 +97,22 @@ def test_a_tokenizer_only_for_sentencepiece_is_refused_with_what_to_do() -> None
     assert "save_pretrained" in message
 
 
+@pytest.mark.parametrize("file", ["tekken.json", "tiktoken.model", "qwen.tiktoken"])
+def test_a_tokenizer_only_for_tiktoken_is_refused_with_what_to_do(file: str) -> None:
+    message = refusal(config("LlamaForCausalLM"), frozenset({"model.safetensors", file}))
+
+    assert f"tiktoken's format ({file})" in message
+    assert "save_pretrained" in message
+
+
+def test_a_cross_encoder_is_refused_though_it_has_modules() -> None:
+    files = {"model.safetensors", "tokenizer.json", "modules.json"}
+
+    assert "rerankers" in refusal(config("BertForSequenceClassification"), frozenset(files))
+    files.add("1_Pooling/config.json")
+    assert models.engine_of("org/name", config("BertForSequenceClassification"), files) == "embedding"
+
+
 @pytest.mark.parametrize("file", ["vocab.txt", "vocab.json"])
 def test_other_tokenizers_are_made_from_their_vocabularies(file: str) -> None:
     files = frozenset({"model.safetensors", "tokenizer.model", "merges.txt", file})

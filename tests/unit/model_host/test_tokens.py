@@ -11,6 +11,7 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import AlbertTokenizer, AutoTokenizer, BertTokenizer, GPT2Tokenizer, LlamaTokenizer
 
+from dumont.errors import FailedPrecondition
 from model_host import model_files
 from model_host.engines.tokens import load_tokenizer
 from tests.unit.model_host.tiny_models import llama
@@ -71,3 +72,12 @@ def test_a_setting_beside_tokenizer_json_holds_as_in_transformers(
     tokenizer = load_tokenizer(model_files.read(tmp_path))
     for text in TEXTS:
         assert tokenizer.encode(text).ids == right(text)["input_ids"], text
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    # given a model of which transformers would make a tokenizer without words
+    llama(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+
+    with pytest.raises(FailedPrecondition, match=r"tokenizer\.json in .* is missing"):
+        load_tokenizer(model_files.read(tmp_path))
