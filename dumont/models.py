@@ -285,6 +285,12 @@ def _check_tokenizer(name: str, files: Collection[str], architecture: str) -> No
             )
 
 
-def has_tokenizer(files: Collection[str]) -> bool:
-    """Whether ``files``, paths relative to a model's directory, hold a tokenizer that is read here."""
+def has_tokenizer(files: Collection[str], *, of_any_format: bool = False) -> bool:
+    """Whether ``files``, paths relative to a model's directory, hold a tokenizer.
+
+    Args:
+        of_any_format: also those that are not read without further libraries, which vLLM brings.
+    """
+    if of_any_format and any(fnmatch(file, form) for file in files for form in (*SENTENCEPIECE, *TIKTOKEN)):
+        return True
     return TOKENIZER in files or any(set(files).issuperset(needed) for needed in CONVERTIBLE)

@@ -31,7 +31,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tokenizers import Tokenizer
 
-    if not models.has_tokenizer(files.names):
+    if not models.has_tokenizer(files.names, of_any_format=True):
         # Of nothing transformers makes a tokenizer that knows no words.
         raise invalid(files.tokenizer, "is missing")
 

@@ -102,6 +102,8 @@ def test_a_tokenizer_only_for_tiktoken_is_refused_with_what_to_do(file: str) -> 
     message = refusal(config("LlamaForCausalLM"), frozenset({"model.safetensors", file}))
 
     assert f"tiktoken's format ({file})" in message
+    # vLLM brings what reads it
+    assert models.has_tokenizer({file}, of_any_format=True)
     assert "save_pretrained" in message
 
 
