@@ -12,7 +12,8 @@ from tests.node.store_nodes import capture, restore
 
 pytestmark = pytest.mark.node
 
-# Shared with no namespace that is there already: what others mount meanwhile does not come in.
+# Shared with no namespace that is there already: what others mount meanwhile does not come in. What they had
+# mounted before may go, when its directory is deleted.
 SHARED = ("unshare", "--mount", "sh", "-c", 'mount --make-rshared / && exec "$@"', "sh")
 
 
@@ -22,11 +23,15 @@ def daemon(criu: Path, free_port: Callable[[], int], tmp_path: Path) -> Iterator
         yield running
 
 
+def mounts(pid: int) -> set[str]:
+    return set(Path(f"/proc/{pid}/mountinfo").read_text().splitlines())
+
+
 def test_instances_are_captured_restored_and_captured_again(daemon: Daemon, instruct_model: Path) -> None:
     # given: mounts that others follow
     assert daemon.process is not None
-    mounted = Path(f"/proc/{daemon.process.pid}/mountinfo").read_text()
-    assert " shared:" in mounted
+    mounted = mounts(daemon.process.pid)
+    assert any(" shared:" in mount for mount in mounted)
 
     # when: one that was restored is captured in turn
     daemon.start_instance("first", instruct_model)
@@ -39,4 +44,4 @@ def test_instances_are_captured_restored_and_captured_again(daemon: Daemon, inst
     # then
     assert [daemon.generate("second"), daemon.generate("third")] == [answer, answer]
     # and nothing of theirs is mounted on the node
-    assert Path(f"/proc/{daemon.process.pid}/mountinfo").read_text() == mounted
+    assert mounts(daemon.process.pid) <= mounted
