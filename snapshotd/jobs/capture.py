@@ -247,8 +247,9 @@ class Capture:
         try:
             yield
         except DumontError as error:
-            # By now CRIU may have removed what it wrote, and then only its message says so.
-            if _is_full(staged) or os.strerror(errno.ENOSPC) in error.message:
+            # By now CRIU may have removed what it wrote, and its log may have found no room for the reason.
+            short = self.node.disk.is_short(self.subject.instance.id, staged)
+            if short or _is_full(staged) or os.strerror(errno.ENOSPC) in error.message:
                 raise ResourceExhausted(
                     "DISK_FULL",
                     f"{staged.parent} filled up during the capture; delete snapshots or give it more room",

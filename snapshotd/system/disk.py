@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from dumont.errors import ResourceExhausted
 # The part of a disk that is kept free for journals, logs and other uses, unless the operator sets a number.
 RESERVE_PARTS = 50
 LARGEST_RESERVE = 1 << 30
+# The unit of ``st_blocks``, whatever the file system's own.
+BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,14 @@ class DiskReservations:
         """Bytes below ``directory`` that can be reserved."""
         found, others, kept = self._measure(directory)
         return max(0, found.free - others - kept)
+
+    def is_short(self, owner: str, directory: Path) -> bool:
+        """Whether others have taken space reserved for ``owner``, who writes to ``directory``."""
+        _, reserved = self._reserved.get(owner, (0, 0))
+        with contextlib.suppress(OSError):  # the directory may be going away meanwhile
+            written = sum(path.stat().st_blocks * BLOCK for path in directory.rglob("*"))
+            return self.file_system(directory).free + written < reserved
+        return False
 
     def _measure(self, directory: Path, owner: str = "") -> tuple[FileSystem, int, int]:
         """The file system, what others than ``owner`` have reserved on it, and what is kept free."""

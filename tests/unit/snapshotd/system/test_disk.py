@@ -37,6 +37,20 @@ def test_what_was_promised_is_free_again_once_it_is_released(tmp_path: Path) -> 
         room.reserve("third", tmp_path, 1)
 
 
+def test_what_others_take_of_a_promise_is_noticed_and_what_its_owner_writes_is_not(tmp_path: Path) -> None:
+    free = {"bytes": 1 << 20}
+    room = DiskReservations(0, lambda directory: FileSystem(1, 1 << 20, free["bytes"]))
+    room.reserve("one", tmp_path, 1 << 20)
+
+    (tmp_path / "file").write_bytes(bytes(64 << 10))
+    free["bytes"] -= (tmp_path / "file").stat().st_blocks * 512
+    assert not room.is_short("one", tmp_path)
+    assert not room.is_short("nobody", tmp_path)
+
+    free["bytes"] -= 1
+    assert room.is_short("one", tmp_path)
+
+
 def test_asking_again_replaces_what_one_was_promised(tmp_path: Path) -> None:
     room = disk(1000, free=500)
     room.reserve("one", tmp_path, 400)
