@@ -201,7 +201,13 @@ class SqlRegistry:
             .values(holder=self._session)
             .returning(DEPLOYMENTS.c.id)
         )
+        unheld = sa.select(DEPLOYMENTS.c.id).where(DEPLOYMENTS.c.holder.not_in(living)).limit(1)
         async with self._transaction(writes=True) as connection:
+            if (await connection.execute(unheld)).first() is None:
+                return frozenset()
+            if self._shared:
+                # Nobody joins from here on: a session that this does not see yet may hold some already.
+                await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
             taken = frozenset((await connection.execute(change)).scalars())
             if taken:
                 await self._revise(connection)
