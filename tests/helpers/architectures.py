@@ -104,6 +104,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 ZAMBA = {"num_key_value_heads": 4, "attention_hidden_size": 64, "attention_head_dim": 16}
 SPECIAL: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {**MAMBA, "attn_layer_indices": [1]},
+    "BlenderbotForCausalLM": {"encoder_no_repeat_ngram_size": 0},  # by default 3, which is refused
     "CohereCompassForCausalLM": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
